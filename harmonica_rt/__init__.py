@@ -1,0 +1,68 @@
+"""harmonica-rt: run Diffusion Transformers with cached features, planned ahead.
+
+Importing it is cheap: torch, diffusers and everything else come with the first name that needs them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from harmonica_rt.api import CompiledModel, compile, get_compiled, model_info, reference, uncompile, verify
+    from harmonica_rt.capture.reasons import CaptureError
+    from harmonica_rt.capture.sites import find_sites
+    from harmonica_rt.errors import HarmonicaError
+    from harmonica_rt.parity.report import ParityError, ParityReport
+    from harmonica_rt.runtime.planned import FallbackWarning
+    from harmonica_rt.schedule import Schedule
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CompiledModel": "harmonica_rt.api",
+    "compile": "harmonica_rt.api",
+    "get_compiled": "harmonica_rt.api",
+    "model_info": "harmonica_rt.api",
+    "reference": "harmonica_rt.api",
+    "uncompile": "harmonica_rt.api",
+    "verify": "harmonica_rt.api",
+    "CaptureError": "harmonica_rt.capture.reasons",
+    "FallbackWarning": "harmonica_rt.runtime.planned",
+    "HarmonicaError": "harmonica_rt.errors",
+    "ParityError": "harmonica_rt.parity.report",
+    "ParityReport": "harmonica_rt.parity.report",
+    "Schedule": "harmonica_rt.schedule",
+    "find_sites": "harmonica_rt.capture.sites",
+}
+
+__all__ = [
+    "CaptureError",
+    "CompiledModel",
+    "FallbackWarning",
+    "HarmonicaError",
+    "ParityError",
+    "ParityReport",
+    "Schedule",
+    "__version__",
+    "compile",
+    "find_sites",
+    "get_compiled",
+    "model_info",
+    "reference",
+    "uncompile",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,254 @@
+"""The public functions: what goes in, what comes out, what is raised. Everything they do is done elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar, overload
+
+from torch import nn
+
+from harmonica_rt.capture.sites import check_sites
+from harmonica_rt.errors import HarmonicaError, ScheduleMismatchError, SiteError
+from harmonica_rt.report import PlanReport, Report
+from harmonica_rt.runtime.denoiser import Denoiser
+from harmonica_rt.runtime.pipelines import denoiser_module, install, installed, is_pipeline, uninstall
+from harmonica_rt.runtime.planned import PlannedEngine
+from harmonica_rt.runtime.reference import ReferenceEngine
+from harmonica_rt.schedule import ModelInfo, Schedule
+from harmonica_rt.schedule.fingerprint import config_fingerprint
+from harmonica_rt.parity.lockstep import LockstepEngine, Tolerance
+from harmonica_rt.parity.report import ParityReport
+from harmonica_rt.parity.verify import verify_model, verify_pipeline
+
+log = logging.getLogger(__name__)
+
+P = TypeVar("P")
+LOWERINGS = ("plain",)
+
+
+class CompiledModel(Denoiser):
+    """A model under a schedule, compiled. Called like the model, one run at a time; see `compile`."""
+
+    def __init__(self, model: nn.Module, schedule: Schedule, planned: PlannedEngine, *, verify: bool) -> None:
+        self._planned = planned
+        lockstep = (
+            LockstepEngine(model, schedule, planned, tolerance="auto", raise_at_once=True) if verify else None
+        )
+        super().__init__(model, schedule, lockstep or planned)
+
+    def report(self) -> Report:
+        """What is computed, reused, stored and saved; prints as a table."""
+        stats = self.stats
+        runtimes = self._planned.plans
+        return Report(
+            model=type(self.model).__name__,
+            cur=self.schedule.cur,
+            plans=tuple(
+                PlanReport.of(runtime.plan, str(signature), runtime.seconds) for signature, runtime in runtimes.items()
+            ),
+            fallbacks=tuple(f"{signature}: {failure}" for signature, failure in self._planned.failures.items()),
+            last_calls=stats.calls if stats is not None else 0,
+            last_cur=stats.reused / stats.entries if stats is not None and stats.entries else None,
+            last_catch_ups=tuple(stats.catch_ups) if stats is not None else (),
+            cache_bytes=sum(runtime.cache_bytes for runtime in runtimes.values()),
+        )
+
+
+@overload
+def compile(
+    model_or_pipeline: nn.Module,
+    schedule: Schedule,
+    *,
+    lowering: str = ...,
+    verify: bool = ...,
+    strict: bool = ...,
+    max_plans: int = ...,
+    debug: bool = ...,
+) -> CompiledModel: ...
+
+
+@overload
+def compile(
+    model_or_pipeline: P,
+    schedule: Schedule,
+    *,
+    lowering: str = ...,
+    verify: bool = ...,
+    strict: bool = ...,
+    max_plans: int = ...,
+    debug: bool = ...,
+) -> P: ...
+
+
+def compile(
+    model_or_pipeline: Any,
+    schedule: Schedule,
+    *,
+    lowering: str = "plain",
+    verify: bool = False,
+    strict: bool = False,
+    max_plans: int = 8,
+    debug: bool = False,
+) -> Any:
+    """Compile a model, or the denoiser of a pipeline, with a schedule.
+
+    Of a pipeline the denoiser is compiled in place and the same pipeline is returned; its scheduler begins the runs and
+    counts the steps. Of a model a `CompiledModel` is returned, called like the model, one call a step; `reset()` begins
+    the next run. Plans are made at the first call of each signature (shapes, dtypes, plain arguments).
+
+    Args:
+        model_or_pipeline: an `nn.Module` in eval mode, or a diffusers pipeline.
+        schedule: which sites to compute and which to reuse in each step.
+        lowering: `plain`, the step programs operator by operator, bit-exact to the reference on CPU.
+        verify: run the reference beside it and raise ParityError in the first step that differs. Costs the time of both;
+            meant for trying a schedule out.
+        strict: raise CaptureError where the model cannot be captured, instead of running eagerly with a warning.
+        max_plans: plans kept at once, at least 1; the one unused longest is dropped.
+        debug: fill slots with NaN before they are written and after their last read.
+
+    Raises:
+        ScheduleMismatchError: the schedule was made for another model.
+        SiteError: the model lacks a site, or one site lies inside another.
+        HarmonicaError: an unknown lowering, a bad limit, or a pipeline without a known denoiser.
+    """
+    if lowering not in LOWERINGS:
+        raise HarmonicaError(f"lowering {lowering!r} is not known; choose one of {', '.join(LOWERINGS)}")
+    if max_plans < 1:
+        raise HarmonicaError(f"max_plans is {max_plans}; at least 1 plan must be kept")
+    model = _model_of(model_or_pipeline)
+    _check_fit(model, schedule)
+    planned = PlannedEngine(model, schedule, strict=strict, max_plans=max_plans, debug=debug)
+    compiled = CompiledModel(model, schedule, planned, verify=verify)
+    if isinstance(model_or_pipeline, nn.Module):
+        return compiled
+    _warn_about_sampler(model_or_pipeline, schedule)
+    install(model_or_pipeline, compiled)
+    return model_or_pipeline
+
+
+def uncompile(pipeline: P) -> P:
+    """Give a pipeline its plain denoiser and scheduler back; the same pipeline is returned."""
+    uninstall(_checked_pipeline(pipeline))
+    return pipeline
+
+
+def get_compiled(pipeline: Any) -> CompiledModel:
+    """The compiled denoiser inside a pipeline, for its `report()`.
+
+    Raises:
+        HarmonicaError: the pipeline is not compiled.
+    """
+    compiled = installed(denoiser_module(_checked_pipeline(pipeline)))
+    if not isinstance(compiled, CompiledModel):
+        raise HarmonicaError(f"this {type(pipeline).__name__} is not compiled; harmonica_rt.compile(pipe, schedule) does")
+    return compiled
+
+
+@overload
+def reference(model_or_pipeline: nn.Module, schedule: Schedule) -> Denoiser: ...
+
+
+@overload
+def reference(model_or_pipeline: P, schedule: Schedule) -> P: ...
+
+
+def reference(model_or_pipeline: Any, schedule: Schedule) -> Any:
+    """The plain model, run eagerly with the same schedule by replacing site outputs: the truth for parity.
+
+    Takes and returns what `compile` does, and `uncompile` undoes it in a pipeline.
+
+    Raises:
+        ScheduleMismatchError, SiteError, HarmonicaError: as `compile`.
+    """
+    model = _model_of(model_or_pipeline)
+    _check_fit(model, schedule)
+    denoiser = Denoiser(model, schedule, ReferenceEngine(model, schedule))
+    if isinstance(model_or_pipeline, nn.Module):
+        return denoiser
+    install(model_or_pipeline, denoiser)
+    return model_or_pipeline
+
+
+def verify(
+    model_or_pipeline: Any,
+    schedule: Schedule,
+    *,
+    calls: Iterable[Mapping[str, Any]] | None = None,
+    seed: int = 0,
+    tolerance: Tolerance = "auto",
+    **pipeline_arguments: Any,
+) -> ParityReport:
+    """Hold compiled against reference: every step on the reference's inputs, then the result of a free run.
+
+    Args:
+        model_or_pipeline: a model (pass `calls`), or a pipeline (pass what it is called with).
+        schedule: the schedule to verify.
+        calls: for a model, the keyword arguments of one call for each step.
+        seed: for a pipeline, seeds the generator of both runs unless one is passed.
+        tolerance: `exact` (equal bit for bit), `measured` (at most twice the error of the eager model in this dtype,
+            against a reference one precision up; floor one ulp), or `auto`: exact on CPU, measured elsewhere.
+        pipeline_arguments: arguments of the pipeline's call.
+
+    Raises:
+        ParityError: a step or the result is outside the tolerance; names the first step and site that diverge.
+        CaptureError: the model cannot be captured.
+        HarmonicaError: `calls` is missing or has another number of entries than the schedule has steps.
+    """
+    model = _model_of(model_or_pipeline)
+    _check_fit(model, schedule)
+    if not isinstance(model_or_pipeline, nn.Module):
+        return verify_pipeline(
+            model_or_pipeline, schedule, seed=seed, tolerance=tolerance, arguments=pipeline_arguments
+        )
+    if calls is None:
+        raise HarmonicaError("verify(model, ...) needs calls=[...], the keyword arguments of one call for each step")
+    if pipeline_arguments:
+        raise HarmonicaError(f"a model takes no pipeline arguments, got {', '.join(pipeline_arguments)}")
+    return verify_model(model, schedule, calls, tolerance=tolerance)
+
+
+def model_info(model: nn.Module) -> ModelInfo:
+    """Class name and config fingerprint of a model, to record in a schedule."""
+    config = getattr(model, "config", None)
+    fingerprint = config_fingerprint(config) if isinstance(config, Mapping) else None
+    return ModelInfo(type(model).__name__, fingerprint)
+
+
+def _model_of(model_or_pipeline: Any) -> nn.Module:
+    if isinstance(model_or_pipeline, nn.Module):
+        return model_or_pipeline
+    return denoiser_module(_checked_pipeline(model_or_pipeline))
+
+
+def _checked_pipeline(candidate: Any) -> Any:
+    if not is_pipeline(candidate):
+        raise HarmonicaError(
+            f"expected an nn.Module or a diffusers pipeline (with a scheduler), got {type(candidate).__name__}"
+        )
+    return candidate
+
+
+def _check_fit(model: nn.Module, schedule: Schedule) -> None:
+    info, wanted = model_info(model), schedule.model
+    if wanted is not None and wanted.class_name != info.class_name:
+        raise ScheduleMismatchError(f"the schedule was made for a {wanted.class_name}, this is a {info.class_name}")
+    try:
+        check_sites(model, schedule.sites)
+    except SiteError as error:
+        raise ScheduleMismatchError(str(error)) from error
+    if wanted is not None and wanted.config_fingerprint not in (None, info.config_fingerprint):
+        raise ScheduleMismatchError(
+            f"the schedule was made for a {wanted.class_name} with another config ({wanted.config_fingerprint}, this one "
+            f"is {info.config_fingerprint}). To use it all the same, drop its record: schedule.replace(model=None)"
+        )
+
+
+def _warn_about_sampler(pipeline: Any, schedule: Schedule) -> None:
+    name = type(pipeline.scheduler).__name__
+    if schedule.sampler is not None and schedule.sampler.class_name != name:
+        log.warning(
+            "the schedule was made for %s and this pipeline samples with %s: parity holds, image quality may not",
+            schedule.sampler.class_name,
+            name,
+        )

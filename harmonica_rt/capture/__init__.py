@@ -1,0 +1,1 @@
+"""Capture: a model and one call -> one graph with every site marked."""

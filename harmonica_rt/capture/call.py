@@ -1,0 +1,146 @@
+"""A denoiser call, normalised once: which arguments were given, flattened, and what its signature is.
+
+Pipelines pass latents by position, leave out `return_dict`, and nest optional tensors in dicts. Two calls may share a
+plan exactly when their signatures are equal: the same arguments, tensors of the same shape, strides, dtype and device,
+and equal plain values everywhere else.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from harmonica_rt.errors import SignatureError
+
+_PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.memory_format)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a plan is specialised for. Equal signatures share a plan."""
+
+    spec: pytree.TreeSpec
+    leaves: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        shapes = [f"{list(leaf[0])} {str(leaf[2]).removeprefix('torch.')}" for leaf in self.leaves if type(leaf) is tuple]
+        return ", ".join(shapes) or "no tensors"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One normalised call.
+
+    `kwargs` holds the arguments by name in the order of the model's forward; `leaves` is their flattened form, `paths`
+    names each leaf (`encoder_hidden_states`, `added_cond_kwargs.resolution`).
+    """
+
+    kwargs: dict[str, Any]
+    leaves: list[Any]
+    signature: Signature
+    convention: CallConvention
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Dotted argument paths, one a leaf."""
+        return self.convention.paths(self)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensor leaves by path."""
+        return {
+            path: leaf for path, leaf in zip(self.paths, self.leaves, strict=True) if isinstance(leaf, torch.Tensor)
+        }
+
+
+class CallConvention:
+    """How one model's `forward` takes its arguments; built once, used on every call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
+        self._model_name = type(model).__name__
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self._positional = tuple(p.name for p in parameters if p.kind in positional)
+        self._order = {p.name: i for i, p in enumerate(parameters)}
+        self._open = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+        self._named = frozenset(
+            p.name
+            for p in parameters
+            if p.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        )
+        self._required = tuple(
+            p.name for p in parameters if p.name in self._named and p.default is inspect.Parameter.empty
+        )
+        self._paths: dict[Signature, tuple[str, ...]] = {}
+
+    @property
+    def first_argument(self) -> str | None:
+        """Name of the first argument: the latents, in every denoiser known."""
+        return self._positional[0] if self._positional else None
+
+    def normalise(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """Bind, order and flatten one call.
+
+        Raises:
+            SignatureError: an argument the model does not take, one given twice, one missing, or a value that is
+                neither a tensor nor a plain value (or a list, tuple or dict of them).
+        """
+        if len(args) > len(self._positional):
+            raise SignatureError(
+                f"{self._model_name} takes at most {len(self._positional)} positional arguments, {len(args)} came"
+            )
+        bound = dict(zip(self._positional, args, strict=False))
+        for name, value in kwargs.items():
+            if name in bound:
+                raise SignatureError(f"{self._model_name} was given {name!r} twice, by position and by name")
+            if name not in self._named and not self._open:
+                raise SignatureError(f"{self._model_name} takes no argument {name!r}; it takes {sorted(self._named)}")
+            bound[name] = value
+        for name in self._required:
+            if name not in bound:
+                raise SignatureError(f"{self._model_name} needs the argument {name!r}")
+        last = len(self._order)
+        ordered = dict(sorted(bound.items(), key=lambda item: self._order.get(item[0], last)))
+        leaves, spec = pytree.tree_flatten(ordered)
+        keys = tuple(self._leaf_key(leaf) for leaf in leaves)
+        return Call(ordered, leaves, Signature(spec, keys), self)
+
+    def paths(self, call: Call) -> tuple[str, ...]:
+        """Dotted argument paths of a call's leaves."""
+        known = self._paths.get(call.signature)
+        if known is None:
+            with_paths, _ = pytree.tree_flatten_with_path(call.kwargs)
+            known = tuple(".".join(_key_name(key) for key in path) for path, _ in with_paths)
+            self._paths[call.signature] = known
+        return known
+
+    def _leaf_key(self, leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            strides = tuple(0 if n == 1 else s for n, s in zip(leaf.shape, leaf.stride(), strict=True))
+            return (tuple(leaf.shape), strides, leaf.dtype, leaf.device)
+        if isinstance(leaf, _PLAIN):
+            return _Plain(type(leaf), leaf)
+        raise SignatureError(
+            f"{self._model_name} was called with an object of type {type(leaf).__name__}; a static plan can be made for "
+            "tensors, numbers, strings and lists, tuples or dicts of them"
+        )
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """A plain value with its type, since True == 1 == 1.0 and they may mean different programs."""
+
+    type: type
+    value: Any
+
+
+def _key_name(key: Any) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)

@@ -1,0 +1,268 @@
+"""Trace a model into one graph with every site marked.
+
+Hazards, before the mechanism: a graph that deep-copied the weights would double the memory and miss later updates, so
+weights are placeholders here and are fetched from the model when a run starts. A graph with in-place operations could
+overwrite a cache slot, or lose the operation to dead-code elimination, so one is functionalised (only where it has any:
+the retrace costs more than the capture). And a site is cut where its values leave the module: reading
+`nn_module_stack`, every value made inside whose users lie outside.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import operator
+import re
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
+from torch.utils import _pytree as pytree
+
+from harmonica_rt.capture.call import Call
+from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
+from harmonica_rt.capture.snapshot import check_capturable
+from harmonica_rt.indices import SiteIndex
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """The model as one functional graph.
+
+    Attributes:
+        graph: placeholders are weights, constants and input leaves; its output node holds a flat tuple.
+        root: module that `get_attr` nodes of the graph refer to.
+        weights: placeholder name -> dotted name of the parameter or buffer in the model.
+        constants: placeholder name -> tensor made while tracing.
+        inputs: placeholder name -> index among the call's leaves.
+        out_spec: how the flat outputs become the model's own return type.
+        sites: site paths, as in the schedule.
+        site_outputs: for each site its output nodes, in graph order.
+        seconds: wall time the capture took.
+    """
+
+    graph: fx.Graph
+    root: nn.Module
+    weights: dict[str, str]
+    constants: dict[str, torch.Tensor]
+    inputs: dict[str, int]
+    out_spec: pytree.TreeSpec
+    sites: tuple[str, ...]
+    site_outputs: tuple[tuple[fx.Node, ...], ...]
+    seconds: float
+
+    @functools.cached_property
+    def output(self) -> fx.Node:
+        """The output node."""
+        return self.graph.output_node()
+
+    def outputs_of(self, site: SiteIndex) -> tuple[fx.Node, ...]:
+        """Output nodes of one site."""
+        return self.site_outputs[site]
+
+
+def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph:
+    """Capture `model` for calls with the signature of `call`, with `sites` marked.
+
+    Raises:
+        CaptureError: the model cannot be captured; `failure` names the obstacle and where it lies.
+    """
+    check_capturable(model)
+    started = time.perf_counter()
+    program = _export(model, call)
+    _check_functional_signature(program)
+    weights, constants, inputs = _placeholders(program, call)
+    graph = program.graph
+    remove_identities(graph)
+    site_outputs = tuple(_site_outputs(graph, sites))
+    return CapturedGraph(
+        graph=graph,
+        root=program.graph_module,
+        weights=weights,
+        constants=constants,
+        inputs=inputs,
+        out_spec=program.call_spec.out_spec,
+        sites=tuple(sites),
+        site_outputs=site_outputs,
+        seconds=time.perf_counter() - started,
+    )
+
+
+@contextmanager
+def plain_call(model: nn.Module) -> Iterator[None]:
+    """Within this block a call of `model` runs its own forward, not a compiled call installed in its place."""
+    installed = model.__dict__.pop("_compiled_call_impl", None)
+    try:
+        yield
+    finally:
+        if installed is not None:
+            model._compiled_call_impl = installed
+
+
+def is_mutating(node: fx.Node) -> bool:
+    """Whether the node's operator writes to one of its arguments."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _export(model: nn.Module, call: Call) -> torch.export.ExportedProgram:
+    with warnings.catch_warnings(), plain_call(model), torch.inference_mode(False), torch.no_grad():
+        # Raised inside torch.export by torch's own use of its deprecated names.
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
+        kwargs = pytree.tree_map_only(torch.Tensor, _as_ordinary, call.kwargs)
+        try:
+            program = torch.export.export(model, (), kwargs, strict=False)
+            if any(is_mutating(node) for node in program.graph.nodes):
+                program = program.run_decompositions({})
+        except Exception as error:  # torch.export raises a dozen unrelated types; each becomes a reason, none is lost
+            raise CaptureError(
+                CaptureFailure(Obstacle.EXPORT, f"{type(error).__name__}: {_first_line(error)}", stack=_where(error))
+            ) from error
+    return program
+
+
+def _as_ordinary(tensor: torch.Tensor) -> torch.Tensor:
+    """Inference tensors cannot be traced; an ordinary one of the same layout can."""
+    return torch.empty_like(tensor).copy_(tensor) if tensor.is_inference() else tensor.detach()
+
+
+def _check_functional_signature(program: torch.export.ExportedProgram) -> None:
+    for spec in program.graph_signature.output_specs:
+        if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION, OutputKind.PARAMETER_MUTATION):
+            raise CaptureError(CaptureFailure(Obstacle.MUTATION, f"it writes to {spec.target}"))
+        if spec.kind is OutputKind.USER_OUTPUT and not isinstance(spec.arg, (TensorArgument, ConstantArgument)):
+            raise CaptureError(CaptureFailure(Obstacle.OUTPUT, f"{type(spec.arg).__name__} among the outputs"))
+    for node in program.graph.nodes:
+        if is_mutating(node):
+            raise CaptureError(
+                CaptureFailure(Obstacle.MUTATION, f"{node.target}", node=node.name, stack=node.meta.get("stack_trace"))
+            )
+
+
+def _placeholders(
+    program: torch.export.ExportedProgram, call: Call
+) -> tuple[dict[str, str], dict[str, torch.Tensor], dict[str, int]]:
+    weights: dict[str, str] = {}
+    constants: dict[str, torch.Tensor] = {}
+    inputs: dict[str, int] = {}
+    leaf = 0
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is InputKind.USER_INPUT:
+            if isinstance(spec.arg, TensorArgument):
+                inputs[spec.arg.name] = leaf
+            leaf += 1
+        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target is not None:
+            weights[spec.arg.name] = spec.target
+        elif spec.kind is InputKind.CONSTANT_TENSOR and spec.target is not None:
+            constants[spec.arg.name] = program.constants[spec.target]
+        else:
+            raise CaptureError(CaptureFailure(Obstacle.EXPORT, f"the graph takes an input of kind {spec.kind.name}"))
+    if leaf != len(call.leaves):
+        raise CaptureError(
+            CaptureFailure(Obstacle.EXPORT, f"the graph takes {leaf} inputs, the call has {len(call.leaves)}")
+        )
+    return weights, constants, inputs
+
+
+def remove_identities(graph: fx.Graph) -> None:
+    """Drop what changes nothing in a functional graph: metadata asserts, clones, inactive dropout, division by one.
+
+    Ensures: the same values bit for bit. A clone only matters where something is written in place later, and nothing
+    is. (Signatures are compared before every call, so the asserts cannot fire.)
+    """
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif _is_identity(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _is_identity(node: fx.Node) -> bool:
+    target, args = node.target, node.args
+    if target is torch.ops.aten.clone.default:
+        return _same_layout(node)
+    if target is torch.ops.aten.dropout.default:
+        return args[2] is False or args[1] == 0.0
+    if target in (torch.ops.aten.div.Tensor, torch.ops.aten.mul.Tensor):
+        return isinstance(args[1], (int, float)) and args[1] == 1 and _same_layout(node)
+    return False
+
+
+def _same_layout(node: fx.Node) -> bool:
+    source = node.args[0]
+    if not isinstance(source, fx.Node):
+        return False
+    a, b = node.meta["val"], source.meta["val"]
+    return a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
+
+
+def _site_outputs(graph: fx.Graph, sites: Sequence[str]) -> Iterator[tuple[fx.Node, ...]]:
+    """For each site the nodes inside it whose values are used outside it (or are returned)."""
+    column = {site: index for index, site in enumerate(sites)}
+    inside: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        if node.op == "call_function":
+            site = _site_of(node, column)
+            if site is not None:
+                inside[node] = site
+    outputs: list[list[fx.Node]] = [[] for _ in sites]
+    for node, site in inside.items():
+        if any(inside.get(user) != site for user in node.users):
+            outputs[site].extend(_tensor_values(node))
+    for site_name, nodes in zip(sites, outputs, strict=True):
+        if not nodes:
+            ran = any(index == column[site_name] for index in inside.values())
+            detail = "its result is used by nothing" if ran else "it did not run in this call, or computes nothing"
+            raise CaptureError(CaptureFailure(Obstacle.SITE, f"{site_name}: {detail}", node=site_name))
+        yield tuple(dict.fromkeys(nodes))
+
+
+def _tensor_values(node: fx.Node) -> list[fx.Node]:
+    """The node itself, or for one that yields a tuple of tensors (`split`) the nodes that pick from it."""
+    if isinstance(node.meta.get("val"), torch.Tensor):
+        return [node]
+    return [user for user in node.users if user.target is operator.getitem]
+
+
+def _site_of(node: fx.Node, column: dict[str, int]) -> int | None:
+    for path, _ in (node.meta.get("nn_module_stack") or {}).values():
+        index = column.get(_without_call_suffix(path))
+        if index is not None:
+            return index
+    return None
+
+
+@functools.lru_cache(maxsize=65536)
+def _without_call_suffix(path: str) -> str:
+    """`blocks.0.attn@1` marks the second call of a module that runs twice in one forward."""
+    return re.sub(r"@\d+", "", path)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), "no message")
+
+
+def _where(error: BaseException) -> str | None:
+    """The innermost frame of the model's own code, outside torch."""
+    place, trace = None, error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if "/torch/" not in code.co_filename and "harmonica_rt" not in code.co_filename:
+            place = f"  in {code.co_name}, {code.co_filename.rpartition('/')[2]}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return place
+
+
+def describe_value(value: Any) -> str:
+    """`[2, 64, 128] float32` of a tensor (fake or real)."""
+    return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"

@@ -1,0 +1,119 @@
+"""Has the model changed since it was captured?
+
+A captured graph bakes in the module tree, every plain attribute read while tracing (LoRA scales, attention processors,
+flags) and the metadata of the weights, but not the values of the weights. So values may change freely; anything else
+that changed makes the graph stale, and stale graphs give wrong images silently. Checked when a run starts, not each
+step: it reads about ten attributes a module.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
+
+_SCALARS = (type(None), bool, int, float, str)
+
+
+class ModelSnapshot:
+    """What a captured graph took for granted about a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = dict(model.named_modules())
+        self._attributes = {name: _plain_attributes(module) for name, module in self._modules.items()}
+        self._tensors = {name: _metadata(tensor) for name, tensor in _named_tensors(model)}
+
+    def difference(self, model: nn.Module) -> str | None:
+        """What a plan made at this snapshot would get wrong now; None when it still holds."""
+        modules = dict(model.named_modules())
+        if modules.keys() != self._modules.keys():
+            changed = sorted(modules.keys() ^ self._modules.keys())
+            return f"modules were added or removed ({', '.join(changed[:3])})"
+        for name, module in modules.items():
+            if module is not self._modules[name]:
+                return f"module {name} was replaced"
+            difference = _first_difference(self._attributes[name], _plain_attributes(module))
+            if difference is not None:
+                return f"attribute {difference} of {name or 'the model'} changed"
+        tensors = {name: _metadata(tensor) for name, tensor in _named_tensors(model)}
+        if tensors.keys() != self._tensors.keys():
+            return f"weights were added or removed ({', '.join(sorted(tensors.keys() ^ self._tensors.keys())[:3])})"
+        for name, metadata in tensors.items():
+            if metadata != self._tensors[name]:
+                return f"{name} changed from {_describe(self._tensors[name])} to {_describe(metadata)}"
+        return None
+
+
+def check_capturable(model: nn.Module) -> None:
+    """Raise CaptureError where the model is in a state that no static graph can stand for."""
+    for name, module in model.named_modules():
+        if module.training:
+            raise CaptureError(
+                CaptureFailure(Obstacle.TRAINING, "call model.eval() first", node=name or type(model).__name__)
+            )
+        if name and (hooks := _hooks_of(module)):
+            raise CaptureError(CaptureFailure(Obstacle.HOOKS, f"{hooks} on {type(module).__name__}", node=name))
+
+
+def _hooks_of(module: nn.Module) -> str | None:
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "forward hooks"
+    if getattr(module, "_hf_hook", None) is not None:
+        return f"an accelerate hook ({type(module._hf_hook).__name__})"
+    registry = getattr(module, "_diffusers_hook", None)
+    if registry is not None and registry.hooks:
+        return f"diffusers hooks ({', '.join(registry.hooks)})"
+    return None
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Public attributes, one level of containers copied, tensors left out (their values are live)."""
+    plain: dict[str, Any] = {"training": module.training, "hooks": _hooks_of(module)}
+    for name, value in module.__dict__.items():
+        if name.startswith("_") or isinstance(value, torch.Tensor):
+            continue
+        if isinstance(value, dict):
+            value = dict(value)
+        elif isinstance(value, (list, set)):
+            value = type(value)(value)
+        plain[name] = value
+    return plain
+
+
+def _first_difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    for name in before.keys() | now.keys():
+        if name not in before or name not in now or not _same(before[name], now[name]):
+            return name
+    return None
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, _SCALARS):
+        return bool(a == b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, set):
+        return bool(a == b)
+    return False
+
+
+def _named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+
+
+def _metadata(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, type(tensor))
+
+
+def _describe(metadata: tuple[Any, ...]) -> str:
+    shape, _, dtype, device, _ = metadata
+    return f"{list(shape)} {str(dtype).removeprefix('torch.')} on {device}"

@@ -1,0 +1,39 @@
+"""Everything that harmonica-rt raises on purpose.
+
+Each error also derives from the built-in a caller would expect (`ValueError` for a bad schedule, `RuntimeError` for a
+run that went wrong), so that code which does not know this package can still handle it.
+"""
+
+from __future__ import annotations
+
+
+class HarmonicaError(Exception):
+    """Base of all errors of this package."""
+
+
+class ScheduleError(HarmonicaError, ValueError):
+    """A schedule, or the file that holds it, is malformed."""
+
+
+class ScheduleMismatchError(ScheduleError):
+    """A sound schedule does not fit: another model, other sites, another number of steps."""
+
+
+class SiteError(HarmonicaError, ValueError):
+    """A site does not exist, never runs, lies inside another site, or no site was found."""
+
+
+class SignatureError(HarmonicaError, TypeError):
+    """A call of the denoiser holds arguments that it does not take, or that cannot be told apart safely."""
+
+
+class RunError(HarmonicaError, RuntimeError):
+    """A sampling run left the path that its schedule was made for; the run's images must not be trusted."""
+
+
+class ConcurrentRunError(RunError):
+    """One compiled model was used by two runs at once."""
+
+
+class InvariantError(HarmonicaError, AssertionError):
+    """A plan or a graph breaks a rule that every one must keep: a defect of this package, not of its caller."""

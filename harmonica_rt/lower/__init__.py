@@ -1,0 +1,1 @@
+"""Lower: a step graph -> something that runs."""

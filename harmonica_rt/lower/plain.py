@@ -1,0 +1,116 @@
+"""The `plain` lowering: the step graph as it is, run operator by operator; bit-exact to the reference on CPU.
+
+A stored value is copied into its slot right where it is made, so that its own memory can be freed at once. (Keeping the
+fresh tensor instead makes every step fault in new pages: slower than the copy on CPU.) An output that would be a view
+of a slot is cloned, because the caller keeps outputs and the slot is written again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from harmonica_rt.passes.specialise import StepGraph
+
+
+class Program:
+    """A step graph ready to run."""
+
+    def __init__(self, step: StepGraph, root: nn.Module) -> None:
+        self.step = step
+        self._run: Callable[..., tuple[Any, ...]] = fx.GraphModule(root, _with_stores(step), "StepProgram").forward
+
+    def bind(self, weights: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
+        """The weights and constants this program takes, in its order; valid until one of them is replaced."""
+        step = self.step
+        return (*(weights[name] for name in step.weights), *(constants[name] for name in step.constants))
+
+    def __call__(
+        self,
+        bound: tuple[Any, ...],
+        leaves: Sequence[Any],
+        reads: Sequence[torch.Tensor],
+        writes: Sequence[torch.Tensor],
+    ) -> tuple[Any, ...]:
+        """Run one step.
+
+        Args:
+            bound: from `bind`.
+            leaves: all leaves of the call.
+            reads: one tensor for each of the step graph's reads.
+            writes: one tensor for each of its stores; overwritten.
+
+        Returns:
+            The flat outputs, free of aliases of slots.
+        """
+        return self._run(*bound, *(leaves[index] for index in self.step.inputs), *reads, *writes)
+
+
+def _with_stores(step: StepGraph) -> fx.Graph:
+    """A copy of the step graph with one more placeholder for each store, and a copy into it after the value."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in step.graph.nodes:
+        if node.op == "placeholder":
+            copies[node] = graph.node_copy(node)
+    targets: dict[fx.Node, list[fx.Node]] = {}
+    for index, node in enumerate(step.stored_nodes):
+        targets.setdefault(node, []).append(graph.placeholder(f"store_{index}"))
+    for node in step.graph.nodes:
+        if node.op in ("call_function", "get_attr"):
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node in targets:
+            _store(graph, copies[node], node, targets[node])
+    reads = set(step.read_nodes)
+    results = []
+    for result in step.graph.output_node().args[0][0]:  # type: ignore[index,union-attr]
+        if isinstance(result, fx.Node):
+            copy = copies[result]
+            results.append(graph.call_function(torch.clone, (copy,)) if _may_alias(result, reads) else copy)
+        else:
+            results.append(result)
+    graph.output(tuple(results))
+    graph.lint()
+    return graph
+
+
+def _store(graph: fx.Graph, value: fx.Node, original: fx.Node, slots: Sequence[fx.Node]) -> None:
+    """Copy `value` into its slots; of an expanded value only the elements that exist."""
+    expanded = [d for d, (n, s) in enumerate(_dims(original)) if s == 0 and n > 1]
+    for slot in slots:
+        for dim in expanded:
+            slot = graph.call_function(torch.narrow, (slot, dim, 0, 1))
+            value = graph.call_function(torch.narrow, (value, dim, 0, 1))
+        graph.call_method("copy_", (slot, value))
+
+
+def _dims(node: fx.Node) -> list[tuple[int, int]]:
+    fake = node.meta["val"]
+    return list(zip(fake.shape, fake.stride(), strict=True))
+
+
+def _may_alias(node: fx.Node, slots: set[fx.Node]) -> bool:
+    """Whether a value may share memory with a slot, by the operators' schemas."""
+    pending, seen = [node], set()
+    while pending:
+        current = pending.pop()
+        if current in slots:
+            return True
+        if current in seen or current.op != "call_function":
+            continue
+        seen.add(current)
+        if _returns_alias(current.target):
+            pending.extend(current.all_input_nodes)
+    return False
+
+
+def _returns_alias(target: Any) -> bool:
+    if not isinstance(target, torch._ops.OpOverload):
+        return True  # getitem and the like: assume the worst
+    if any(argument.alias_info is not None for argument in target._schema.arguments):
+        return True
+    # reshape, to, contiguous and other composites return their input or a copy, which their schema does not say
+    return bool(target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd))

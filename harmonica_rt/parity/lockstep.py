@@ -1,0 +1,169 @@
+"""Run the reference and the compiled engine side by side, on the same inputs, and compare every call.
+
+The result handed back is the reference's, so the run follows the reference's trajectory and every step is judged on its
+own, not on what earlier errors made of its inputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from harmonica_rt.capture.call import Call
+from harmonica_rt.indices import SiteIndex, SiteOutput, StepIndex
+from harmonica_rt.passes.specialise import Pattern, specialise
+from harmonica_rt.runtime.engine import Stream
+from harmonica_rt.runtime.planned import PlannedEngine, PlanStream
+from harmonica_rt.runtime.reference import ReferenceEngine, ReferenceStream
+from harmonica_rt.schedule import Schedule
+from harmonica_rt.parity.report import ParityError, ParityReport, StepParity
+from harmonica_rt.parity.tolerance import NONE, Error, limit_from, one_up, same_bits
+
+Tolerance = Literal["auto", "exact", "measured"]
+
+
+class LockstepEngine:
+    """An engine that verifies `planned` against the reference as it goes.
+
+    Args:
+        model: the denoiser.
+        schedule: the schedule of both.
+        planned: the compiled engine.
+        tolerance: `auto` is exact on CPU and measured elsewhere. Measured keeps a copy of the model one precision up.
+        raise_at_once: raise ParityError in the first step that fails.
+    """
+
+    def __init__(
+        self, model: nn.Module, schedule: Schedule, planned: PlannedEngine, *, tolerance: Tolerance, raise_at_once: bool
+    ) -> None:
+        if tolerance == "auto":
+            on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+            tolerance = "exact" if on_cpu else "measured"
+        self.report = ParityReport(tolerance)
+        self.planned = planned
+        self.raise_at_once = raise_at_once
+        self._reference = ReferenceEngine(model, schedule)
+        self._higher = ReferenceEngine(_one_precision_up(model), schedule) if tolerance == "measured" else None
+
+    def begin_run(self) -> None:
+        """A run begins for all engines."""
+        self.planned.begin_run()
+
+    def new_stream(self, call: Call) -> Stream:
+        """Streams of all engines, as one."""
+        higher = self._higher.new_stream(call) if self._higher is not None else None
+        return _LockstepStream(self, self._reference.new_stream(call), self.planned.new_stream(call), higher)
+
+
+class _LockstepStream:
+    def __init__(
+        self, engine: LockstepEngine, reference: ReferenceStream, planned: Stream, higher: ReferenceStream | None
+    ) -> None:
+        self._engine = engine
+        self._reference = reference
+        self._planned = planned
+        self._higher = higher
+
+    def run(self, step: StepIndex, call: Call, *, catch_up: bool) -> Any:
+        expected = self._reference.run(step, call, catch_up=catch_up)
+        got = self._planned.run(step, call, catch_up=catch_up)
+        truth = self._higher.run(step, _upcast(call), catch_up=catch_up) if self._higher is not None else None
+        parity = _compare(step, _tensors(expected), _tensors(got), _tensors(truth) if truth is not None else None)
+        if not parity.ok and isinstance(self._planned, PlanStream):
+            site = _first_divergent_site(self._planned, self._reference, self._higher, step, call, catch_up)
+            parity = dataclasses.replace(parity, site=site)
+        report = self._engine.report
+        report.steps.append(parity)
+        if not parity.ok and self._engine.raise_at_once:
+            raise ParityError(report)
+        return expected
+
+
+def _compare(
+    step: int, expected: list[torch.Tensor], got: list[torch.Tensor], truth: list[torch.Tensor] | None
+) -> StepParity:
+    """The worst of all output tensors."""
+    if len(expected) != len(got) or any(a.shape != b.shape for a, b in zip(expected, got, strict=False)):
+        return StepParity(step, Error(torch.inf, torch.inf), NONE, same_bits=False, ok=False)
+    same = all(same_bits(a, b) for a, b in zip(expected, got, strict=True))
+    if truth is None:
+        errors = [Error.between(b, a) for a, b in zip(expected, got, strict=True)]
+        return StepParity(step, _worst(errors), NONE, same, ok=same)
+    errors = [Error.between(b, t) for b, t in zip(got, truth, strict=True)]
+    limits = [limit_from(a, t) for a, t in zip(expected, truth, strict=True)]
+    ok = all(error.within(limit) for error, limit in zip(errors, limits, strict=True))
+    return StepParity(step, _worst(errors), _worst(limits), same, ok)
+
+
+def _first_divergent_site(
+    planned: PlanStream,
+    reference: ReferenceStream,
+    higher: ReferenceStream | None,
+    step: StepIndex,
+    call: Call,
+    catch_up: bool,
+) -> str | None:
+    """Look at every site of one step, in execution order: reused ones in their slots, computed ones anew."""
+    plan = planned.runtime.plan
+    captured, entry = plan.captured, plan.steps[step]
+    reuse = frozenset[SiteIndex]() if catch_up else plan.patterns[entry.program].reuse
+    computed = frozenset(
+        SiteOutput(SiteIndex(site), index)
+        for site, nodes in enumerate(captured.site_outputs)
+        if site not in reuse
+        for index in range(len(nodes))
+    )
+    graph = specialise(captured, Pattern(reuse, computed))
+    alive = {s.value.output: s.id for s in plan.table.slots if s.value.first < step <= s.value.last}
+    slots = planned.buffers.slots
+    program = planned.runtime.expose(graph)
+    writes = [_empty_like(node.meta["val"]) for node in graph.stored_nodes]
+    reads = [slots[alive[output]] for output in graph.reads]
+    program(planned.runtime.bound(program), call.leaves, reads, writes)
+    values = {**dict(zip(graph.reads, reads, strict=True)), **dict(zip(graph.stores, writes, strict=True))}
+    for site, name in enumerate(captured.sites):
+        mine = [value for output, value in sorted(values.items()) if output.site == site]
+        theirs = _tensors(reference.cache[SiteIndex(site)])
+        above = _tensors(higher.cache[SiteIndex(site)]) if higher is not None else None
+        if not all(_matches_any(value, theirs, above) for value in mine):
+            return name
+    return None
+
+
+def _empty_like(fake: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
+
+
+def _matches_any(value: torch.Tensor, theirs: list[torch.Tensor], above: list[torch.Tensor] | None) -> bool:
+    """A graph may name a site's outputs in another order than the module returns them."""
+    if above is None:
+        return any(same_bits(value, other) for other in theirs)
+    return any(
+        value.shape == other.shape and Error.between(value, truth).within(limit_from(other, truth))
+        for other, truth in zip(theirs, above, strict=True)
+    )
+
+
+def _worst(errors: list[Error]) -> Error:
+    return Error(max((e.rms for e in errors), default=0.0), max((e.largest for e in errors), default=0.0))
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+
+
+def _one_precision_up(model: nn.Module) -> nn.Module:
+    dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
+    return copy.deepcopy(model).to(one_up(dtype)).eval()
+
+
+def _upcast(call: Call) -> Call:
+    def up(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(one_up(tensor.dtype)) if tensor.dtype.is_floating_point else tensor
+
+    return dataclasses.replace(call, kwargs=pytree.tree_map_only(torch.Tensor, up, call.kwargs))

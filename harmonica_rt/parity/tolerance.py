@@ -1,0 +1,65 @@
+"""How far a compiled step may be from the reference: measured, not guessed.
+
+Exact: equal bit for bit. That is what `plain` must be on CPU. Measured: against the reference run one precision up
+(fp64 for fp32, fp32 for half), the compiled output's error, RMS and largest, may be at most twice that of the eager
+model in the same dtype, with a floor of one ulp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+FACTOR = 2.0
+
+
+@dataclass(frozen=True)
+class Error:
+    """RMS and largest absolute difference of two tensors."""
+
+    rms: float
+    largest: float
+
+    @classmethod
+    def between(cls, a: torch.Tensor, b: torch.Tensor) -> Error:
+        """The difference `a - b`, in fp64. NaN on one side only counts as infinite."""
+        x, y = a.detach().to(torch.float64), b.detach().to(torch.float64)
+        difference = (x - y).abs()
+        difference = torch.where(x.isnan() & y.isnan(), 0.0, difference.nan_to_num(nan=torch.inf, posinf=torch.inf))
+        difference = torch.where(x == y, 0.0, difference)
+        if difference.numel() == 0:
+            return cls(0.0, 0.0)
+        return cls(float(difference.square().mean().sqrt()), float(difference.max()))
+
+    def within(self, limit: Error) -> bool:
+        """Whether neither figure is above its limit."""
+        return self.rms <= limit.rms and self.largest <= limit.largest
+
+
+NONE = Error(0.0, 0.0)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal shape, dtype and bits (NaN equals NaN, 0.0 is not -0.0)."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.dtype.is_floating_point:
+        return torch.equal(a, b)
+    as_int = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[a.element_size()]
+    return torch.equal(a.contiguous().view(as_int), b.contiguous().view(as_int))
+
+
+def limit_from(eager: torch.Tensor, higher: torch.Tensor) -> Error:
+    """The largest error allowed of an output whose eager version is `eager` and whose truth is `higher`."""
+    error = Error.between(eager, higher)
+    truth = higher.detach().to(torch.float64)
+    ulp = torch.finfo(eager.dtype).eps
+    size_rms = float(truth.square().mean().sqrt()) if truth.numel() else 0.0
+    size_largest = float(truth.abs().max()) if truth.numel() else 0.0
+    return Error(max(FACTOR * error.rms, ulp * size_rms), max(FACTOR * error.largest, ulp * size_largest))
+
+
+def one_up(dtype: torch.dtype) -> torch.dtype:
+    """The precision that judges `dtype`."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else torch.float64

@@ -1,0 +1,108 @@
+"""Verify a schedule on a model or a whole pipeline: every step against the reference, and the result of a free run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from harmonica_rt.errors import HarmonicaError
+from harmonica_rt.runtime.denoiser import Denoiser
+from harmonica_rt.runtime.pipelines import denoiser_module, temporarily
+from harmonica_rt.runtime.planned import PlannedEngine
+from harmonica_rt.schedule import Schedule
+from harmonica_rt.parity.lockstep import LockstepEngine, Tolerance
+from harmonica_rt.parity.report import ParityError, ParityReport
+from harmonica_rt.parity.tolerance import Error, same_bits
+
+
+def verify_pipeline(
+    pipeline: Any, schedule: Schedule, *, seed: int, tolerance: Tolerance, arguments: Mapping[str, Any]
+) -> ParityReport:
+    """Generate twice from one seed: in lockstep with the reference, and compiled alone.
+
+    Raises:
+        ParityError: a step or the result is outside the tolerance.
+        CaptureError: the model cannot be captured, so there is nothing to verify.
+    """
+    model = denoiser_module(pipeline)
+    lockstep = _lockstep(model, schedule, tolerance)
+    with temporarily(pipeline, Denoiser(model, schedule, lockstep)):
+        expected = _generate(pipeline, seed, arguments)
+    with temporarily(pipeline, Denoiser(model, schedule, lockstep.planned)):
+        got = _generate(pipeline, seed, arguments)
+    return _finish(lockstep.report, expected, got)
+
+
+def verify_model(
+    model: nn.Module, schedule: Schedule, calls: Iterable[Mapping[str, Any]], *, tolerance: Tolerance
+) -> ParityReport:
+    """Run one call a step, in lockstep with the reference, and once more compiled alone.
+
+    Args:
+        model: the denoiser.
+        schedule: the schedule.
+        calls: the keyword arguments of each step's call.
+        tolerance: see `harmonica_rt.verify`.
+
+    Raises:
+        HarmonicaError: there is not one call for each step.
+        ParityError: a step is outside the tolerance.
+        CaptureError: the model cannot be captured, so there is nothing to verify.
+    """
+    inputs = list(calls)
+    if len(inputs) != schedule.steps:
+        raise HarmonicaError(f"calls holds the arguments of {len(inputs)} calls, the schedule has {schedule.steps} steps")
+    lockstep = _lockstep(model, schedule, tolerance)
+    expected = _last(Denoiser(model, schedule, lockstep), inputs)
+    got = _last(Denoiser(model, schedule, lockstep.planned), inputs)
+    return _finish(lockstep.report, expected, got)
+
+
+def _lockstep(model: nn.Module, schedule: Schedule, tolerance: Tolerance) -> LockstepEngine:
+    planned = PlannedEngine(model, schedule, strict=True, max_plans=4, debug=False)
+    return LockstepEngine(model, schedule, planned, tolerance=tolerance, raise_at_once=False)
+
+
+def _last(denoiser: Denoiser, inputs: list[Mapping[str, Any]]) -> Any:
+    output = None
+    for kwargs in inputs:
+        output = denoiser(**kwargs)
+    return output
+
+
+def _generate(pipeline: Any, seed: int, arguments: Mapping[str, Any]) -> Any:
+    arguments = dict(arguments)
+    arguments.setdefault("generator", torch.Generator("cpu").manual_seed(seed))
+    if "output_type" in inspect.signature(type(pipeline).__call__).parameters:
+        arguments.setdefault("output_type", "np")
+    return pipeline(**arguments)
+
+
+def _finish(report: ParityReport, expected: Any, got: Any) -> ParityReport:
+    a, b = _arrays(expected), _arrays(got)
+    if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=False)):
+        report.trajectory, report.trajectory_same_bits = Error(np.inf, np.inf), False
+    else:
+        errors = [Error.between(y, x) for x, y in zip(a, b, strict=True)]
+        report.trajectory = Error(max(e.rms for e in errors), max(e.largest for e in errors)) if errors else None
+        report.trajectory_same_bits = all(same_bits(x, y) for x, y in zip(a, b, strict=True))
+    if not report.ok:
+        raise ParityError(report)
+    return report
+
+
+def _arrays(output: Any) -> list[torch.Tensor]:
+    """All tensors, arrays and pictures of a pipeline's output."""
+    found = []
+    for leaf in pytree.tree_leaves(dict(output) if isinstance(output, Mapping) else output):
+        if isinstance(leaf, torch.Tensor):
+            found.append(leaf)
+        elif isinstance(leaf, np.ndarray) or hasattr(leaf, "__array_interface__"):
+            found.append(torch.from_numpy(np.array(leaf)))
+    return found

@@ -1,0 +1,103 @@
+"""The rules every plan keeps, as code. Checked on each plan built; a breach is a defect of this package.
+
+1. The schedule and the step table say the same: a step's program reuses exactly the sites the schedule reuses.
+2. Every slot read was stored by an earlier step, with no step of its site's computing in between.
+3. Nothing is stored that no later step reads.
+4. Two slots of one device alive in one step do not overlap, and all lie inside their arena, aligned.
+5. A slot has the shape, strides and dtype of the placeholder or value it is bound to.
+6. Step graphs hold no mutating operator and nothing that feeds nothing (`check_step_graph`).
+7. The arena is no smaller than the lower bound, and equal to it where all slots have one size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from harmonica_rt.errors import InvariantError
+from harmonica_rt.indices import SlotId
+from harmonica_rt.passes.specialise import check_step_graph
+from harmonica_rt.plan.liveness import sources
+from harmonica_rt.plan.plan import Plan
+from harmonica_rt.plan.slots import ALIGNMENT, Slot
+
+
+def check_plan(plan: Plan) -> None:
+    """Raise InvariantError at the first rule that `plan` breaks."""
+    for program in plan.programs:
+        check_step_graph(program)
+    _check_steps(plan)
+    _check_reads_and_stores(plan)
+    _check_memory(plan)
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise InvariantError(what)
+
+
+def _check_steps(plan: Plan) -> None:
+    _require(len(plan.steps) == plan.schedule.steps, "the plan has another number of steps than its schedule")
+    for index, step in enumerate(plan.steps):
+        reused = frozenset(i for i, computed in enumerate(plan.schedule.compute[index]) if not computed)
+        _require(plan.patterns[step.program].reuse == reused, f"step {index}: program and schedule disagree")
+        program = plan.programs[step.program]
+        _require(len(step.reads) == len(program.reads), f"step {index}: reads without slots")
+        _require(len(step.writes) == len(program.stores), f"step {index}: stores without slots")
+        _check_layout(plan, index, zip(step.reads, program.read_nodes, strict=True))
+        _check_layout(plan, index, zip(step.writes, program.stored_nodes, strict=True))
+
+
+def _check_layout(plan: Plan, step: int, bound: Iterable[tuple[SlotId, fx.Node]]) -> None:
+    for slot, node in bound:
+        value, fake = plan.table.slots[slot].value, node.meta["val"]
+        _require(
+            (value.shape, value.stride, value.dtype, value.device)
+            == (tuple(fake.shape), tuple(fake.stride()), fake.dtype, fake.device),
+            f"step {step}: slot {slot} has another layout than {node.name}",
+        )
+
+
+def _check_reads_and_stores(plan: Plan) -> None:
+    source = sources(plan.schedule.compute)
+    stored_in: dict[SlotId, int] = {}
+    read: set[SlotId] = set()
+    for index, step in enumerate(plan.steps):
+        program = plan.programs[step.program]
+        for output, slot in zip(program.reads, step.reads, strict=True):
+            value = plan.table.slots[slot].value
+            _require(value.output == output, f"step {index} reads {output} from the slot of {value.output}")
+            _require(slot in stored_in, f"step {index} reads slot {slot}, which nothing stored before")
+            _require(stored_in[slot] == source[index, output.site], f"step {index} reads a stale slot {slot}")
+            _require(index <= value.last, f"step {index} reads slot {slot} after its life")
+            read.add(slot)
+        for output, slot in zip(program.stores, step.writes, strict=True):
+            value = plan.table.slots[slot].value
+            _require(value.output == output, f"step {index} stores {output} into the slot of {value.output}")
+            _require(value.first == index, f"step {index} stores slot {slot}, whose life begins elsewhere")
+            stored_in[slot] = index
+    for slot in plan.table.slots:
+        _require(slot.id in stored_in, f"slot {slot.id} is never stored")
+        _require(slot.id in read, f"slot {slot.id} is stored and never read")
+
+
+def _check_memory(plan: Plan) -> None:
+    for device, size in plan.table.arena_bytes.items():
+        slots = [slot for slot in plan.table.slots if slot.value.device == device]
+        for slot in slots:
+            _require(slot.offset % ALIGNMENT == 0, f"slot {slot.id} is not aligned")
+            _require(slot.offset + slot.value.size <= size, f"slot {slot.id} lies outside its arena")
+        for step in range(len(plan.steps)):
+            alive = [slot for slot in slots if slot.value.first <= step <= slot.value.last]
+            _check_disjoint(alive, step)
+        bound = plan.table.lower_bound[device]
+        _require(size >= bound, f"an arena of {size} bytes cannot hold {bound}")
+        if len({slot.value.size for slot in slots}) == 1:
+            _require(size == bound, f"slots of one size take {size} bytes where {bound} are enough")
+
+
+def _check_disjoint(alive: list[Slot], step: int) -> None:
+    ordered = sorted(alive, key=lambda slot: slot.offset)
+    for a, b in zip(ordered, ordered[1:], strict=False):
+        _require(a.offset + a.value.size <= b.offset, f"step {step}: slots {a.id} and {b.id} overlap")

@@ -1,0 +1,139 @@
+"""The whole static program of one call signature: step programs, the step -> program table, slots."""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import dataclass
+
+from harmonica_rt.capture.graph import CapturedGraph
+from harmonica_rt.errors import ScheduleMismatchError
+from harmonica_rt.indices import ProgramId, SiteIndex, SlotId, StepIndex
+from harmonica_rt.passes import flops
+from harmonica_rt.passes.specialise import Pattern, StepGraph, specialise
+from harmonica_rt.plan.liveness import Lifetime, analyse
+from harmonica_rt.plan.slots import SlotTable, Value, place
+from harmonica_rt.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: its program, and the slots that program's reads and stores stand for, in the program's order."""
+
+    program: ProgramId
+    reads: tuple[SlotId, ...]
+    writes: tuple[SlotId, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A schedule made concrete for one captured graph.
+
+    Attributes:
+        captured: the graph all programs come from.
+        schedule: what was asked for.
+        programs: one step graph for each distinct pattern.
+        patterns: the pattern of each program.
+        steps: one entry a step.
+        table: where every stored value lives.
+        seconds: wall time of planning, the capture not included.
+    """
+
+    captured: CapturedGraph
+    schedule: Schedule
+    programs: tuple[StepGraph, ...]
+    patterns: tuple[Pattern, ...]
+    steps: tuple[Step, ...]
+    table: SlotTable
+    seconds: float
+
+    def catch_up(self, step: StepIndex) -> tuple[StepGraph, tuple[SlotId, ...]]:
+        """Compute everything in `step` and fill every slot that a later step may read.
+
+        For a stream that missed an earlier step, so that its slots do not hold what the schedule says they hold.
+        Returns the step graph and the slot for each of its stores.
+        """
+        alive = {
+            slot.value.output: slot.id for slot in self.table.slots if slot.value.first <= step < slot.value.last
+        }
+        graph = specialise(self.captured, Pattern(frozenset(), frozenset(alive)))
+        return graph, tuple(alive[output] for output in graph.stores)
+
+    @functools.cached_property
+    def node_flops(self) -> dict[str, int]:
+        """FLOPs by node of the captured graph."""
+        return flops.count_nodes(self.captured.graph)
+
+    @functools.cached_property
+    def program_flops(self) -> tuple[int, ...]:
+        """FLOPs of each program, one call."""
+        return tuple(flops.total(program.graph, self.node_flops) for program in self.programs)
+
+    @functools.cached_property
+    def full_flops(self) -> int:
+        """FLOPs of one call of the uncached model."""
+        return sum(self.node_flops.values())
+
+    @property
+    def theoretical_speedup(self) -> float:
+        """FLOPs of an uncached run / FLOPs of this plan's run. 1.0 where the model does no counted FLOPs."""
+        left = sum(self.program_flops[step.program] for step in self.steps)
+        return self.full_flops * len(self.steps) / left if left else 1.0
+
+
+def build_plan(captured: CapturedGraph, schedule: Schedule) -> Plan:
+    """Specialise, place slots, and tie each step to its program.
+
+    Raises:
+        ScheduleMismatchError: the schedule's sites are not those of the captured graph.
+    """
+    if schedule.sites != captured.sites:
+        raise ScheduleMismatchError("the schedule and the captured graph have different sites, or in another order")
+    started = time.perf_counter()
+    rows, lifetimes = analyse(captured, schedule.compute)
+    distinct = list(dict.fromkeys(rows))
+    programs = [specialise(captured, pattern) for pattern in distinct]
+    table = place([_value(captured, lifetime) for lifetime in lifetimes])
+    slot_at = {
+        (lifetime.output, StepIndex(step)): SlotId(slot)
+        for slot, lifetime in enumerate(lifetimes)
+        for step in range(lifetime.first, lifetime.last + 1)
+    }
+    steps = []
+    for index, row in enumerate(rows):
+        program = ProgramId(distinct.index(row))
+        graph = programs[program]
+        steps.append(
+            Step(
+                program,
+                tuple(slot_at[output, StepIndex(index)] for output in graph.reads),
+                tuple(slot_at[output, StepIndex(index)] for output in graph.stores),
+            )
+        )
+    return Plan(
+        captured,
+        schedule,
+        tuple(programs),
+        tuple(distinct),
+        tuple(steps),
+        table,
+        time.perf_counter() - started,
+    )
+
+
+def _value(captured: CapturedGraph, lifetime: Lifetime) -> Value:
+    fake = captured.outputs_of(lifetime.output.site)[lifetime.output.output].meta["val"]
+    return Value(
+        lifetime.output,
+        lifetime.first,
+        lifetime.last,
+        tuple(fake.shape),
+        tuple(fake.stride()),
+        fake.dtype,
+        fake.device,
+    )
+
+
+def site_names(plan: Plan, sites: frozenset[SiteIndex]) -> list[str]:
+    """Dotted paths of some sites, in schedule order."""
+    return [plan.captured.sites[site] for site in sorted(sites)]

@@ -1,0 +1,150 @@
+"""Give every stored value its place in one arena a device, so that values alive at once never overlap.
+
+A lifetime is closed at both ends (a slot read in a step may not be overwritten in that step), so storage is an interval
+packing problem. Of equal sizes, taking the lowest free place in order of birth is optimal: the arena is as large as the
+most that is ever alive. Of unequal sizes the problem is NP-hard; several orders are tried and the best is kept. Either
+way a site goes back to a place it had before where that place is free, which keeps addresses stable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from harmonica_rt.indices import SiteOutput, SlotId, StepIndex
+
+ALIGNMENT = 64  # bytes; a cache line, and more than any vector load needs
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value to place: which output it is, the steps it lives (both ends included), and its layout."""
+
+    output: SiteOutput
+    first: StepIndex
+    last: StepIndex
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def size(self) -> int:
+        """Bytes it takes in an arena: first to last element, rounded up to the alignment."""
+        return -(-self.extent // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def extent(self) -> int:
+        """Bytes from its first to its last element, gaps between strides included."""
+        if 0 in self.shape:
+            return 0
+        last = sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+        return (1 + last) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A value with its place: `offset` bytes into the arena of its device."""
+
+    id: SlotId
+    value: Value
+    offset: int
+
+
+@dataclass(frozen=True)
+class SlotTable:
+    """All slots of a plan, the size of each device's arena, and the bound that no packing can beat (both in bytes)."""
+
+    slots: tuple[Slot, ...]
+    arena_bytes: dict[torch.device, int]
+    lower_bound: dict[torch.device, int]
+
+
+def place(values: Sequence[Value]) -> SlotTable:
+    """Place all values; slots keep the order of `values`."""
+    offsets = [0] * len(values)
+    arenas: dict[torch.device, int] = {}
+    bounds: dict[torch.device, int] = {}
+    for device in dict.fromkeys(value.device for value in values):
+        members = [index for index, value in enumerate(values) if value.device == device]
+        chosen = _pack([values[index] for index in members])
+        for index, offset in zip(members, chosen, strict=True):
+            offsets[index] = offset
+        arenas[device] = max(values[index].size + offsets[index] for index in members)
+        bounds[device] = most_alive([values[index] for index in members])
+    slots = tuple(Slot(SlotId(i), value, offsets[i]) for i, value in enumerate(values))
+    return SlotTable(slots, arenas, bounds)
+
+
+def most_alive(values: Sequence[Value]) -> int:
+    """Bytes of the largest set of values alive in one step: no arena can be smaller."""
+    births: dict[int, int] = {}
+    for value in values:
+        births[value.first] = births.get(value.first, 0) + value.size
+        births[value.last + 1] = births.get(value.last + 1, 0) - value.size
+    alive = peak = 0
+    for step in sorted(births):
+        alive += births[step]
+        peak = max(peak, alive)
+    return peak
+
+
+_Order = Callable[[Value], tuple[int, ...]]
+
+_ORDERS: tuple[_Order, ...] = (
+    lambda v: (v.first, -v.size),
+    lambda v: (-v.size, v.first),
+    lambda v: (-v.size * (v.last - v.first + 1), v.first),
+    lambda v: (-(v.last - v.first), -v.size, v.first),
+)
+
+
+def _pack(values: list[Value]) -> list[int]:
+    """Offsets of the best packing found."""
+    bound = most_alive(values)
+    best: list[int] = []
+    best_size = -1
+    for order in _ORDERS:
+        offsets = _first_fit(values, sorted(range(len(values)), key=lambda i: order(values[i])))
+        size = max(offset + value.size for offset, value in zip(offsets, values, strict=True))
+        if best_size < 0 or size < best_size:
+            best, best_size = offsets, size
+        if best_size == bound:
+            break
+    return best
+
+
+def _first_fit(values: list[Value], order: list[int]) -> list[int]:
+    """Place values in the given order, each at the site's earlier place if that is free, else at the lowest free one."""
+    offsets = [0] * len(values)
+    placed: dict[int, list[int]] = {}  # step -> values alive in it
+    home: dict[SiteOutput, int] = {}
+    for index in order:
+        value = values[index]
+        neighbours = {other for step in range(value.first, value.last + 1) for other in placed.get(step, ())}
+        taken = sorted((offsets[other], offsets[other] + values[other].size) for other in neighbours)
+        top = max((end for _, end in taken), default=0)
+        preferred = home.get(value.output)
+        if preferred is not None and preferred + value.size <= top and _is_free(preferred, value.size, taken):
+            offsets[index] = preferred
+        else:
+            offsets[index] = _lowest_gap(value.size, taken)
+        home.setdefault(value.output, offsets[index])
+        for step in range(value.first, value.last + 1):
+            placed.setdefault(step, []).append(index)
+    return offsets
+
+
+def _is_free(offset: int, size: int, taken: list[tuple[int, int]]) -> bool:
+    return all(offset + size <= start or end <= offset for start, end in taken)
+
+
+def _lowest_gap(size: int, taken: list[tuple[int, int]]) -> int:
+    offset = 0
+    for start, end in taken:
+        if start - offset >= size:
+            return offset
+        offset = max(offset, end)
+    return offset

@@ -1,0 +1,165 @@
+"""What a compiled model computes, reuses, stores and saves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from harmonica_rt.plan.plan import Plan
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step: number of sites computed, reused and stored, its program, and its FLOPs for one call."""
+
+    step: int
+    computed: int
+    reused: int
+    stored: int
+    program: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """One plan.
+
+    Attributes:
+        signature: shapes and dtypes it is for.
+        steps: one entry a step.
+        programs: number of step programs.
+        programs_with_addresses: number of (program, slot addresses) pairs: what a backend that bakes addresses in needs.
+        full_flops: FLOPs of one call of the uncached model.
+        theoretical_speedup: FLOPs of an uncached run / FLOPs of this plan's run.
+        slots: number of slots.
+        arena_bytes: planned cache bytes, all devices.
+        lower_bound_bytes: the most that is alive in any step.
+        site_addresses_bytes: what it would take to give each site one address for the whole run.
+        capture_seconds, plan_seconds, lower_seconds: compile time by stage.
+    """
+
+    signature: str
+    steps: tuple[StepReport, ...]
+    programs: int
+    programs_with_addresses: int
+    full_flops: int
+    theoretical_speedup: float
+    slots: int
+    arena_bytes: int
+    lower_bound_bytes: int
+    site_addresses_bytes: int
+    capture_seconds: float
+    plan_seconds: float
+    lower_seconds: float
+
+    @property
+    def compile_seconds(self) -> float:
+        """Capture, plan and lower together."""
+        return self.capture_seconds + self.plan_seconds + self.lower_seconds
+
+    @classmethod
+    def of(cls, plan: Plan, signature: str, lower_seconds: float) -> PlanReport:
+        """Read a plan."""
+        steps = []
+        for index, step in enumerate(plan.steps):
+            row = plan.schedule.compute[index]
+            steps.append(
+                StepReport(
+                    step=index,
+                    computed=int(row.sum()),
+                    reused=int((~row).sum()),
+                    stored=len({output.site for output in plan.programs[step.program].stores}),
+                    program=step.program,
+                    flops=plan.program_flops[step.program],
+                )
+            )
+        offset = {slot.id: slot.offset for slot in plan.table.slots}
+        addresses = {
+            (step.program, tuple(offset[slot] for slot in (*step.reads, *step.writes))) for step in plan.steps
+        }
+        return cls(
+            signature=signature,
+            steps=tuple(steps),
+            programs=len(plan.programs),
+            programs_with_addresses=len(addresses),
+            full_flops=plan.full_flops,
+            theoretical_speedup=plan.theoretical_speedup,
+            slots=len(plan.table.slots),
+            arena_bytes=sum(plan.table.arena_bytes.values()),
+            lower_bound_bytes=sum(plan.table.lower_bound.values()),
+            site_addresses_bytes=sum({s.value.output: s.value.size for s in plan.table.slots}.values()),
+            capture_seconds=plan.captured.seconds,
+            plan_seconds=plan.seconds,
+            lower_seconds=lower_seconds,
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """A compiled model: its schedule, its plans, and what the last run really did.
+
+    Attributes:
+        model: class name of the model.
+        cur: cache utilisation ratio of the schedule.
+        plans: one entry a plan in the cache; empty before the first call.
+        fallbacks: why calls of some signatures run eagerly.
+        last_calls: denoiser calls of the last (or current) run.
+        last_cur: share of entries that the last run really reused; None before the first run.
+        last_catch_ups: steps of the last run that were computed in full because a stream lacked features.
+        cache_bytes: bytes of all arenas held now.
+    """
+
+    model: str
+    cur: float
+    plans: tuple[PlanReport, ...]
+    fallbacks: tuple[str, ...]
+    last_calls: int
+    last_cur: float | None
+    last_catch_ups: tuple[int, ...]
+    cache_bytes: int
+
+    @property
+    def cached(self) -> bool:
+        """Whether the last run reused anything at all."""
+        return bool(self.last_cur)
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}, schedule CUR {self.cur:.2%}"]
+        for plan in self.plans:
+            lines += _plan_lines(plan)
+        if not self.plans and not self.fallbacks:
+            lines.append("no plan yet: the first call makes one")
+        lines += [f"NOT COMPILED, runs eagerly: {reason}" for reason in self.fallbacks]
+        if self.last_cur is None:
+            lines.append("no run yet")
+        else:
+            nothing = "" if self.cached else "  NOTHING WAS CACHED"
+            lines.append(
+                f"last run: {self.last_calls} calls, {self.last_cur:.2%} of entries reused{nothing}; "
+                f"cache {_mib(self.cache_bytes)}"
+            )
+        if self.last_catch_ups:
+            lines.append(f"steps computed in full to catch up: {', '.join(map(str, self.last_catch_ups))}")
+        return "\n".join(lines)
+
+
+def _plan_lines(plan: PlanReport) -> list[str]:
+    lines = [
+        f"plan for {plan.signature}",
+        f"  theoretical speed-up {plan.theoretical_speedup:.2f}x ({plan.full_flops / 1e9:.2f} GFLOP a call uncached)",
+        f"  {plan.programs} step programs ({plan.programs_with_addresses} with addresses), {plan.slots} slots in "
+        f"{_mib(plan.arena_bytes)} (lower bound {_mib(plan.lower_bound_bytes)}, one address a site "
+        f"{_mib(plan.site_addresses_bytes)})",
+        f"  compiled in {plan.compile_seconds:.2f} s: capture {plan.capture_seconds:.2f}, plan {plan.plan_seconds:.2f}, "
+        f"lower {plan.lower_seconds:.2f}",
+        "  step  computed  reused  stored  program     GFLOP",
+    ]
+    for step in plan.steps:
+        lines.append(
+            f"  {step.step:4d}  {step.computed:8d}  {step.reused:6d}  {step.stored:6d}  {step.program:7d}  "
+            f"{step.flops / 1e9:8.3f}"
+        )
+    return lines
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.2f} MiB"

@@ -1,0 +1,71 @@
+"""Which inputs of a denoiser stay the same over a run, and whether they still do.
+
+A pipeline may swap the prompt in mid-run, or stop calling for the unconditional half, so that the k-th call of a step
+is suddenly another one. Reusing features across such a change gives a wrong image without an error. So every stream
+remembers the inputs that do not change from step to step: those whose name says so (prompt embeddings, class labels,
+masks), and those seen unchanged between its first two calls. Identity and version are compared first, values only
+where those differ.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from harmonica_rt.capture.call import Call
+
+_CONDITIONING_NAME = re.compile(
+    r"encoder|prompt|class|label|pooled|text|caption|embeds|context|mask|^y$|^cond", re.IGNORECASE
+)
+
+
+class Conditioning:
+    """The conditioning inputs of one stream in one run."""
+
+    def __init__(self, call: Call) -> None:
+        self._held = {path: _Held(tensor) for path, tensor in call.tensors().items() if path != _latents(call)}
+        self._required = {path for path in self._held if _CONDITIONING_NAME.search(path)}
+        self._learned = False
+
+    def unchanged(self, call: Call) -> set[str]:
+        """Paths of the held inputs that have the same values in `call`."""
+        tensors = call.tensors()
+        relevant = self._required if self._learned else self._held.keys()
+        return {path for path in relevant if path in tensors and self._held[path].same(tensors[path])}
+
+    def accepts(self, unchanged: set[str]) -> bool:
+        """Whether a call with these unchanged inputs goes on with the same request."""
+        return unchanged >= self._required
+
+    def advance(self, call: Call, unchanged: set[str]) -> None:
+        """Take note of an accepted call; the first one after the beginning tells which inputs are conditioning."""
+        if not self._learned:
+            self._required = unchanged
+            self._learned = True
+        tensors = call.tensors()
+        self._held = {path: self._held[path].renewed(tensors[path]) for path in self._required}
+
+
+class _Held:
+    """A tensor as it was, told from what it is now."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        # Inference tensors keep no version, so nothing but a copy can tell that one was overwritten.
+        self._version = None if tensor.is_inference() else tensor._version
+        self._copy = tensor.clone() if tensor.is_inference() else None
+
+    def same(self, tensor: torch.Tensor) -> bool:
+        if self._copy is not None:
+            return torch.equal(self._copy, tensor)
+        if self.tensor._version != self._version:
+            return False
+        return tensor is self.tensor or torch.equal(self.tensor, tensor)
+
+    def renewed(self, tensor: torch.Tensor) -> _Held:
+        return self if tensor is self.tensor else _Held(tensor)
+
+
+def _latents(call: Call) -> str | None:
+    return call.convention.first_argument

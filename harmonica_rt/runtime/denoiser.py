@@ -1,0 +1,193 @@
+"""A denoiser that runs under a schedule: called like the model, over any engine.
+
+One call at a time, one run at a time. A run begins with `reset()`, or, for a pipeline's denoiser, when its scheduler
+sets timesteps; it moves on with every call, or with every scheduler step.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from harmonica_rt.capture.call import Call, CallConvention
+from harmonica_rt.errors import ConcurrentRunError, HarmonicaError, RunError, ScheduleMismatchError
+from harmonica_rt.runtime import scheduler as scheduler_watch
+from harmonica_rt.runtime.engine import Engine
+from harmonica_rt.runtime.hooks import call_with_hooks
+from harmonica_rt.runtime.reference import own_forward
+from harmonica_rt.runtime.run import Run, RunStats
+from harmonica_rt.schedule import Schedule
+
+log = logging.getLogger(__name__)
+
+
+class Denoiser:
+    """The model under a schedule. Everything but the call (config, dtype, parameters(), ...) is the model's own."""
+
+    def __init__(self, model: nn.Module, schedule: Schedule, engine: Engine) -> None:
+        self.model = model
+        self.schedule = schedule
+        self.engine = engine
+        self.last_stats: RunStats | None = None
+        self._convention = CallConvention(model)
+        self._lock = threading.Lock()
+        self._run: Run | None = None
+        self._pipeline: weakref.ref[Any] | None = None
+        self._scheduler: Any = None
+        self._warned_outside = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One call of the denoiser, in the current step of the current run. Arguments and result are the model's.
+
+        Raises:
+            RunError: the call cannot belong to the current run (steps used up, timesteps turned back, a failed run).
+            ScheduleMismatchError: the pipeline asked for another number of steps than the schedule has.
+            ConcurrentRunError: another thread is using this denoiser.
+            CaptureError: in strict mode, the model cannot be captured.
+        """
+        with self._exclusively():
+            return call_with_hooks(self.model, self._forward, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "model" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def to(self, *args: Any, **kwargs: Any) -> Denoiser:
+        """Move the model; the next run is planned for where it is then."""
+        self.model.to(*args, **kwargs)
+        return self
+
+    def reset(self) -> None:
+        """Begin a new run: the next call is step 0. A pipeline's denoiser does it by itself."""
+        with self._exclusively():
+            self._begin()
+
+    @property
+    def stats(self) -> RunStats | None:
+        """What the current run did so far, or the last one where none is under way."""
+        return self._run.stats if self._run is not None and not self._run.untouched else self.last_stats
+
+    # ---- in a pipeline
+
+    def attach(self, pipeline: Any) -> None:
+        """Let the pipeline's scheduler begin the runs and count the steps; looked up anew at every call."""
+        self._pipeline = weakref.ref(pipeline)
+        self._follow(pipeline.scheduler)
+
+    def detach(self) -> None:
+        """Leave the scheduler alone again; runs begin with `reset()`."""
+        if self._scheduler is not None and scheduler_watch.listener_of(self._scheduler) is self:
+            scheduler_watch.unwatch(self._scheduler)
+        self._pipeline = self._scheduler = self._run = None
+
+    def run_begins(self) -> None:
+        """The scheduler sets its timesteps: whatever run there was is over, finished or not."""
+        with self._exclusively():
+            self._begin()
+
+    def step_begins(self, timestep: Any) -> None:
+        """The scheduler is stepped: with the timestep of this step, and by the thread whose run it is."""
+        run = self._run
+        if run is None or run.untouched or run.finished:
+            return
+        run.check_thread()
+        timesteps = getattr(self._scheduler, "timesteps", None)
+        if scheduler_watch.is_another_step(timestep, timesteps, run.step):
+            run.failed = True
+            raise RunError(
+                f"step {run.step} was stepped with timestep {float(timestep):g}, which belongs to another step: this run "
+                "does not begin at the first step, or leaves one out (image-to-image does). A schedule is for whole "
+                "runs; uncompile the pipeline for this one"
+            )
+
+    def step_ends(self) -> None:
+        """The step is over."""
+        with self._exclusively():
+            run = self._run
+            if run is None or run.untouched or run.finished:
+                return
+            run.advance()
+            if run.finished:
+                self.last_stats, self._run = run.stats, None
+
+    # ---- inside
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = self._convention.normalise(args, kwargs)
+        if self._pipeline is not None:
+            return self._call_in_pipeline(call)
+        run = self._run or self._begin()
+        run.check_thread()
+        output = run.call(call)
+        run.advance()
+        return output
+
+    def _call_in_pipeline(self, call: Call) -> Any:
+        pipeline = self._pipeline() if self._pipeline is not None else None
+        if pipeline is not None and pipeline.scheduler is not self._scheduler:
+            # Replaced since the last call (from_config makes a new object): its run has just begun.
+            self._follow(pipeline.scheduler)
+            self._begin()
+        run = self._run
+        if run is None:
+            return self._call_outside_run(call)
+        run.check_thread()
+        if run.untouched:
+            self._check_steps()
+        return run.call(call)
+
+    def _call_outside_run(self, call: Call) -> Any:
+        if not self._warned_outside:
+            log.warning(
+                "%s was called outside a sampling run (its pipeline's scheduler set no timesteps): nothing is cached",
+                type(self.model).__name__,
+            )
+            self._warned_outside = True
+        return own_forward(self.model)(**call.kwargs)
+
+    def _check_steps(self) -> None:
+        timesteps = getattr(self._scheduler, "timesteps", None)
+        if timesteps is None:
+            return
+        asked, expected = len(timesteps), self.schedule.steps
+        if asked != expected:
+            name = type(self._scheduler).__name__
+            raise ScheduleMismatchError(
+                f"the schedule is for {expected} steps, the pipeline asked for {asked} ({name} counts {asked} model "
+                f"evaluations a run). Use a schedule for {asked}, or pass num_inference_steps so that {name} makes "
+                f"{expected} steps"
+            )
+
+    def _follow(self, scheduler: Any) -> None:
+        current = scheduler_watch.listener_of(scheduler)
+        if current is not None and current is not self:
+            raise HarmonicaError("this scheduler already drives another compiled model; give each pipeline its own")
+        if self._scheduler is not None and scheduler_watch.listener_of(self._scheduler) is self:
+            scheduler_watch.unwatch(self._scheduler)
+        scheduler_watch.watch(scheduler, self)
+        self._scheduler = scheduler
+
+    def _begin(self) -> Run:
+        if self._run is not None and not self._run.untouched:
+            self.last_stats = self._run.stats
+        self._run = Run(self.schedule, self.engine, any_thread=self._pipeline is None)
+        return self._run
+
+    @contextmanager
+    def _exclusively(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise ConcurrentRunError(
+                f"{type(self.model).__name__} is in a call in another thread. Use one compiled model (and one pipeline) "
+                "for each thread, or let the runs take turns"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()

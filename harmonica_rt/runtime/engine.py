@@ -1,0 +1,28 @@
+"""What drives a stream: anything that can run one step of one stream, normally or catching up."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from harmonica_rt.capture.call import Call
+from harmonica_rt.indices import StepIndex
+
+
+class Stream(Protocol):
+    """The cached features of one sequence of calls, one call a step, all with one signature."""
+
+    def run(self, step: StepIndex, call: Call, *, catch_up: bool) -> Any:
+        """Run the denoiser for `step` and return what the model would.
+
+        With `catch_up` nothing is reused and everything that later steps may read is stored anew.
+        """
+
+
+class Engine(Protocol):
+    """Makes streams. Knows the model and the schedule."""
+
+    def begin_run(self) -> None:
+        """A sampling run begins: all streams of the last one are over."""
+
+    def new_stream(self, call: Call) -> Stream:
+        """A stream for calls with the signature of `call`, with nothing stored."""

@@ -1,0 +1,76 @@
+"""Put a denoiser under a schedule into a pipeline, and take it out again.
+
+The pipeline's own module stays where it is, with its class, attributes and weights; only its call is replaced, in the
+place where `nn.Module.compile` puts one. Copies and saved files of the module know nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from harmonica_rt.errors import HarmonicaError
+from harmonica_rt.runtime.denoiser import Denoiser
+
+_DENOISER_NAMES = ("transformer", "unet", "denoiser")
+
+
+def is_pipeline(candidate: Any) -> bool:
+    """Whether this is a pipeline (something with a scheduler that steps) rather than a model."""
+    return not isinstance(candidate, nn.Module) and hasattr(candidate, "scheduler") and callable(candidate)
+
+
+def denoiser_module(pipeline: Any) -> nn.Module:
+    """The module of a pipeline that is called in every step.
+
+    Raises:
+        HarmonicaError: the pipeline has no module of a known name.
+    """
+    for name in _DENOISER_NAMES:
+        module = getattr(pipeline, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise HarmonicaError(
+        f"{type(pipeline).__name__} has no denoiser named {' or '.join(_DENOISER_NAMES)}; compile the model itself"
+    )
+
+
+def installed(module: nn.Module) -> Denoiser | None:
+    """The denoiser that took over the call of `module`, if one did."""
+    call = module.__dict__.get("_compiled_call_impl")
+    return call if isinstance(call, Denoiser) else None
+
+
+def install(pipeline: Any, denoiser: Denoiser) -> None:
+    """Let `denoiser` take over the call of the pipeline's module, and follow the pipeline's scheduler."""
+    uninstall(pipeline)
+    denoiser.attach(pipeline)
+    denoiser.model._compiled_call_impl = denoiser  # type: ignore[assignment]
+
+
+def uninstall(pipeline: Any) -> None:
+    """Give the pipeline its plain module and scheduler back; nothing happens where nothing was installed."""
+    module = denoiser_module(pipeline)
+    before = installed(module)
+    if before is not None:
+        before.detach()
+        del module._compiled_call_impl
+
+
+@contextmanager
+def temporarily(pipeline: Any, denoiser: Denoiser | None) -> Iterator[None]:
+    """Within this block `denoiser` (None: the plain module) runs in the pipeline; after it, what ran before."""
+    before = installed(denoiser_module(pipeline))
+    if denoiser is None:
+        uninstall(pipeline)
+    else:
+        install(pipeline, denoiser)
+    try:
+        yield
+    finally:
+        uninstall(pipeline)
+        if before is not None:
+            install(pipeline, before)

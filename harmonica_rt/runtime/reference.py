@@ -1,0 +1,122 @@
+"""The reference: the plain model, run eagerly, with the outputs of reused sites replaced. No graph, no plan.
+
+It is the truth that compiled programs are held against, and what runs where a model cannot be captured. So it favours
+being obviously right over being fast: what it caches is cloned when stored and when handed out, in case the model goes
+on to change it in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from harmonica_rt.capture.call import Call
+from harmonica_rt.errors import SiteError
+from harmonica_rt.indices import SiteIndex, StepIndex
+from harmonica_rt.schedule import Schedule
+
+
+class ReferenceEngine:
+    """Makes streams that run `model` itself."""
+
+    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+        self._model = model
+        self._schedule = schedule
+
+    def begin_run(self) -> None:
+        """Nothing is kept between runs."""
+
+    def new_stream(self, call: Call) -> ReferenceStream:
+        """A stream with nothing stored."""
+        return ReferenceStream(self._model, self._schedule)
+
+
+class ReferenceStream:
+    """A stream whose cache is a dict: site -> the outputs of its calls in one forward (a module may run twice)."""
+
+    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+        self._model = model
+        self._schedule = schedule
+        self.cache: dict[SiteIndex, list[Any]] = {}
+
+    def run(self, step: StepIndex, call: Call, *, catch_up: bool) -> Any:
+        """See `Stream.run`."""
+        row = self._schedule.compute[step]
+        reuse = set() if catch_up else {SiteIndex(i) for i, computed in enumerate(row) if not computed}
+        fresh: dict[SiteIndex, list[Any]] = {}
+        with _replaced_sites(self._model, self._schedule.sites, reuse, self.cache, fresh), torch.no_grad():
+            output = own_forward(self._model)(**call.kwargs)
+        for index, site in enumerate(self._schedule.sites):
+            if SiteIndex(index) not in reuse and SiteIndex(index) not in fresh:
+                raise SiteError(f"{site} did not run in step {step}; a site must run in every forward")
+        self.cache.update(fresh)
+        return output
+
+
+def own_forward(model: nn.Module) -> Callable[..., Any]:
+    """The forward of the model itself, beneath any hook that accelerate put around it."""
+    forward = model.__dict__.get("_old_forward", model.forward) if hasattr(model, "_hf_hook") else model.forward
+    return forward  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _replaced_sites(
+    model: nn.Module,
+    sites: tuple[str, ...],
+    reuse: set[SiteIndex],
+    cache: dict[SiteIndex, list[Any]],
+    fresh: dict[SiteIndex, list[Any]],
+) -> Iterator[None]:
+    """Within this block calls of reused sites hand out `cache`, and calls of all other sites are kept in `fresh`."""
+    modules = [model.get_submodule(site) for site in sites]
+    before = [module.__dict__.get("_compiled_call_impl") for module in modules]
+    for index, module in enumerate(modules):
+        site = SiteIndex(index)
+        if site in reuse:
+            module._compiled_call_impl = _Reused(cache[site])
+        else:
+            module._compiled_call_impl = _Recorded(module, fresh.setdefault(site, []), before[index])
+    try:
+        yield
+    finally:
+        for module, impl in zip(modules, before, strict=True):
+            if impl is None:
+                del module._compiled_call_impl
+            else:
+                module._compiled_call_impl = impl
+        for site in [site for site, outputs in fresh.items() if not outputs]:
+            del fresh[site]
+
+
+class _Reused:
+    """Stands in for a site's call: its k-th call in a forward hands out its k-th cached output."""
+
+    def __init__(self, outputs: list[Any]) -> None:
+        self._outputs = iter(outputs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for output in self._outputs:
+            return _cloned(output)
+        raise SiteError("a site ran more often in this forward than in the one that stored its outputs")
+
+
+class _Recorded:
+    """Runs a site and keeps a copy of what it returns."""
+
+    def __init__(self, module: nn.Module, kept: list[Any], compiled: Callable[..., Any] | None) -> None:
+        self._call: Callable[..., Any] = compiled or module._call_impl
+        self._kept = kept
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._call(*args, **kwargs)
+        self._kept.append(_cloned(output))
+        return output
+
+
+def _cloned(output: Any) -> Any:
+    return pytree.tree_map_only(torch.Tensor, torch.clone, output)

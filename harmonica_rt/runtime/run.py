@@ -1,0 +1,199 @@
+"""One sampling run: which step it is in, and which stream a call belongs to.
+
+Calls are not steps. Guidance may call twice a step, skip-layer guidance a third time in some steps, a callback may
+shrink the batch in mid-run. So a call belongs to the k-th stream of its step with its signature and its conditioning,
+each stream has slots of its own, and a stream reuses only what it stored itself in the step that the schedule names;
+otherwise it computes everything and stores anew. That costs time in odd runs; a stale feature would cost the image.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from harmonica_rt.capture.call import Call
+from harmonica_rt.errors import ConcurrentRunError, RunError
+from harmonica_rt.indices import StepIndex
+from harmonica_rt.plan.liveness import sources
+from harmonica_rt.runtime.conditioning import Conditioning
+from harmonica_rt.runtime.engine import Engine, Stream
+from harmonica_rt.schedule import Schedule
+
+log = logging.getLogger(__name__)
+
+MAX_STREAMS = 16  # calls a step; more means that steps are not being counted
+
+
+@dataclass
+class RunStats:
+    """What one run did, counted as it went."""
+
+    calls: int = 0
+    entries: int = 0
+    reused: int = 0
+    catch_ups: list[int] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _StreamState:
+    """A stream of the run with what it holds: `fresh[site]` is the step whose value it stored last, -1 for none."""
+
+    stream: Stream
+    order: int
+    conditioning: Conditioning
+    signature: object
+    fresh: NDArray[np.int64]
+    last_step: int = -1
+
+
+class Run:
+    """A sampling run over one engine, from its first step to its last.
+
+    Used by one thread: the one that began it, or with `any_thread` the one that makes the first call.
+    """
+
+    def __init__(self, schedule: Schedule, engine: Engine, *, any_thread: bool) -> None:
+        self.step = StepIndex(0)
+        self.stats = RunStats()
+        self.failed = False
+        self._schedule = schedule
+        self._engine = engine
+        self._source = sources(schedule.compute)
+        self._reused = [np.flatnonzero(~row) for row in schedule.compute]
+        self._streams: list[_StreamState] = []
+        self._calls_in_step = 0
+        self._thread = None if any_thread else threading.get_ident()
+        self._timesteps = TimestepOrder()
+        engine.begin_run()
+
+    @property
+    def untouched(self) -> bool:
+        """Whether no call has come yet."""
+        return self.stats.calls == 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps of the schedule are over."""
+        return self.step >= self._schedule.steps
+
+    def check_thread(self) -> None:
+        """Raise ConcurrentRunError in any thread but the one the run belongs to."""
+        if self._thread is None:
+            self._thread = threading.get_ident()
+        elif self._thread != threading.get_ident():
+            raise ConcurrentRunError(
+                "another thread's sampling run is under way on this compiled model. Use one compiled model (and one "
+                "pipeline) for each thread, or let the runs take turns"
+            )
+
+    def call(self, call: Call) -> object:
+        """Run the denoiser for one call in the current step."""
+        if self.failed:
+            raise RunError("an earlier step of this run failed; begin a new run (reset() does, or the pipeline's call)")
+        if self.finished:
+            raise RunError(
+                f"the schedule is for {self._schedule.steps} steps and they are over. Call reset() before the next run, "
+                "or compile the pipeline, which does it by itself"
+            )
+        self._timesteps.check(call, self.step)
+        try:
+            return self._call(call)
+        except BaseException:
+            self.failed = True
+            raise
+
+    def advance(self) -> None:
+        """The current step is over."""
+        self.step = StepIndex(self.step + 1)
+        self._calls_in_step = 0
+
+    def _call(self, call: Call) -> object:
+        state = self._stream_for(call)
+        reused = self._reused[self.step]
+        catch_up = bool((state.fresh[reused] < self._source[self.step, reused]).any())
+        output = state.stream.run(self.step, call, catch_up=catch_up)
+        if catch_up:
+            log.warning("step %d is computed in full: its stream has no features from an earlier step", self.step)
+            self.stats.catch_ups.append(self.step)
+            state.fresh[:] = self.step
+        else:
+            state.fresh[self._schedule.compute[self.step]] = self.step
+            self.stats.reused += len(reused)
+        self.stats.entries += len(self._schedule.sites)
+        self.stats.calls += 1
+        return output
+
+    def _stream_for(self, call: Call) -> _StreamState:
+        order = self._calls_in_step
+        self._calls_in_step += 1
+        if order >= MAX_STREAMS:
+            raise RunError(
+                f"the model was called more than {MAX_STREAMS} times in step {self.step}: its scheduler is not the one "
+                "whose steps are counted. Compile the pipeline that calls the model, or call reset() for each run"
+            )
+        open_streams = [s for s in self._streams if s.last_step != self.step and s.signature == call.signature]
+        unchanged = {id(s): s.conditioning.unchanged(call) for s in open_streams}
+        accepted = [s for s in open_streams if s.conditioning.accepts(unchanged[id(s)])]
+        if accepted:
+            state = max(accepted, key=lambda s: (len(unchanged[id(s)]), s.order == order, -s.order))
+            state.conditioning.advance(call, unchanged[id(state)])
+        else:
+            same_place = next((s for s in open_streams if s.order == order), None)
+            state = same_place or self._open_stream(call, order)
+            if same_place is not None:
+                log.warning("the conditioning changed in step %d: nothing stored before is reused", self.step)
+                state.fresh[:] = -1
+                state.conditioning = Conditioning(call)
+        state.last_step = self.step
+        return state
+
+    def _open_stream(self, call: Call, order: int) -> _StreamState:
+        state = _StreamState(
+            stream=self._engine.new_stream(call),
+            order=order,
+            conditioning=Conditioning(call),
+            signature=call.signature,
+            fresh=np.full(len(self._schedule.sites), -1, np.int64),
+        )
+        self._streams.append(state)
+        return state
+
+
+class TimestepOrder:
+    """Catches a run that starts over without saying so: its timesteps turn back.
+
+    Looks at the values of a CPU timestep only, since reading one from a GPU would wait for it.
+    """
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+        self._direction = 0.0
+        self._step = -1
+
+    def check(self, call: Call, step: StepIndex) -> None:
+        """Raise RunError where the timestep goes back towards where the run began."""
+        value = _timestep(call)
+        if value is None or step == self._step:
+            return
+        if self._last is not None and value != self._last:
+            direction = value - self._last
+            if direction * self._direction < 0:
+                raise RunError(
+                    f"step {step} came with timestep {value:g} after {self._last:g}, against the order of this run: a "
+                    "new run seems to have begun. Call reset() before each run, or compile the pipeline"
+                )
+            self._direction = direction
+        self._last, self._step = value, step
+
+
+def _timestep(call: Call) -> float | None:
+    for name in ("timestep", "timesteps", "t", "sigma"):
+        value = call.kwargs.get(name)
+        if isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.numel():
+            return float(value.flatten()[0])
+    return None

@@ -1,0 +1,17 @@
+"""A short name for a model's config, so that a schedule can tell whether it was made for this one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+
+def config_fingerprint(config: Mapping[str, object]) -> str:
+    """`sha256:` and sixteen hex digits over the config's public entries, in sorted order.
+
+    Entries whose name begins with an underscore (where it was loaded from, the library's version) do not count.
+    """
+    public = {key: value for key, value in config.items() if not key.startswith("_")}
+    text = json.dumps(public, sort_keys=True, default=str, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,255 @@
+"""The schedule file: versioned JSON that a person can read and diff. `docs/schedule-format.md` is its specification.
+
+The hazard: JSON readers are lenient - of two equal keys the last wins, NaN passes, unknown keys are dropped - so a merge
+gone wrong or a typo would load as another schedule. Here each of these is an error that names the field.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import secrets
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harmonica_rt.errors import ScheduleError
+from harmonica_rt.schedule.provenance import (
+    SCORE_DECIMALS,
+    MadeBy,
+    ModelInfo,
+    SamplerInfo,
+    ScheduleFields,
+    check_mapping,
+    check_name,
+    check_number,
+    check_sequence,
+)
+
+if TYPE_CHECKING:
+    from harmonica_rt.schedule.schedule import Schedule
+
+FORMAT = "harmonica-schedule"
+VERSION = 1
+READABLE_VERSIONS = (1,)
+
+_REQUIRED = ("format", "version", "steps", "sites", "compute")
+_OPTIONAL = ("model", "sampler", "timesteps", "guidance", "made_by")
+_KNOWN = "known"  # the folder with the schedules that come with the package
+
+
+class ScheduleFileNotFoundError(ScheduleError, FileNotFoundError):
+    """There is no such schedule file, or no schedule of that name comes with the package."""
+
+
+# ---- writing
+
+
+def to_text(schedule: Schedule) -> str:
+    """The file's text: one line a site, a step, and a row of scores. Equal schedules give equal text."""
+    fields = [
+        f'"format": {_json(FORMAT)}',
+        f'"version": {VERSION}',
+        f'"steps": {schedule.steps}',
+        f'"sites": {_lines([_json(site) for site in schedule.sites])}',
+        f'"compute": {_lines([_json(_bits(row)) for row in schedule.compute])}',
+    ]
+    if (model := schedule.model) is not None:
+        names = {"class_name": model.class_name, "config_fingerprint": model.config_fingerprint}
+        fields.append(f'"model": {_json({k: v for k, v in names.items() if v is not None}, indent=2)}')
+    if (sampler := schedule.sampler) is not None:
+        config = check_mapping(sampler.config, "sampler.config").plain()
+        fields.append(f'"sampler": {_json({"class_name": sampler.class_name, "config": config}, indent=2)}')
+    if schedule.timesteps is not None:
+        fields.append(f'"timesteps": {_json(schedule.timesteps)}')
+    if schedule.guidance is not None:
+        fields.append(f'"guidance": {_json(schedule.guidance)}')
+    if schedule.made_by is not None:
+        fields.append(f'"made_by": {_made_by_text(schedule.made_by)}')
+    return "{\n" + ",\n".join("  " + field for field in fields) + "\n}\n"
+
+
+def write_atomically(path: str, text: str) -> None:
+    """Write to a file beside `path`, then rename: a reader sees the old file or the new one, never half of one."""
+    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(text.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _made_by_text(made_by: MadeBy) -> str:
+    params = check_mapping(made_by.hyper_parameters, "made_by.hyper_parameters").plain()
+    fields = [f'"method": {_json(made_by.method)}', f'"hyper_parameters": {_json(params, indent=4)}']
+    if made_by.threshold is not None:
+        fields.append(f'"threshold": {_json(made_by.threshold)}')
+    if made_by.scores is not None:
+        rows = ["null" if row is None else f"[{', '.join(map(_score, row))}]" for row in made_by.scores]
+        fields.append(f'"scores": {_lines(rows, indent=4)}')
+    return "{\n" + ",\n".join("    " + field for field in fields) + "\n  }"
+
+
+def _score(value: float) -> str:
+    # fixed decimals while they are exact to read back; a huge score keeps its own digits
+    return f"{value:.{SCORE_DECIMALS}f}" if abs(value) < 1e9 else _json(value)
+
+
+def _bits(row: NDArray[np.bool_]) -> str:
+    return "".join("1" if computes else "0" for computes in row)
+
+
+def _lines(items: Sequence[str], indent: int = 2) -> str:
+    pad = " " * indent
+    return "[\n" + ",\n".join(f"{pad}  {item}" for item in items) + f"\n{pad}]" if items else "[]"
+
+
+def _json(value: object, indent: int | None = None) -> str:
+    if indent is None:
+        return json.dumps(value, allow_nan=False, sort_keys=True)
+    return json.dumps(value, allow_nan=False, sort_keys=True, indent=2).replace("\n", "\n" + " " * indent)
+
+
+# ---- reading
+
+
+def read_bytes(path: str) -> bytes:
+    """The bytes of a schedule file, or ScheduleFileNotFoundError."""
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise ScheduleFileNotFoundError(f"{path}: no such schedule file") from error
+
+
+def known_names() -> tuple[str, ...]:
+    """Names of the schedules that come with the package."""
+    folder = resources.files("harmonica_rt.schedule") / _KNOWN
+    return tuple(sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json")))
+
+
+def read_known(name: str) -> bytes:
+    """The bytes of a schedule that comes with the package, or ScheduleFileNotFoundError with the names there are."""
+    if name not in known_names():
+        raise ScheduleFileNotFoundError(f"no schedule {name!r} comes with the package; there are {list(known_names())}")
+    return (resources.files("harmonica_rt.schedule") / _KNOWN / f"{name}.json").read_bytes()
+
+
+def parse(data: bytes) -> ScheduleFields:
+    """The fields of a schedule file, checked for everything that `Schedule` does not check itself.
+
+    Raises:
+        ScheduleError: not UTF-8, not JSON, duplicate keys, NaN or Infinity, a format or version that is not read, missing
+            or unknown fields, wrong types, wrong lengths, entries other than 0 and 1.
+    """
+    try:
+        document = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise ScheduleError(f"not a schedule file: not UTF-8 text ({error})") from error
+    except json.JSONDecodeError as error:
+        raise ScheduleError(
+            f"not a schedule file: not JSON, {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from error
+    except RecursionError as error:
+        raise ScheduleError("not a schedule file: JSON nested too deep") from error
+    if not isinstance(document, dict):
+        raise ScheduleError(f"not a schedule file: expected a JSON object, got {_type(document)}")
+    _check_header(document)
+    _check_fields(document, "", _REQUIRED, _OPTIONAL)
+    sites = tuple(check_sequence(document["sites"], "sites"))
+    for i, site in enumerate(sites):
+        check_name(site, f"sites[{i}]")
+    fields = ScheduleFields(
+        sites=tuple(str(site) for site in sites), compute=_parse_compute(document, len(sites))
+    )
+    if "model" in document:
+        model = _object(document["model"], "model", ("class_name",), ("config_fingerprint",))
+        fields["model"] = ModelInfo(**model)
+    if "sampler" in document:
+        fields["sampler"] = SamplerInfo(**_object(document["sampler"], "sampler", ("class_name", "config"), ()))
+    if "timesteps" in document:
+        times = check_sequence(document["timesteps"], "timesteps")
+        fields["timesteps"] = tuple(check_number(time, f"timesteps[{i}]") for i, time in enumerate(times))
+    if "guidance" in document:
+        fields["guidance"] = check_number(document["guidance"], "guidance")
+    if "made_by" in document:
+        made_by = _object(document["made_by"], "made_by", ("method", "hyper_parameters"), ("threshold", "scores"))
+        fields["made_by"] = MadeBy(**made_by)
+    return fields
+
+
+def _check_header(document: dict[str, object]) -> None:
+    name, version = document.get("format"), document.get("version")
+    if name != FORMAT:
+        raise ScheduleError(f"format: expected {FORMAT!r}, got {name!r}; this is no schedule file of harmonica-rt")
+    if isinstance(version, bool) or version not in READABLE_VERSIONS or not isinstance(version, int):
+        readable = ", ".join(map(str, READABLE_VERSIONS))
+        raise ScheduleError(
+            f"version: this harmonica-rt reads version {readable}, got {version!r}; a newer file needs a newer harmonica-rt"
+        )
+
+
+def _check_fields(
+    value: dict[str, object], where: str, required: Sequence[str], optional: Sequence[str]
+) -> None:
+    allowed = (*required, *optional)
+    for field in value:
+        if field not in allowed:
+            near = difflib.get_close_matches(field, [name for name in allowed if name not in value] or allowed, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(allowed)}"
+            raise ScheduleError(f"{where}{field}: unknown field; {hint}")
+    if missing := [field for field in required if field not in value]:
+        raise ScheduleError(f"{where}{missing[0]}: missing field; required are {', '.join(required)}")
+    for field, entry in value.items():
+        if entry is None:
+            raise ScheduleError(f"{where}{field}: null; leave the field out when there is nothing to say")
+
+
+def _object(value: object, field: str, required: Sequence[str], optional: Sequence[str]) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise ScheduleError(f"{field}: expected an object, got {_type(value)}")
+    _check_fields(value, f"{field}.", required, optional)
+    return value
+
+
+def _parse_compute(document: dict[str, object], n_sites: int) -> NDArray[np.bool_]:
+    steps, rows = document["steps"], check_sequence(document["compute"], "compute")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ScheduleError(f"steps: expected a whole number of at least 1, got {steps!r}")
+    if len(rows) != steps:
+        raise ScheduleError(f"compute: expected one string a step ({steps} by the field 'steps'), got {len(rows)}")
+    for step, row in enumerate(rows):
+        if not isinstance(row, str):
+            raise ScheduleError(f"compute, step {step}: expected a string of 0 and 1, got {_type(row)}")
+        if other := [c for c in row if c not in "01"]:
+            raise ScheduleError(
+                f"compute, step {step}: expected only 0 (reuse) and 1 (compute), got {other[0]!r} at place {row.index(other[0])}"
+            )
+        if len(row) != n_sites:
+            raise ScheduleError(f"compute, step {step}: expected one entry a site ({n_sites}), got {len(row)}")
+    return np.array([[c == "1" for c in str(row)] for row in rows], dtype=np.bool_)
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ScheduleError(f"{twice}: the field stands more than once; keep one (a merge gone wrong?)")
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ScheduleError(f"not a schedule file: {name} is not JSON; numbers must be finite")
+
+
+def _type(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return names.get(type(value), "null")

@@ -1,0 +1,208 @@
+"""What a schedule was made for and how: model, sampler, method. Immutable, hashable, and writable as JSON.
+
+The hazard: configs of models and samplers are dicts that their owners go on changing, with values that JSON does not
+know (arrays, numpy numbers) or that compare badly (NaN). So each is copied once into a `FrozenMap` of plain values, and
+what cannot be kept is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harmonica_rt.errors import ScheduleError
+
+SCORE_DECIMALS = 4  # enough to redraw a threshold, few enough to read and diff
+
+
+class FrozenMap(Mapping[str, object]):
+    """A read-only, hashable mapping of plain JSON values; nested lists are tuples, nested mappings are `FrozenMap`s.
+
+    Raises:
+        ScheduleError: a key is no string, or a value is none of bool, int, finite float, str, None, list, mapping.
+    """
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Mapping[str, object], *, field: str = "config") -> None:
+        self._items = {_key(key, field): _freeze(value, f"{field}.{key}") for key, value in items.items()}
+
+    def __getitem__(self, key: str) -> object:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __eq__(self, other: object) -> bool:
+        return self._items == other._items if isinstance(other, FrozenMap) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._items.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+    def __reduce__(self) -> tuple[type[FrozenMap], tuple[dict[str, object]]]:
+        return FrozenMap, (self._items,)
+
+    def plain(self) -> dict[str, object]:
+        """The same as dicts and lists, ready for `json`."""
+        return {key: _thaw(value) for key, value in self._items.items()}
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The model that a schedule was made for.
+
+    Attributes:
+        class_name: name of the denoiser's class, e.g. `DiTTransformer2DModel`.
+        config_fingerprint: fingerprint of its config, None when not known.
+    """
+
+    class_name: str
+    config_fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        check_name(self.class_name, "model.class_name")
+        if self.config_fingerprint is not None:
+            check_name(self.config_fingerprint, "model.config_fingerprint")
+
+
+@dataclass(frozen=True)
+class SamplerInfo:
+    """The sampler that a schedule was made for: the scheduler's class and its config (any plain JSON values)."""
+
+    class_name: str
+    config: Mapping[str, object] = FrozenMap({})
+
+    def __post_init__(self) -> None:
+        check_name(self.class_name, "sampler.class_name")
+        object.__setattr__(self, "config", check_mapping(self.config, "sampler.config"))
+
+
+@dataclass(frozen=True)
+class MadeBy:
+    """The method that made a schedule.
+
+    Attributes:
+        method: e.g. `harmonica`, `learning-to-cache`, `every`.
+        hyper_parameters: what it was run with, any plain JSON values.
+        threshold: tau, for methods that compute where `sigmoid(score) > tau`.
+        scores: router logits, `[steps][sites]`, kept to four decimals; None in the place of a step without a router.
+    """
+
+    method: str
+    hyper_parameters: Mapping[str, object] = FrozenMap({})
+    threshold: float | None = None
+    scores: Sequence[Sequence[float] | None] | None = None
+
+    def __post_init__(self) -> None:
+        check_name(self.method, "made_by.method")
+        params = check_mapping(self.hyper_parameters, "made_by.hyper_parameters")
+        object.__setattr__(self, "hyper_parameters", params)
+        if self.threshold is not None:
+            object.__setattr__(self, "threshold", check_number(self.threshold, "made_by.threshold"))
+        if self.scores is not None:
+            object.__setattr__(self, "scores", _check_scores(self.scores))
+
+
+class ScheduleFields(TypedDict, total=False):
+    """The arguments of `Schedule`, as a reader of files hands them over."""
+
+    compute: NDArray[np.bool_]
+    sites: tuple[str, ...]
+    model: ModelInfo | None
+    sampler: SamplerInfo | None
+    timesteps: tuple[float, ...] | None
+    guidance: float | None
+    made_by: MadeBy | None
+
+
+def check_name(value: object, field: str) -> str:
+    """A non-empty string, or ScheduleError naming `field`."""
+    if not isinstance(value, str) or not value.strip():
+        raise ScheduleError(f"{field}: expected a non-empty string, got {value!r}")
+    return value
+
+
+def check_number(value: object, field: str) -> float:
+    """A finite float, or ScheduleError naming `field`."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ScheduleError(f"{field}: expected a number, got {value!r}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ScheduleError(f"{field}: expected a finite number, got {number}")
+    return number
+
+
+def check_sequence(value: object, field: str) -> Sequence[object]:
+    """A list, tuple or array, or ScheduleError naming `field`."""
+    if isinstance(value, np.ndarray) and value.ndim:
+        return list(value)
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        raise ScheduleError(f"{field}: expected a list, got {type(value).__name__}")
+    return value
+
+
+def check_mapping(value: object, field: str) -> FrozenMap:
+    """A mapping of plain JSON values as a FrozenMap, or ScheduleError naming `field`."""
+    if isinstance(value, FrozenMap):
+        return value
+    if not isinstance(value, Mapping):
+        raise ScheduleError(f"{field}: expected a mapping of names to values, got {type(value).__name__}")
+    return FrozenMap(value, field=field)
+
+
+def _check_scores(scores: object) -> tuple[tuple[float, ...] | None, ...]:
+    rows: list[tuple[float, ...] | None] = []
+    for step, row in enumerate(check_sequence(scores, "made_by.scores")):
+        field = f"made_by.scores, step {step}"
+        if row is None:
+            rows.append(None)
+        else:
+            values = (check_number(score, field) for score in check_sequence(row, field))
+            rows.append(tuple(round(value, SCORE_DECIMALS) + 0.0 for value in values))  # + 0.0: no "-0.0"
+    return tuple(rows)
+
+
+def _key(key: object, field: str) -> str:
+    if not isinstance(key, str):
+        raise ScheduleError(f"{field}: keys must be strings, got {key!r}")
+    return key
+
+
+def _freeze(value: object, field: str) -> object:
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, float):
+        return check_number(value, field)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, Mapping):
+        return check_mapping(value, field)
+    if isinstance(value, list | tuple):
+        return tuple(_freeze(item, f"{field}[{i}]") for i, item in enumerate(value))
+    raise ScheduleError(
+        f"{field}: a {type(value).__name__} cannot be written to JSON; give a bool, number, string, None, list or dict"
+    )
+
+
+def _thaw(value: object) -> object:
+    if isinstance(value, FrozenMap):
+        return value.plain()
+    if isinstance(value, tuple):
+        return [_thaw(item) for item in value]
+    return value
