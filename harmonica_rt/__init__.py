@@ -9,7 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from harmonica_rt.api import CompiledModel, compile, get_compiled, model_info, reference, uncompile, verify
+    from harmonica_rt.api import (
+        CompiledModel,
+        compile,
+        get_compiled,
+        model_info,
+        reference,
+        uncompile,
+        verify,
+    )
     from harmonica_rt.capture.reasons import CaptureError
     from harmonica_rt.capture.sites import find_sites
     from harmonica_rt.errors import HarmonicaError

@@ -10,6 +10,9 @@ from torch import nn
 
 from harmonica_rt.capture.sites import check_sites
 from harmonica_rt.errors import HarmonicaError, ScheduleMismatchError, SiteError
+from harmonica_rt.parity.lockstep import LockstepEngine, Tolerance
+from harmonica_rt.parity.report import ParityReport
+from harmonica_rt.parity.verify import verify_model, verify_pipeline
 from harmonica_rt.report import PlanReport, Report
 from harmonica_rt.runtime.denoiser import Denoiser
 from harmonica_rt.runtime.pipelines import denoiser_module, install, installed, is_pipeline, uninstall
@@ -17,9 +20,6 @@ from harmonica_rt.runtime.planned import PlannedEngine
 from harmonica_rt.runtime.reference import ReferenceEngine
 from harmonica_rt.schedule import ModelInfo, Schedule
 from harmonica_rt.schedule.fingerprint import config_fingerprint
-from harmonica_rt.parity.lockstep import LockstepEngine, Tolerance
-from harmonica_rt.parity.report import ParityReport
-from harmonica_rt.parity.verify import verify_model, verify_pipeline
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +32,7 @@ class CompiledModel(Denoiser):
 
     def __init__(self, model: nn.Module, schedule: Schedule, planned: PlannedEngine, *, verify: bool) -> None:
         self._planned = planned
-        lockstep = (
-            LockstepEngine(model, schedule, planned, tolerance="auto", raise_at_once=True) if verify else None
-        )
+        lockstep = LockstepEngine(model, schedule, planned, tolerance="auto", raise_at_once=True) if verify else None
         super().__init__(model, schedule, lockstep or planned)
 
     def report(self) -> Report:
@@ -101,8 +99,8 @@ def compile(
         model_or_pipeline: an `nn.Module` in eval mode, or a diffusers pipeline.
         schedule: which sites to compute and which to reuse in each step.
         lowering: `plain`, the step programs operator by operator, bit-exact to the reference on CPU.
-        verify: run the reference beside it and raise ParityError in the first step that differs. Costs the time of both;
-            meant for trying a schedule out.
+        verify: run the reference beside it and raise ParityError in the first step that differs. Costs the time of
+            both; meant for trying a schedule out.
         strict: raise CaptureError where the model cannot be captured, instead of running eagerly with a warning.
         max_plans: plans kept at once, at least 1; the one unused longest is dropped.
         debug: fill slots with NaN before they are written and after their last read.
@@ -141,7 +139,9 @@ def get_compiled(pipeline: Any) -> CompiledModel:
     """
     compiled = installed(denoiser_module(_checked_pipeline(pipeline)))
     if not isinstance(compiled, CompiledModel):
-        raise HarmonicaError(f"this {type(pipeline).__name__} is not compiled; harmonica_rt.compile(pipe, schedule) does")
+        raise HarmonicaError(
+            f"this {type(pipeline).__name__} is not compiled; harmonica_rt.compile(pipe, schedule) does"
+        )
     return compiled
 
 
@@ -239,8 +239,8 @@ def _check_fit(model: nn.Module, schedule: Schedule) -> None:
         raise ScheduleMismatchError(str(error)) from error
     if wanted is not None and wanted.config_fingerprint not in (None, info.config_fingerprint):
         raise ScheduleMismatchError(
-            f"the schedule was made for a {wanted.class_name} with another config ({wanted.config_fingerprint}, this one "
-            f"is {info.config_fingerprint}). To use it all the same, drop its record: schedule.replace(model=None)"
+            f"the schedule was made for a {wanted.class_name} with another config ({wanted.config_fingerprint}, this "
+            f"one is {info.config_fingerprint}). To use it all the same, drop its record: dataclasses.replace(schedule, model=None)"
         )
 
 

@@ -27,7 +27,7 @@ class PlanReport:
         signature: shapes and dtypes it is for.
         steps: one entry a step.
         programs: number of step programs.
-        programs_with_addresses: number of (program, slot addresses) pairs: what a backend that bakes addresses in needs.
+        programs_with_addresses: number of (program, slot addresses) pairs, for a backend that bakes addresses in.
         full_flops: FLOPs of one call of the uncached model.
         theoretical_speedup: FLOPs of an uncached run / FLOPs of this plan's run.
         slots: number of slots.
@@ -73,9 +73,7 @@ class PlanReport:
                 )
             )
         offset = {slot.id: slot.offset for slot in plan.table.slots}
-        addresses = {
-            (step.program, tuple(offset[slot] for slot in (*step.reads, *step.writes))) for step in plan.steps
-        }
+        addresses = {(step.program, tuple(offset[slot] for slot in (*step.reads, *step.writes))) for step in plan.steps}
         return cls(
             signature=signature,
             steps=tuple(steps),
@@ -149,8 +147,8 @@ def _plan_lines(plan: PlanReport) -> list[str]:
         f"  {plan.programs} step programs ({plan.programs_with_addresses} with addresses), {plan.slots} slots in "
         f"{_mib(plan.arena_bytes)} (lower bound {_mib(plan.lower_bound_bytes)}, one address a site "
         f"{_mib(plan.site_addresses_bytes)})",
-        f"  compiled in {plan.compile_seconds:.2f} s: capture {plan.capture_seconds:.2f}, plan {plan.plan_seconds:.2f}, "
-        f"lower {plan.lower_seconds:.2f}",
+        f"  compiled in {plan.compile_seconds:.2f} s: capture {plan.capture_seconds:.2f}, plan "
+        f"{plan.plan_seconds:.2f}, lower {plan.lower_seconds:.2f}",
         "  step  computed  reused  stored  program     GFLOP",
     ]
     for step in plan.steps:

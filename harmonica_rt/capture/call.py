@@ -29,7 +29,9 @@ class Signature:
     leaves: tuple[Any, ...]
 
     def __str__(self) -> str:
-        shapes = [f"{list(leaf[0])} {str(leaf[2]).removeprefix('torch.')}" for leaf in self.leaves if type(leaf) is tuple]
+        shapes = [
+            f"{list(leaf[0])} {str(leaf[2]).removeprefix('torch.')}" for leaf in self.leaves if type(leaf) is tuple
+        ]
         return ", ".join(shapes) or "no tensors"
 
 
@@ -126,8 +128,8 @@ class CallConvention:
         if isinstance(leaf, _PLAIN):
             return _Plain(type(leaf), leaf)
         raise SignatureError(
-            f"{self._model_name} was called with an object of type {type(leaf).__name__}; a static plan can be made for "
-            "tensors, numbers, strings and lists, tuples or dicts of them"
+            f"{self._model_name} was called with an object of type {type(leaf).__name__}; a static plan can be made "
+            "for tensors, numbers, strings and lists, tuples or dicts of them"
         )
 
 

@@ -1,8 +1,8 @@
 """The `plain` lowering: the step graph as it is, run operator by operator; bit-exact to the reference on CPU.
 
 A stored value is copied into its slot right where it is made, so that its own memory can be freed at once. (Keeping the
-fresh tensor instead makes every step fault in new pages: slower than the copy on CPU.) An output that would be a view
-of a slot is cloned, because the caller keeps outputs and the slot is written again.
+fresh tensor instead makes every step fault in new pages: slower than the copy on CPU.) An output that may be a view of
+a slot, an input or a weight is cloned, because the caller keeps outputs and those are written again.
 """
 
 from __future__ import annotations
@@ -56,20 +56,17 @@ def _with_stores(step: StepGraph) -> fx.Graph:
     for node in step.graph.nodes:
         if node.op == "placeholder":
             copies[node] = graph.node_copy(node)
-    targets: dict[fx.Node, list[fx.Node]] = {}
-    for index, node in enumerate(step.stored_nodes):
-        targets.setdefault(node, []).append(graph.placeholder(f"store_{index}"))
+    slots = {node: graph.placeholder(f"store_{index}") for index, node in enumerate(step.stored_nodes)}
     for node in step.graph.nodes:
         if node.op in ("call_function", "get_attr"):
             copies[node] = graph.node_copy(node, copies.__getitem__)
-        if node in targets:
-            _store(graph, copies[node], node, targets[node])
-    reads = set(step.read_nodes)
-    results = []
+        if node in slots:
+            _store(graph, copies[node], slots[node], node.meta["val"])
+    results: list[Any] = []
     for result in step.graph.output_node().args[0][0]:  # type: ignore[index,union-attr]
         if isinstance(result, fx.Node):
             copy = copies[result]
-            results.append(graph.call_function(torch.clone, (copy,)) if _may_alias(result, reads) else copy)
+            results.append(graph.call_function(torch.clone, (copy,)) if _may_alias_argument(result) else copy)
         else:
             results.append(result)
     graph.output(tuple(results))
@@ -77,33 +74,25 @@ def _with_stores(step: StepGraph) -> fx.Graph:
     return graph
 
 
-def _store(graph: fx.Graph, value: fx.Node, original: fx.Node, slots: Sequence[fx.Node]) -> None:
-    """Copy `value` into its slots; of an expanded value only the elements that exist."""
-    expanded = [d for d, (n, s) in enumerate(_dims(original)) if s == 0 and n > 1]
-    for slot in slots:
-        for dim in expanded:
+def _store(graph: fx.Graph, value: fx.Node, slot: fx.Node, layout: torch.Tensor) -> None:
+    """Copy `value` into `slot`; of an expanded value only the elements that exist."""
+    for dim, (n, stride) in enumerate(zip(layout.shape, layout.stride(), strict=True)):
+        if stride == 0 and n > 1:
             slot = graph.call_function(torch.narrow, (slot, dim, 0, 1))
             value = graph.call_function(torch.narrow, (value, dim, 0, 1))
-        graph.call_method("copy_", (slot, value))
+    graph.call_method("copy_", (slot, value))
 
 
-def _dims(node: fx.Node) -> list[tuple[int, int]]:
-    fake = node.meta["val"]
-    return list(zip(fake.shape, fake.stride(), strict=True))
-
-
-def _may_alias(node: fx.Node, slots: set[fx.Node]) -> bool:
-    """Whether a value may share memory with a slot, by the operators' schemas."""
+def _may_alias_argument(node: fx.Node) -> bool:
+    """Whether a value may share memory with a slot, an input or a weight, by the operators' schemas."""
     pending, seen = [node], set()
     while pending:
         current = pending.pop()
-        if current in slots:
+        if current.op != "call_function":
             return True
-        if current in seen or current.op != "call_function":
-            continue
-        seen.add(current)
-        if _returns_alias(current.target):
+        if current not in seen and _returns_alias(current.target):
             pending.extend(current.all_input_nodes)
+        seen.add(current)
     return False
 
 

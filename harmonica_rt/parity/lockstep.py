@@ -16,13 +16,13 @@ from torch.utils import _pytree as pytree
 
 from harmonica_rt.capture.call import Call
 from harmonica_rt.indices import SiteIndex, SiteOutput, StepIndex
+from harmonica_rt.parity.report import ParityError, ParityReport, StepParity
+from harmonica_rt.parity.tolerance import NONE, Error, limit_from, one_up, same_bits
 from harmonica_rt.passes.specialise import Pattern, specialise
 from harmonica_rt.runtime.engine import Stream
 from harmonica_rt.runtime.planned import PlannedEngine, PlanStream
 from harmonica_rt.runtime.reference import ReferenceEngine, ReferenceStream
 from harmonica_rt.schedule import Schedule
-from harmonica_rt.parity.report import ParityError, ParityReport, StepParity
-from harmonica_rt.parity.tolerance import NONE, Error, limit_from, one_up, same_bits
 
 Tolerance = Literal["auto", "exact", "measured"]
 
@@ -128,8 +128,8 @@ def _first_divergent_site(
     values = {**dict(zip(graph.reads, reads, strict=True)), **dict(zip(graph.stores, writes, strict=True))}
     for site, name in enumerate(captured.sites):
         mine = [value for output, value in sorted(values.items()) if output.site == site]
-        theirs = _tensors(reference.cache[SiteIndex(site)])
-        above = _tensors(higher.cache[SiteIndex(site)]) if higher is not None else None
+        theirs = _tensors(reference.cache.get(SiteIndex(site)))
+        above = _tensors(higher.cache.get(SiteIndex(site))) if higher is not None else None
         if not all(_matches_any(value, theirs, above) for value in mine):
             return name
     return None

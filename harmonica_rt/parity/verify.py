@@ -12,13 +12,13 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from harmonica_rt.errors import HarmonicaError
+from harmonica_rt.parity.lockstep import LockstepEngine, Tolerance
+from harmonica_rt.parity.report import ParityError, ParityReport
+from harmonica_rt.parity.tolerance import Error, same_bits
 from harmonica_rt.runtime.denoiser import Denoiser
 from harmonica_rt.runtime.pipelines import denoiser_module, temporarily
 from harmonica_rt.runtime.planned import PlannedEngine
 from harmonica_rt.schedule import Schedule
-from harmonica_rt.parity.lockstep import LockstepEngine, Tolerance
-from harmonica_rt.parity.report import ParityError, ParityReport
-from harmonica_rt.parity.tolerance import Error, same_bits
 
 
 def verify_pipeline(
@@ -57,7 +57,7 @@ def verify_model(
     """
     inputs = list(calls)
     if len(inputs) != schedule.steps:
-        raise HarmonicaError(f"calls holds the arguments of {len(inputs)} calls, the schedule has {schedule.steps} steps")
+        raise HarmonicaError(f"calls holds {len(inputs)} calls, the schedule has {schedule.steps} steps: one for each")
     lockstep = _lockstep(model, schedule, tolerance)
     expected = _last(Denoiser(model, schedule, lockstep), inputs)
     got = _last(Denoiser(model, schedule, lockstep.planned), inputs)

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 from torch import fx
@@ -77,9 +78,9 @@ def _check_reads_and_stores(plan: Plan) -> None:
             _require(value.output == output, f"step {index} stores {output} into the slot of {value.output}")
             _require(value.first == index, f"step {index} stores slot {slot}, whose life begins elsewhere")
             stored_in[slot] = index
-    for slot in plan.table.slots:
-        _require(slot.id in stored_in, f"slot {slot.id} is never stored")
-        _require(slot.id in read, f"slot {slot.id} is stored and never read")
+    for planned in plan.table.slots:
+        _require(planned.id in stored_in, f"slot {planned.id} is never stored")
+        _require(planned.id in read, f"slot {planned.id} is stored and never read")
 
 
 def _check_memory(plan: Plan) -> None:
@@ -99,5 +100,5 @@ def _check_memory(plan: Plan) -> None:
 
 def _check_disjoint(alive: list[Slot], step: int) -> None:
     ordered = sorted(alive, key=lambda slot: slot.offset)
-    for a, b in zip(ordered, ordered[1:], strict=False):
+    for a, b in itertools.pairwise(ordered):
         _require(a.offset + a.value.size <= b.offset, f"step {step}: slots {a.id} and {b.id} overlap")

@@ -53,9 +53,7 @@ class Plan:
         For a stream that missed an earlier step, so that its slots do not hold what the schedule says they hold.
         Returns the step graph and the slot for each of its stores.
         """
-        alive = {
-            slot.value.output: slot.id for slot in self.table.slots if slot.value.first <= step < slot.value.last
-        }
+        alive = {slot.value.output: slot.id for slot in self.table.slots if slot.value.first <= step < slot.value.last}
         graph = specialise(self.captured, Pattern(frozenset(), frozenset(alive)))
         return graph, tuple(alive[output] for output in graph.stores)
 

@@ -117,21 +117,22 @@ def _pack(values: list[Value]) -> list[int]:
 
 
 def _first_fit(values: list[Value], order: list[int]) -> list[int]:
-    """Place values in the given order, each at the site's earlier place if that is free, else at the lowest free one."""
+    """Place values in the given order, each where its site was before if that is free, else at the lowest free place."""
     offsets = [0] * len(values)
     placed: dict[int, list[int]] = {}  # step -> values alive in it
     home: dict[SiteOutput, int] = {}
+    top = 0
     for index in order:
         value = values[index]
         neighbours = {other for step in range(value.first, value.last + 1) for other in placed.get(step, ())}
         taken = sorted((offsets[other], offsets[other] + values[other].size) for other in neighbours)
-        top = max((end for _, end in taken), default=0)
         preferred = home.get(value.output)
         if preferred is not None and preferred + value.size <= top and _is_free(preferred, value.size, taken):
             offsets[index] = preferred
         else:
             offsets[index] = _lowest_gap(value.size, taken)
         home.setdefault(value.output, offsets[index])
+        top = max(top, offsets[index] + value.size)
         for step in range(value.first, value.last + 1):
             placed.setdefault(step, []).append(index)
     return offsets

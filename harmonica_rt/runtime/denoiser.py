@@ -102,8 +102,8 @@ class Denoiser:
         if scheduler_watch.is_another_step(timestep, timesteps, run.step):
             run.failed = True
             raise RunError(
-                f"step {run.step} was stepped with timestep {float(timestep):g}, which belongs to another step: this run "
-                "does not begin at the first step, or leaves one out (image-to-image does). A schedule is for whole "
+                f"step {run.step} was stepped with timestep {float(timestep):g}, which belongs to another step: this "
+                "run does not begin at the first step, or leaves one out (image-to-image does). A schedule is for whole "
                 "runs; uncompile the pipeline for this one"
             )
 
@@ -184,8 +184,8 @@ class Denoiser:
     def _exclusively(self) -> Iterator[None]:
         if not self._lock.acquire(blocking=False):
             raise ConcurrentRunError(
-                f"{type(self.model).__name__} is in a call in another thread. Use one compiled model (and one pipeline) "
-                "for each thread, or let the runs take turns"
+                f"{type(self.model).__name__} is in a call in another thread. Use one compiled model (and one "
+                "pipeline) for each thread, or let the runs take turns"
             )
         try:
             yield

@@ -48,7 +48,7 @@ def install(pipeline: Any, denoiser: Denoiser) -> None:
     """Let `denoiser` take over the call of the pipeline's module, and follow the pipeline's scheduler."""
     uninstall(pipeline)
     denoiser.attach(pipeline)
-    denoiser.model._compiled_call_impl = denoiser  # type: ignore[assignment]
+    denoiser.model._compiled_call_impl = denoiser
 
 
 def uninstall(pipeline: Any) -> None:

@@ -97,8 +97,8 @@ class Run:
             raise RunError("an earlier step of this run failed; begin a new run (reset() does, or the pipeline's call)")
         if self.finished:
             raise RunError(
-                f"the schedule is for {self._schedule.steps} steps and they are over. Call reset() before the next run, "
-                "or compile the pipeline, which does it by itself"
+                f"the schedule is for {self._schedule.steps} steps and they are over. Call reset() before the next "
+                "run, or compile the pipeline, which does it by itself"
             )
         self._timesteps.check(call, self.step)
         try:

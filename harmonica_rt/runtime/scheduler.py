@@ -34,7 +34,8 @@ _LISTENER = "_harmonica_listener"
 def watch(scheduler: Any, listener: Listener) -> None:
     """Tell `listener` of the runs and steps of `scheduler` from now on."""
     unwatch(scheduler)
-    object.__setattr__(scheduler, "__class__", _watched_class(type(scheduler)))
+    cls: Any = type(scheduler)
+    object.__setattr__(scheduler, "__class__", _watched_class(cls))
     scheduler.__dict__[_LISTENER] = listener
 
 
@@ -67,7 +68,7 @@ def is_another_step(timestep: Any, timesteps: Any, step: int) -> bool:
 
 
 @functools.cache
-def _watched_class(cls: type) -> type:
+def _watched_class(cls: Any) -> type:
     members: dict[str, Any] = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -76,7 +77,9 @@ def _watched_class(cls: type) -> type:
         "step": _watched_step(cls),
         "set_timesteps": _watched_set_timesteps(cls),
     }
-    return type(cls)(cls.__name__, (cls,), members)
+    metaclass: Any = type(cls)
+    watched: type = metaclass(cls.__name__, (cls,), members)
+    return watched
 
 
 def _reduce_to(cls: type) -> Callable[[Any, int], Any]:
@@ -88,7 +91,7 @@ def _reduce_to(cls: type) -> Callable[[Any, int], Any]:
     return reduce_ex
 
 
-def _new_instance(cls: type) -> Any:
+def _new_instance(cls: Any) -> Any:
     return cls.__new__(cls)
 
 

@@ -1,7 +1,7 @@
-"""Static cache schedules: which sites to compute and which to reuse at every step, and the file that holds them.
+"""Static cache schedules: which sites to compute and which to reuse at every step, and their file.
 
-The contract between training and runtime. It depends on neither, nor on torch, Triton or diffusers: only on numpy.
-matplotlib, rich and torch are imported by the one function that needs each (`Schedule.plot`, `render`,
+The contract between training and runtime. It depends on neither, nor on torch, Triton or diffusers: only on
+numpy. matplotlib, rich and torch are imported by the one function that needs each (`Schedule.plot`, `render`,
 `Schedule.from_router`).
 """
 

@@ -1,7 +1,7 @@
 """Pictures of a schedule: a heat map (`plot`, matplotlib) and a drawing for the terminal (`render`, rich).
 
-Both show steps from top to bottom and sites from left to right, a panel for each kind of site, because what a method
-learns differs more between attention and MLP than between neighbouring blocks.
+Both show steps from top to bottom and sites from left to right, a panel for each kind of site, because what a
+method learns differs more between attention and MLP than between neighbouring blocks.
 """
 
 from __future__ import annotations
@@ -80,14 +80,11 @@ def _facts(schedule: Schedule) -> list[tuple[str, str]]:
     return [(name, _printable(value)) for name, value in facts]
 
 
-# ---- the terminal
-
-
 def render(schedule: Schedule, width: int | None = None) -> Text:
     """The schedule as text: a header, then a row for each step and a column for each site.
 
-    Readable without colour too. Where the sites do not fit into `width`, a column stands for several, and its shade for
-    the share that is computed; the legend says so.
+    Readable without colour too. Where the sites do not fit into `width`, a column stands for several, and its
+    shade for the share that is computed; the legend says so.
 
     Args:
         schedule: what to draw.
@@ -99,7 +96,7 @@ def render(schedule: Schedule, width: int | None = None) -> Text:
     from rich.text import Text
 
     room = shutil.get_terminal_size((100, 24)).columns if width is None else max(width, 1)
-    text = Text(no_wrap=True, overflow="ignore")
+    text = Text()
     patterns = f"{schedule.patterns} pattern{'s' if schedule.patterns != 1 else ''}"
     text.append(f"{schedule.steps} steps x {len(schedule.sites)} sites, ", "bold")
     text.append(f"CUR {schedule.cur:.2%}", "bold green")
@@ -115,7 +112,7 @@ def render(schedule: Schedule, width: int | None = None) -> Text:
 
 def _append_rows(text: Text, schedule: Schedule, room: int) -> None:
     panels = _panels(schedule.sites)
-    margin = len("step ") + len(" 100.0%") + 3 * len(panels) - 1
+    margin = len("step  ") + len(" 100.0%") + 3 * (len(panels) - 1)
     group = 1  # sites that share one column
     longest = max(len(panel.columns) for panel in panels)
     while group < longest and margin + sum(-(-len(panel.columns) // group) for panel in panels) > room:
@@ -124,9 +121,7 @@ def _append_rows(text: Text, schedule: Schedule, room: int) -> None:
     # a panel is as wide as its title where there is room for that
     titled = [max(part.shape[1], len(panel.title)) for panel, part in zip(panels, parts, strict=True)]
     widths = titled if margin + sum(titled) <= room else [part.shape[1] for part in parts]
-    titles = [
-        _printable(panel.title)[:cells].ljust(cells) for panel, cells in zip(panels, widths, strict=True)
-    ]
+    titles = [_printable(panel.title)[:cells].ljust(cells) for panel, cells in zip(panels, widths, strict=True)]
     text.append("step  " + "   ".join(titles) + "    CUR\n", "dim")
     for step, cur in enumerate(schedule.cur_per_step()):
         text.append(f"{step:>4}  ", "dim")
@@ -152,15 +147,13 @@ def _glyph(share: float) -> tuple[str, str]:
     return ("▓", "blue") if share >= 0.5 else ("░", "blue")
 
 
-# ---- the heat map
-
-
 def plot(schedule: Schedule, path: str | os.PathLike[str] | None = None) -> Figure:
     """The schedule as a heat map, with CUR per step at its right; see `Schedule.plot`.
 
     Uses matplotlib's object interface: no pyplot, no global state, no display.
     """
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.patches import Patch
 
     panels, steps = _panels(schedule.sites), schedule.steps
@@ -171,9 +164,12 @@ def plot(schedule: Schedule, path: str | os.PathLike[str] | None = None) -> Figu
     long_labels = max(len(label) for panel in panels for label in panel.labels) > 5
     # no panel is narrower than its title needs
     widths = [max(cell_w * len(panel.columns), 0.09 * len(panel.title) + 0.2) for panel in panels]
+    made = f"  ·  {_printable(schedule.made_by.method)}" if schedule.made_by else ""
+    title = f"CUR {schedule.cur:.2%}  ·  {steps} steps x {sites} sites{made}"
+    width = max(sum(widths) + bars_w + 0.25 * len(panels) + 1.1, 0.125 * len(title))
     figure = Figure(
-        figsize=(sum(widths) + bars_w + 0.25 * len(panels) + 1.1, cell_h * steps + (2.9 if long_labels else 1.9)),
-        layout="constrained",
+        figsize=(width, cell_h * steps + (2.9 if long_labels else 1.9)),
+        layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08),
         facecolor=_PAPER,
     )
     axes = figure.subplots(
@@ -183,13 +179,10 @@ def plot(schedule: Schedule, path: str | os.PathLike[str] | None = None) -> Figu
         _draw_panel(axis, schedule, panel, inches)
     _draw_bars(axes[-1], schedule)
     axes[0].set_ylim(steps, 0)
-    stride = -(-steps // 20) if steps > 25 else 1
+    stride = _stride(steps, 25)
     axes[0].set_yticks(np.arange(0, steps, stride) + 0.5, [str(s) for s in range(0, steps, stride)])
     axes[0].set_ylabel("step", color=_INK)
-    made = f"  ·  {_printable(schedule.made_by.method)}" if schedule.made_by else ""
-    figure.suptitle(
-        f"CUR {schedule.cur:.2%}  ·  {steps} steps × {sites} sites{made}", fontsize=13, fontweight="bold", color=_INK
-    )
+    figure.suptitle(title, fontsize=13, fontweight="bold", color=_INK)
     figure.legend(
         handles=[Patch(facecolor=_COMPUTE, label="compute"), Patch(facecolor=_REUSE, label="reuse")],
         loc="outside lower center", ncols=2, frameon=False, fontsize=9,
@@ -213,10 +206,13 @@ def _draw_panel(axis: Axes, schedule: Schedule, panel: _Panel, inches: float) ->
     size = 7
     upright = max(map(len, panel.labels)) > 3
     room = inches * 72 / (size * 1.3 if upright else size * 0.75 * max(map(len, panel.labels)) + 3)
-    stride = max(1, -(-count // max(1, int(room))))
+    stride = _stride(count, int(room))
     ticks = range(0, count, stride)
     axis.set_xticks(
-        np.array(ticks) + 0.5, [_printable(panel.labels[i]) for i in ticks], fontsize=size, rotation=90 if upright else 0
+        np.array(ticks) + 0.5,
+        [_printable(panel.labels[i]) for i in ticks],
+        fontsize=size,
+        rotation=90 if upright else 0,
     )
     axis.set_xlabel(panel.axis, fontsize=8, color=_INK)
     _strip(axis)
@@ -224,13 +220,18 @@ def _draw_panel(axis: Axes, schedule: Schedule, panel: _Panel, inches: float) ->
 
 def _draw_bars(axis: Axes, schedule: Schedule) -> None:
     shares = schedule.cur_per_step()
-    axis.barh(np.arange(schedule.steps) + 0.5, shares, height=0.8, color=_REUSE, edgecolor="#d9a95b", linewidth=0.4)
+    axis.barh(np.arange(schedule.steps) + 0.5, shares, height=0.8, color=_REUSE)
     axis.set_xlim(0, 1)
     axis.set_xticks([0, 0.5, 1], ["0", "50", "100 %"], fontsize=7)
     axis.set_title("CUR\nper step", fontsize=10, color=_INK)
     axis.grid(axis="x", color="#e4e4e4", linewidth=0.6)
     axis.set_axisbelow(True)
     _strip(axis)
+
+
+def _stride(count: int, room: int) -> int:
+    """The least of 1, 2, 5, 10, ... that leaves at most `room` of `count` ticks."""
+    return next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, count) if s >= count or count <= s * room)
 
 
 def _strip(axis: Axes) -> None:

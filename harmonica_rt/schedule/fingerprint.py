@@ -10,7 +10,8 @@ from collections.abc import Mapping
 def config_fingerprint(config: Mapping[str, object]) -> str:
     """`sha256:` and sixteen hex digits over the config's public entries, in sorted order.
 
-    Entries whose name begins with an underscore (where it was loaded from, the library's version) do not count.
+    Entries whose name begins with an underscore (where it was loaded from, the library's version) do not
+    count.
     """
     public = {key: value for key, value in config.items() if not key.startswith("_")}
     text = json.dumps(public, sort_keys=True, default=str, separators=(",", ":"))

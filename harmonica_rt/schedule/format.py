@@ -1,7 +1,8 @@
-"""The schedule file: versioned JSON that a person can read and diff. `docs/schedule-format.md` is its specification.
+"""The schedule file, versioned JSON that a person can read and diff; specified in `docs/schedule-format.md`.
 
-The hazard: JSON readers are lenient - of two equal keys the last wins, NaN passes, unknown keys are dropped - so a merge
-gone wrong or a typo would load as another schedule. Here each of these is an error that names the field.
+The hazard: JSON readers are lenient - of two equal keys the last wins, NaN passes, unknown keys are dropped -
+so a merge gone wrong or a typo would load as another schedule. Here each of these is an error that names the
+field.
 """
 
 from __future__ import annotations
@@ -13,22 +14,21 @@ import secrets
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from harmonica_rt.errors import ScheduleError
+from harmonica_rt.schedule.checks import check_number, check_sequence, check_sites
 from harmonica_rt.schedule.provenance import (
+    MAX_DIGITS,
     SCORE_DECIMALS,
     MadeBy,
     ModelInfo,
     SamplerInfo,
     ScheduleFields,
     check_mapping,
-    check_name,
-    check_number,
-    check_sequence,
 )
 
 if TYPE_CHECKING:
@@ -45,9 +45,6 @@ _KNOWN = "known"  # the folder with the schedules that come with the package
 
 class ScheduleFileNotFoundError(ScheduleError, FileNotFoundError):
     """There is no such schedule file, or no schedule of that name comes with the package."""
-
-
-# ---- writing
 
 
 def to_text(schedule: Schedule) -> str:
@@ -75,7 +72,7 @@ def to_text(schedule: Schedule) -> str:
 
 
 def write_atomically(path: str, text: str) -> None:
-    """Write to a file beside `path`, then rename: a reader sees the old file or the new one, never half of one."""
+    """Write beside `path`, then rename: a reader sees the old file or the new one, never half of one."""
     temporary = f"{path}.{secrets.token_hex(4)}.tmp"
     try:
         with open(temporary, "xb") as file:
@@ -118,9 +115,6 @@ def _json(value: object, indent: int | None = None) -> str:
     return json.dumps(value, allow_nan=False, sort_keys=True, indent=2).replace("\n", "\n" + " " * indent)
 
 
-# ---- reading
-
-
 def read_bytes(path: str) -> bytes:
     """The bytes of a schedule file, or ScheduleFileNotFoundError."""
     try:
@@ -136,7 +130,7 @@ def known_names() -> tuple[str, ...]:
 
 
 def read_known(name: str) -> bytes:
-    """The bytes of a schedule that comes with the package, or ScheduleFileNotFoundError with the names there are."""
+    """The bytes of a bundled schedule, or ScheduleFileNotFoundError with the names there are."""
     if name not in known_names():
         raise ScheduleFileNotFoundError(f"no schedule {name!r} comes with the package; there are {list(known_names())}")
     return (resources.files("harmonica_rt.schedule") / _KNOWN / f"{name}.json").read_bytes()
@@ -146,11 +140,16 @@ def parse(data: bytes) -> ScheduleFields:
     """The fields of a schedule file, checked for everything that `Schedule` does not check itself.
 
     Raises:
-        ScheduleError: not UTF-8, not JSON, duplicate keys, NaN or Infinity, a format or version that is not read, missing
-            or unknown fields, wrong types, wrong lengths, entries other than 0 and 1.
+        ScheduleError: not UTF-8, not JSON, duplicate keys, NaN or Infinity, a format or version that is not
+            read, missing or unknown fields, wrong types, wrong lengths, entries other than 0 and 1.
     """
     try:
-        document = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        document = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_no_duplicates,
+            parse_constant=_no_constant,
+            parse_int=_int,
+        )
     except UnicodeDecodeError as error:
         raise ScheduleError(f"not a schedule file: not UTF-8 text ({error})") from error
     except json.JSONDecodeError as error:
@@ -163,15 +162,10 @@ def parse(data: bytes) -> ScheduleFields:
         raise ScheduleError(f"not a schedule file: expected a JSON object, got {_type(document)}")
     _check_header(document)
     _check_fields(document, "", _REQUIRED, _OPTIONAL)
-    sites = tuple(check_sequence(document["sites"], "sites"))
-    for i, site in enumerate(sites):
-        check_name(site, f"sites[{i}]")
-    fields = ScheduleFields(
-        sites=tuple(str(site) for site in sites), compute=_parse_compute(document, len(sites))
-    )
+    sites = check_sites(check_sequence(document["sites"], "sites"))
+    fields = ScheduleFields(sites=sites, compute=_parse_compute(document, len(sites)))
     if "model" in document:
-        model = _object(document["model"], "model", ("class_name",), ("config_fingerprint",))
-        fields["model"] = ModelInfo(**model)
+        fields["model"] = ModelInfo(**_object(document["model"], "model", ("class_name",), ("config_fingerprint",)))
     if "sampler" in document:
         fields["sampler"] = SamplerInfo(**_object(document["sampler"], "sampler", ("class_name", "config"), ()))
     if "timesteps" in document:
@@ -192,13 +186,12 @@ def _check_header(document: dict[str, object]) -> None:
     if isinstance(version, bool) or version not in READABLE_VERSIONS or not isinstance(version, int):
         readable = ", ".join(map(str, READABLE_VERSIONS))
         raise ScheduleError(
-            f"version: this harmonica-rt reads version {readable}, got {version!r}; a newer file needs a newer harmonica-rt"
+            f"version: this harmonica-rt reads version {readable}, got {version!r}; "
+            f"a newer file needs a newer harmonica-rt"
         )
 
 
-def _check_fields(
-    value: dict[str, object], where: str, required: Sequence[str], optional: Sequence[str]
-) -> None:
+def _check_fields(value: dict[str, object], where: str, required: Sequence[str], optional: Sequence[str]) -> None:
     allowed = (*required, *optional)
     for field in value:
         if field not in allowed:
@@ -212,7 +205,8 @@ def _check_fields(
             raise ScheduleError(f"{where}{field}: null; leave the field out when there is nothing to say")
 
 
-def _object(value: object, field: str, required: Sequence[str], optional: Sequence[str]) -> dict[str, object]:
+def _object(value: object, field: str, required: Sequence[str], optional: Sequence[str]) -> dict[str, Any]:
+    # Any: the dataclass that takes the fields checks their types
     if not isinstance(value, dict):
         raise ScheduleError(f"{field}: expected an object, got {_type(value)}")
     _check_fields(value, f"{field}.", required, optional)
@@ -230,7 +224,8 @@ def _parse_compute(document: dict[str, object], n_sites: int) -> NDArray[np.bool
             raise ScheduleError(f"compute, step {step}: expected a string of 0 and 1, got {_type(row)}")
         if other := [c for c in row if c not in "01"]:
             raise ScheduleError(
-                f"compute, step {step}: expected only 0 (reuse) and 1 (compute), got {other[0]!r} at place {row.index(other[0])}"
+                f"compute, step {step}: expected only 0 (reuse) and 1 (compute), "
+                f"got {other[0]!r} at place {row.index(other[0])}"
             )
         if len(row) != n_sites:
             raise ScheduleError(f"compute, step {step}: expected one entry a site ({n_sites}), got {len(row)}")
@@ -250,6 +245,19 @@ def _no_constant(name: str) -> NoReturn:
     raise ScheduleError(f"not a schedule file: {name} is not JSON; numbers must be finite")
 
 
+def _int(digits: str) -> int:
+    if len(digits.lstrip("-")) > MAX_DIGITS:
+        raise ScheduleError(f"not a schedule file: a number of {len(digits)} digits")
+    return int(digits)
+
+
 def _type(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+    }
     return names.get(type(value), "null")

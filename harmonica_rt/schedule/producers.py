@@ -1,4 +1,4 @@
-"""Masks by rule: each function returns `bool[steps, sites]`, True = compute, and leaves validation to `Schedule`."""
+"""Masks by rule, `bool[steps, sites]`, True = compute; that they make a sound schedule, `Schedule` checks."""
 
 from __future__ import annotations
 
@@ -39,14 +39,17 @@ def random_mask(cur: float, steps: int, n_sites: int, seed: int) -> NDArray[np.b
     """Reuse exactly `round(cur * steps * n_sites)` entries, drawn without the first step.
 
     Raises:
-        ScheduleError: `cur` is outside 0 ... (steps - 1) / steps, what is left when the first step computes all.
+        ScheduleError: `cur` is outside 0 ... (steps - 1) / steps, what is left when the first step computes
+            all.
     """
     total = check_count(steps, "steps") * n_sites
     free = total - n_sites
-    if not 0 <= cur <= free / max(total, 1):
+    if not 0 <= cur <= free / total:
         raise ScheduleError(
-            f"cur: expected 0 ... {free / max(total, 1):.4g} ({steps} steps, the first of which computes all), got {cur!r}"
+            f"cur: expected 0 ... {free / total:.4g} ({steps} steps, the first of which computes all), got {cur!r}"
         )
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise ScheduleError(f"seed: expected a whole number of at least 0, got {seed!r}")
     # random() + stable argsort rather than choice(): its stream is the one numpy changes least
     order = np.argsort(np.random.default_rng(seed).random(free), kind="stable")
     mask = np.ones(total, dtype=np.bool_)
@@ -57,12 +60,12 @@ def random_mask(cur: float, steps: int, n_sites: int, seed: int) -> NDArray[np.b
 def step_mask(mask: StepMask | Mapping[str, StepMask], sites: Sequence[str]) -> NDArray[np.bool_]:
     """One mask for all sites, or one for each pattern of sites.
 
-    A pattern matches a site when it matches its whole path or its kind (`fnmatch` rules; `*` crosses dots). The first
-    pattern that matches decides, so `{"attn*": "1010", "*": "1100"}` reads from top to bottom.
+    A pattern matches a site when it matches its whole path or its kind (`fnmatch` rules; `*` crosses dots).
+    The first pattern that matches decides, so `{"attn*": "1010", "*": "1100"}` reads from top to bottom.
 
     Raises:
-        ScheduleError: entries other than 0 and 1, masks of unequal length, a site that no pattern matches, or a
-            pattern that decides no site (a typo, or hidden by an earlier one).
+        ScheduleError: entries other than 0 and 1, masks of unequal length, a site that no pattern matches, or
+            a pattern that decides no site (a typo, or hidden by an earlier one).
     """
     if not isinstance(mask, Mapping):
         return np.repeat(_bits(mask, "mask")[:, None], len(sites), axis=1)
@@ -98,4 +101,4 @@ def _bits(mask: StepMask, field: str) -> NDArray[np.bool_]:
             raise ScheduleError(f"{field}: expected only 0 (reuse) and 1 (compute), got {entry!r} at step {step}")
     if not entries:
         raise ScheduleError(f"{field}: expected one entry a step, got none")
-    return np.array([int(entry) == 1 for entry in entries], dtype=np.bool_)
+    return np.array([entry in (1, "1") for entry in entries], dtype=np.bool_)

@@ -1,13 +1,12 @@
 """What a schedule was made for and how: model, sampler, method. Immutable, hashable, and writable as JSON.
 
-The hazard: configs of models and samplers are dicts that their owners go on changing, with values that JSON does not
-know (arrays, numpy numbers) or that compare badly (NaN). So each is copied once into a `FrozenMap` of plain values, and
-what cannot be kept is refused by name.
+The hazard: configs of models and samplers are dicts that their owners go on changing, with values that JSON
+does not know (arrays, numpy numbers) or that compare badly (NaN). So each is copied once into a `FrozenMap`
+of plain values, and what cannot be kept is refused by name.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
@@ -16,15 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harmonica_rt.errors import ScheduleError
+from harmonica_rt.schedule.checks import check_name, check_number, check_sequence
 
+MAX_DIGITS = 400  # of an integer: more than any float holds; Python itself refuses to read more than 4300
 SCORE_DECIMALS = 4  # enough to redraw a threshold, few enough to read and diff
 
 
 class FrozenMap(Mapping[str, object]):
-    """A read-only, hashable mapping of plain JSON values; nested lists are tuples, nested mappings are `FrozenMap`s.
+    """A read-only, hashable mapping of plain JSON values: lists are tuples, mappings `FrozenMap`s.
 
     Raises:
-        ScheduleError: a key is no string, or a value is none of bool, int, finite float, str, None, list, mapping.
+        ScheduleError: a key is no string, or a value is none of bool, int, finite float, str, None, list,
+            mapping.
     """
 
     __slots__ = ("_items",)
@@ -78,7 +80,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class SamplerInfo:
-    """The sampler that a schedule was made for: the scheduler's class and its config (any plain JSON values)."""
+    """The sampler that a schedule was made for: the class and config (plain JSON values) of the scheduler."""
 
     class_name: str
     config: Mapping[str, object] = FrozenMap({})
@@ -96,7 +98,8 @@ class MadeBy:
         method: e.g. `harmonica`, `learning-to-cache`, `every`.
         hyper_parameters: what it was run with, any plain JSON values.
         threshold: tau, for methods that compute where `sigmoid(score) > tau`.
-        scores: router logits, `[steps][sites]`, kept to four decimals; None in the place of a step without a router.
+        scores: router logits, `[steps][sites]`, kept to four decimals; None in the place of a step without a
+            router.
     """
 
     method: str
@@ -124,37 +127,6 @@ class ScheduleFields(TypedDict, total=False):
     timesteps: tuple[float, ...] | None
     guidance: float | None
     made_by: MadeBy | None
-
-
-def check_name(value: object, field: str) -> str:
-    """A non-empty string, or ScheduleError naming `field`."""
-    if not isinstance(value, str) or not value.strip():
-        raise ScheduleError(f"{field}: expected a non-empty string, got {value!r}")
-    return value
-
-
-def check_number(value: object, field: str) -> float:
-    """A finite float, or ScheduleError naming `field`."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ScheduleError(f"{field}: expected a number, got {value!r}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ScheduleError(f"{field}: expected a finite number, got {number}")
-    return number
-
-
-def check_sequence(value: object, field: str) -> Sequence[object]:
-    """A list, tuple or array, or ScheduleError naming `field`."""
-    if isinstance(value, np.ndarray) and value.ndim:
-        return list(value)
-    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
-        raise ScheduleError(f"{field}: expected a list, got {type(value).__name__}")
-    return value
 
 
 def check_mapping(value: object, field: str) -> FrozenMap:
@@ -189,6 +161,8 @@ def _freeze(value: object, field: str) -> object:
         value = value.tolist()
     if isinstance(value, float):
         return check_number(value, field)
+    if isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:
+        raise ScheduleError(f"{field}: expected a number of at most {MAX_DIGITS} digits")
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, Mapping):

@@ -1,16 +1,17 @@
-"""Router checkpoints of the released code, read as schedules. torch is imported here only, when a file is read.
+"""Router checkpoints of the released code, read as schedules; torch is imported when a file is read.
 
-A DiT checkpoint is `{"routers": state_dict, "opt", "args"}`; `routers["{i}.prob"]` holds `2 * depth` logits, even =
-attention, odd = MLP. The hazards, all of which give a plausible wrong mask:
+A DiT checkpoint is `{"routers": state_dict, "opt", "args"}`; `routers["{i}.prob"]` holds `2 * depth` logits,
+even = attention, odd = MLP. The hazards, all of which give a plausible wrong mask:
 
 - `i` is the respaced timestep, so row T - 1 runs *first*: step s reads row T - 1 - s.
 - HarmoniCa (arXiv 2410.01723) uses every row; row T - 1 is fixed at 5.0.
-- Learning-to-Cache (arXiv 2406.01733) empties its cache at every odd `i`: those rows are untrained noise, all compute.
-- Its U-ViT is a bare state dict whose rows run *forwards* and number solver steps of two evaluations each: evaluation
-  2k, for k >= 1, uses row k; every other evaluation computes all; rows from T / 2 on are noise.
+- Learning-to-Cache (arXiv 2406.01733) empties its cache at every odd `i`: those rows are untrained noise, all
+  compute.
+- Its U-ViT is a bare state dict whose rows run *forwards* and number solver steps of two evaluations each:
+  evaluation 2k, for k >= 1, uses row k; every other evaluation computes all; rows from T / 2 on are noise.
 
-A checkpoint is a pickle: it is read by torch's weights-only unpickler with one more class, `argparse.Namespace`, and never
-otherwise.
+A checkpoint is a pickle: it is read by torch's weights-only unpickler with one more class,
+`argparse.Namespace`, and never otherwise.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import argparse
 import os
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
@@ -27,8 +29,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harmonica_rt.errors import ScheduleError
+from harmonica_rt.schedule.checks import check_number
 from harmonica_rt.schedule.format import ScheduleFileNotFoundError
-from harmonica_rt.schedule.provenance import MadeBy, ModelInfo, ScheduleFields, check_number
+from harmonica_rt.schedule.provenance import MadeBy, ModelInfo, ScheduleFields
 
 if TYPE_CHECKING:
     import torch
@@ -36,19 +39,27 @@ if TYPE_CHECKING:
 RouterKind = Literal["auto", "harmonica", "l2c-dit", "l2c-uvit"]
 
 FIXED_LOGIT = 5.0  # HarmoniCa's row for the first step
+# what torch's readers were seen to raise on damaged bytes
+_BROKEN_FILE = (RuntimeError, EOFError, LookupError, ValueError, AttributeError, TypeError, struct.error)
 _DIT = "DiTTransformer2DModel"
-_THRESHOLDS = {"harmonica": 0.1, "l2c-dit": 0.1, "l2c-uvit": 0.9}  # --thres in the commands of the released code
+_THRESHOLDS = {
+    "harmonica": 0.1,
+    "l2c-dit": 0.1,
+    "l2c-uvit": 0.9,
+}  # --thres in the commands of the released code
 _METHODS = {"harmonica": "harmonica", "l2c-dit": "learning-to-cache", "l2c-uvit": "learning-to-cache"}
 _HYPER_PARAMETERS = (
-    "model", "image_size", "lr", "l1", "max_steps", "global_batch_size", "ste_threshold", "lambda_c", "cfg_scale",
+    "model", "image_size", "lr", "l1", "max_steps", "global_batch_size", "ste_threshold",
+    "lambda_c", "cfg_scale",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """`logits` is fp32 `[rows, 2 * depth]` in the file's own order; `args` is empty where the file has none."""
+    """fp32 `[rows, 2 * depth]` in the file's own order; `args` is empty where the file has none."""
 
     logits: NDArray[np.float32]
+    probabilities: NDArray[np.float32]
     args: Mapping[str, object]
     bare: bool
 
@@ -73,8 +84,8 @@ def read_router(
 
     Raises:
         ScheduleFileNotFoundError: there is no such file.
-        ScheduleError: the file is no router checkpoint, needs code to be run to be read, has missing or ragged rows, does
-            not fit `sites` or `steps`, or its kind cannot be told.
+        ScheduleError: the file is no router checkpoint, needs code to be run to be read, has missing or
+            ragged rows, does not fit `sites` or `steps`, or its kind cannot be told.
     """
     if kind not in get_args(RouterKind):
         raise ScheduleError(f"kind: expected one of {', '.join(get_args(RouterKind))}, got {kind!r}")
@@ -86,20 +97,19 @@ def read_router(
         raise ScheduleError(f"{source}: the file has routers for {rows} steps, steps={steps} was asked for")
     if sites is not None and len(sites) != width:
         raise ScheduleError(
-            f"{source}: the routers are for {width // 2} blocks ({width} sites), {len(sites)} sites were given; "
-            f"give the attention and the MLP of each block in turn"
+            f"{source}: the routers are for {width // 2} blocks ({width} sites), {len(sites)} sites were "
+            f"given; give the attention and the MLP of each block in turn"
         )
     tau = check_number(_THRESHOLDS[found] if threshold is None else threshold, "threshold")
     if not 0 <= tau < 1:
         raise ScheduleError(f"threshold: expected 0 <= threshold < 1, got {tau}")
     used = _rows_of_steps(checkpoint, found, source)
-    # sigmoid in fp32, as the released code has it: at the threshold one ulp decides
-    over = 1.0 / (1.0 + np.exp(-checkpoint.logits.clip(-80, 80))) > np.float32(tau)
+    over = checkpoint.probabilities > np.float32(tau)
     compute = np.array([np.ones(width, np.bool_) if row is None else over[row] for row in used])
     if not compute[0].all():
         raise ScheduleError(
-            f"{source}: row {used[0]} runs first and must compute all, but {int((~compute[0]).sum())} of {width} logits are "
-            f"under the threshold {tau}; is the file of another kind than {found!r}?"
+            f"{source}: row {used[0]} runs first and must compute all, but {int((~compute[0]).sum())} of "
+            f"{width} logits are under the threshold {tau}; is the file of another kind than {found!r}?"
         )
     args = checkpoint.args
     known = {name: args[name] for name in _HYPER_PARAMETERS if isinstance(args.get(name), bool | int | float | str)}
@@ -117,7 +127,7 @@ def read_router(
 
 
 def _kind_of(checkpoint: _Checkpoint, source: str) -> Literal["harmonica", "l2c-dit", "l2c-uvit"]:
-    """Told by what only one of the trainers writes; a file that speaks for none, or for two, is asked about."""
+    """Told by what only one of the trainers writes; where that speaks for none, or for two, an error."""
     fixed = bool((checkpoint.logits[-1] == FIXED_LOGIT).all())
     odd_depth = checkpoint.logits.shape[1] // 2 % 2 == 1
     if checkpoint.bare and odd_depth and not fixed:
@@ -128,10 +138,11 @@ def _kind_of(checkpoint: _Checkpoint, source: str) -> Literal["harmonica", "l2c-
         return "harmonica"
     if trained_on_images and not fixed:
         return "l2c-dit"
+    writer = "of Learning-to-Cache" if trained_on_images else "none that tell"
+    writer = "of HarmoniCa" if trained_without_images else writer
     raise ScheduleError(
-        f"{source}: cannot tell which code wrote this file (last row all {FIXED_LOGIT}: {'yes' if fixed else 'no'}; args: "
-        f"{'of HarmoniCa' if trained_without_images else 'of Learning-to-Cache' if trained_on_images else 'none known'}); "
-        f"pass kind='harmonica', 'l2c-dit' or 'l2c-uvit'"
+        f"{source}: cannot tell which code wrote this file (its last row is {'' if fixed else 'not '}fixed "
+        f"at {FIXED_LOGIT}, its args are {writer}); pass kind='harmonica', 'l2c-dit' or 'l2c-uvit'"
     )
 
 
@@ -139,7 +150,7 @@ def _rows_of_steps(checkpoint: _Checkpoint, kind: str, source: str) -> list[int 
     """The row that each step reads, in the order the steps run; None = compute all."""
     total = len(checkpoint.logits)
     if kind == "harmonica":
-        return list(range(total))[::-1]
+        return [*reversed(range(total))]
     if total % 2:
         raise ScheduleError(f"{source}: Learning-to-Cache pairs the steps, so their number must be even, got {total}")
     if kind == "l2c-dit":
@@ -167,7 +178,9 @@ def _read(source: str) -> _Checkpoint:
         raise ScheduleError(f"{source}: expected router logits under 'routers', got {type(routers).__name__}")
     args = content.get("args") if not bare else None
     known = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, Mapping) else {}
-    return _Checkpoint(_logits(routers, known, source), known, bare)
+    logits = _logits(routers, known, source)
+    # torch's own sigmoid, in fp32 like the released code: at the threshold one ulp decides
+    return _Checkpoint(logits.numpy(), logits.sigmoid().numpy(), known, bare)
 
 
 def _load(source: str) -> object:
@@ -179,16 +192,21 @@ def _load(source: str) -> object:
     except FileNotFoundError as error:
         raise ScheduleFileNotFoundError(f"{source}: no such router checkpoint") from error
     except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if wanted is None:
+            raise ScheduleError(f"{source}: not a readable torch checkpoint") from error
         raise ScheduleError(
-            f"{source}: refused. Only tensors, plain values and argparse.Namespace are read; this file needs more, and "
-            f"reading it could run code that it brings ({str(error).splitlines()[0]})"
+            f"{source}: refused. Only tensors, plain values and argparse.Namespace are read; this file asks "
+            f"for {wanted[1]}, and to load that could run code the file brings"
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, TypeError) as error:  # what broken files raise
-        raise ScheduleError(f"{source}: not a readable torch checkpoint ({type(error).__name__}: {error})") from error
+    except _BROKEN_FILE as error:
+        raise ScheduleError(f"{source}: not a readable torch checkpoint ({type(error).__name__})") from error
 
 
-def _logits(routers: Mapping[object, object], args: Mapping[str, object], source: str) -> NDArray[np.float32]:
+def _logits(routers: Mapping[object, object], args: Mapping[str, object], source: str) -> torch.Tensor:
     """The rows `{i}.prob`, stacked: fp32 `[rows, 2 * depth]`."""
+    import torch
+
     rows: dict[int, torch.Tensor] = {}
     for key, value in routers.items():
         match = re.fullmatch(r"(0|[1-9]\d{0,5})\.prob", key) if isinstance(key, str) else None
@@ -203,14 +221,17 @@ def _logits(routers: Mapping[object, object], args: Mapping[str, object], source
     widths = {row: len(rows[row]) for row in range(total)}
     if ragged := [row for row in widths if widths[row] != widths[0]]:
         raise ScheduleError(
-            f"{source}: routers: rows must be equally long; row 0 has {widths[0]} logits, row {ragged[0]} {widths[ragged[0]]}"
+            f"{source}: routers: rows must be equally long; row 0 has {widths[0]} logits, "
+            f"row {ragged[0]} has {widths[ragged[0]]}"
         )
     if widths[0] == 0 or widths[0] % 2:
-        raise ScheduleError(f"{source}: routers: expected two logits a block (attention, MLP), got {widths[0]} in a row")
-    logits = np.stack([rows[row].detach().float().numpy() for row in range(total)])
-    if not np.isfinite(logits).all():
-        raise ScheduleError(f"{source}: routers: row {int(np.argwhere(~np.isfinite(logits))[0][0])} is not finite")
-    return logits.astype(np.float32)
+        raise ScheduleError(
+            f"{source}: routers: expected two logits a block (attention, MLP), got {widths[0]} in a row"
+        )
+    logits = torch.stack([rows[row].detach().float() for row in range(total)])
+    if not bool(logits.isfinite().all()):
+        raise ScheduleError(f"{source}: routers: row {int((~logits.isfinite()).nonzero()[0, 0])} is not finite")
+    return logits
 
 
 def _check_row(value: object, field: str) -> torch.Tensor:

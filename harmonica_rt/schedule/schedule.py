@@ -1,7 +1,8 @@
 """The schedule: `bool[steps, sites]`, True = compute, False = reuse, with what it was made for and how.
 
-The hazard: a schedule that is nearly right - a site less, a row out of order, a first step that reads what no step
-wrote - still runs and gives a wrong image. So one is checked when it is made, by whatever way, and cannot change after.
+The hazard: a schedule that is nearly right - a site less, a row out of order, a first step that reads what no
+step wrote - still runs and gives a wrong image. So one is checked when it is made, by whatever way, and
+cannot change after.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from harmonica_rt.errors import ScheduleError
 from harmonica_rt.schedule import draw, format, producers, routers
-from harmonica_rt.schedule.provenance import MadeBy, ModelInfo, SamplerInfo, check_number, check_sequence
+from harmonica_rt.schedule.checks import (
+    check_compute,
+    check_number,
+    check_scores_shape,
+    check_sites,
+    check_timesteps,
+)
+from harmonica_rt.schedule.provenance import MadeBy, ModelInfo, SamplerInfo
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,7 +41,8 @@ class Schedule:
         sites: dotted module paths in execution order.
         model: the model it was made for.
         sampler: the sampler it was made for.
-        timesteps: the sampler's timesteps, one a step. Provenance only; a schedule fits by its number of steps.
+        timesteps: the sampler's timesteps, one a step. Provenance only; a schedule fits by its number of
+            steps.
         guidance: the guidance scale it was made for.
         made_by: the method that made it.
 
@@ -50,7 +59,7 @@ class Schedule:
     made_by: MadeBy | None = None
 
     def __post_init__(self) -> None:
-        compute, sites = _check_compute(self.compute), _check_sites(self.sites)
+        compute, sites = check_compute(self.compute), check_sites(self.sites)
         steps = len(compute)
         if compute.shape[1] != len(sites):
             raise ScheduleError(
@@ -59,8 +68,8 @@ class Schedule:
         if not compute[0].all():
             first = [site for site, computes in zip(sites, compute[0], strict=True) if not computes]
             raise ScheduleError(
-                f"compute: step 0 reuses {len(first)} of {len(sites)} sites ({first[0]!r} first), but nothing is stored "
-                f"before it; make every entry of step 0 compute"
+                f"compute: step 0 reuses {len(first)} of {len(sites)} sites ({first[0]!r} first), but "
+                f"nothing is stored before it; make every entry of step 0 compute"
             )
         set_ = object.__setattr__
         # frombuffer over bytes: unlike setflags(write=False), nobody can make it writable again
@@ -71,13 +80,11 @@ class Schedule:
             if value is not None and not isinstance(value, kind):
                 raise ScheduleError(f"{field}: expected a {kind.__name__} or None, got {type(value).__name__}")
         if self.timesteps is not None:
-            set_(self, "timesteps", _check_timesteps(self.timesteps, steps))
+            set_(self, "timesteps", check_timesteps(self.timesteps, steps))
         if self.guidance is not None:
             set_(self, "guidance", check_number(self.guidance, "guidance"))
         if self.made_by is not None and self.made_by.scores is not None:
-            _check_scores_shape(self.made_by.scores, compute.shape)
-
-    # ---- what it holds
+            check_scores_shape(self.made_by.scores, compute.shape)
 
     @property
     def steps(self) -> int:
@@ -91,14 +98,13 @@ class Schedule:
 
     def cur_per_step(self) -> NDArray[np.float64]:
         """CUR of each step, `[steps]`."""
-        return 1.0 - self.compute.mean(axis=1, dtype=np.float64)
+        shares: NDArray[np.float64] = self.compute.mean(axis=1, dtype=np.float64)
+        return 1.0 - shares
 
     def cur_per_kind(self) -> dict[str, float]:
-        """CUR of each kind of site (`attn1`, `ff`, ...: the last name in the path), in order of first appearance."""
+        """CUR of each kind of site (`attn1`, `ff`, ...: the last name in its path), as they first appear."""
         kinds = [producers.site_kind(site) for site in self.sites]
-        return {
-            kind: float(1.0 - self.compute[:, [k == kind for k in kinds]].mean()) for kind in dict.fromkeys(kinds)
-        }
+        return {kind: float(1.0 - self.compute[:, [k == kind for k in kinds]].mean()) for kind in dict.fromkeys(kinds)}
 
     @property
     def patterns(self) -> int:
@@ -124,8 +130,6 @@ class Schedule:
         rest = (self.sites, self.model, self.sampler, self.timesteps, self.guidance, self.made_by)
         return (shape, mask, *rest)
 
-    # ---- producers
-
     @classmethod
     def from_array(
         cls,
@@ -140,36 +144,37 @@ class Schedule:
     ) -> Schedule:
         """From a mask `[steps, sites]` of bools or of 0/1 integers, True or 1 = compute."""
         times = None if timesteps is None else tuple(timesteps)
-        return cls(_check_compute(mask), _check_sites(sites), model, sampler, times, guidance, made_by)
+        return cls(check_compute(mask), check_sites(sites), model, sampler, times, guidance, made_by)
 
     @classmethod
     def all_compute(cls, *, steps: int, sites: Iterable[str]) -> Schedule:
         """Nothing is reused: the plain model."""
-        names = _check_sites(sites)
+        names = check_sites(sites)
         return cls(producers.every_mask(1, steps, len(names)), names, made_by=MadeBy("all-compute"))
 
     @classmethod
     def every(cls, k: int, *, steps: int, sites: Iterable[str]) -> Schedule:
         """Computes all sites at steps 0, k, 2k, ... and reuses them in between (FORA, arXiv 2407.01425)."""
-        names = _check_sites(sites)
+        names = check_sites(sites)
         return cls(producers.every_mask(k, steps, len(names)), names, made_by=MadeBy("every", {"k": k}))
 
     @classmethod
     def from_mask(
         cls, step_mask: producers.StepMask | Mapping[str, producers.StepMask], *, sites: Iterable[str]
     ) -> Schedule:
-        """From a mask over steps, 1 = compute the whole step: `"1101"`, `[1, 1, 0, 1]`, or one for each pattern of sites.
+        """From a mask over steps, 1 = compute: `"1101"`, `[1, 1, 0, 1]`, or one for each pattern of sites.
 
-        In a mapping, `{"attn*": "1010", "*.ff": "1100"}`, a pattern matches a site's whole path or its kind, and the
-        first that matches decides. Each site needs one, and each pattern must decide at least one site.
+        In a mapping, `{"attn*": "1010", "*.ff": "1100"}`, a pattern matches a site's whole path or its kind,
+        and the first that matches decides. Each site needs one, and each pattern must decide at least one
+        site.
         """
-        names = _check_sites(sites)
+        names = check_sites(sites)
         return cls(producers.step_mask(step_mask, names), names, made_by=MadeBy("step-mask"))
 
     @classmethod
     def random(cls, cur: float, *, steps: int, sites: Iterable[str], seed: int) -> Schedule:
-        """Reuses exactly `round(cur * steps * sites)` entries at random, none at step 0; same seed, same schedule."""
-        names = _check_sites(sites)
+        """Reuses exactly `round(cur * steps * sites)` random entries, none of them at step 0."""
+        names = check_sites(sites)
         ratio = check_number(cur, "cur")
         mask = producers.random_mask(ratio, steps, len(names), seed)
         return cls(mask, names, made_by=MadeBy("random", {"cur": ratio, "seed": seed}))
@@ -184,11 +189,13 @@ class Schedule:
         threshold: float | None = None,
         kind: routers.RouterKind = "auto",
     ) -> Schedule:
-        """From a router checkpoint of the released HarmoniCa or Learning-to-Cache code; see `routers.read_router`."""
-        names = None if sites is None else _check_sites(sites)
-        return cls(**routers.read_router(path, sites=names, steps=steps, threshold=threshold, kind=kind))
+        """From a router checkpoint of the released HarmoniCa or Learning-to-Cache code, computed over tau.
 
-    # ---- files and pictures
+        `threshold` is tau; by default 0.1, and 0.9 for U-ViT, as in the released commands.
+        `routers.read_router` has the details.
+        """
+        names = None if sites is None else check_sites(sites)
+        return cls(**routers.read_router(path, sites=names, steps=steps, threshold=threshold, kind=kind))
 
     @classmethod
     def load(cls, path: FilePath) -> Schedule:
@@ -199,22 +206,19 @@ class Schedule:
             ScheduleError: the file is malformed in any way; the message names the file and the field.
         """
         source = os.fspath(path)
-        try:
-            return cls(**format.parse(format.read_bytes(source)))
-        except format.ScheduleFileNotFoundError:
-            raise
-        except ScheduleError as error:
-            raise ScheduleError(f"{source}: {error}") from error
+        return cls._parsed(format.read_bytes(source), source)
 
     @classmethod
     def known(cls, name: str) -> Schedule:
         """A schedule that comes with the package; `known_names()` lists them."""
+        return cls._parsed(format.read_known(name), name)
+
+    @classmethod
+    def _parsed(cls, data: bytes, source: str) -> Schedule:
         try:
-            return cls(**format.parse(format.read_known(name)))
-        except format.ScheduleFileNotFoundError:
-            raise
+            return cls(**format.parse(data))
         except ScheduleError as error:
-            raise ScheduleError(f"{name}: {error}") from error
+            raise ScheduleError(f"{source}: {error}") from error
 
     @staticmethod
     def known_names() -> tuple[str, ...]:
@@ -222,11 +226,11 @@ class Schedule:
         return format.known_names()
 
     def save(self, path: FilePath) -> None:
-        """Write the schedule as JSON (docs/schedule-format.md); whole or not at all. Equal schedules, equal bytes."""
+        """Write the schedule as JSON (docs/schedule-format.md), whole or not at all."""
         format.write_atomically(os.fspath(path), format.to_text(self))
 
     def plot(self, path: FilePath | None = None) -> Figure:
-        """Steps x sites as a heat map, a panel for each kind of site; saved as PNG, SVG or PDF when `path` is given."""
+        """Steps x sites as a heat map, a panel a kind of site; saved to `path` (PNG, SVG, PDF) if given."""
         return draw.plot(self, path)
 
     def with_provenance(
@@ -247,50 +251,3 @@ class Schedule:
             guidance=self.guidance if guidance is None else guidance,
             made_by=made_by or self.made_by,
         )
-
-
-def _check_compute(mask: ArrayLike) -> NDArray[np.bool_]:
-    try:
-        array = np.asarray(mask)
-    except (TypeError, ValueError) as error:
-        raise ScheduleError(f"compute: expected a rectangular array [steps, sites], got none ({error})") from error
-    if array.ndim != 2:
-        raise ScheduleError(f"compute: expected two dimensions [steps, sites], got shape {array.shape}")
-    if 0 in array.shape:
-        raise ScheduleError(f"compute: expected at least one step and one site, got shape {array.shape}")
-    if array.dtype.kind not in "biu":
-        raise ScheduleError(
-            f"compute: expected bools or 0/1 integers, got dtype {array.dtype}; threshold scores first (scores > tau)"
-        )
-    if array.dtype.kind != "b" and (odd := array[(array != 0) & (array != 1)]).size:
-        raise ScheduleError(f"compute: expected only 0 (reuse) and 1 (compute), got {odd[0]}")
-    return array.astype(np.bool_)
-
-
-def _check_sites(sites: Iterable[str]) -> tuple[str, ...]:
-    if isinstance(sites, str) or not isinstance(sites, Iterable):
-        raise ScheduleError(f"sites: expected a list of dotted module paths, got {sites!r}")
-    names = tuple(sites)
-    if not names:
-        raise ScheduleError("sites: expected at least one site, got none")
-    for i, name in enumerate(names):
-        if not isinstance(name, str) or not all(name.split(".")) or any(c.isspace() for c in name):
-            raise ScheduleError(f"sites[{i}]: expected a dotted module path such as 'blocks.0.attn1', got {name!r}")
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ScheduleError(f"sites: each site may stand once, got more than once: {', '.join(twice)}")
-    return names
-
-
-def _check_timesteps(timesteps: object, steps: int) -> tuple[float, ...]:
-    values = check_sequence(timesteps, "timesteps")
-    if len(values) != steps:
-        raise ScheduleError(f"timesteps: expected one a step ({steps}), got {len(values)}; leave them out if unknown")
-    return tuple(check_number(value, f"timesteps[{i}]") for i, value in enumerate(values))
-
-
-def _check_scores_shape(scores: Sequence[Sequence[float] | None], shape: tuple[int, ...]) -> None:
-    if len(scores) != shape[0]:
-        raise ScheduleError(f"made_by.scores: expected one row a step ({shape[0]}), got {len(scores)}")
-    for step, row in enumerate(scores):
-        if row is not None and len(row) != shape[1]:
-            raise ScheduleError(f"made_by.scores, step {step}: expected one a site ({shape[1]}), got {len(row)}")

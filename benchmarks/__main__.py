@@ -1,0 +1,34 @@
+"""`python -m benchmarks [NAME ...] [--repeats N] [--quick] [--save]`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+from benchmarks import rows
+
+BENCHMARKS = ("speedup", "compile_cost", "slot_memory")
+
+
+def main() -> None:
+    """Run the named benchmarks, all by default; print their rows and with --save keep them in results/."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=main.__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)} (default: all)")
+    parser.add_argument("--repeats", type=int, default=7, help="interleaved rounds of each timing (default: 7)")
+    parser.add_argument("--quick", action="store_true", help="smaller models and fewer steps: does it run at all?")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/NAME.json")
+    options = parser.parse_args()
+    unknown = [name for name in options.names if name not in BENCHMARKS]
+    if unknown:
+        parser.error(f"unknown benchmark {', '.join(unknown)}; choose from {', '.join(BENCHMARKS)}")
+    if options.repeats < 1:
+        parser.error("--repeats must be at least 1")
+    for name in options.names or BENCHMARKS:
+        measured = importlib.import_module(f"benchmarks.{name}").run(repeats=options.repeats, quick=options.quick)
+        rows.show(measured)
+        if options.save:
+            print(f"written to {rows.save(name, measured)}")
+
+
+if __name__ == "__main__":
+    main()

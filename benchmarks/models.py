@@ -1,0 +1,118 @@
+"""The models that are measured, and the calls of one run. Weights are random (never zero, adaLN gates included)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DiTTransformer2DModel, FluxTransformer2DModel
+from torch import nn
+
+NULL_CLASS = 1000
+
+
+@dataclass(frozen=True)
+class Case:
+    """A denoiser and its calls, one a step."""
+
+    name: str
+    model: nn.Module
+    calls: list[dict[str, Any]]
+
+
+def bundled(batch: int, steps: int) -> Case:
+    """The bundled digits model, with trained weights; guidance doubles the batch."""
+    path = resources.files("harmonica_rt") / "demo" / "digits-dit"
+    model = DiTTransformer2DModel.from_pretrained(str(path), subfolder="transformer").eval()
+    return Case(f"bundled, batch {batch} (guidance: {2 * batch})", model, dit_calls(model, 2 * batch, steps))
+
+
+def dit_12x384(batch: int, steps: int) -> Case:
+    """A DiT of 12 blocks, width 384, 256 tokens."""
+    model = dit(layers=12, heads=6, head_dim=64)
+    return Case(f"DiT 12x384, 256 tokens, batch {batch}", model, dit_calls(model, batch, steps))
+
+
+def dit_xl_2(batch: int, steps: int) -> Case:
+    """DiT-XL/2 at 256 x 256: 28 blocks, width 1152, 256 tokens."""
+    model = dit(layers=28, heads=16, head_dim=72)
+    return Case(f"DiT-XL/2 256, batch {batch}", model, dit_calls(model, batch, steps))
+
+
+def dit(layers: int, heads: int, head_dim: int) -> nn.Module:
+    """A DiT of diffusers' class with 32 x 32 latents and patches of 2."""
+    with torch.device("meta"):
+        model = DiTTransformer2DModel(
+            num_attention_heads=heads,
+            attention_head_dim=head_dim,
+            in_channels=4,
+            out_channels=8,
+            num_layers=layers,
+            sample_size=32,
+            patch_size=2,
+            norm_type="ada_norm_zero",
+            num_embeds_ada_norm=NULL_CLASS,
+            activation_fn="gelu-approximate",
+        )
+    return randomised(model)
+
+
+def flux_like() -> nn.Module:
+    """Flux's 19 + 38 blocks at a narrow width: its pattern of sites and sizes, not its cost."""
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(
+            in_channels=4,
+            num_layers=19,
+            num_single_layers=38,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            pooled_projection_dim=16,
+            axes_dims_rope=(4, 4, 8),
+            guidance_embeds=True,
+        )
+    return randomised(model)
+
+
+def flux_call(image_tokens: int, text_tokens: int) -> dict[str, Any]:
+    """One call of the Flux-like model, batch 1."""
+    return {
+        "hidden_states": torch.randn(1, image_tokens, 4),
+        "encoder_hidden_states": torch.randn(1, text_tokens, 16),
+        "pooled_projections": torch.randn(1, 16),
+        "timestep": torch.tensor([1.0]),
+        "img_ids": torch.zeros(image_tokens, 3),
+        "txt_ids": torch.zeros(text_tokens, 3),
+        "guidance": torch.tensor([3.5]),
+    }
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """Materialise a model on CPU with normal weights of deviation 0.02."""
+    model = model.to_empty(device="cpu").eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.normal_(std=0.02, generator=generator)
+    return model
+
+
+def dit_calls(model: nn.Module, rows: int, steps: int) -> list[dict[str, Any]]:
+    """One call for each DDIM step, `rows` latents each."""
+    config: Any = model.config
+    generator = torch.Generator().manual_seed(0)
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(steps)
+    classes = torch.arange(rows) % 10
+    return [
+        {
+            "hidden_states": torch.randn(
+                rows, config.in_channels, config.sample_size, config.sample_size, generator=generator
+            ),
+            "timestep": torch.full((rows,), int(timestep)),
+            "class_labels": classes,
+        }
+        for timestep in scheduler.timesteps
+    ]

@@ -1,0 +1,100 @@
+"""A measured figure with everything needed to judge it, and the file it goes to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure.
+
+    Attributes:
+        benchmark: module that measured it.
+        case: model, geometry and batch.
+        schedule: name of the schedule.
+        metric: what was measured.
+        value: the figure; the median where there are repeats.
+        unit: `s`, `ratio`, `bytes`, `count`.
+        p20, p80: spread over the repeats; None where there is one.
+        repeats: how many.
+        target: what the project asks of this figure, None where it asks nothing.
+    """
+
+    benchmark: str
+    case: str
+    schedule: str
+    metric: str
+    value: float
+    unit: str
+    p20: float | None = None
+    p80: float | None = None
+    repeats: int = 1
+    target: str | None = None
+
+
+def machine() -> dict[str, object]:
+    """Device, threads, versions and commit: recorded once for a file of rows."""
+    import diffusers
+
+    return {
+        "device": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+    }
+
+
+def save(name: str, rows: Iterable[Row]) -> Path:
+    """Write `results/NAME.json`: the machine, then one row a line, so that two runs can be diffed."""
+    lines = [json.dumps(_short(row)) for row in rows]
+    path = RESULTS / f"{name}.json"
+    body = ",\n    ".join(lines)
+    path.write_text(f'{{\n  "machine": {json.dumps(machine())},\n  "rows": [\n    {body}\n  ]\n}}\n')
+    return path
+
+
+def show(rows: Iterable[Row]) -> None:
+    """Print rows as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("case", "schedule", "metric", "value", "p20 - p80", "unit", "target")
+    for row in rows:
+        spread = f"{row.p20:.4g} - {row.p80:.4g}" if row.p20 is not None and row.p80 is not None else ""
+        table.add_row(row.case, row.schedule, row.metric, f"{row.value:.4g}", spread, row.unit, row.target or "")
+    Console(width=150).print(table)
+
+
+def _short(row: Row) -> dict[str, object]:
+    fields = {name: value for name, value in dataclasses.asdict(row).items() if value is not None}
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in fields.items()}
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    result = subprocess.run(command, cwd=RESULTS, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"

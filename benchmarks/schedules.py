@@ -1,0 +1,25 @@
+"""The schedules that are measured."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from harmonica_rt import Schedule
+
+
+def standard(sites: list[str], steps: int) -> dict[str, Schedule]:
+    """every(2), every(3), and a random one that reuses half of all entries."""
+    return {
+        "every(2)": Schedule.every(2, steps=steps, sites=sites),
+        "every(3)": Schedule.every(3, steps=steps, sites=sites),
+        "random 50 %": Schedule.random(0.5, steps=steps, sites=sites, seed=0),
+    }
+
+
+def ten_patterns(sites: list[str], steps: int) -> Schedule:
+    """Ten distinct rows (the first computes all), then the last nine of them in turn."""
+    generator = np.random.default_rng(0)
+    rows = generator.random((10, len(sites))) < 0.5
+    rows[0] = True
+    order = [0] + [1 + step % 9 for step in range(steps - 1)]
+    return Schedule.from_array(rows[order], sites=sites)

@@ -1,0 +1,37 @@
+"""Interleaved timing: every provider once a round, so that a machine that drifts drifts for all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median with the 20th and 80th percentile."""
+
+    p50: float
+    p20: float
+    p80: float
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Spread:
+        """Of a list of samples."""
+        p20, p50, p80 = np.percentile(samples, [20, 50, 80])
+        return cls(float(p50), float(p20), float(p80))
+
+
+def interleaved(providers: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each provider in each round, after one warm-up round."""
+    seconds: dict[str, list[float]] = {name: [] for name in providers}
+    for run in providers.values():
+        run()
+    for _ in range(repeats):
+        for name, run in providers.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds

@@ -1,0 +1,95 @@
+"""What the fields of a schedule may hold. Each check returns the value as kept, or raises ScheduleError."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from harmonica_rt.errors import ScheduleError
+
+
+def check_name(value: object, field: str) -> str:
+    """A non-empty string, or ScheduleError naming `field`."""
+    if not isinstance(value, str) or not value.strip():
+        raise ScheduleError(f"{field}: expected a non-empty string, got {value!r}")
+    return value
+
+
+def check_number(value: object, field: str) -> float:
+    """A finite float, or ScheduleError naming `field`."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ScheduleError(f"{field}: expected a number, got {value!r}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ScheduleError(f"{field}: expected a finite number, got {number}")
+    return number
+
+
+def check_sequence(value: object, field: str) -> Sequence[object]:
+    """A list, tuple or array, or ScheduleError naming `field`."""
+    if isinstance(value, np.ndarray) and value.ndim:
+        return list(value)
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        raise ScheduleError(f"{field}: expected a list, got {type(value).__name__}")
+    return value
+
+
+def check_compute(mask: ArrayLike) -> NDArray[np.bool_]:
+    """bool `[steps, sites]`, or ScheduleError saying what is wrong with the mask."""
+    try:
+        array = np.asarray(mask)
+    except (TypeError, ValueError) as error:
+        raise ScheduleError(f"compute: expected a rectangular array [steps, sites], got none ({error})") from error
+    if array.ndim != 2:
+        raise ScheduleError(f"compute: expected two dimensions [steps, sites], got shape {array.shape}")
+    if 0 in array.shape:
+        raise ScheduleError(f"compute: expected at least one step and one site, got shape {array.shape}")
+    if array.dtype.kind not in "biu":
+        raise ScheduleError(
+            f"compute: expected bools or 0/1 integers, got dtype {array.dtype}; "
+            f"compare scores with a threshold first (scores > tau)"
+        )
+    if array.dtype.kind != "b" and (odd := array[(array != 0) & (array != 1)]).size:
+        raise ScheduleError(f"compute: expected only 0 (reuse) and 1 (compute), got {odd[0]}")
+    return array.astype(np.bool_)
+
+
+def check_sites(sites: Iterable[object]) -> tuple[str, ...]:
+    """Distinct dotted module paths, or ScheduleError."""
+    if isinstance(sites, str) or not isinstance(sites, Iterable):
+        raise ScheduleError(f"sites: expected a list of dotted module paths, got {sites!r}")
+    names = tuple(sites)
+    if not names:
+        raise ScheduleError("sites: expected at least one site, got none")
+    for i, name in enumerate(names):
+        if not isinstance(name, str) or not all(name.split(".")) or any(c.isspace() for c in name):
+            raise ScheduleError(f"sites[{i}]: expected a dotted module path such as 'blocks.0.attn1', got {name!r}")
+    paths = tuple(str(name) for name in names)
+    if twice := sorted({path for path in paths if paths.count(path) > 1}):
+        raise ScheduleError(f"sites: each site may stand once, got more than once: {', '.join(twice)}")
+    return paths
+
+
+def check_timesteps(timesteps: object, steps: int) -> tuple[float, ...]:
+    """One finite float a step, or ScheduleError."""
+    values = check_sequence(timesteps, "timesteps")
+    if len(values) != steps:
+        raise ScheduleError(f"timesteps: expected one a step ({steps}), got {len(values)}; leave them out if unknown")
+    return tuple(check_number(value, f"timesteps[{i}]") for i, value in enumerate(values))
+
+
+def check_scores_shape(scores: Sequence[Sequence[float] | None], shape: tuple[int, ...]) -> None:
+    """ScheduleError unless there is a row a step, each with one score a site or None."""
+    if len(scores) != shape[0]:
+        raise ScheduleError(f"made_by.scores: expected one row a step ({shape[0]}), got {len(scores)}")
+    for step, row in enumerate(scores):
+        if row is not None and len(row) != shape[1]:
+            raise ScheduleError(f"made_by.scores, step {step}: expected one a site ({shape[1]}), got {len(row)}")

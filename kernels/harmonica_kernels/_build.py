@@ -1,0 +1,96 @@
+"""What the build left behind, and the loading of the C++ extension.
+
+Hazard: an extension holds the memory layout of the torch headers that it was compiled against. Loaded beside
+another release of torch it may fail to load, or load and corrupt memory. So the build records its torch in
+`_C.build.json`, and the extension is loaded only beside the same release; else a warning says why it is not.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+_FOLDER: Final = Path(__file__).parent
+_REBUILD: Final = "reinstall harmonica-rt with `pip install --no-build-isolation --force-reinstall --no-deps`"
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """State of the C++ extension that implements the ops on the CPU.
+
+    extension: it is loaded and serves the CPU.
+    reason: why it is not loaded; None if it is.
+    chosen: True if the extension is absent because the build was told so (HARMONICA_BUILD_CSRC=0).
+    compiler: first line of the compiler's `--version`; None if nothing was built.
+    torch_built: version of torch that the extension was compiled against; None if nothing was built.
+    torch_running: version of torch in this process.
+    cpu_capability: instruction set that ATen uses here, e.g. "AVX2".
+    """
+
+    extension: bool
+    reason: str | None
+    chosen: bool
+    compiler: str | None
+    torch_built: str | None
+    torch_running: str
+    cpu_capability: str
+
+
+def build_info() -> BuildInfo:
+    """State of the C++ extension in this process; found out on import, so asking costs nothing."""
+    return _INFO
+
+
+def same_abi(built: str, running: str) -> bool:
+    """True if two versions of torch share their C++ ABI: same major.minor, whatever the patch or device."""
+    return built.split(".")[:2] == running.split(".")[:2]
+
+
+def _load() -> BuildInfo:
+    record_file = _FOLDER / "_C.build.json"
+    record: dict[str, str | None] = json.loads(record_file.read_text()) if record_file.exists() else {}
+    built, compiler = record.get("torch"), record.get("compiler")
+    running = str(torch.__version__)
+
+    reason: str | None = None
+    chosen = False
+    if not record:
+        reason = "harmonica_kernels was never built: run `make`, or install the package with pip"
+    elif built is None:
+        reason = record.get("reason") or "the build left no reason"
+        chosen = record.get("chosen") == "yes"
+    elif not same_abi(built, running):
+        reason = f"it was built against torch {built}, this is torch {running}: {_REBUILD}"
+        _warn_unusable(reason)
+    else:
+        library = _FOLDER / str(record["library"])
+        try:
+            torch.ops.load_library(str(library))
+        except OSError as error:
+            reason = f"{library.name}, built against torch {built}, does not load here: {error}: {_REBUILD}"
+            _warn_unusable(reason)
+    return BuildInfo(
+        extension=reason is None,
+        reason=reason,
+        chosen=chosen,
+        compiler=compiler,
+        torch_built=built,
+        torch_running=running,
+        cpu_capability=str(torch.backends.cpu.get_cpu_capability()),
+    )
+
+
+def _warn_unusable(reason: str) -> None:
+    warnings.warn(
+        f"the C++ extension of harmonica_kernels is not used: {reason}. CPU ops run as eager PyTorch.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+_INFO: Final = _load()

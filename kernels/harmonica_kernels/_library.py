@@ -1,0 +1,30 @@
+"""The `harmonica` namespace of torch operators that all ops of this package register in.
+
+`Library.impl` and not `torch.library.custom_op`: a call costs a quarter of the time (15 us against
+54 us on two CPU cores).
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Final
+
+import torch
+
+from harmonica_kernels._build import build_info
+
+LIBRARY: Final = torch.library.Library("harmonica", "FRAGMENT")
+TAGS: Final = (torch.Tag.pt2_compliant_tag,)
+
+
+@functools.cache
+def warn_once_without_extension() -> None:
+    """Say, the first time that a CPU op runs as eager PyTorch, why; not if the build was told so."""
+    info = build_info()
+    if not info.chosen:
+        warnings.warn(
+            f"CPU ops of harmonica_kernels run as eager PyTorch, without the C++ extension: {info.reason}",
+            RuntimeWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,52 @@
+"""Small modules with no diffusers in sight, each with one trait that capture or planning must cope with."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    """A residual block with an attention-like and a feed-forward child."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attn = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """`x` [B, N, D], `scale` [B, 1, D]."""
+        x = x + scale * self.attn(x)
+        return x + self.mlp(x)
+
+
+class Stack(nn.Module):
+    """Blocks with a timestep embedding: `latents` [B, N, D], `timestep` [B]."""
+
+    def __init__(self, depth: int = 3, width: int = 8) -> None:
+        super().__init__()
+        self.embed = nn.Linear(1, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+
+    def forward(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """Returns [B, N, D]."""
+        scale = self.embed(timestep[:, None].to(latents.dtype))[:, None]
+        for block in self.blocks:
+            latents = block(latents, scale)
+        return latents
+
+
+def stack(depth: int = 3, width: int = 8, seed: int = 0) -> Stack:
+    """A `Stack` in eval mode with random weights."""
+    torch.manual_seed(seed)
+    return Stack(depth, width).eval()
+
+
+def stack_call(step: int, batch: int = 2, tokens: int = 4, width: int = 8) -> dict[str, torch.Tensor]:
+    """Arguments of one call of a `Stack`, other latents every step."""
+    generator = torch.Generator().manual_seed(step)
+    latents = torch.randn(batch, tokens, width, generator=generator)
+    return {"latents": latents, "timestep": torch.full((batch,), 1.0 - step / 100)}
+
+
+SITES = ["blocks.*.attn", "blocks.*.mlp"]

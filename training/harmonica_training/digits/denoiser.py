@@ -1,0 +1,260 @@
+"""The denoiser: a `DiTTransformer2DModel` trained to predict noise on cached latents.
+
+Two hazards of diffusers' DiT. Every block has a class table of its own and, in training mode, drops labels by
+its own dice; so the model is trained in evaluation mode (it has no other dropout) and the labels are dropped
+here. And the tables have 1,001 rows where 11 are used: the others start at zero, get no gradient and no
+decay, and stay zero.
+"""
+
+import dataclasses
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, DiTTransformer2DModel
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from harmonica_training.digits.autoencoder import DOWNSAMPLING, LATENT_CHANNELS
+from harmonica_training.digits.config import NULL_CLASS, NUM_CLASSES, DigitsConfig
+from harmonica_training.digits.data import batches
+from harmonica_training.digits.optim import AveragedWeights, learning_rate, set_learning_rate
+
+logger = logging.getLogger(__name__)
+LOSS_WINDOW = 100  # steps a reported loss is the mean of
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoiserTraining:
+    """A denoiser with averaged weights, in evaluation mode.
+
+    Attributes:
+        model: the denoiser.
+        steps: training steps done.
+        losses: mean weighted loss of each 100 steps in turn.
+        seconds: wall time of all training runs that led here, seconds.
+        resumed: steps at which training went on after a break.
+    """
+
+    model: DiTTransformer2DModel
+    steps: int
+    losses: list[float]
+    seconds: float
+    resumed: list[int]
+
+
+def build_scheduler() -> DDIMScheduler:
+    """The noise schedule of DiT (Peebles and Xie, arXiv 2212.09748): linear, 1,000 steps, predicts noise."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        clip_sample=False,
+        prediction_type="epsilon",
+    )
+
+
+def build_denoiser(config: DigitsConfig) -> DiTTransformer2DModel:
+    """A denoiser for latents [B, 4, S, S] with the initial weights of DiT, in evaluation mode."""
+    model = DiTTransformer2DModel(
+        num_attention_heads=config.heads,
+        attention_head_dim=config.head_dim,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=config.layers,
+        sample_size=config.image_size // DOWNSAMPLING,
+        patch_size=2,
+        num_embeds_ada_norm=NULL_CLASS,
+        norm_type="ada_norm_zero",
+    )
+    initialise(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def initialise(model: DiTTransformer2DModel) -> None:
+    """DiT's initial weights: each block the identity, the output zero, unused class rows zero. In place."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    patch = model.pos_embed.proj
+    nn.init.xavier_uniform_(patch.weight.view(len(patch.weight), -1))
+    nn.init.zeros_(patch.bias)
+    for block in model.transformer_blocks:
+        embedder = block.norm1.emb
+        nn.init.normal_(embedder.timestep_embedder.linear_1.weight, std=0.02)
+        nn.init.normal_(embedder.timestep_embedder.linear_2.weight, std=0.02)
+        table = embedder.class_embedder.embedding_table.weight  # [1001, D]
+        nn.init.zeros_(table)
+        nn.init.normal_(table[:NUM_CLASSES], std=0.02)
+        nn.init.normal_(table[NULL_CLASS:], std=0.02)
+        nn.init.zeros_(block.norm1.linear.weight)
+    for layer in (model.proj_out_1, model.proj_out_2):
+        nn.init.zeros_(layer.weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class NoisyBatch:
+    """What one training step learns from.
+
+    Attributes:
+        noisy, noise: [B, 4, S, S], the latents given and the noise to find in them.
+        timesteps, labels: int64 [B], some labels replaced by the null class.
+        weight: [B], of the error.
+    """
+
+    noisy: Tensor
+    timesteps: Tensor
+    labels: Tensor
+    noise: Tensor
+    weight: Tensor
+
+    def split(self, parts: int) -> list["NoisyBatch"]:
+        """Up to `parts` batches of nearly equal size."""
+        columns = [getattr(self, field.name).chunk(parts) for field in dataclasses.fields(self)]
+        return [NoisyBatch(*row) for row in zip(*columns, strict=True)]
+
+
+def noisy_batch(
+    alphas_cumprod: Tensor,
+    latents: Tensor,
+    labels: Tensor,
+    config: DigitsConfig,
+    generator: torch.Generator,
+) -> NoisyBatch:
+    """Draws timesteps, noise and dropped labels for clean latents [B, 4, S, S] with labels int64 [B].
+
+    `alphas_cumprod` [1000] is the signal's share of the variance at each training timestep; the weight is
+    min(SNR, gamma) / SNR.
+    """
+    count = len(latents)
+    # stratified timesteps: one from each of B equal bins, which lowers the variance of the loss
+    bins = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
+    timesteps = (bins * (len(alphas_cumprod) / count)).long().clamp(max=len(alphas_cumprod) - 1)
+    noise = torch.randn(latents.shape, generator=generator)
+    signal = alphas_cumprod[timesteps]  # [B]
+    noisy = signal.sqrt()[:, None, None, None] * latents + (1.0 - signal).sqrt()[:, None, None, None] * noise
+    dropped = torch.rand(count, generator=generator) < config.label_dropout
+    weight = (config.snr_gamma * (1.0 - signal) / signal).clamp(max=1.0)
+    return NoisyBatch(noisy, timesteps, labels.masked_fill(dropped, NULL_CLASS), noise, weight)
+
+
+def weighted_error(model: DiTTransformer2DModel, batch: NoisyBatch) -> Tensor:
+    """Sum over the batch of the weighted mean squared error of the predicted noise; a scalar."""
+    predicted = model(batch.noisy, timestep=batch.timesteps, class_labels=batch.labels).sample
+    total: Tensor = (batch.weight * (predicted - batch.noise).square().mean(dim=(1, 2, 3))).sum()
+    return total
+
+
+def backward(
+    model: DiTTransformer2DModel, batch: NoisyBatch, pool: ThreadPoolExecutor, workers: int
+) -> float:
+    """Sets the gradients of the mean weighted error and returns it; each worker takes a part of the batch.
+
+    Threads inside the operators would meet at the end of every one of them: on two cores shared with one busy
+    process that took about 3 s a step, and this, with one thread in the optimiser too, 0.65 s.
+    """
+    parameters = list(model.parameters())
+
+    def part_gradients(part: NoisyBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
+        error = weighted_error(model, part) / len(batch.labels)
+        return error.detach(), torch.autograd.grad(error, parameters)
+
+    results = list(pool.map(part_gradients, batch.split(workers)))
+    for parameter, *gradients in zip(parameters, *(result[1] for result in results), strict=True):
+        parameter.grad = torch.stack(gradients).sum(dim=0) if len(gradients) > 1 else gradients[0]
+    return sum(float(result[0]) for result in results)
+
+
+def train_denoiser(
+    config: DigitsConfig, latents: Tensor, labels: Tensor, checkpoint: Path
+) -> DenoiserTraining:
+    """Trains on cached latents, going on from `checkpoint` if it exists and writing it every few minutes.
+
+    Args:
+        config: a checkpoint must come from the same one; the caller sees to it.
+        latents: [N, 4, S, S], mean 0 and deviation 1.
+        labels: int64 [N], 0 to 9.
+        checkpoint: file of the model, averages, optimiser, generator and step.
+
+    Returns:
+        the denoiser with averaged weights. A resumed run shuffles the latents anew, so it is not bit for bit
+        the run without the break.
+    """
+    torch.manual_seed(config.seed)
+    model = build_denoiser(config)
+    averages = AveragedWeights(model, config.ema_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    generator = torch.Generator().manual_seed(config.seed)
+    alphas_cumprod = build_scheduler().alphas_cumprod
+    first, losses, earlier, resumed = 0, list[float](), 0.0, list[int]()
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        averages.restore(state["averages"], state["step"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        first, losses, earlier = state["step"], state["losses"], state["seconds"]
+        resumed = [*state["resumed"], first] if first < config.denoiser_steps else state["resumed"]
+        logger.info("going on from step %d of %s", first, checkpoint.name)
+    workers = torch.get_num_threads()
+    torch.set_num_threads(1)  # inside operators, until this is done: the workers are the threads
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    order = batches(len(latents), config.denoiser_batch, generator)
+    started = saved = time.monotonic()
+    window: list[float] = []
+    progress = tqdm(
+        range(first, config.denoiser_steps), desc="denoiser", unit="step", mininterval=10.0,
+        initial=first, total=config.denoiser_steps,
+    )  # fmt: skip
+    for step in progress:
+        index = next(order)
+        batch = noisy_batch(alphas_cumprod, latents[index], labels[index], config, generator)
+        loss = backward(model, batch, pool, workers)
+        set_learning_rate(optimizer, learning_rate(step, config.denoiser_steps, config.denoiser_lr))
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        averages.update(model)
+        window.append(loss)
+        last = step + 1 == config.denoiser_steps
+        if len(window) == LOSS_WINDOW or last:
+            losses.append(sum(window) / len(window))
+            window.clear()
+            progress.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
+        now = time.monotonic()
+        # only at a window's edge, so that no loss is lost from the curve
+        if (not window and now - saved > config.checkpoint_seconds) or last:
+            state = {
+                "model": model.state_dict(),
+                "averages": averages.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "generator": generator.get_state(),
+                "step": step + 1,
+                "losses": losses,
+                "seconds": earlier + now - started,
+                "resumed": resumed,
+            }
+            partial = checkpoint.with_suffix(".partial")
+            torch.save(state, partial)
+            partial.replace(checkpoint)
+            saved = now
+    pool.shutdown()
+    torch.set_num_threads(workers)
+    return load_averaged(config, checkpoint)
+
+
+def load_averaged(config: DigitsConfig, checkpoint: Path) -> DenoiserTraining:
+    """The averaged denoiser of a checkpoint, finished or not.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+    """
+    state = torch.load(checkpoint, weights_only=True)
+    model = build_denoiser(config)
+    model.load_state_dict(state["averages"])  # parameters only: the position table is not persistent
+    return DenoiserTraining(model, state["step"], state["losses"], state["seconds"], state["resumed"])
