@@ -93,7 +93,8 @@ def compile(
 
     Of a pipeline the denoiser is compiled in place and the same pipeline is returned; its scheduler begins the runs and
     counts the steps. Of a model a `CompiledModel` is returned, called like the model, one call a step; `reset()` begins
-    the next run. Plans are made at the first call of each signature (shapes, dtypes, plain arguments).
+    the next run. Plans are made at the first call of each signature (shapes, dtypes, plain arguments). For inference
+    only: results carry no gradient.
 
     Args:
         model_or_pipeline: an `nn.Module` in eval mode, or a diffusers pipeline.
@@ -240,7 +241,8 @@ def _check_fit(model: nn.Module, schedule: Schedule) -> None:
     if wanted is not None and wanted.config_fingerprint not in (None, info.config_fingerprint):
         raise ScheduleMismatchError(
             f"the schedule was made for a {wanted.class_name} with another config ({wanted.config_fingerprint}, this "
-            f"one is {info.config_fingerprint}). To use it all the same, drop its record: dataclasses.replace(schedule, model=None)"
+            f"one is {info.config_fingerprint}). To use it all the same, drop its record: "
+            "dataclasses.replace(schedule, model=None)"
         )
 
 

@@ -15,8 +15,7 @@ import operator
 import re
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +24,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from harmonica_rt.capture.call import Call
+from harmonica_rt.capture.forward import only_own_forward
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
 from harmonica_rt.capture.snapshot import check_capturable
 from harmonica_rt.indices import SiteIndex
@@ -95,24 +95,13 @@ def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph
     )
 
 
-@contextmanager
-def plain_call(model: nn.Module) -> Iterator[None]:
-    """Within this block a call of `model` runs its own forward, not a compiled call installed in its place."""
-    installed = model.__dict__.pop("_compiled_call_impl", None)
-    try:
-        yield
-    finally:
-        if installed is not None:
-            model._compiled_call_impl = installed
-
-
 def is_mutating(node: fx.Node) -> bool:
     """Whether the node's operator writes to one of its arguments."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _export(model: nn.Module, call: Call) -> torch.export.ExportedProgram:
-    with warnings.catch_warnings(), plain_call(model), torch.inference_mode(False), torch.no_grad():
+    with warnings.catch_warnings(), only_own_forward(model), torch.inference_mode(False), torch.no_grad():
         # Raised inside torch.export by torch's own use of its deprecated names.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
         kwargs = pytree.tree_map_only(torch.Tensor, _as_ordinary, call.kwargs)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from harmonica_rt.capture.forward import own_forward
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
 
 _SCALARS = (type(None), bool, int, float, str)
@@ -23,8 +24,8 @@ class ModelSnapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = dict(model.named_modules())
-        self._attributes = {name: _plain_attributes(module) for name, module in self._modules.items()}
-        self._tensors = {name: _metadata(tensor) for name, tensor in _named_tensors(model)}
+        self._attributes = {name: _plain_attributes(name, module) for name, module in self._modules.items()}
+        self._tensors = {name: _metadata(tensor) for name, tensor in named_tensors(model).items()}
 
     def difference(self, model: nn.Module) -> str | None:
         """What a plan made at this snapshot would get wrong now; None when it still holds."""
@@ -35,10 +36,10 @@ class ModelSnapshot:
         for name, module in modules.items():
             if module is not self._modules[name]:
                 return f"module {name} was replaced"
-            difference = _first_difference(self._attributes[name], _plain_attributes(module))
+            difference = _first_difference(self._attributes[name], _plain_attributes(name, module))
             if difference is not None:
                 return f"attribute {difference} of {name or 'the model'} changed"
-        tensors = {name: _metadata(tensor) for name, tensor in _named_tensors(model)}
+        tensors = {name: _metadata(tensor) for name, tensor in named_tensors(model).items()}
         if tensors.keys() != self._tensors.keys():
             return f"weights were added or removed ({', '.join(sorted(tensors.keys() ^ self._tensors.keys())[:3])})"
         for name, metadata in tensors.items():
@@ -61,19 +62,27 @@ def check_capturable(model: nn.Module) -> None:
 def _hooks_of(module: nn.Module) -> str | None:
     if module._forward_hooks or module._forward_pre_hooks:
         return "forward hooks"
-    if getattr(module, "_hf_hook", None) is not None:
-        return f"an accelerate hook ({type(module._hf_hook).__name__})"
-    registry = getattr(module, "_diffusers_hook", None)
+    attributes = module.__dict__
+    if attributes.get("_hf_hook") is not None:
+        return f"an accelerate hook ({type(attributes['_hf_hook']).__name__})"
+    registry = attributes.get("_diffusers_hook")
     if registry is not None and registry.hooks:
         return f"diffusers hooks ({', '.join(registry.hooks)})"
     return None
 
 
-def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Public attributes, one level of containers copied, tensors left out (their values are live)."""
-    plain: dict[str, Any] = {"training": module.training, "hooks": _hooks_of(module)}
+def _plain_attributes(path: str, module: nn.Module) -> dict[str, Any]:
+    """Public attributes, one level of containers copied, tensors left out (their values are live).
+
+    Hooks of the model itself (`path` is empty) run around the plan, so only its own forward counts.
+    """
+    plain: dict[str, Any] = {"training": module.training}
+    if path:
+        plain["hooks"] = _hooks_of(module)
+    else:
+        plain["forward"] = getattr(own_forward(module), "__func__", own_forward(module))
     for name, value in module.__dict__.items():
-        if name.startswith("_") or isinstance(value, torch.Tensor):
+        if name.startswith("_") or isinstance(value, torch.Tensor) or (name == "forward" and not path):
             continue
         if isinstance(value, dict):
             value = dict(value)
@@ -106,8 +115,12 @@ def _same(a: Any, b: Any) -> bool:
     return False
 
 
-def _named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters and buffers by dotted name, shared ones under each of their names."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
 
 
 def _metadata(tensor: torch.Tensor) -> tuple[Any, ...]:

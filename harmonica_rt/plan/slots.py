@@ -117,7 +117,7 @@ def _pack(values: list[Value]) -> list[int]:
 
 
 def _first_fit(values: list[Value], order: list[int]) -> list[int]:
-    """Place values in the given order, each where its site was before if that is free, else at the lowest free place."""
+    """Place values in the given order, each where its site was before if that is free, else as low as possible."""
     offsets = [0] * len(values)
     placed: dict[int, list[int]] = {}  # step -> values alive in it
     home: dict[SiteOutput, int] = {}

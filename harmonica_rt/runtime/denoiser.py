@@ -16,11 +16,11 @@ from typing import Any
 from torch import nn
 
 from harmonica_rt.capture.call import Call, CallConvention
+from harmonica_rt.capture.forward import own_forward
 from harmonica_rt.errors import ConcurrentRunError, HarmonicaError, RunError, ScheduleMismatchError
 from harmonica_rt.runtime import scheduler as scheduler_watch
 from harmonica_rt.runtime.engine import Engine
 from harmonica_rt.runtime.hooks import call_with_hooks
-from harmonica_rt.runtime.reference import own_forward
 from harmonica_rt.runtime.run import Run, RunStats
 from harmonica_rt.schedule import Schedule
 
@@ -103,8 +103,8 @@ class Denoiser:
             run.failed = True
             raise RunError(
                 f"step {run.step} was stepped with timestep {float(timestep):g}, which belongs to another step: this "
-                "run does not begin at the first step, or leaves one out (image-to-image does). A schedule is for whole "
-                "runs; uncompile the pipeline for this one"
+                "run does not begin at the first step, or leaves one out (image-to-image does). A schedule is for "
+                "whole runs; uncompile the pipeline for this one"
             )
 
     def step_ends(self) -> None:

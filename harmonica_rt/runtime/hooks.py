@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from harmonica_rt.capture.forward import Swapped, forward_attribute, own_forward
 from harmonica_rt.errors import HarmonicaError
 
 
@@ -29,11 +30,11 @@ def call_with_hooks(
             f"{type(model).__name__} carries the diffusers hooks {', '.join(registry.hooks)}, which take the place of "
             "its forward. Disable them (disable_cache(), for a cache) or uncompile the model"
         )
-    name = "_old_forward" if getattr(model, "_hf_hook", None) is not None else "forward"
+    name = forward_attribute(model)
     if name == "forward" and not _has_hooks(model):
         return inner(*args, **kwargs)
     before = model.__dict__.get(name)
-    model.__dict__[name] = inner
+    model.__dict__[name] = Swapped(inner, own_forward(model))
     try:
         return model._call_impl(*args, **kwargs)
     finally:

@@ -15,8 +15,7 @@ from torch.utils import _pytree as pytree
 from harmonica_rt.capture.call import Call, Signature
 from harmonica_rt.capture.graph import capture
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
-from harmonica_rt.capture.snapshot import ModelSnapshot
-from harmonica_rt.errors import HarmonicaError
+from harmonica_rt.capture.snapshot import ModelSnapshot, named_tensors
 from harmonica_rt.indices import ProgramId, SlotId, StepIndex
 from harmonica_rt.lower.plain import Program
 from harmonica_rt.passes.specialise import StepGraph
@@ -165,8 +164,7 @@ class PlanRuntime:
         bound = self._bound.get(program)
         if bound is None:
             if self._weights is None:
-                names = self.plan.captured.weights.values()
-                self._weights = {name: _fetch(self._model, name) for name in names}
+                self._weights = named_tensors(self._model)
             bound = self._bound[program] = program.bind(self._weights, self.plan.captured.constants)
         return bound
 
@@ -246,11 +244,3 @@ def _poison(slot: torch.Tensor) -> None:
             core.fill_(True)
         else:
             core.fill_(torch.iinfo(slot.dtype).max)
-
-
-def _fetch(model: nn.Module, name: str) -> torch.Tensor:
-    path, _, leaf = name.rpartition(".")
-    value = getattr(model.get_submodule(path), leaf)
-    if not isinstance(value, torch.Tensor):
-        raise HarmonicaError(f"{name} of {type(model).__name__} is no tensor any more")
-    return value.detach()

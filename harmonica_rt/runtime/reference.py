@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from harmonica_rt.capture.call import Call
+from harmonica_rt.capture.forward import own_forward
 from harmonica_rt.errors import SiteError
 from harmonica_rt.indices import SiteIndex, StepIndex
 from harmonica_rt.schedule import Schedule
@@ -49,16 +50,10 @@ class ReferenceStream:
         row = self._schedule.compute[step]
         reuse = set() if catch_up else {SiteIndex(i) for i, computed in enumerate(row) if not computed}
         fresh: dict[SiteIndex, list[Any]] = {}
-        with _replaced_sites(self._model, self._schedule.sites, reuse, self.cache, fresh), torch.no_grad():
+        with _replaced_sites(self._model, self._schedule.sites, reuse, self.cache, fresh):
             output = own_forward(self._model)(**call.kwargs)
         self.cache.update(fresh)
         return output
-
-
-def own_forward(model: nn.Module) -> Callable[..., Any]:
-    """The forward of the model itself, beneath any hook that accelerate put around it."""
-    forward = model.__dict__.get("_old_forward", model.forward) if hasattr(model, "_hf_hook") else model.forward
-    return forward
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from harmonica_rt.schedule import Schedule
 log = logging.getLogger(__name__)
 
 MAX_STREAMS = 16  # calls a step; more means that steps are not being counted
+MAX_IDLE_STREAMS = 3  # kept in case their conditioning comes back; each has slots of its own
 
 
 @dataclass
@@ -39,16 +40,21 @@ class RunStats:
     catch_ups: list[int] = field(default_factory=list)
 
 
-@dataclass(eq=False)
 class _StreamState:
     """A stream of the run with what it holds: `fresh[site]` is the step whose value it stored last, -1 for none."""
 
-    stream: Stream
-    order: int
-    conditioning: Conditioning
-    signature: object
-    fresh: NDArray[np.int64]
-    last_step: int = -1
+    def __init__(self, stream: Stream, call: Call, order: int, sites: int) -> None:
+        self.stream = stream
+        self.signature = call.signature
+        self.fresh: NDArray[np.int64] = np.empty(sites, np.int64)
+        self.last_step = -1
+        self.begin(call, order)
+
+    def begin(self, call: Call, order: int) -> None:
+        """Nothing stored counts any more: `call` is the first of other conditioning."""
+        self.order = order
+        self.conditioning = Conditioning(call)
+        self.fresh[:] = -1
 
 
 class Run:
@@ -116,7 +122,8 @@ class Run:
         state = self._stream_for(call)
         reused = self._reused[self.step]
         catch_up = bool((state.fresh[reused] < self._source[self.step, reused]).any())
-        output = state.stream.run(self.step, call, catch_up=catch_up)
+        with torch.no_grad():
+            output = state.stream.run(self.step, call, catch_up=catch_up)
         if catch_up:
             log.warning("step %d is computed in full: its stream has no features from an earlier step", self.step)
             self.stats.catch_ups.append(self.step)
@@ -142,24 +149,16 @@ class Run:
         if accepted:
             state = max(accepted, key=lambda s: (len(unchanged[id(s)]), s.order == order, -s.order))
             state.conditioning.advance(call, unchanged[id(state)])
+        elif len(open_streams) >= MAX_IDLE_STREAMS:
+            state = min(open_streams, key=lambda s: s.last_step)
+            state.begin(call, order)
         else:
-            same_place = next((s for s in open_streams if s.order == order), None)
-            state = same_place or self._open_stream(call, order)
-            if same_place is not None:
-                log.warning("the conditioning changed in step %d: nothing stored before is reused", self.step)
-                state.fresh[:] = -1
-                state.conditioning = Conditioning(call)
+            state = self._open_stream(call, order)
         state.last_step = self.step
         return state
 
     def _open_stream(self, call: Call, order: int) -> _StreamState:
-        state = _StreamState(
-            stream=self._engine.new_stream(call),
-            order=order,
-            conditioning=Conditioning(call),
-            signature=call.signature,
-            fresh=np.full(len(self._schedule.sites), -1, np.int64),
-        )
+        state = _StreamState(self._engine.new_stream(call), call, order, len(self._schedule.sites))
         self._streams.append(state)
         return state
 

@@ -84,9 +84,7 @@ def test_normalised_latents_decode_to_the_same_images() -> None:
 def test_frechet_distance_of_known_gaussians() -> None:
     features = torch.randn(500, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert frechet_distance(features, features) == pytest.approx(0.0, abs=1e-9)
-    assert frechet_distance(features, features + 2.0) == pytest.approx(
-        20.0
-    )  # 5 dimensions, each shifted by 2
+    assert frechet_distance(features, features + 2.0) == pytest.approx(20.0)  # 5 dimensions, each shifted by 2
     # a deviation three times as large: tr(C + 9 C - 6 C) = 4 tr(C), about the mean
     centred = features - features.mean(dim=0)
     assert frechet_distance(centred, 3.0 * centred) == pytest.approx(4.0 * float(centred.T.cov().trace()))

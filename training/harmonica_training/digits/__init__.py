@@ -1,6 +1,6 @@
 """The bundled digits model: a latent DiT on the UCI handwritten digits, trained and measured from here.
 
-`python -m harmonica_training.digits --out DIR` makes it. Quality benchmarks use the classifier and
+`python -m harmonica_training.digits` makes it. Quality benchmarks use the classifier and
 its features.
 """
 

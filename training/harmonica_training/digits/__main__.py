@@ -1,4 +1,7 @@
-"""Command line: `python -m harmonica_training.digits --out DIR` trains, saves and measures the model."""
+"""Command line: `python -m harmonica_training.digits` trains, saves and measures the model.
+
+The default folders are those of the checkout, relative to the current directory.
+"""
 
 import argparse
 import dataclasses
@@ -12,27 +15,24 @@ from harmonica_training.digits.data import load_split
 from harmonica_training.digits.evaluate import evaluate, save_grid
 from harmonica_training.digits.run import train_and_save
 
+BUNDLED = Path("harmonica_rt/demo/digits-dit")
+WORK = Path("build/digits-work")
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     defaults, measured = DigitsConfig(), EvaluationConfig()
     result = argparse.ArgumentParser(prog="python -m harmonica_training.digits", description=__doc__)
-    result.add_argument("--out", type=Path, required=True, help="directory of the model")
-    result.add_argument(
-        "--work", type=Path, default=Path("digits-work"), help="stages kept, to go on from there"
-    )
+    result.add_argument("--out", type=Path, default=BUNDLED, help="directory of the model (%(default)s)")
+    result.add_argument("--work", type=Path, default=WORK, help="stages kept, to go on from there (%(default)s)")
     result.add_argument("--seed", type=int, default=defaults.seed)
     result.add_argument("--denoiser-steps", type=int, default=defaults.denoiser_steps)
     result.add_argument("--guidance-scale", type=float, default=measured.guidance_scale)
     result.add_argument("--steps", type=int, default=measured.steps, help="sampler steps of the measurement")
     result.add_argument("--images", type=int, default=measured.images, help="images of the measurement")
     result.add_argument("--quick", action="store_true", help="a run of seconds, to see that it runs")
-    result.add_argument(
-        "--no-finish", action="store_true", help="save and measure the last checkpoint as it is"
-    )
-    result.add_argument(
-        "--evaluate", action="store_true", help="only measure the model in --out; writes nothing"
-    )
+    result.add_argument("--no-finish", action="store_true", help="save and measure the last checkpoint as it is")
+    result.add_argument("--evaluate", action="store_true", help="only measure the model in --out; writes nothing")
     result.add_argument("--grid", type=Path, help="with --evaluate: PNG of the first 100 images")
     return result
 

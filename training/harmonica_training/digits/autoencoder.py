@@ -99,9 +99,7 @@ def train_autoencoder(config: DigitsConfig, data: DigitsSplit) -> AutoencoderTra
         images = augment(data.train_images[next(order)], generator) * 2.0 - 1.0
         posterior = model.encode(images).latent_dist
         decoded = model.decode(posterior.sample()).sample
-        loss = (
-            F.l1_loss(decoded, images) + config.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
-        )
+        loss = F.l1_loss(decoded, images) + config.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
         set_learning_rate(optimizer, learning_rate(step, config.autoencoder_steps, config.autoencoder_lr))
         optimizer.zero_grad()
         loss.backward()

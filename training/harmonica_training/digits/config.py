@@ -20,7 +20,6 @@ class DigitsConfig:
         layers, heads, head_dim: blocks, attention heads and channels per head of the denoiser.
         denoiser_steps, denoiser_batch, denoiser_lr: AdamW steps, latents a step, peak learning rate.
         label_dropout: share of the labels replaced by the null class, for guidance.
-        snr_gamma: cap of the min-SNR loss weight (Hang et al., arXiv 2303.09556).
         ema_decay: decay of the averaged weights, reached after a warm-up.
         checkpoint_seconds: wall time between two checkpoints of the denoiser, seconds.
     """
@@ -38,19 +37,17 @@ class DigitsConfig:
     layers: int = 10
     heads: int = 4
     head_dim: int = 32
-    denoiser_steps: int = 3400
+    denoiser_steps: int = 3000
     denoiser_batch: int = 32
     denoiser_lr: float = 1e-3
     label_dropout: float = 0.1
-    snr_gamma: float = 5.0
     ema_decay: float = 0.999
     checkpoint_seconds: float = 120.0
 
     def __post_init__(self) -> None:
         if self.image_size < 16 or self.image_size % 8:
             raise ValueError(
-                "image_size must be a multiple of 8, at least 16 (4x autoencoder, patches of 2); "
-                f"got {self.image_size}"
+                f"image_size must be a multiple of 8, at least 16 (4x autoencoder, patches of 2); got {self.image_size}"
             )
         for name in ("classifier_steps", "autoencoder_steps", "denoiser_steps", "augmentations", "layers"):
             if getattr(self, name) < 1:

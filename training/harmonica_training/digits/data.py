@@ -57,9 +57,7 @@ def load_split(image_size: int) -> DigitsSplit:
     source = load_digits()
     counts = torch.as_tensor(source.images, dtype=torch.float32)
     labels = torch.as_tensor(source.target, dtype=torch.int64)
-    train, test = train_test_split(
-        range(len(labels)), test_size=HELD_OUT, random_state=0, stratify=source.target
-    )
+    train, test = train_test_split(range(len(labels)), test_size=HELD_OUT, random_state=0, stratify=source.target)
     images = upsample(counts, image_size)
     return DigitsSplit(images[train], labels[train], images[test], labels[test])
 

@@ -95,15 +95,8 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     Raises:
         ValueError: the shapes do not fit.
     """
-    if (
-        first.ndim != 2
-        or second.ndim != 2
-        or first.shape[1] != second.shape[1]
-        or min(len(first), len(second)) < 2
-    ):
-        raise ValueError(
-            f"expected [N, D] and [M, D] with N, M >= 2, got {list(first.shape)} and {list(second.shape)}"
-        )
+    if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1] or min(len(first), len(second)) < 2:
+        raise ValueError(f"expected [N, D] and [M, D] with N, M >= 2, got {list(first.shape)} and {list(second.shape)}")
     first, second = first.double(), second.double()
     shift = (first.mean(dim=0) - second.mean(dim=0)).square().sum()
     cov1, cov2 = first.T.cov(), second.T.cov()
@@ -122,9 +115,7 @@ def evaluate(directory: Path, data: DigitsSplit, config: EvaluationConfig) -> tu
     classifier = load_classifier(directory / "classifier")
     images = generate(load_pipeline(directory), config)
     labels = requested_labels(config.images)
-    per_class = [
-        accuracy(classifier, images[labels == label], labels[labels == label]) for label in labels.unique()
-    ]
+    per_class = [accuracy(classifier, images[labels == label], labels[labels == label]) for label in labels.unique()]
     train_features = penultimate_features(classifier, data.train_images)
     test_features = penultimate_features(classifier, data.test_images)
     features = penultimate_features(classifier, images)

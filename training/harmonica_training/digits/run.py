@@ -53,9 +53,7 @@ def classifier_stage(config: DigitsConfig, data: DigitsSplit, work: Path) -> Dig
     return load_classifier(directory)
 
 
-def autoencoder_stage(
-    config: DigitsConfig, data: DigitsSplit, work: Path
-) -> tuple[AutoencoderKL, dict[str, float]]:
+def autoencoder_stage(config: DigitsConfig, data: DigitsSplit, work: Path) -> tuple[AutoencoderKL, dict[str, float]]:
     """The autoencoder in `work`, trained if it is not there, with its final loss and seconds."""
     directory = work / "autoencoder"
     record = directory / "training.json"
@@ -71,18 +69,14 @@ def autoencoder_stage(
     return model.eval(), json.loads(record.read_text())
 
 
-def latents_stage(
-    config: DigitsConfig, data: DigitsSplit, vae: AutoencoderKL, work: Path
-) -> tuple[Tensor, Tensor]:
+def latents_stage(config: DigitsConfig, data: DigitsSplit, vae: AutoencoderKL, work: Path) -> tuple[Tensor, Tensor]:
     """Latents [N, 4, S, S] of the augmented training images and labels [N]; encoded if not in `work`."""
     path = work / "latents.pt"
     if not path.exists():
         logger.info("encoding %d copies of the training images", config.augmentations)
         generator = torch.Generator().manual_seed(config.seed)
         parts = [encode(vae, augment(data.train_images, generator)) for _ in range(config.augmentations)]
-        torch.save(
-            {"latents": torch.cat(parts), "labels": data.train_labels.repeat(config.augmentations)}, path
-        )
+        torch.save({"latents": torch.cat(parts), "labels": data.train_labels.repeat(config.augmentations)}, path)
     saved = torch.load(path, weights_only=True)
     return saved["latents"], saved["labels"]
 
@@ -115,9 +109,7 @@ def train_and_save(
     vae, vae_record = autoencoder_stage(config, data, work)
     latents, labels = latents_stage(config, data, vae, work)
     checkpoint = work / "denoiser.pt"
-    trained = (
-        train_denoiser(config, latents, labels, checkpoint) if finish else load_averaged(config, checkpoint)
-    )
+    trained = train_denoiser(config, latents, labels, checkpoint) if finish else load_averaged(config, checkpoint)
     record = training_record(trained, vae, vae_record, data)
     save_model(out, trained.model, vae, classifier)
     evaluation, _ = evaluate(out, data, evaluation_config)
