@@ -1,0 +1,44 @@
+"""`harmonica-rt`, the command line. Heavy imports happen inside the commands, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from harmonica_rt import __version__
+from harmonica_rt.cli import pipeline, schedule
+from harmonica_rt.cli.console import fail, show_traceback
+from harmonica_rt.cli.doctor import doctor
+from harmonica_rt.errors import HarmonicaError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(schedule.app, name="schedule", help="Show, make, convert and draw schedule files.")
+app.command()(pipeline.demo)
+app.command()(pipeline.sites)
+app.command()(pipeline.verify)
+app.command()(pipeline.bench)
+app.command()(doctor)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"harmonica-rt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    debug: bool = typer.Option(False, "--debug", help="Show tracebacks of errors."),
+) -> None:
+    """Run Diffusion Transformers with cached features, planned ahead."""
+    show_traceback(debug)
+
+
+def main() -> None:
+    """Run the command line; every error of this package ends as one message and exit status 2."""
+    try:
+        app()
+    except (HarmonicaError, FileNotFoundError) as error:
+        sys.exit(fail(error))

@@ -1,0 +1,88 @@
+"""`harmonica-rt doctor`: versions, hardware, what is built, and what will be used."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+
+import typer
+
+from harmonica_rt import __version__
+from harmonica_rt.cli.console import console
+
+_PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "numpy", "safetensors")
+
+
+def doctor() -> None:
+    """Tell versions, hardware, what is built and what will be used. Exit status 1 where something is broken."""
+    import torch
+
+    import harmonica_kernels
+
+    _title("versions")
+    _line("harmonica-rt", __version__)
+    _line("python", platform.python_version())
+    for name in _PACKAGES:
+        _line(name, _version(name))
+    _title("hardware")
+    _line(
+        "CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    )
+    for line in _gpus() or ["none"]:
+        _line("GPU", line)
+    _line("torch's CUDA", torch.version.cuda or "not built in")
+    _title("built and used")
+    build = harmonica_kernels.build_info()
+    _line("C++ ops", "built" if build.extension else f"not built: {build.reason}")
+    _line("ops on CPU", "C++" if build.extension else "PyTorch reference")
+    _line("ops on CUDA", "PyTorch reference")
+    _line("lowering", "plain")
+    if not build.extension and not build.chosen:
+        console.print("[yellow]the C++ ops were meant to be built; see the reason above[/]")
+        raise typer.Exit(1)
+
+
+def _gpus() -> list[str]:
+    """One line a GPU, from NVML, or one line that says why there is none."""
+    try:
+        import pynvml
+    except ImportError:
+        return ["unknown: nvidia-ml-py is not installed"]
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return [f"none found ({error})"]
+    try:
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        return [_gpu(index, driver) for index in range(pynvml.nvmlDeviceGetCount())]
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _gpu(index: int, driver: str) -> str:
+    import pynvml
+
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    clock = pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)
+    top = pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)
+    return (
+        f"{pynvml.nvmlDeviceGetName(handle)}, driver {driver}, {memory.free / 2**30:.1f} of {memory.total / 2**30:.1f} "
+        f"GiB free, SM clock {clock} of {top} MHz"
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _title(text: str) -> None:
+    console.print(f"[bold]{text}[/]")
+
+
+def _line(name: str, value: object) -> None:
+    console.print(f"  {name:14} {value}", markup=False)

@@ -1,0 +1,217 @@
+"""Commands that load a pipeline: `demo`, `sites`, `verify`, `bench`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from harmonica_rt.cli.console import console
+from harmonica_rt.errors import HarmonicaError
+
+if TYPE_CHECKING:
+    from harmonica_rt.demo.measure import Comparison
+    from harmonica_rt.demo.run import DemoResult
+
+_MODEL = typer.Argument(..., metavar="MODEL_DIR", help="A directory that a pipeline was saved in.")
+_SCHEDULE = typer.Argument(..., metavar="SCHEDULE", help="A schedule file.")
+_ARGUMENTS = typer.Option([], "--arg", metavar="NAME=VALUE", help="An argument of the call; may be repeated.")
+_GUIDANCE = typer.Option(None, help="Guidance scale (default: the pipeline's own).")
+
+
+def demo(
+    model: Path | None = typer.Option(None, metavar="DIR", help="A DiTPipeline directory (default: bundled)."),
+    schedule: Path | None = typer.Option(None, metavar="FILE", help="A schedule file (default: every(2))."),
+    out: Path = typer.Option(Path("harmonica-demo.png"), metavar="PNG", help="Where the picture goes."),
+    steps: int = typer.Option(20, min=1, help="Denoising steps, where no schedule file says."),
+    batch: int = typer.Option(10, min=1, help="Images: classes 0, 1, 2, ... in turn."),
+    repeats: int = typer.Option(5, min=1, help="Timed rounds."),
+    seed: int = typer.Option(0, help="Seed of every run."),
+) -> None:
+    """Sample the bundled model uncached, with the reference and compiled; compare, time, draw."""
+    with console.status("load libraries"):
+        import harmonica_rt as hrt
+        from harmonica_rt.cli.loading import load_pipeline
+        from harmonica_rt.demo import bundled_model
+        from harmonica_rt.demo.run import guidance_of, run_demo
+
+    directory = model or bundled_model()
+    pipeline = load_pipeline(directory)
+    if type(pipeline).__name__ != "DiTPipeline":
+        raise HarmonicaError(f"the demo is for a DiTPipeline, {directory} holds a {type(pipeline).__name__}; see bench")
+    if schedule is not None:
+        chosen = hrt.Schedule.load(schedule)
+    else:
+        chosen = hrt.Schedule.every(2, steps=steps, sites=hrt.find_sites(pipeline.transformer))
+    with console.status("begin") as status:
+
+        def say(what: str) -> None:
+            console.print(f"[dim]- {what}[/]")
+            status.update(what)
+
+        try:
+            result = run_demo(
+                pipeline,
+                chosen,
+                labels=tuple(i % 10 for i in range(batch)),
+                guidance=guidance_of(directory),
+                seed=seed,
+                repeats=repeats,
+                picture=out,
+                say=say,
+            )
+        except hrt.ParityError as error:
+            console.print(f"[bold red]{error}[/]\nno speed-up is told for images that differ")
+            raise typer.Exit(1) from None
+    _print_demo(result)
+
+
+def sites(
+    model: Path = _MODEL,
+    pattern: list[str] = typer.Option([], help="A glob over module paths instead of the rule; may be repeated."),
+) -> None:
+    """List the cacheable sub-layers of a pipeline's denoiser, in execution order."""
+    from collections import Counter
+
+    from harmonica_rt import find_sites
+    from harmonica_rt.cli.loading import load_denoiser
+    from harmonica_rt.schedule.producers import site_kind
+
+    denoiser = load_denoiser(model)
+    found = find_sites(denoiser, pattern or None)
+    for site in found:
+        console.print(site)
+    kinds = Counter(site_kind(site) for site in found)
+    counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    console.print(f"[bold]{len(found)} sites of {type(denoiser).__name__}[/]: {counted}")
+
+
+def verify(
+    model: Path = _MODEL,
+    schedule: Path = _SCHEDULE,
+    arg: list[str] = _ARGUMENTS,
+    guidance: float | None = _GUIDANCE,
+    seed: int = typer.Option(0, help="Seed of both runs."),
+    tolerance: str = typer.Option("auto", help="exact, measured or auto (exact on CPU)."),
+    dtype: str = typer.Option("fp32", help="fp32, bf16 or fp16."),
+    device: str = typer.Option("cpu", help="Where to run."),
+) -> None:
+    """Hold a schedule's compiled run against the reference, step by step; exit status 1 where they differ."""
+    from typing import get_args
+
+    import harmonica_rt as hrt
+    from harmonica_rt.cli.loading import call_arguments, load_pipeline
+    from harmonica_rt.parity.lockstep import Tolerance
+
+    if tolerance not in get_args(Tolerance):
+        raise HarmonicaError(f"--tolerance {tolerance} is not known; choose one of {', '.join(get_args(Tolerance))}")
+    chosen = hrt.Schedule.load(schedule)
+    pipeline = load_pipeline(model, dtype, device)
+    arguments = call_arguments(pipeline, arg, chosen.steps, guidance)
+    try:
+        with console.status("reference and compiled, side by side"):
+            report = hrt.verify(pipeline, chosen, seed=seed, tolerance=tolerance, **arguments)  # type: ignore[arg-type]
+    except hrt.ParityError as error:
+        console.print(f"[bold red]{error}[/]")
+        raise typer.Exit(1) from None
+    console.print(_parity_table(report))
+    console.print(f"[bold green]{report}[/]")
+
+
+def bench(
+    model: Path = _MODEL,
+    schedule: Path = _SCHEDULE,
+    arg: list[str] = _ARGUMENTS,
+    guidance: float | None = _GUIDANCE,
+    repeats: int = typer.Option(5, min=1, help="Timed rounds."),
+    seed: int = typer.Option(0, help="Seed of every run."),
+    dtype: str = typer.Option("fp32", help="fp32, bf16 or fp16."),
+    device: str = typer.Option("cpu", help="Where to run."),
+) -> None:
+    """Time a pipeline uncached and compiled in turn, and print the plan; parity is checked first."""
+    import torch
+
+    import harmonica_rt as hrt
+    from harmonica_rt.cli.loading import call_arguments, load_pipeline
+    from harmonica_rt.demo.measure import compare
+
+    chosen = hrt.Schedule.load(schedule)
+    pipeline = load_pipeline(model, dtype, device)
+    arguments = call_arguments(pipeline, arg, chosen.steps, guidance)
+
+    def generate() -> Any:
+        return pipeline(**arguments, generator=torch.Generator().manual_seed(seed))
+
+    try:
+        with console.status("verify"):
+            parity = hrt.verify(pipeline, chosen, seed=seed, **arguments)
+    except hrt.ParityError as error:
+        console.print(f"[bold red]{error}[/]\nno speed-up is told for images that differ")
+        raise typer.Exit(1) from None
+    hrt.compile(pipeline, chosen, strict=True)
+    compiled = hrt.get_compiled(pipeline)
+    with console.status(f"time {repeats} rounds"):
+        latency = compare(
+            pipeline,
+            compiled,
+            generate,
+            repeats=repeats,
+            theoretical=lambda: compiled.report().plans[-1].theoretical_speedup,
+        )
+    console.print(str(compiled.report()))
+    console.print(str(parity))
+    console.print(_latency_table(latency))
+
+
+def _print_demo(result: DemoResult) -> None:
+    plan = result.report.plans[-1]
+    console.print(_latency_table(result.latency))
+    psnr = "equal" if math.isinf(result.psnr) else f"{result.psnr:.1f} dB PSNR"
+    rows = {
+        "parity": f"[green]{result.parity}[/]",
+        "CUR": f"{result.report.last_cur or 0:.1%} of all entries reused in the last run",
+        "cache": f"{plan.arena_bytes / 2**20:.2f} MiB in {plan.slots} slots (lower bound "
+        f"{plan.lower_bound_bytes / 2**20:.2f} MiB)",
+        "compile": f"{plan.compile_seconds:.1f} s, {plan.programs} step programs",
+        "images": f"{len(result.labels)} at guidance {result.guidance:g}; cached against uncached: {psnr}",
+        "picture": str(result.picture),
+    }
+    for name, text in rows.items():
+        console.print(f"[bold]{name:8}[/] {text}")
+
+
+def _latency_table(latency: Comparison) -> Any:
+    import torch
+    from rich.table import Table
+
+    from harmonica_rt.demo.measure import median, spread
+
+    repeats = len(latency.uncached.pipeline)
+    table = Table(
+        "", "uncached", "compiled", "speed-up", title=f"median of {repeats} rounds, {torch.get_num_threads()} threads"
+    )
+    for name, plain, planned, ratio in (
+        ("denoiser", latency.uncached.denoiser, latency.compiled.denoiser, latency.denoiser_speedup),
+        ("whole pipeline", latency.uncached.pipeline, latency.compiled.pipeline, latency.pipeline_speedup),
+    ):
+        cells = []
+        for seconds in (plain, planned):
+            low, high = spread(seconds)
+            cells.append(f"{median(seconds) * 1e3:.0f} ms ({low * 1e3:.0f} - {high * 1e3:.0f})")
+        table.add_row(name, *cells, f"{ratio:.2f}x")
+    table.add_row("theoretical (FLOPs)", "", "", f"{latency.theoretical:.2f}x")
+    table.add_row("denoiser, realised / theoretical", "", "", f"{latency.realised:.2f}")
+    return table
+
+
+def _parity_table(report: Any) -> Any:
+    from rich.table import Table
+
+    table = Table("step", "same bits", "rms error", "largest error", "allowed (rms, largest)")
+    for step in report.steps:
+        allowed = f"{step.limit.rms:.3g}, {step.limit.largest:.3g}"
+        bits = "yes" if step.same_bits else "no"
+        table.add_row(str(step.step), bits, f"{step.error.rms:.3g}", f"{step.error.largest:.3g}", allowed)
+    return table

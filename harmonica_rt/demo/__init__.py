@@ -1,0 +1,11 @@
+"""The demo: the bundled model sampled plain, with the reference and compiled; compared, measured, drawn."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+
+def bundled_model() -> Path:
+    """Directory of the bundled model, a `DiTPipeline` of handwritten digits."""
+    return Path(str(resources.files(__package__) / "digits-dit"))

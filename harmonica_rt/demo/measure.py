@@ -1,0 +1,113 @@
+"""Latency of a pipeline, uncached against compiled: whole runs and the denoiser alone, in turn, medians."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from harmonica_rt.runtime.denoiser import Denoiser
+from harmonica_rt.runtime.pipelines import denoiser_module, temporarily
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of each repeat: of the whole pipeline call, and of the denoiser calls in it."""
+
+    pipeline: tuple[float, ...]
+    denoiser: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two latencies from interleaved repeats, and the speed-up that the plan's FLOPs promise."""
+
+    uncached: Latency
+    compiled: Latency
+    theoretical: float
+
+    @property
+    def pipeline_speedup(self) -> float:
+        """Median over repeats of uncached / compiled, whole pipeline."""
+        return _median_ratio(self.uncached.pipeline, self.compiled.pipeline)
+
+    @property
+    def denoiser_speedup(self) -> float:
+        """Median over repeats of uncached / compiled, denoiser calls."""
+        return _median_ratio(self.uncached.denoiser, self.compiled.denoiser)
+
+    @property
+    def realised(self) -> float:
+        """Denoiser speed-up as a share of the theoretical one."""
+        return self.denoiser_speedup / self.theoretical
+
+
+def compare(
+    pipeline: Any,
+    compiled: Denoiser,
+    generate: Callable[[], object],
+    *,
+    repeats: int,
+    theoretical: Callable[[], float],
+    progress: Callable[[], None] = lambda: None,
+) -> Comparison:
+    """Time `generate` with the plain denoiser and with `compiled` in turn, after one run of each that does not count.
+
+    Args:
+        pipeline: the pipeline that `generate` calls.
+        compiled: its compiled denoiser.
+        generate: runs the pipeline once, always with the same arguments.
+        repeats: rounds, at least 1.
+        theoretical: gives the theoretical speed-up once a plan exists.
+        progress: called after every run, `2 * (repeats + 1)` times.
+    """
+    samples: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    for _ in range(repeats + 1):
+        for use_plan in (False, True):
+            with temporarily(pipeline, compiled if use_plan else None):
+                samples[use_plan].append(_run(denoiser_module(pipeline), generate))
+            progress()
+    plain, planned = (list(zip(*samples[key][1:], strict=True)) for key in (False, True))
+    return Comparison(Latency(plain[0], plain[1]), Latency(planned[0], planned[1]), theoretical())
+
+
+def median(seconds: tuple[float, ...]) -> float:
+    """Median."""
+    return float(np.median(seconds))
+
+
+def spread(seconds: tuple[float, ...]) -> tuple[float, float]:
+    """20th and 80th percentile."""
+    low, high = np.percentile(seconds, [20, 80])
+    return float(low), float(high)
+
+
+def _run(model: nn.Module, generate: Callable[[], object]) -> tuple[float, float]:
+    with _call_times(model) as calls:
+        started = time.perf_counter()
+        generate()
+        took = time.perf_counter() - started
+    return took, sum(calls)
+
+
+@contextmanager
+def _call_times(model: nn.Module) -> Iterator[list[float]]:
+    """Seconds of each call of `model` within this block, however it is called."""
+    begun: list[float] = []
+    took: list[float] = []
+    before = model.register_forward_pre_hook(lambda *_: begun.append(time.perf_counter()))
+    after = model.register_forward_hook(lambda *_: took.append(time.perf_counter() - begun.pop()))
+    try:
+        yield took
+    finally:
+        before.remove()
+        after.remove()
+
+
+def _median_ratio(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    return float(np.median([x / y for x, y in zip(a, b, strict=True)]))

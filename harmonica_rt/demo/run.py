@@ -1,0 +1,125 @@
+"""What `harmonica-rt demo` does, step by step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import harmonica_rt as hrt
+from harmonica_rt.demo.measure import Comparison, compare
+from harmonica_rt.demo.picture import draw
+from harmonica_rt.report import Report
+
+DEFAULT_GUIDANCE = 4.0  # what DiTPipeline itself uses
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found.
+
+    Attributes:
+        parity: compiled against reference, per step.
+        latency: uncached against compiled.
+        report: of the compiled model.
+        psnr: of the cached images against the uncached ones, dB; infinite where they are equal.
+        labels: classes asked for.
+        guidance: guidance scale used.
+        picture: the PNG.
+    """
+
+    parity: hrt.ParityReport
+    latency: Comparison
+    report: Report
+    psnr: float
+    labels: tuple[int, ...]
+    guidance: float
+    picture: Path
+
+
+def run_demo(
+    pipeline: Any,
+    schedule: hrt.Schedule,
+    *,
+    labels: tuple[int, ...],
+    guidance: float,
+    seed: int,
+    repeats: int,
+    picture: Path,
+    say: Callable[[str], None],
+) -> DemoResult:
+    """Sample `labels` uncached, with the reference and compiled; compare, time, draw.
+
+    Args:
+        pipeline: a `DiTPipeline`.
+        schedule: the schedule; its steps are the inference steps.
+        labels: one class for each image.
+        guidance: guidance scale.
+        seed: seeds every run.
+        repeats: timed rounds.
+        picture: where the PNG goes.
+        say: told what begins, one line each.
+
+    Raises:
+        ParityError: compiled and reference differ.
+    """
+    arguments: dict[str, Any] = {
+        "class_labels": list(labels),
+        "num_inference_steps": schedule.steps,
+        "guidance_scale": guidance,
+    }
+
+    def generate() -> NDArray[np.float32]:
+        generator = torch.Generator().manual_seed(seed)
+        images: NDArray[np.float32] = pipeline(**arguments, generator=generator, output_type="np").images
+        return images
+
+    say("compile and hold every step against the reference")
+    parity = hrt.verify(pipeline, schedule, seed=seed, **arguments)
+    say("sample uncached")
+    rows = {"uncached": generate()}
+    say("sample with the reference")
+    hrt.reference(pipeline, schedule)
+    rows["reference"] = generate()
+    say("sample compiled")
+    hrt.compile(pipeline, schedule, strict=True)
+    rows["compiled"] = generate()
+    compiled = hrt.get_compiled(pipeline)
+    say(f"time uncached and compiled in turn, {repeats} rounds after a warm-up")
+    latency = compare(
+        pipeline,
+        compiled,
+        generate,
+        repeats=repeats,
+        theoretical=lambda: compiled.report().plans[-1].theoretical_speedup,
+    )
+    report = compiled.report()
+    hrt.uncompile(pipeline)
+    say("draw")
+    title = (
+        f"{schedule.steps} steps, CUR {schedule.cur:.0%}: denoiser {latency.denoiser_speedup:.2f}x faster "
+        f"(theory {latency.theoretical:.2f}x), compiled = reference bit for bit"
+    )
+    draw(rows, schedule, title, picture)
+    return DemoResult(parity, latency, report, psnr(rows["uncached"], rows["compiled"]), labels, guidance, picture)
+
+
+def guidance_of(model: Path) -> float:
+    """The guidance scale that the model was evaluated with (its PROVENANCE.json), or the pipeline's own default."""
+    record = model / "PROVENANCE.json"
+    if not record.exists():
+        return DEFAULT_GUIDANCE
+    evaluation = json.loads(record.read_text()).get("evaluation", {})
+    return float(evaluation.get("guidance_scale", DEFAULT_GUIDANCE))
+
+
+def psnr(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    """Peak signal-to-noise ratio of images in 0 ... 1, dB."""
+    error = float(np.mean((a.astype(np.float64) - b) ** 2))
+    return float("inf") if error == 0 else -10 * float(np.log10(error))
