@@ -30,16 +30,17 @@ def draw(rows: Mapping[str, NDArray[np.float32]], schedule: Schedule, title: str
     count = len(next(iter(rows.values())))
     strip_height = 10.0 / count
     heat = schedule.plot()
+    heat.set_dpi(220)
     renderer: Any = FigureCanvasAgg(heat)
     renderer.draw()
     canvas = np.asarray(renderer.buffer_rgba())
-    heat_height = 10.0 * canvas.shape[0] / canvas.shape[1]
+    heat_height = min(4.5, 10.0 * canvas.shape[0] / canvas.shape[1])
 
     heights = [*([strip_height] * len(strips)), heat_height]
     figure = Figure(figsize=(11.2, sum(heights) + 1.0), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(
-        len(heights), 1, height_ratios=heights, left=0.1, right=0.99, top=1 - 0.6 / figure.get_figheight(), bottom=0.01
+        len(heights), 1, hspace=0.08, height_ratios=heights, left=0.1, right=0.99, top=1 - 0.6 / figure.get_figheight(), bottom=0.01
     )
     figure.suptitle(title, fontsize=12, color=_INK, y=1 - 0.15 / figure.get_figheight(), va="top")
     for row, (label, strip) in enumerate(strips.items()):
@@ -51,6 +52,6 @@ def draw(rows: Mapping[str, NDArray[np.float32]], schedule: Schedule, title: str
         for spine in axis.spines.values():
             spine.set_visible(False)
     axis = figure.add_subplot(grid[len(strips)])
-    axis.imshow(canvas, aspect="auto")
+    axis.imshow(canvas, interpolation="antialiased")
     axis.axis("off")
     figure.savefig(path)

@@ -94,7 +94,7 @@ def penultimate_features(model: DigitClassifier, images: Tensor, batch: int = 25
 
 def accuracy(model: DigitClassifier, images: Tensor, labels: Tensor) -> float:
     """Share of images [B, 1, H, W] whose most likely class is their label [B]; in [0, 1]."""
-    return float((classify(model, images) == labels).float().mean())
+    return float((classify(model, images) == labels).double().mean())
 
 
 def train_classifier(config: DigitsConfig, data: DigitsSplit) -> DigitClassifier:
