@@ -1,0 +1,140 @@
+"""Verification passes what is right and fails what is wrong, naming step and site."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+import harmonica_rt as hrt
+from harmonica_rt import Schedule, find_sites
+from harmonica_rt.errors import HarmonicaError
+from harmonica_rt.lower import plain
+from harmonica_rt.parity.tolerance import Error, limit_from, same_bits
+from tests.models import stack, stack_call
+
+STEPS = 4
+
+
+def calls(dtype: torch.dtype = torch.float32) -> list[dict[str, torch.Tensor]]:
+    return [{name: t.to(dtype) for name, t in stack_call(step).items()} for step in range(STEPS)]
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, weight: str, factor: float) -> None:
+    """Let every lowered program scale the result of the linear layer with this weight."""
+    original = plain._with_stores
+
+    def spoiled(step: Any) -> fx.Graph:
+        graph = original(step)
+        name = f"p_{weight.replace('.', '_')}"
+        for node in list(graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)):
+            if node.args[1].name == name:
+                with graph.inserting_after(node):
+                    scaled = graph.call_function(torch.mul, (node, factor))
+                node.replace_all_uses_with(scaled, delete_user_cb=lambda user, scaled=scaled: user is not scaled)
+        return graph
+
+    monkeypatch.setattr(plain, "_with_stores", spoiled)
+
+
+def test_plain_is_exact() -> None:
+    model = stack()
+    schedule = Schedule.every(2, steps=STEPS, sites=find_sites(model))
+    report = hrt.verify(model, schedule, calls=calls())
+    assert report.ok
+    assert report.tolerance == "exact"
+    assert [step.same_bits for step in report.steps] == [True] * STEPS
+    assert report.trajectory_same_bits
+    assert "4 equal bit for bit" in str(report)
+
+
+@pytest.mark.parametrize("site", ["blocks.0.attn", "blocks.2.attn"])
+def test_the_first_divergent_step_and_site_are_named(monkeypatch: pytest.MonkeyPatch, site: str) -> None:
+    model = stack()
+    sites = find_sites(model)
+    mask = [[True] * 6, [False] * 6, [True] * 6, [True] * 6]
+    spoil(monkeypatch, f"{site}.weight", 1.0 + 1e-6)
+    with pytest.raises(hrt.ParityError) as error:
+        hrt.verify(model, Schedule.from_array(mask, sites=sites), calls=calls())
+    assert (error.value.step, error.value.site) == (0, site)
+    assert f"first divergent site {site}" in str(error.value)
+    assert not error.value.report.ok
+
+
+def test_a_corrupted_slot_is_named_in_the_step_that_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from harmonica_rt.indices import SlotId
+    from harmonica_rt.runtime.planned import PlanStream
+
+    original = PlanStream.run
+
+    def corrupting(self: PlanStream, step: Any, call: Any, *, catch_up: bool) -> Any:
+        output = original(self, step, call, catch_up=catch_up)
+        if step == 0:
+            self.buffers.slots[SlotId(3)].add_(1.0)
+        return output
+
+    monkeypatch.setattr(PlanStream, "run", corrupting)
+    model = stack()
+    sites = find_sites(model)
+    with pytest.raises(hrt.ParityError) as error:
+        hrt.verify(model, Schedule.every(2, steps=STEPS, sites=sites), calls=calls())
+    assert (error.value.step, error.value.site) == (1, sites[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_measured_tolerance_passes_plain(dtype: torch.dtype) -> None:
+    model = stack().to(dtype)
+    schedule = Schedule.every(2, steps=STEPS, sites=find_sites(model))
+    report = hrt.verify(model, schedule, calls=calls(dtype), tolerance="measured")
+    assert report.tolerance == "measured"
+    assert all(step.error.within(step.limit) and step.limit.rms > 0 for step in report.steps)
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1 + 1e-4), (torch.bfloat16, 1.1)], ids=str)
+def test_measured_tolerance_fails_what_is_sloppy(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, factor: float
+) -> None:
+    model = stack().to(dtype)
+    schedule = Schedule.every(2, steps=STEPS, sites=find_sites(model))
+    spoil(monkeypatch, "blocks.1.attn.weight", factor)
+    with pytest.raises(hrt.ParityError) as error:
+        hrt.verify(model, schedule, calls=calls(dtype), tolerance="measured")
+    assert error.value.site == "blocks.1.attn"
+
+
+def test_verify_at_compile_raises_in_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = stack()
+    spoil(monkeypatch, "blocks.1.attn.weight", 2.0)
+    compiled = hrt.compile(model, Schedule.every(2, steps=STEPS, sites=find_sites(model)), verify=True)
+    with pytest.raises(hrt.ParityError, match=r"blocks\.1\.attn"):
+        compiled(**stack_call(0))
+
+
+def test_calls_are_counted() -> None:
+    model = stack()
+    schedule = Schedule.every(2, steps=STEPS, sites=find_sites(model))
+    with pytest.raises(HarmonicaError, match="holds 3 calls, the schedule has 4 steps"):
+        hrt.verify(model, schedule, calls=calls()[:3])
+    with pytest.raises(HarmonicaError, match="needs calls="):
+        hrt.verify(model, schedule)
+
+
+class TestTolerance:
+    def test_nan_on_one_side_is_infinite(self) -> None:
+        a = torch.tensor([1.0, float("nan")])
+        assert Error.between(a, torch.ones(2)).largest == float("inf")
+        assert Error.between(a, a).largest == 0.0
+
+    def test_bits_are_stricter_than_values(self) -> None:
+        assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
+        assert same_bits(torch.tensor([float("nan")]), torch.tensor([float("nan")]))
+        assert not same_bits(torch.zeros(2), torch.zeros(2, dtype=torch.float64))
+
+    def test_the_limit_is_twice_the_eager_error_or_one_ulp(self) -> None:
+        truth = torch.full((4,), 2.0, dtype=torch.float64)
+        exact = limit_from(truth.float(), truth)
+        assert exact.largest == pytest.approx(2.0 * 2**-23)
+        off = limit_from(truth.float() + 0.25, truth)
+        assert off.largest == pytest.approx(0.5)
