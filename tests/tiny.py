@@ -26,7 +26,9 @@ def randomised(model: Any) -> Any:
 def vae(latent_channels: int, **config: Any) -> Any:
     """A small autoencoder without downsampling."""
     return randomised(
-        d.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=latent_channels, sample_size=8, **config)
+        d.AutoencoderKL(
+            block_out_channels=(4,), norm_num_groups=2, latent_channels=latent_channels, sample_size=8, **config
+        )
     )
 
 

@@ -30,7 +30,9 @@ def load_pipeline(directory: Path, dtype: str = "fp32", device: str = "cpu") -> 
     if not (directory / "model_index.json").is_file():
         raise HarmonicaError(f"{directory} holds no diffusers pipeline (no model_index.json in it)")
     load: Any = DiffusionPipeline.from_pretrained
-    pipeline = load(str(directory)).to(device, DTYPES[dtype])
+    pipeline = load(str(directory)).to(device)
+    if dtype != "fp32":
+        pipeline = pipeline.to(DTYPES[dtype])
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

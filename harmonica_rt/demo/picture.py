@@ -28,7 +28,7 @@ def draw(rows: Mapping[str, NDArray[np.float32]], schedule: Schedule, title: str
 
     strips = {label: np.concatenate(list(images), axis=1) for label, images in rows.items()}
     count = len(next(iter(rows.values())))
-    strip_height = 10.0 / count
+    strip_height = min(1.2, 10.0 / count)
     heat = schedule.plot()
     heat.set_dpi(220)
     renderer: Any = FigureCanvasAgg(heat)
@@ -40,12 +40,19 @@ def draw(rows: Mapping[str, NDArray[np.float32]], schedule: Schedule, title: str
     figure = Figure(figsize=(11.2, sum(heights) + 1.0), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(
-        len(heights), 1, hspace=0.08, height_ratios=heights, left=0.1, right=0.99, top=1 - 0.6 / figure.get_figheight(), bottom=0.01
+        len(heights),
+        1,
+        hspace=0.08,
+        height_ratios=heights,
+        left=0.1,
+        right=0.99,
+        top=1 - 0.6 / figure.get_figheight(),
+        bottom=0.01,
     )
     figure.suptitle(title, fontsize=12, color=_INK, y=1 - 0.15 / figure.get_figheight(), va="top")
     for row, (label, strip) in enumerate(strips.items()):
         axis = figure.add_subplot(grid[row])
-        axis.imshow(strip if strip.shape[-1] == 3 else strip[..., 0], cmap="gray", vmin=0, vmax=1, aspect="auto")
+        axis.imshow(strip if strip.shape[-1] == 3 else strip[..., 0], cmap="gray", vmin=0, vmax=1)
         axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=10, color=_INK)
         axis.set_xticks([])
         axis.set_yticks([])

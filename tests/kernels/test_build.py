@@ -52,9 +52,7 @@ def test_other_torch_is_said_once(tmp_path: Path) -> None:
 
 
 def test_library_that_does_not_load_is_said(tmp_path: Path) -> None:
-    said = use_copy(
-        tmp_path, {"torch": torch.__version__, "compiler": "cc", "library": "_C.so"}, b"not a library"
-    )
+    said = use_copy(tmp_path, {"torch": torch.__version__, "compiler": "cc", "library": "_C.so"}, b"not a library")
     assert "_C.so, built against torch" in said
     assert "does not load here" in said
 

@@ -130,9 +130,7 @@ def test_arguments_stay_as_they_are_and_nothing_aliases(implementation: Callable
 
 X = torch.zeros(2, 5, 6)
 BAD = [
-    pytest.param(
-        (X, X[0], None), ValueError, r"y has shape \[5, 6\], expected that of x, \[2, 5, 6\]", id="y-shape"
-    ),
+    pytest.param((X, X[0], None), ValueError, r"y has shape \[5, 6\], expected that of x, \[2, 5, 6\]", id="y-shape"),
     pytest.param((X, X, X[:1, :1, :4]), ValueError, r"gate has shape \[1, 1, 4\]", id="gate-width"),
     pytest.param((X, X, X[None]), ValueError, r"gate has shape \[1, 2, 5, 6\]", id="gate-rank"),
     pytest.param((X[:1], X[:1], X), ValueError, r"gate has shape \[2, 5, 6\]", id="gate-larger-than-x"),

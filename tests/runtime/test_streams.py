@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -75,21 +76,33 @@ def truth(model: nn.Module, schedule: Schedule, plan: Plan) -> torch.Tensor:
             wanted = {site: max(s for s in range(step) if schedule.compute[s, site]) for site in reused}
             if any(site not in held or held[site][0] < source for site, source in wanted.items()):
                 reused = []
-            hooks = []
-            for site, name in enumerate(schedule.sites):
-
-                def hook(module: nn.Module, args: Any, output: torch.Tensor, site: int = site) -> torch.Tensor | None:
-                    if site in reused:
-                        return held[site][1]
-                    held[site] = (step, output.clone())
-                    return None
-
-                hooks.append(model.get_submodule(name).register_forward_hook(hook))
+            hooks = [
+                model.get_submodule(name).register_forward_hook(
+                    functools.partial(_reuse_or_hold, held=held, site=site, step=step, reuse=site in reused)
+                )
+                for site, name in enumerate(schedule.sites)
+            ]
             outputs.append(model(latents, model_time(timestep), each))
             for handle in hooks:
                 handle.remove()
         latents = scheduler.step(sum(outputs) / len(outputs), timestep, latents).prev_sample
     return latents
+
+
+def _reuse_or_hold(
+    module: nn.Module,
+    args: Any,
+    output: torch.Tensor,
+    *,
+    held: dict[int, tuple[int, torch.Tensor]],
+    site: int,
+    step: int,
+    reuse: bool,
+) -> torch.Tensor | None:
+    if reuse:
+        return held[site][1]
+    held[site] = (step, output.clone())
+    return None
 
 
 @pytest.fixture

@@ -44,9 +44,7 @@ def _fake(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None = None) ->
     return x.new_empty(x.shape)
 
 
-def _cpu_without_extension(
-    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None = None
-) -> torch.Tensor:
+def _cpu_without_extension(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
     warn_once_without_extension()
     return gated_residual_reference(x, y, gate)
 

@@ -7,9 +7,7 @@ import torch
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def gated_residual_reference(
-    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None = None
-) -> torch.Tensor:
+def gated_residual_reference(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
     """out = x + gate * y, in fp32 arithmetic for half types (fp64 for fp64), with one downcast at the end.
 
     Shapes, dtypes and errors are those of `harmonica_kernels.gated_residual`.
@@ -36,13 +34,9 @@ def check_gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | 
         if tensor is None:
             continue
         if tensor.dtype != x.dtype:
-            raise TypeError(
-                f"gated_residual: {name} has dtype {tensor.dtype}, expected that of x, {x.dtype}; cast it"
-            )
+            raise TypeError(f"gated_residual: {name} has dtype {tensor.dtype}, expected that of x, {x.dtype}; cast it")
         if tensor.device != x.device:
-            raise ValueError(
-                f"gated_residual: {name} is on {tensor.device}, x is on {x.device}; move one of them"
-            )
+            raise ValueError(f"gated_residual: {name} is on {tensor.device}, x is on {x.device}; move one of them")
     if gate is not None and not _broadcasts_to(gate.shape, x.shape):
         raise ValueError(
             f"gated_residual: gate has shape {list(gate.shape)}, which does not broadcast to that of x, "

@@ -59,7 +59,7 @@ class DigitsConfig:
     def quick(cls, seed: int = 0) -> "DigitsConfig":
         """A run of seconds whose model loads and generates, and is good for nothing else."""
         return cls(
-            seed=seed, image_size=32, classifier_steps=20, autoencoder_steps=6, autoencoder_batch=16,
+            seed=seed, image_size=16, classifier_steps=20, autoencoder_steps=6, autoencoder_batch=16,
             augmentations=1, layers=2, heads=2, head_dim=16, denoiser_steps=6, denoiser_batch=16,
         )  # fmt: skip
 

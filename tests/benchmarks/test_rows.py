@@ -1,0 +1,64 @@
+"""The measuring itself: rows, spreads, interleaving, and the figures that need no clock."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import rows, schedules, slot_memory
+from benchmarks.compile_cost import PeakMemory
+from benchmarks.rows import Row
+from benchmarks.timing import Spread, interleaved
+from tests.models import stack, stack_call
+
+
+def test_rows_are_one_line_each_and_say_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    path = rows.save("some", [Row("some", "case", "every(2)", "ratio", 1.23456789, "ratio", target="at least 1")])
+    kept = json.loads(path.read_text())
+    assert kept["rows"] == [
+        {
+            "benchmark": "some",
+            "case": "case",
+            "schedule": "every(2)",
+            "metric": "ratio",
+            "value": 1.23457,
+            "unit": "ratio",
+            "repeats": 1,
+            "target": "at least 1",
+        }
+    ]
+    assert kept["machine"]["torch"] == torch.__version__
+
+
+def test_rounds_are_interleaved_after_a_warm_up() -> None:
+    order: list[str] = []
+    seconds = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2)
+    assert order == ["a", "b"] * 3
+    assert [len(samples) for samples in seconds.values()] == [2, 2]
+
+
+def test_spread_is_median_and_percentiles() -> None:
+    assert Spread.of([1.0, 2.0, 3.0, 4.0, 100.0]) == Spread(3.0, 1.8, pytest.approx(23.2))
+
+
+def test_peak_memory_sees_an_allocation() -> None:
+    with PeakMemory() as before:
+        pass
+    with PeakMemory() as during:
+        block = torch.ones(64 * 2**20, dtype=torch.uint8)
+    assert during.peak - before.peak > 0.9 * block.nbytes
+
+
+def test_ten_patterns_are_ten() -> None:
+    assert schedules.ten_patterns([f"site.{i}" for i in range(56)], 20).patterns == 10
+
+
+def test_slot_memory_of_a_small_model() -> None:
+    measured = slot_memory._rows("small", stack(), stack_call(0), 6, "1")
+    ratios = [row.value for row in measured if row.metric == "planned / lower bound"]
+    assert len(ratios) == 6
+    assert set(ratios) == {1.0}

@@ -1,0 +1,224 @@
+"""Each command on real files: what it prints, what it writes, how it fails."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from harmonica_rt import Schedule, cli
+from harmonica_rt.errors import HarmonicaError
+from harmonica_rt.lower import plain
+from tests.tiny import dit, pixart_alpha, saved_and_loaded
+
+STEPS = "4"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("dit")
+    saved_and_loaded(dit, path)
+    return path
+
+
+@pytest.fixture
+def schedule(model: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "schedule.json"
+    assert run("schedule", "make", model, path, "--steps", STEPS, "--random", "0.5").exit_code == 0
+    return path
+
+
+def run(*arguments: object) -> Result:
+    """Run a command in this process; errors of the project come back as `result.exception`."""
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def test_demo_compares_measures_and_draws(model: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "demo.png"
+    result = run("demo", "--model", model, "--steps", STEPS, "--batch", 3, "--repeats", 1, "--out", picture)
+    assert result.exit_code == 0, result.output
+    assert "parity ok (exact): 4 calls, 4 equal bit for bit" in result.output
+    assert "theoretical (FLOPs)" in result.output
+    assert "50.0% of all entries reused" in result.output
+    height, width, _ = matplotlib.image.imread(picture).shape
+    assert width == 1680
+    assert 800 < height < 2000
+
+
+def test_demo_tells_no_speedup_where_parity_fails(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = plain.Program.__call__
+    monkeypatch.setattr(plain.Program, "__call__", lambda *args: tuple(output * 1.01 for output in original(*args)))
+    result = run("demo", "--model", model, "--steps", STEPS, "--repeats", 1, "--out", tmp_path / "demo.png")
+    assert result.exit_code == 1
+    assert "parity FAILED" in result.output
+    assert "no speed-up is told" in result.output
+    assert not (tmp_path / "demo.png").exists()
+
+
+def test_demo_is_for_dit(tmp_path: Path) -> None:
+    pipeline = saved_and_loaded(pixart_alpha, tmp_path)
+    assert pipeline is not None
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == "PixArtAlphaPipeline"
+    result = run("demo", "--model", tmp_path / "nothing")
+    assert isinstance(result.exception, HarmonicaError)
+
+
+def test_sites(model: Path) -> None:
+    result = run("sites", model)
+    assert result.stdout.splitlines()[:2] == ["transformer_blocks.0.attn1", "transformer_blocks.0.ff"]
+    assert "4 sites of DiTTransformer2DModel: 2 attn1, 2 ff" in result.output
+    only = run("sites", model, "--pattern", "transformer_blocks.*.ff")
+    assert "2 sites of DiTTransformer2DModel: 2 ff" in only.output
+
+
+def test_schedule_made_shown_and_drawn(schedule: Path, tmp_path: Path) -> None:
+    made = Schedule.load(schedule)
+    assert (made.steps, made.cur) == (4, 0.5)
+    assert made.model is not None
+    assert made.model.class_name == "DiTTransformer2DModel"
+    shown = run("schedule", "show", schedule)
+    assert "4 steps x 4 sites, CUR 50.00%" in shown.output
+    assert run("schedule", "plot", schedule, tmp_path / "heat.png").exit_code == 0
+    assert matplotlib.image.imread(tmp_path / "heat.png").shape[0] > 100
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [(["--every", "2"], ["1111", "0000"] * 2), (["--mask", "1101"], ["1111", "1111", "0000", "1111"])],
+    ids=["every", "mask"],
+)
+def test_schedule_make(model: Path, tmp_path: Path, options: list[str], rows: list[str]) -> None:
+    path = tmp_path / "made.json"
+    assert run("schedule", "make", model, path, "--steps", STEPS, *options).exit_code == 0
+    assert json.loads(path.read_text())["compute"] == rows
+
+
+def test_schedule_make_wants_one_method(model: Path, tmp_path: Path) -> None:
+    result = run("schedule", "make", model, tmp_path / "x.json", "--every", 2, "--random", 0.5)
+    assert "say one of --every" in str(result.exception)
+
+
+def test_schedule_convert(tmp_path: Path) -> None:
+    logits = torch.full((2 * 3,), 5.0)
+    routers = {f"{step}.prob": logits.clone() for step in range(4)}
+    routers["0.prob"][1] = -5.0  # the last step reuses the first MLP
+    torch.save({"routers": routers, "opt": {}, "args": None}, tmp_path / "router.pt")
+    path = tmp_path / "out.json"
+    result = run("schedule", "convert", tmp_path / "router.pt", path, "--kind", "harmonica")
+    assert result.exit_code == 0, result.exception
+    assert json.loads(path.read_text())["compute"] == ["111111"] * 3 + ["101111"]
+    unknown = run("schedule", "convert", tmp_path / "router.pt", path, "--kind", "mine")
+    assert "--kind mine is not known" in str(unknown.exception)
+
+
+def test_verify(model: Path, schedule: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = run("verify", model, schedule, "--arg", "class_labels=[3]")
+    assert good.exit_code == 0
+    assert "4 equal bit for bit" in good.output
+    original = plain.Program.__call__
+    monkeypatch.setattr(plain.Program, "__call__", lambda *args: tuple(output * 1.01 for output in original(*args)))
+    bad = run("verify", model, schedule)
+    assert bad.exit_code == 1
+    assert "parity FAILED" in bad.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--arg", "prompt=cat"], "takes no argument 'prompt'"),
+        (["--arg", "class_labels"], "expected name=value"),
+        (["--tolerance", "loose"], "--tolerance loose is not known"),
+        (["--dtype", "int8"], "dtype int8 is not known"),
+    ],
+    ids=["argument", "pair", "tolerance", "dtype"],
+)
+def test_verify_refuses_bad_options(model: Path, schedule: Path, options: list[str], message: str) -> None:
+    assert message in str(run("verify", model, schedule, *options).exception)
+
+
+def test_bench(model: Path, schedule: Path) -> None:
+    result = run("bench", model, schedule, "--repeats", 1)
+    assert result.exit_code == 0, result.output
+    assert "theoretical speed-up" in result.output
+    assert "parity ok" in result.output
+
+
+def test_doctor_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pynvml
+
+    def fail() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", fail)
+    result = run("doctor")
+    assert result.exit_code == 0
+    assert torch.__version__ in result.output
+    assert "none found (NVML Shared Library Not Found)" in result.output
+    assert "lowering       plain" in result.output
+
+
+def test_doctor_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pynvml
+
+    class Memory:
+        free, total = 60 * 2**30, 80 * 2**30
+
+    answers: dict[str, Any] = {
+        "nvmlInit": None,
+        "nvmlShutdown": None,
+        "nvmlSystemGetDriverVersion": "590.1",
+        "nvmlDeviceGetCount": 1,
+        "nvmlDeviceGetHandleByIndex": 0,
+        "nvmlDeviceGetMemoryInfo": Memory,
+        "nvmlDeviceGetName": "Some GPU",
+        "nvmlDeviceGetClockInfo": 1200,
+        "nvmlDeviceGetMaxClockInfo": 1980,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(pynvml, name, lambda *_, answer=answer: answer)
+    doctor = importlib.import_module("harmonica_rt.cli.doctor")  # the name in the package is the command
+    assert doctor._gpus() == ["Some GPU, driver 590.1, 60.0 of 80.0 GiB free, SM clock 1200 of 1980 MHz"]
+
+
+def test_doctor_notices_a_broken_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    import harmonica_kernels
+
+    broken = dataclasses.replace(harmonica_kernels.build_info(), extension=False, reason="it is torn", chosen=False)
+    monkeypatch.setattr(harmonica_kernels, "build_info", lambda: broken)
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "not built: it is torn" in result.output
+
+
+def _process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    code = "from harmonica_rt.cli import main; main()"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"})
+
+
+def test_errors_end_as_one_message(tmp_path: Path) -> None:
+    result = _process("schedule", "show", tmp_path / "missing.json")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert "missing.json" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Traceback" in _process("--debug", "schedule", "show", tmp_path / "missing.json").stderr
+
+
+def test_help_and_version_load_no_torch() -> None:
+    code = "import sys; from harmonica_rt import cli; print([m for m in ('torch', 'diffusers') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+    assert run("--version").output == "harmonica-rt 0.1.0\n"
