@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import subprocess
+import sys
 
 from benchmarks import rows
 
@@ -23,7 +25,11 @@ def main() -> None:
         parser.error(f"unknown benchmark {', '.join(unknown)}; choose from {', '.join(BENCHMARKS)}")
     if options.repeats < 1:
         parser.error("--repeats must be at least 1")
-    for name in options.names or BENCHMARKS:
+    names = options.names or list(BENCHMARKS)
+    if len(names) > 1:  # each in a process of its own, so that none measures another's memory
+        shared = [argument for argument in sys.argv[1:] if argument not in BENCHMARKS]
+        sys.exit(max(subprocess.call([sys.executable, "-m", "benchmarks", name, *shared]) for name in names))
+    for name in names:
         measured = importlib.import_module(f"benchmarks.{name}").run(repeats=options.repeats, quick=options.quick)
         rows.show(measured)
         if options.save:

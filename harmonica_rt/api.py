@@ -43,7 +43,13 @@ class CompiledModel(Denoiser):
             model=type(self.model).__name__,
             cur=self.schedule.cur,
             plans=tuple(
-                PlanReport.of(runtime.plan, str(signature), runtime.seconds) for signature, runtime in runtimes.items()
+                PlanReport.of(
+                    runtime.plan,
+                    str(signature),
+                    lower_seconds=runtime.lower_seconds,
+                    compile_seconds=runtime.compile_seconds,
+                )
+                for signature, runtime in runtimes.items()
             ),
             fallbacks=tuple(f"{signature}: {failure}" for signature, failure in self._planned.failures.items()),
             last_calls=stats.calls if stats is not None else 0,
