@@ -7,8 +7,11 @@ from torch import nn
 import harmonica_rt as hrt
 from benchmarks import models, schedules
 from benchmarks.rows import Row
-from harmonica_rt.report import PlanReport
-from harmonica_rt.schedule import Schedule
+from harmonica_rt import Schedule
+from harmonica_rt.capture.call import CallConvention
+from harmonica_rt.capture.graph import capture
+from harmonica_rt.plan.invariants import check_plan
+from harmonica_rt.plan.plan import Plan, build_plan
 
 
 def run(*, repeats: int, quick: bool) -> list[Row]:
@@ -25,11 +28,12 @@ def run(*, repeats: int, quick: bool) -> list[Row]:
 
 
 def _rows(case: str, model: nn.Module, call: dict[str, object], steps: int, target: str) -> list[Row]:
+    sites = hrt.find_sites(model)
+    captured = capture(model, CallConvention(model).normalise((), call), sites)
     rows = []
-    for name, schedule in _schedules(hrt.find_sites(model), steps).items():
-        compiled = hrt.compile(model, schedule, strict=True)
-        compiled(**call)
-        plan = compiled.report().plans[0]
+    for name, schedule in _schedules(sites, steps).items():
+        plan = build_plan(captured, schedule)
+        check_plan(plan)
         rows += _plan_rows(case, name, plan, target)
     return rows
 
@@ -42,20 +46,17 @@ def _schedules(sites: list[str], steps: int) -> dict[str, Schedule]:
     return found
 
 
-def _plan_rows(case: str, schedule: str, plan: PlanReport, target: str) -> list[Row]:
+def _plan_rows(case: str, schedule: str, plan: Plan, target: str) -> list[Row]:
+    planned, bound = sum(plan.table.arena_bytes.values()), sum(plan.table.lower_bound.values())
+    figures: list[tuple[str, float, str, str | None]] = [
+        ("planned", planned, "bytes", None),
+        ("lower bound", bound, "bytes", None),
+        ("planned / lower bound", planned / bound, "ratio", target),
+        ("one address a site", plan.table.site_addresses_bytes, "bytes", None),
+        ("step programs", len(plan.programs), "count", None),
+        ("programs with addresses", plan.programs_with_addresses, "count", None),
+    ]
     return [
-        Row("slot_memory", case, schedule, "planned", plan.arena_bytes, "bytes"),
-        Row("slot_memory", case, schedule, "lower bound", plan.lower_bound_bytes, "bytes"),
-        Row(
-            "slot_memory",
-            case,
-            schedule,
-            "planned / lower bound",
-            plan.arena_bytes / plan.lower_bound_bytes,
-            "ratio",
-            target=target,
-        ),
-        Row("slot_memory", case, schedule, "one address a site", plan.site_addresses_bytes, "bytes"),
-        Row("slot_memory", case, schedule, "step programs", plan.programs, "count"),
-        Row("slot_memory", case, schedule, "programs with addresses", plan.programs_with_addresses, "count"),
+        Row("slot_memory", case, schedule, metric, value, unit, target=wanted)
+        for metric, value, unit, wanted in figures
     ]

@@ -69,19 +69,17 @@ class PlanReport:
                     flops=plan.program_flops[step.program],
                 )
             )
-        offset = {slot.id: slot.offset for slot in plan.table.slots}
-        addresses = {(step.program, tuple(offset[slot] for slot in (*step.reads, *step.writes))) for step in plan.steps}
         return cls(
             signature=signature,
             steps=tuple(steps),
             programs=len(plan.programs),
-            programs_with_addresses=len(addresses),
+            programs_with_addresses=plan.programs_with_addresses,
             full_flops=plan.full_flops,
             theoretical_speedup=plan.theoretical_speedup,
             slots=len(plan.table.slots),
             arena_bytes=sum(plan.table.arena_bytes.values()),
             lower_bound_bytes=sum(plan.table.lower_bound.values()),
-            site_addresses_bytes=sum({s.value.output: s.value.size for s in plan.table.slots}.values()),
+            site_addresses_bytes=plan.table.site_addresses_bytes,
             capture_seconds=plan.captured.seconds,
             plan_seconds=plan.seconds,
             lower_seconds=lower_seconds,

@@ -71,26 +71,25 @@ def _pixart_transformer() -> Any:
     )
 
 
-def pixart_alpha() -> Any:
-    """PixArt-alpha, DPM-Solver++."""
-    return d.PixArtAlphaPipeline(
+def _pixart(pipeline: Any) -> Any:
+    """DPM-Solver++, prompts given as embeddings."""
+    return pipeline(
         tokenizer=None,
         text_encoder=None,
         vae=vae(4),
         transformer=_pixart_transformer(),
         scheduler=d.DPMSolverMultistepScheduler(),
     )
+
+
+def pixart_alpha() -> Any:
+    """PixArt-alpha."""
+    return _pixart(d.PixArtAlphaPipeline)
 
 
 def pixart_sigma() -> Any:
-    """PixArt-Sigma, DPM-Solver++."""
-    return d.PixArtSigmaPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=vae(4),
-        transformer=_pixart_transformer(),
-        scheduler=d.DPMSolverMultistepScheduler(),
-    )
+    """PixArt-Sigma."""
+    return _pixart(d.PixArtSigmaPipeline)
 
 
 def sd3() -> Any:

@@ -153,13 +153,7 @@ def bench(
     hrt.compile(pipeline, chosen, strict=True)
     compiled = hrt.get_compiled(pipeline)
     with console.status(f"time {repeats} rounds"):
-        latency = compare(
-            pipeline,
-            compiled,
-            generate,
-            repeats=repeats,
-            theoretical=lambda: compiled.report().plans[-1].theoretical_speedup,
-        )
+        latency = compare(pipeline, compiled, generate, repeats=repeats)
     console.print(str(compiled.report()))
     console.print(str(parity))
     console.print(_latency_table(latency))

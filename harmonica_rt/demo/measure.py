@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from harmonica_rt.runtime.denoiser import Denoiser
+from harmonica_rt.api import CompiledModel
 from harmonica_rt.runtime.pipelines import denoiser_module, temporarily
 
 
@@ -47,15 +47,7 @@ class Comparison:
         return self.denoiser_speedup / self.theoretical
 
 
-def compare(
-    pipeline: Any,
-    compiled: Denoiser,
-    generate: Callable[[], object],
-    *,
-    repeats: int,
-    theoretical: Callable[[], float],
-    progress: Callable[[], None] = lambda: None,
-) -> Comparison:
+def compare(pipeline: Any, compiled: CompiledModel, generate: Callable[[], object], *, repeats: int) -> Comparison:
     """Time `generate` with the plain denoiser and with `compiled` in turn, after one run of each that does not count.
 
     Args:
@@ -63,17 +55,15 @@ def compare(
         compiled: its compiled denoiser.
         generate: runs the pipeline once, always with the same arguments.
         repeats: rounds, at least 1.
-        theoretical: gives the theoretical speed-up once a plan exists.
-        progress: called after every run, `2 * (repeats + 1)` times.
     """
     samples: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     for _ in range(repeats + 1):
         for use_plan in (False, True):
             with temporarily(pipeline, compiled if use_plan else None):
                 samples[use_plan].append(_run(denoiser_module(pipeline), generate))
-            progress()
     plain, planned = (list(zip(*samples[key][1:], strict=True)) for key in (False, True))
-    return Comparison(Latency(plain[0], plain[1]), Latency(planned[0], planned[1]), theoretical())
+    theoretical = compiled.report().plans[-1].theoretical_speedup
+    return Comparison(Latency(plain[0], plain[1]), Latency(planned[0], planned[1]), theoretical)
 
 
 def median(seconds: tuple[float, ...]) -> float:

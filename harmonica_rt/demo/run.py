@@ -92,13 +92,7 @@ def run_demo(
     rows["compiled"] = generate()
     compiled = hrt.get_compiled(pipeline)
     say(f"time uncached and compiled in turn, {repeats} rounds after a warm-up")
-    latency = compare(
-        pipeline,
-        compiled,
-        generate,
-        repeats=repeats,
-        theoretical=lambda: compiled.report().plans[-1].theoretical_speedup,
-    )
+    latency = compare(pipeline, compiled, generate, repeats=repeats)
     report = compiled.report()
     hrt.uncompile(pipeline)
     say("draw")

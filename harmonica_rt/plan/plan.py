@@ -57,6 +57,14 @@ class Plan:
         graph = specialise(self.captured, Pattern(frozenset(), frozenset(alive)))
         return graph, tuple(alive[output] for output in graph.stores)
 
+    @property
+    def programs_with_addresses(self) -> int:
+        """Number of (program, slot addresses) pairs: programs, to a backend that bakes addresses in."""
+        slots = self.table.slots
+        return len(
+            {(step.program, tuple(slots[slot].offset for slot in (*step.reads, *step.writes))) for step in self.steps}
+        )
+
     @functools.cached_property
     def node_flops(self) -> dict[str, int]:
         """FLOPs by node of the captured graph."""

@@ -61,6 +61,11 @@ class SlotTable:
     arena_bytes: dict[torch.device, int]
     lower_bound: dict[torch.device, int]
 
+    @property
+    def site_addresses_bytes(self) -> int:
+        """Bytes that one fixed address for each site output would take."""
+        return sum({slot.value.output: slot.value.size for slot in self.slots}.values())
+
 
 def place(values: Sequence[Value]) -> SlotTable:
     """Place all values; slots keep the order of `values`."""

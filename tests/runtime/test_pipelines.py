@@ -19,6 +19,7 @@ import harmonica_rt as hrt
 from harmonica_rt import Schedule
 from harmonica_rt.errors import ConcurrentRunError, HarmonicaError, RunError, ScheduleMismatchError
 from tests.tiny import dit, random_schedule, sample, saved_and_loaded
+from tests.tiny import flux as flux_pipeline
 
 STEPS = 5
 CALL = {"class_labels": [1, 2], "guidance_scale": 2.0}
@@ -244,53 +245,34 @@ def test_new_shapes_get_plans_of_their_own(pipeline: Any, schedule: Schedule) ->
     assert len(report.plans) == 2
 
 
-def test_the_cache_context_of_diffusers_still_works(pipeline: Any, schedule: Schedule) -> None:
-    flux = d.FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=1,
-        joint_attention_dim=4,
-        pooled_projection_dim=4,
-        axes_dims_rope=(4, 4, 8),
-    ).eval()
+@pytest.fixture
+def flux() -> Any:
+    return flux_pipeline().transformer
+
+
+FLUX_CALL = {
+    "hidden_states": torch.zeros(1, 4, 4),
+    "encoder_hidden_states": torch.zeros(1, 2, 12),
+    "pooled_projections": torch.zeros(1, 10),
+    "timestep": torch.tensor([1.0]),
+    "guidance": torch.tensor([3.5]),
+    "img_ids": torch.zeros(4, 3),
+    "txt_ids": torch.zeros(2, 3),
+}
+
+
+def test_the_cache_context_of_diffusers_still_works(flux: Any) -> None:
     compiled = hrt.compile(flux, random_schedule(flux, 2), strict=True)
-    call = {
-        "hidden_states": torch.randn(1, 4, 4),
-        "encoder_hidden_states": torch.randn(1, 2, 4),
-        "pooled_projections": torch.randn(1, 4),
-        "timestep": torch.tensor([1.0]),
-        "img_ids": torch.zeros(4, 3),
-        "txt_ids": torch.zeros(2, 3),
-    }
     with compiled.cache_context("cond"):
-        got = compiled(**call).sample
+        got = compiled(**FLUX_CALL).sample
     with torch.no_grad():
-        assert torch.equal(got, flux(**call).sample)
+        assert torch.equal(got, flux(**FLUX_CALL).sample)
 
 
-def test_a_cache_of_diffusers_on_the_same_model_is_refused(pipeline: Any, schedule: Schedule) -> None:
-    flux = d.FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=1,
-        joint_attention_dim=4,
-        pooled_projection_dim=4,
-        axes_dims_rope=(4, 4, 8),
-    ).eval()
+def test_a_cache_of_diffusers_on_the_same_model_is_refused(flux: Any) -> None:
     flux.enable_cache(d.FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises((HarmonicaError, hrt.CaptureError), match="hooks"):
-        hrt.compile(flux, random_schedule(flux, 2), strict=True)(
-            hidden_states=torch.randn(1, 4, 4),
-            encoder_hidden_states=torch.randn(1, 2, 4),
-            pooled_projections=torch.randn(1, 4),
-            timestep=torch.tensor([1.0]),
-            img_ids=torch.zeros(4, 3),
-            txt_ids=torch.zeros(2, 3),
-        )
+    with pytest.raises(hrt.CaptureError, match="carry hooks"):
+        hrt.compile(flux, random_schedule(flux, 2), strict=True)(**FLUX_CALL)
 
 
 def test_attention_processors_may_change_after_compiling(pipeline: Any, schedule: Schedule) -> None:
