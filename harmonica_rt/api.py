@@ -99,8 +99,8 @@ def compile(
 
     Of a pipeline the denoiser is compiled in place and the same pipeline is returned; its scheduler begins the runs and
     counts the steps. Of a model a `CompiledModel` is returned, called like the model, one call a step; `reset()` begins
-    the next run. Plans are made at the first call of each signature (shapes, dtypes, plain arguments). For inference
-    only: results carry no gradient.
+    the next run, and must: without it the next image would go on where the last one stopped. Plans are made at the
+    first call of each signature (shapes, dtypes, plain arguments). For inference only: results carry no gradient.
 
     Args:
         model_or_pipeline: an `nn.Module` in eval mode, or a diffusers pipeline.
@@ -119,6 +119,8 @@ def compile(
     """
     if lowering not in LOWERINGS:
         raise HarmonicaError(f"lowering {lowering!r} is not known; choose one of {', '.join(LOWERINGS)}")
+    if verify and debug:
+        raise HarmonicaError("verify reads slots after their last use, which debug overwrites; choose one of the two")
     if max_plans < 1:
         raise HarmonicaError(f"max_plans is {max_plans}; at least 1 plan must be kept")
     model = _model_of(model_or_pipeline)

@@ -87,7 +87,7 @@ def test_imports_flow_one_way() -> None:
         ("harmonica_rt.capture.graph", "harmonica_rt.plan", False),
         ("harmonica_rt.parity.verify", "harmonica_rt.capture.graph", True),
         ("harmonica_rt.lower.fused", "harmonica_kernels.gated_residual", True),
-        ("harmonica_rt.runtime.session", "harmonica_rt.api", False),
+        ("harmonica_rt.runtime.run", "harmonica_rt.api", False),
         ("harmonica_rt.cli", "harmonica_rt.parity", True),
         ("harmonica_kernels.gated_residual.op", "harmonica_kernels._build", True),
         ("harmonica_kernels.gated_residual.op", "harmonica_rt.errors", False),

@@ -53,6 +53,16 @@ class Call:
         """Dotted argument paths, one a leaf."""
         return self.convention.paths(self)
 
+    def plain_difference(self, other: Signature) -> str | None:
+        """The first argument whose plain value is all that tells this call from one with the signature `other`."""
+        mine = self.signature
+        if mine.spec != other.spec:
+            return None
+        differing = [i for i, (a, b) in enumerate(zip(mine.leaves, other.leaves, strict=True)) if a != b]
+        if not differing or any(isinstance(mine.leaves[i], tuple) for i in differing):
+            return None
+        return self.paths[differing[0]]
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensor leaves by path."""
         return {
@@ -82,7 +92,7 @@ class CallConvention:
 
     @property
     def first_argument(self) -> str | None:
-        """Name of the first argument: the latents, in every denoiser known."""
+        """Name of the first argument: the latents, in diffusers' denoisers."""
         return self._positional[0] if self._positional else None
 
     def normalise(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:

@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -76,7 +77,7 @@ def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph
     """
     check_capturable(model)
     started = time.perf_counter()
-    program = _export(model, call)
+    program = _export(model, call, sites)
     _check_functional_signature(program)
     weights, constants, inputs = _placeholders(program, call)
     graph = program.graph
@@ -100,20 +101,43 @@ def is_mutating(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _export(model: nn.Module, call: Call) -> torch.export.ExportedProgram:
+def _export(model: nn.Module, call: Call, sites: Sequence[str]) -> torch.export.ExportedProgram:
     with warnings.catch_warnings(), only_own_forward(model), torch.inference_mode(False), torch.no_grad():
         # Raised inside torch.export by torch's own use of its deprecated names.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
         kwargs = pytree.tree_map_only(torch.Tensor, _as_ordinary, call.kwargs)
+        hooks = [model.get_submodule(site).register_forward_hook(check_site_result, with_kwargs=True) for site in sites]
         try:
             program = torch.export.export(model, (), kwargs, strict=False)
             if any(is_mutating(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})
+        except CaptureError:
+            raise
         except Exception as error:  # torch.export raises a dozen unrelated types; each becomes a reason, none is lost
             raise CaptureError(
                 CaptureFailure(Obstacle.EXPORT, f"{type(error).__name__}: {_first_line(error)}", stack=_where(error))
             ) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
     return program
+
+
+def check_site_result(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    """A forward hook: a site that hands one of its inputs on unchanged cannot be replaced by what it gave before.
+
+    Raises:
+        CaptureError: with Obstacle.SITE.
+    """
+    inputs = {id(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+    if any(id(leaf) in inputs for leaf in pytree.tree_leaves(output)):
+        raise CaptureError(
+            CaptureFailure(
+                Obstacle.SITE,
+                "it returns one of its inputs unchanged; choose a site inside it",
+                node=type(module).__name__,
+            )
+        )
 
 
 def _as_ordinary(tensor: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ _NORM = re.compile(r"norm|modulation|scale_shift", re.IGNORECASE)
 
 
 def find_sites(model: nn.Module, patterns: Sequence[str] | None = None) -> list[str]:
-    """The sites of `model`: dotted module paths in execution order (block by block, as registered).
+    """The sites of `model`: dotted module paths, block by block, in the order they are registered (as a rule, run) in.
 
     Args:
         model: any module. Without `patterns` its blocks must sit in a `ModuleList`, as they do in diffusers.

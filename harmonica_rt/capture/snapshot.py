@@ -1,13 +1,14 @@
 """Has the model changed since it was captured?
 
 A captured graph bakes in the module tree, every plain attribute read while tracing (LoRA scales, attention processors,
-flags) and the metadata of the weights, but not the values of the weights. So values may change freely; anything else
-that changed makes the graph stale, and stale graphs give wrong images silently. Checked when a run starts, not each
-step: it reads about ten attributes a module.
+flags) and the metadata of the weights, but not the values of the weights. So those may change freely; the rest makes
+the graph stale, and stale graphs give wrong images silently. Attributes are looked at one level deep: what lies deeper
+(a list in a dict in an object) is not seen. Checked at the first call of a run, not each step.
 """
 
 from __future__ import annotations
 
+from types import MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -16,7 +17,12 @@ from torch import nn
 from harmonica_rt.capture.forward import own_forward
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
 
-_SCALARS = (type(None), bool, int, float, str)
+_SCALARS = (type(None), bool, int, float, str, torch.device)
+
+# Parameters, buffers and children are compared by themselves; hooks and accelerate's wrapper by what they are.
+_OF_EVERY_MODULE = frozenset((*nn.Module().__dict__, "_compiled_call_impl", "_hf_hook", "_diffusers_hook")) - {
+    "training"
+}
 
 
 class ModelSnapshot:
@@ -72,24 +78,34 @@ def _hooks_of(module: nn.Module) -> str | None:
 
 
 def _plain_attributes(path: str, module: nn.Module) -> dict[str, Any]:
-    """Public attributes, one level of containers copied, tensors left out (their values are live).
+    """What tracing may have read from a module besides its children, parameters and buffers.
 
-    Hooks of the model itself (`path` is empty) run around the plan, so only its own forward counts.
+    Containers and objects are copied one level deep; of a plain tensor its identity and layout count, its values are
+    live only where it is changed in place. Hooks of the model itself (`path` is empty) run around the plan, so only
+    its own forward counts.
     """
-    plain: dict[str, Any] = {"training": module.training}
+    plain: dict[str, Any] = {}
     if path:
         plain["hooks"] = _hooks_of(module)
     else:
         plain["forward"] = getattr(own_forward(module), "__func__", own_forward(module))
     for name, value in module.__dict__.items():
-        if name.startswith("_") or isinstance(value, torch.Tensor) or (name == "forward" and not path):
+        if name in _OF_EVERY_MODULE or (name in ("forward", "_old_forward") and not path):
             continue
-        if isinstance(value, dict):
-            value = dict(value)
-        elif isinstance(value, (list, set)):
-            value = type(value)(value)
-        plain[name] = value
+        plain[name] = _opened(value)
     return plain
+
+
+def _opened(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return (value, *_metadata(value))
+    if isinstance(value, dict):
+        return dict(value)
+    if isinstance(value, (list, set)):
+        return type(value)(value)
+    if hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type, ModuleType, MethodType)):
+        return (value, dict(value.__dict__))
+    return value
 
 
 def _first_difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:

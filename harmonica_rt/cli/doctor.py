@@ -37,7 +37,7 @@ def doctor() -> None:
     _line("C++ ops", "built" if build.extension else f"not built: {build.reason}")
     _line("ops on CPU", "C++" if build.extension else "PyTorch reference")
     _line("ops on CUDA", "PyTorch reference")
-    _line("lowering", "plain")
+    _line("lowering", "plain (the model's own operators; calls none of the ops above)")
     if not build.extension and not build.chosen:
         console.print("[yellow]the C++ ops were meant to be built; see the reason above[/]")
         raise typer.Exit(1)

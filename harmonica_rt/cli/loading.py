@@ -30,6 +30,10 @@ def load_pipeline(directory: Path, dtype: str = "fp32", device: str = "cpu") -> 
     if not (directory / "model_index.json").is_file():
         raise HarmonicaError(f"{directory} holds no diffusers pipeline (no model_index.json in it)")
     load: Any = DiffusionPipeline.from_pretrained
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise HarmonicaError(f"device {device} is not known; choose cpu, cuda or cuda:N")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise HarmonicaError("this PyTorch finds no CUDA device; harmonica-rt doctor tells more")
     pipeline = load(str(directory)).to(device)
     if dtype != "fp32":
         pipeline = pipeline.to(DTYPES[dtype])

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from harmonica_rt.capture.call import Call
 from harmonica_rt.indices import SiteIndex, SiteOutput, StepIndex
+from harmonica_rt.lower.plain import Program
 from harmonica_rt.parity.report import ParityError, ParityReport, StepParity
 from harmonica_rt.parity.tolerance import NONE, Error, limit_from, one_up, same_bits
 from harmonica_rt.passes.specialise import Pattern, specialise
@@ -47,12 +48,17 @@ class LockstepEngine:
         self.report = ParityReport(tolerance)
         self.planned = planned
         self.raise_at_once = raise_at_once
+        self._model = model
+        self._schedule = schedule
         self._reference = ReferenceEngine(model, schedule)
         self._higher = ReferenceEngine(_one_precision_up(model), schedule) if tolerance == "measured" else None
 
     def begin_run(self) -> None:
-        """A run begins for all engines."""
+        """A run begins for all engines, with a report of its own."""
         self.planned.begin_run()
+        self.report = ParityReport(self.report.tolerance)
+        if self._higher is not None:
+            self._higher = ReferenceEngine(_one_precision_up(self._model), self._schedule)
 
     def new_stream(self, call: Call) -> Stream:
         """Streams of all engines, as one."""
@@ -121,7 +127,7 @@ def _first_divergent_site(
     graph = specialise(captured, Pattern(reuse, computed))
     alive = {s.value.output: s.id for s in plan.table.slots if s.value.first < step <= s.value.last}
     slots = planned.buffers.slots
-    program = planned.runtime.expose(graph)
+    program = Program(graph, captured.root)
     writes = [_empty_like(node.meta["val"]) for node in graph.stored_nodes]
     reads = [slots[alive[output]] for output in graph.reads]
     program(planned.runtime.bound(program), call.leaves, reads, writes)

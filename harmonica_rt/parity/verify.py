@@ -32,8 +32,12 @@ def verify_pipeline(
     """
     model = denoiser_module(pipeline)
     lockstep = _lockstep(model, schedule, tolerance)
+    generators = [leaf for leaf in pytree.tree_leaves(dict(arguments)) if isinstance(leaf, torch.Generator)]
+    states = [generator.get_state() for generator in generators]
     with temporarily(pipeline, Denoiser(model, schedule, lockstep)):
         expected = _generate(pipeline, seed, arguments)
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)
     with temporarily(pipeline, Denoiser(model, schedule, lockstep.planned)):
         got = _generate(pipeline, seed, arguments)
     return _finish(lockstep.report, expected, got)

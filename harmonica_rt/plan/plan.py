@@ -47,7 +47,7 @@ class Plan:
     table: SlotTable
     seconds: float
 
-    def catch_up(self, step: StepIndex) -> tuple[StepGraph, tuple[SlotId, ...]]:
+    def catch_up_graph(self, step: StepIndex) -> tuple[StepGraph, tuple[SlotId, ...]]:
         """Compute everything in `step` and fill every slot that a later step may read.
 
         For a stream that missed an earlier step, so that its slots do not hold what the schedule says they hold.

@@ -4,7 +4,7 @@ A pipeline may swap the prompt in mid-run, or stop calling for the unconditional
 is suddenly another one. Reusing features across such a change gives a wrong image without an error. So every stream
 remembers the inputs that do not change from step to step: those whose name says so (prompt embeddings, class labels,
 masks), and those seen unchanged between its first two calls. Identity and version are compared first, values only
-where those differ.
+where those differ; a tensor written through `.data` keeps both, so that is not seen.
 """
 
 from __future__ import annotations
@@ -68,4 +68,6 @@ class _Held:
 
 
 def _latents(call: Call) -> str | None:
-    return call.convention.first_argument
+    """The first argument, unless its name says that it is conditioning."""
+    first = call.convention.first_argument
+    return None if first is not None and _CONDITIONING_NAME.search(first) else first

@@ -6,6 +6,7 @@ sets timesteps; it moves on with every call, or with every scheduler step.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import weakref
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from harmonica_rt.capture.call import Call, CallConvention
@@ -40,6 +42,7 @@ class Denoiser:
         self._run: Run | None = None
         self._pipeline: weakref.ref[Any] | None = None
         self._scheduler: Any = None
+        self._timesteps: torch.Tensor | None = None  # of the current run, on the CPU
         self._warned_outside = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -57,12 +60,17 @@ class Denoiser:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "model" not in self.__dict__:
             raise AttributeError(name)
-        return getattr(self.model, name)
+        value = getattr(self.model, name)
+        if getattr(value, "__self__", None) is not self.model:
+            return value
 
-    def to(self, *args: Any, **kwargs: Any) -> Denoiser:
-        """Move the model; the next run is planned for where it is then."""
-        self.model.to(*args, **kwargs)
-        return self
+        @functools.wraps(value)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            """`to`, `half`, `eval` and the like return the module itself: here, that is this denoiser."""
+            result = value(*args, **kwargs)
+            return self if result is self.model else result
+
+        return method
 
     def reset(self) -> None:
         """Begin a new run: the next call is step 0. A pipeline's denoiser does it by itself."""
@@ -98,8 +106,7 @@ class Denoiser:
         if run is None or run.untouched or run.finished:
             return
         run.check_thread()
-        timesteps = getattr(self._scheduler, "timesteps", None)
-        if scheduler_watch.is_another_step(timestep, timesteps, run.step):
+        if scheduler_watch.is_another_step(timestep, self._timesteps, run.step):
             run.failed = True
             raise RunError(
                 f"step {run.step} was stepped with timestep {float(timestep):g}, which belongs to another step: this "
@@ -154,6 +161,7 @@ class Denoiser:
 
     def _check_steps(self) -> None:
         timesteps = getattr(self._scheduler, "timesteps", None)
+        self._timesteps = timesteps.cpu() if isinstance(timesteps, torch.Tensor) else None
         if timesteps is None:
             return
         asked, expected = len(timesteps), self.schedule.steps

@@ -14,6 +14,7 @@ from torch import nn
 
 from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.runtime.denoiser import Denoiser
+from harmonica_rt.runtime.scheduler import listener_of
 
 _DENOISER_NAMES = ("transformer", "unet", "denoiser")
 
@@ -46,6 +47,10 @@ def installed(module: nn.Module) -> Denoiser | None:
 
 def install(pipeline: Any, denoiser: Denoiser) -> None:
     """Let `denoiser` take over the call of the pipeline's module, and follow the pipeline's scheduler."""
+    before = installed(denoiser.model)
+    current = listener_of(pipeline.scheduler)
+    if current is not None and current is not before:
+        raise HarmonicaError("this scheduler already drives another compiled model; give each pipeline its own")
     uninstall(pipeline)
     denoiser.attach(pipeline)
     denoiser.model._compiled_call_impl = denoiser

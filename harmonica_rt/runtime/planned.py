@@ -18,7 +18,6 @@ from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
 from harmonica_rt.capture.snapshot import ModelSnapshot, named_tensors
 from harmonica_rt.indices import ProgramId, SlotId, StepIndex
 from harmonica_rt.lower.plain import Program
-from harmonica_rt.passes.specialise import StepGraph
 from harmonica_rt.plan.invariants import check_plan
 from harmonica_rt.plan.plan import Plan, build_plan
 from harmonica_rt.runtime.engine import Stream
@@ -156,7 +155,7 @@ class PlanRuntime:
     def catch_up(self, step: StepIndex) -> tuple[Program, tuple[SlotId, ...]]:
         """The program that computes `step` in full, and the slots it fills."""
         if step not in self._catch_up:
-            graph, slots = self.plan.catch_up(step)
+            graph, slots = self.plan.catch_up_graph(step)
             self._catch_up[step] = Program(graph, self.plan.captured.root), slots
         return self._catch_up[step]
 
@@ -168,10 +167,6 @@ class PlanRuntime:
                 self._weights = named_tensors(self._model)
             bound = self._bound[program] = program.bind(self._weights, self.plan.captured.constants)
         return bound
-
-    def expose(self, graph: StepGraph) -> Program:
-        """Lower a step graph that is not among the plan's programs, to look inside."""
-        return Program(graph, self.plan.captured.root)
 
 
 class PlanStream:

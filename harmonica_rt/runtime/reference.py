@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from harmonica_rt.capture.call import Call
 from harmonica_rt.capture.forward import own_forward
+from harmonica_rt.capture.graph import check_site_result
 from harmonica_rt.errors import SiteError
 from harmonica_rt.indices import SiteIndex, StepIndex
 from harmonica_rt.schedule import Schedule
@@ -101,11 +102,13 @@ class _Recorded:
     """Runs a site and keeps a copy of what it returns."""
 
     def __init__(self, module: nn.Module, kept: list[Any], compiled: Callable[..., Any] | None) -> None:
+        self._module = module
         self._call: Callable[..., Any] = compiled or module._call_impl
         self._kept = kept
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self._call(*args, **kwargs)
+        check_site_result(self._module, args, kwargs, output)
         self._kept.append(_cloned(output))
         return output
 

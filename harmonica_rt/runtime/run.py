@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from harmonica_rt.capture.call import Call
+from harmonica_rt.capture.call import Call, Signature
 from harmonica_rt.errors import ConcurrentRunError, RunError
 from harmonica_rt.indices import StepIndex
 from harmonica_rt.plan.liveness import sources
@@ -45,7 +45,7 @@ class _StreamState:
 
     def __init__(self, stream: Stream, call: Call, order: int, sites: int) -> None:
         self.stream = stream
-        self.signature = call.signature
+        self.signature: Signature = call.signature
         self.fresh: NDArray[np.int64] = np.empty(sites, np.int64)
         self.last_step = -1
         self.begin(call, order)
@@ -75,7 +75,6 @@ class Run:
         self._calls_in_step = 0
         self._thread = None if any_thread else threading.get_ident()
         self._timesteps = TimestepOrder()
-        engine.begin_run()
 
     @property
     def untouched(self) -> bool:
@@ -119,6 +118,8 @@ class Run:
         self._calls_in_step = 0
 
     def _call(self, call: Call) -> object:
+        if self.untouched:
+            self._engine.begin_run()  # now, not when the run began: the model may have changed until here
         state = self._stream_for(call)
         reused = self._reused[self.step]
         catch_up = bool((state.fresh[reused] < self._source[self.step, reused]).any())
@@ -158,6 +159,13 @@ class Run:
         return state
 
     def _open_stream(self, call: Call, order: int) -> _StreamState:
+        for other in self._streams:
+            if other.last_step == self.step - 1 and (changed := call.plain_difference(other.signature)):
+                log.warning(
+                    "%s changes from step to step: each value makes a plan and a stream of its own, and nothing is "
+                    "reused across them. Pass numbers that change as tensors",
+                    changed,
+                )
         state = _StreamState(self._engine.new_stream(call), call, order, len(self._schedule.sites))
         self._streams.append(state)
         return state

@@ -2,8 +2,8 @@
 
 A pipeline tells nobody which step it is in, but every one calls `scheduler.set_timesteps` once a run and
 `scheduler.step` once a step. Both are watched by giving the scheduler object a subclass of its own class: the class
-keeps its name, module and signatures (pipelines inspect those of `step`), and a copy, a pickle or `from_config` gives
-an unwatched scheduler of the original class, so that a copy never drives the wrong run.
+keeps its name, module and signatures (pipelines inspect those of `step`). A copy or a pickle is of the original class,
+and what `from_config` makes has no listener, so neither ever drives the wrong run.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+
+from harmonica_rt.errors import HarmonicaError
 
 
 class Listener(Protocol):
@@ -29,34 +31,38 @@ class Listener(Protocol):
 
 
 _LISTENER = "_harmonica_listener"
+_ORIGINAL = "_harmonica_original"
 
 
 def watch(scheduler: Any, listener: Listener) -> None:
     """Tell `listener` of the runs and steps of `scheduler` from now on."""
+    for method in ("set_timesteps", "step"):
+        if not callable(getattr(scheduler, method, None)):
+            raise HarmonicaError(f"{type(scheduler).__name__} has no {method}(); a diffusers scheduler has")
     unwatch(scheduler)
-    cls: Any = type(scheduler)
+    cls: Any = _original_class(type(scheduler))
     object.__setattr__(scheduler, "__class__", _watched_class(cls))
     scheduler.__dict__[_LISTENER] = listener
 
 
 def unwatch(scheduler: Any) -> None:
     """Undo `watch`; nothing happens where there is nothing to undo."""
-    if scheduler.__dict__.pop(_LISTENER, None) is not None:
-        object.__setattr__(scheduler, "__class__", type(scheduler).__mro__[1])
+    scheduler.__dict__.pop(_LISTENER, None)
+    object.__setattr__(scheduler, "__class__", _original_class(type(scheduler)))
 
 
 def listener_of(scheduler: Any) -> Listener | None:
     """Who is told of the runs of `scheduler`."""
-    found: Listener | None = scheduler.__dict__.get(_LISTENER)
+    found: Listener | None = getattr(scheduler, "__dict__", {}).get(_LISTENER)
     return found
 
 
-def is_another_step(timestep: Any, timesteps: Any, step: int) -> bool:
+def is_another_step(timestep: Any, timesteps: torch.Tensor | None, step: int) -> bool:
     """Whether a scheduler was stepped with the timestep of another step than its `step`-th. False when in doubt.
 
-    Compares values on CPU only: reading them from a GPU would wait for it.
+    `timesteps` lie on the CPU; a timestep on a GPU is not looked at, since reading it would wait for it.
     """
-    if not isinstance(timesteps, torch.Tensor) or timesteps.device.type != "cpu" or step >= len(timesteps):
+    if timesteps is None or step >= len(timesteps):
         return False
     if isinstance(timestep, torch.Tensor):
         if timestep.device.type != "cpu" or timestep.numel() != 1:
@@ -67,12 +73,18 @@ def is_another_step(timestep: Any, timesteps: Any, step: int) -> bool:
     return bool((timesteps == timestep).any())
 
 
+def _original_class(cls: Any) -> Any:
+    """A scheduler made with `from_config` of a watched one has the watched class too."""
+    return cls.__dict__.get(_ORIGINAL, cls)
+
+
 @functools.cache
 def _watched_class(cls: Any) -> type:
     members: dict[str, Any] = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
+        _ORIGINAL: cls,
         "__reduce_ex__": _reduce_to(cls),
         "step": _watched_step(cls),
         "set_timesteps": _watched_set_timesteps(cls),

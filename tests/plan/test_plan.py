@@ -109,7 +109,7 @@ def test_every_schedule_gives_a_plan_that_keeps_the_rules(mask: NDArray[np.bool_
     plan = build_plan(graph, Schedule.from_array(mask, sites=SITES))
     check_plan(plan)
     for step in range(len(mask)):
-        program, slots = plan.catch_up(StepIndex(step))
+        program, slots = plan.catch_up_graph(StepIndex(step))
         alive = [s.id for s in plan.table.slots if s.value.first <= step < s.value.last]
         assert sorted(slots) == alive
         assert program.reads == ()

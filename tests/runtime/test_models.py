@@ -91,6 +91,8 @@ def test_bad_arguments(model: Stack) -> None:
         hrt.compile(model, schedule, lowering="fast")
     with pytest.raises(HarmonicaError, match="at least 1 plan"):
         hrt.compile(model, schedule, max_plans=0)
+    with pytest.raises(HarmonicaError, match="choose one of the two"):
+        hrt.compile(model, schedule, verify=True, debug=True)
     with pytest.raises(HarmonicaError, match="got str"):
         hrt.compile("model", schedule)
 
@@ -178,6 +180,42 @@ class TestLiveModel:
         got = compiled(**call)
         assert got.dtype is torch.bfloat16
         assert torch.equal(got, truth(**call))
+
+    def test_changed_between_reset_and_the_first_call(self, model: Stack, both: tuple[Any, Any]) -> None:
+        compiled, truth = both
+        compiled.reset()
+        truth.reset()
+        model.blocks[1].mlp[1].approximate = "tanh"
+        assert torch.equal(compiled(**stack_call(0)), truth(**stack_call(0)))
+
+    def test_private_attributes_objects_and_plain_tensors(self) -> None:
+        class Settings:
+            factor = 1.0
+
+        class Odd(Stack):
+            def __init__(self) -> None:
+                super().__init__()
+                self._scale = 1.0
+                self.settings = Settings()
+                self.settings.factor = 1.0
+                self.table = torch.ones(8)
+
+            def forward(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+                return super().forward(latents, timestep) * self._scale * self.settings.factor * self.table
+
+        torch.manual_seed(0)
+        model = Odd().eval()
+        schedule = random_schedule(model, STEPS)
+        compiled, truth = hrt.compile(model, schedule, strict=True), hrt.reference(model, schedule)
+        outputs(compiled)
+        model._scale = 2.0
+        assert equal(outputs(compiled), outputs(truth))
+        model.settings.factor = 3.0
+        assert equal(outputs(compiled), outputs(truth))
+        model.table = torch.full((8,), 4.0)
+        assert equal(outputs(compiled), outputs(truth))
+        model.table.mul_(2)
+        assert equal(outputs(compiled), outputs(truth))
 
 
 class TestHooks:
@@ -275,6 +313,54 @@ def test_a_site_that_runs_twice_and_is_changed_in_place() -> None:
         got, expected = compiled(**stack_call(step)), truth(**stack_call(step))
         assert got.keys() == expected.keys()
         assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+class HandsOn(nn.Module):
+    """A site that returns one of its inputs unchanged beside what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.site = PassesOn()
+
+    def forward(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        a, b = self.site(latents, latents * timestep[:, None, None])
+        return a + b
+
+
+class PassesOn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.linear(x), y
+
+
+def test_a_site_that_hands_an_input_on_is_refused() -> None:
+    schedule = Schedule.every(2, steps=STEPS, sites=["site"])
+    for build in (hrt.compile, hrt.reference):
+        with pytest.raises(hrt.CaptureError, match="returns one of its inputs unchanged"):
+            build(HandsOn().eval(), schedule)(**stack_call(0))
+
+
+def test_numbers_that_change_every_step_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    class Numbered(Stack):
+        def forward(self, latents: torch.Tensor, timestep: float) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(latents, torch.full((len(latents),), timestep))
+
+    model = Numbered().eval()
+    compiled = hrt.compile(model, Schedule.every(2, steps=2, sites=hrt.find_sites(model)), strict=True)
+    latents = stack_call(0)["latents"]
+    compiled(latents, 1.0)
+    assert torch.equal(compiled(latents, 0.5), model(latents, 0.5))
+    assert any("timestep changes from step to step" in line for line in caplog.messages)
+
+
+def test_methods_that_return_the_model_return_the_compiled_one(model: Stack) -> None:
+    compiled = hrt.compile(model, random_schedule(model, STEPS))
+    assert compiled.half() is compiled
+    assert compiled.eval() is compiled
+    assert model.embed.weight.dtype is torch.float16
 
 
 def test_verify_at_compile_checks_as_it_goes(model: Stack) -> None:

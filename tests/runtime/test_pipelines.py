@@ -155,6 +155,39 @@ def test_a_scheduler_replaced_after_compiling_is_followed(pipeline: Any, schedul
     assert type(old) is d.DDIMScheduler  # left alone again
 
 
+def test_a_scheduler_made_from_the_compiled_one(pipeline: Any, schedule: Schedule, expected: NDArray[Any]) -> None:
+    hrt.compile(pipeline, schedule)
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    assert np.array_equal(sample(pipeline, STEPS, **CALL), expected)
+    assert hrt.get_compiled(pipeline).report().last_calls == STEPS
+    hrt.uncompile(pipeline)
+    assert type(pipeline.scheduler) is d.DDIMScheduler
+
+
+def test_processors_changed_after_the_timesteps_were_set(pipeline: Any, schedule: Schedule) -> None:
+    from diffusers.models.attention_processor import AttnProcessor
+
+    hrt.compile(pipeline, schedule, strict=True)
+    sample(pipeline, STEPS, **CALL)
+    call = {
+        "hidden_states": torch.randn(1, 4, 4, 4),
+        "timestep": torch.tensor([3]),
+        "class_labels": torch.tensor([1]),
+    }
+    pipeline.scheduler.set_timesteps(STEPS)
+    pipeline.transformer.transformer_blocks[0].attn1.set_processor(AttnProcessor())
+    with torch.no_grad():
+        got = pipeline.transformer(**call).sample
+        hrt.uncompile(pipeline)
+        assert torch.equal(got, pipeline.transformer(**call).sample)
+
+
+def test_a_generator_of_ones_own_is_rewound(pipeline: Any, schedule: Schedule) -> None:
+    generator = torch.Generator().manual_seed(3)
+    report = hrt.verify(pipeline, schedule, num_inference_steps=STEPS, generator=generator, **CALL)
+    assert report.trajectory_same_bits
+
+
 def test_runs_that_begin_late_are_an_error(pipeline: Any, schedule: Schedule, expected: NDArray[Any]) -> None:
     hrt.compile(pipeline, schedule)
     scheduler, latents = pipeline.scheduler, torch.randn(1, 4, 4, 4)
@@ -295,3 +328,10 @@ def test_things_that_are_no_pipeline(schedule: Schedule) -> None:
 
     with pytest.raises(HarmonicaError, match="Empty has no denoiser named transformer"):
         hrt.compile(Empty(), schedule)
+
+
+def test_a_scheduler_that_counts_no_steps(pipeline: Any, schedule: Schedule) -> None:
+    pipeline.register_modules(scheduler=None)
+    pipeline.scheduler = object()
+    with pytest.raises(HarmonicaError, match=r"object has no set_timesteps\(\)"):
+        hrt.compile(pipeline, schedule)

@@ -167,6 +167,19 @@ def test_conditioning_changed_in_place_is_noticed(model: nn.Module) -> None:
     assert stats.catch_ups == [1]
 
 
+def test_conditioning_may_come_first(model: nn.Module) -> None:
+    class Reordered(Conditioned):
+        def forward(self, context: torch.Tensor, latents: torch.Tensor, timestep: torch.Tensor) -> Any:  # type: ignore[override]
+            return super().forward(latents, timestep, context)
+
+    reordered = Reordered().eval().requires_grad_(False)
+    compiled = hrt.compile(reordered, Schedule.every(2, steps=2, sites=hrt.find_sites(model)), strict=True)
+    latents = first_latents()
+    compiled(C, latents, torch.full((2,), 1.0))
+    got = compiled(U, latents, torch.full((2,), 0.9))
+    assert torch.equal(got, reordered(U, latents, torch.full((2,), 0.9)))
+
+
 @pytest.mark.parametrize("inference", [True, False], ids=["inference_mode", "no_grad"])
 def test_grad_modes_may_alternate(model: nn.Module, inference: bool) -> None:
     schedule = random_schedule(model, STEPS)
