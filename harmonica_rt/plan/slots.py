@@ -2,12 +2,13 @@
 
 A lifetime is closed at both ends (a slot read in a step may not be overwritten in that step), so storage is an interval
 packing problem. Of equal sizes, taking the lowest free place in order of birth is optimal: the arena is as large as the
-most that is ever alive. Of unequal sizes the problem is NP-hard; several orders are tried and the best is kept. Either
-way a site goes back to a place it had before where that place is free, which keeps addresses stable.
+most that is ever alive. Of unequal sizes the problem is NP-hard; several orders are tried and the best is kept. Unless
+that costs memory, a site goes back to a place it had before where that is free, which keeps addresses stable.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -111,8 +112,8 @@ def _pack(values: list[Value]) -> list[int]:
     bound = most_alive(values)
     best: list[int] = []
     best_size = -1
-    for order in _ORDERS:
-        offsets = _first_fit(values, sorted(range(len(values)), key=lambda i: order(values[i])))
+    for keep_home, order in itertools.product((True, False), _ORDERS):
+        offsets = _first_fit(values, sorted(range(len(values)), key=lambda i: order(values[i])), keep_home)
         size = max(offset + value.size for offset, value in zip(offsets, values, strict=True))
         if best_size < 0 or size < best_size:
             best, best_size = offsets, size
@@ -121,8 +122,8 @@ def _pack(values: list[Value]) -> list[int]:
     return best
 
 
-def _first_fit(values: list[Value], order: list[int]) -> list[int]:
-    """Place values in the given order, each where its site was before if that is free, else as low as possible."""
+def _first_fit(values: list[Value], order: list[int], keep_home: bool) -> list[int]:
+    """Place values in the given order as low as possible, or with `keep_home` where the site was before, if free."""
     offsets = [0] * len(values)
     placed: dict[int, list[int]] = {}  # step -> values alive in it
     home: dict[SiteOutput, int] = {}
@@ -131,7 +132,7 @@ def _first_fit(values: list[Value], order: list[int]) -> list[int]:
         value = values[index]
         neighbours = {other for step in range(value.first, value.last + 1) for other in placed.get(step, ())}
         taken = sorted((offsets[other], offsets[other] + values[other].size) for other in neighbours)
-        preferred = home.get(value.output)
+        preferred = home.get(value.output) if keep_home else None
         if preferred is not None and preferred + value.size <= top and _is_free(preferred, value.size, taken):
             offsets[index] = preferred
         else:
