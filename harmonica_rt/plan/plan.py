@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from harmonica_rt.capture.graph import CapturedGraph
 from harmonica_rt.errors import ScheduleMismatchError
-from harmonica_rt.indices import ProgramId, SiteIndex, SlotId, StepIndex
+from harmonica_rt.indices import ProgramId, SlotId, StepIndex
 from harmonica_rt.passes import flops
 from harmonica_rt.passes.specialise import Pattern, StepGraph, specialise
 from harmonica_rt.plan.liveness import Lifetime, analyse
@@ -138,8 +138,3 @@ def _value(captured: CapturedGraph, lifetime: Lifetime) -> Value:
         fake.dtype,
         fake.device,
     )
-
-
-def site_names(plan: Plan, sites: frozenset[SiteIndex]) -> list[str]:
-    """Dotted paths of some sites, in schedule order."""
-    return [plan.captured.sites[site] for site in sorted(sites)]
