@@ -32,7 +32,7 @@ format: $(STAMP)  ## rewrite the sources as ruff formats them
 	$(PY) -m ruff format $(LINTED)
 
 bench: $(STAMP)  ## run the benchmarks
-	$(PY) -m benchmarks
+	$(PY) -m benchmarks $(BENCH_ARGS)
 
 train-digits: $(STAMP)  ## train the small model that the demo uses, from nothing
 	$(PY) -m harmonica_training.digits

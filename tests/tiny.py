@@ -11,7 +11,11 @@ import diffusers as d
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from harmonica_rt import Schedule, find_sites
 
@@ -90,6 +94,22 @@ def pixart_alpha() -> Any:
 def pixart_sigma() -> Any:
     """PixArt-Sigma."""
     return _pixart(d.PixArtSigmaPipeline)
+
+
+def pixart_from_words() -> Any:
+    """PixArt-alpha with a T5 encoder and a tokenizer of ten words."""
+    words = ["<pad>", "</s>", "<unk>", "a", "the", "small", "cat", "on", "moon", "dog"]
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    encoder = T5EncoderModel(T5Config(vocab_size=len(words), d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
+    return d.PixArtAlphaPipeline(
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special),
+        text_encoder=randomised(encoder),
+        vae=vae(4),
+        transformer=_pixart_transformer(),
+        scheduler=d.DPMSolverMultistepScheduler(),
+    )
 
 
 def sd3() -> Any:

@@ -54,7 +54,7 @@ def limit_from(eager: torch.Tensor, higher: torch.Tensor) -> Error:
     """The largest error allowed of an output whose eager version is `eager` and whose truth is `higher`."""
     error = Error.between(eager, higher)
     truth = higher.detach().to(torch.float64)
-    ulp = torch.finfo(eager.dtype).eps
+    ulp = torch.finfo(eager.dtype).eps if eager.dtype.is_floating_point else 0.0
     size_rms = float(truth.square().mean().sqrt()) if truth.numel() else 0.0
     size_largest = float(truth.abs().max()) if truth.numel() else 0.0
     return Error(max(FACTOR * error.rms, ulp * size_rms), max(FACTOR * error.largest, ulp * size_largest))

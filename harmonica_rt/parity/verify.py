@@ -81,9 +81,10 @@ def _last(denoiser: Denoiser, inputs: list[Mapping[str, Any]]) -> Any:
 
 
 def _generate(pipeline: Any, seed: int, arguments: Mapping[str, Any]) -> Any:
-    arguments = dict(arguments)
-    arguments.setdefault("generator", torch.Generator("cpu").manual_seed(seed))
-    if "output_type" in inspect.signature(type(pipeline).__call__).parameters:
+    arguments, taken = dict(arguments), inspect.signature(type(pipeline).__call__).parameters
+    if "generator" in taken:
+        arguments.setdefault("generator", torch.Generator("cpu").manual_seed(seed))
+    if "output_type" in taken:
         arguments.setdefault("output_type", "np")
     return pipeline(**arguments)
 

@@ -44,6 +44,7 @@ class Denoiser:
         self._scheduler: Any = None
         self._timesteps: torch.Tensor | None = None  # of the current run, on the CPU
         self._warned_outside = False
+        self._displaced: set[int] = set()  # threads in whose pipeline run another thread began its own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One call of the denoiser, in the current step of the current run. Arguments and result are the model's.
@@ -84,6 +85,11 @@ class Denoiser:
 
     # ---- in a pipeline
 
+    @property
+    def pipeline(self) -> Any:
+        """The pipeline it is in; None for a model by itself, or where the pipeline is no more."""
+        return self._pipeline() if self._pipeline is not None else None
+
     def attach(self, pipeline: Any) -> None:
         """Let the pipeline's scheduler begin the runs and count the steps; looked up anew at every call."""
         self._pipeline = weakref.ref(pipeline)
@@ -102,10 +108,13 @@ class Denoiser:
 
     def step_begins(self, timestep: Any) -> None:
         """The scheduler is stepped: with the timestep of this step, and by the thread whose run it is."""
+        self._check_not_displaced()
         run = self._run
-        if run is None or run.untouched or run.finished:
+        if run is None or run.finished:
             return
         run.check_thread()
+        if run.untouched:
+            return
         if scheduler_watch.is_another_step(timestep, self._timesteps, run.step):
             run.failed = True
             raise RunError(
@@ -137,11 +146,12 @@ class Denoiser:
         return output
 
     def _call_in_pipeline(self, call: Call) -> Any:
-        pipeline = self._pipeline() if self._pipeline is not None else None
+        pipeline = self.pipeline
         if pipeline is not None and pipeline.scheduler is not self._scheduler:
             # Replaced since the last call (from_config makes a new object): its run has just begun.
             self._follow(pipeline.scheduler)
             self._begin()
+        self._check_not_displaced()
         run = self._run
         if run is None:
             return self._call_outside_run(call)
@@ -183,10 +193,22 @@ class Denoiser:
         self._scheduler = scheduler
 
     def _begin(self) -> Run:
+        current = threading.get_ident()
         if self._run is not None and not self._run.untouched:
             self.last_stats = self._run.stats
+            owner = self._run.thread
+            if self._pipeline is not None and owner is not None and owner != current:
+                self._displaced.add(owner)
+        self._displaced.discard(current)
         self._run = Run(self.schedule, self.engine, any_thread=self._pipeline is None)
         return self._run
+
+    def _check_not_displaced(self) -> None:
+        if threading.get_ident() in self._displaced:
+            raise ConcurrentRunError(
+                "another thread began a sampling run on this compiled model before this thread's was over. Use one "
+                "compiled model (and one pipeline) for each thread, or let the runs take turns"
+            )
 
     @contextmanager
     def _exclusively(self) -> Iterator[None]:

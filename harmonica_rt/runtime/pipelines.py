@@ -49,7 +49,7 @@ def install(pipeline: Any, denoiser: Denoiser) -> None:
     """Let `denoiser` take over the call of the pipeline's module, and follow the pipeline's scheduler."""
     before = installed(denoiser.model)
     current = listener_of(pipeline.scheduler)
-    if current is not None and current is not before:
+    if current is not None and current is not before and _left_over(pipeline) is None:
         raise HarmonicaError("this scheduler already drives another compiled model; give each pipeline its own")
     uninstall(pipeline)
     denoiser.attach(pipeline)
@@ -58,11 +58,19 @@ def install(pipeline: Any, denoiser: Denoiser) -> None:
 
 def uninstall(pipeline: Any) -> None:
     """Give the pipeline its plain module and scheduler back; nothing happens where nothing was installed."""
-    module = denoiser_module(pipeline)
-    before = installed(module)
-    if before is not None:
-        before.detach()
-        del module._compiled_call_impl
+    for before in (installed(denoiser_module(pipeline)), _left_over(pipeline)):
+        if before is not None:
+            before.detach()
+            if installed(before.model) is before:
+                del before.model._compiled_call_impl
+
+
+def _left_over(pipeline: Any) -> Denoiser | None:
+    """A denoiser that follows this pipeline's scheduler though its module was replaced, or its pipeline is no more."""
+    listener = listener_of(pipeline.scheduler)
+    if isinstance(listener, Denoiser) and listener.pipeline in (None, pipeline):
+        return listener
+    return None
 
 
 @contextmanager

@@ -73,7 +73,7 @@ class Run:
         self._reused = [np.flatnonzero(~row) for row in schedule.compute]
         self._streams: list[_StreamState] = []
         self._calls_in_step = 0
-        self._thread = None if any_thread else threading.get_ident()
+        self.thread = None if any_thread else threading.get_ident()
         self._timesteps = TimestepOrder()
 
     @property
@@ -88,9 +88,9 @@ class Run:
 
     def check_thread(self) -> None:
         """Raise ConcurrentRunError in any thread but the one the run belongs to."""
-        if self._thread is None:
-            self._thread = threading.get_ident()
-        elif self._thread != threading.get_ident():
+        if self.thread is None:
+            self.thread = threading.get_ident()
+        elif self.thread != threading.get_ident():
             raise ConcurrentRunError(
                 "another thread's sampling run is under way on this compiled model. Use one compiled model (and one "
                 "pipeline) for each thread, or let the runs take turns"

@@ -251,7 +251,7 @@ def test_a_run_taken_over_by_another_thread_is_told(pipeline: Any, schedule: Sch
         other = threading.Thread(target=pipeline.scheduler.set_timesteps, args=(STEPS,))
         other.start()
         other.join()
-        with pytest.raises(ConcurrentRunError, match="another thread's sampling run"):
+        with pytest.raises(ConcurrentRunError, match="another thread began a sampling run"):
             pipeline.transformer(*call[:2], class_labels=call[2])
 
 
