@@ -174,27 +174,29 @@ class Run:
 class TimestepOrder:
     """Catches a run that starts over without saying so: its timesteps turn back.
 
-    Looks at the values of a CPU timestep only, since reading one from a GPU would wait for it.
+    A run that starts over goes back by its largest move or more; a sampler may go back by less (timesteps of ancestral
+    KDPM2 do, by rounding). Looks at the values of a CPU timestep only: reading one from a GPU would wait for it.
     """
 
     def __init__(self) -> None:
         self._last: float | None = None
-        self._direction = 0.0
+        self._largest_move = 0.0
         self._step = -1
 
     def check(self, call: Call, step: StepIndex) -> None:
-        """Raise RunError where the timestep goes back towards where the run began."""
+        """Raise RunError where the timestep goes back to where the run began, or towards it by a large move."""
         value = _timestep(call)
         if value is None or step == self._step:
             return
         if self._last is not None and value != self._last:
-            direction = value - self._last
-            if direction * self._direction < 0:
+            move = value - self._last
+            if move * self._largest_move < 0 and abs(move) >= abs(self._largest_move):
                 raise RunError(
                     f"step {step} came with timestep {value:g} after {self._last:g}, against the order of this run: a "
                     "new run seems to have begun. Call reset() before each run, or compile the pipeline"
                 )
-            self._direction = direction
+            if abs(move) > abs(self._largest_move):
+                self._largest_move = move
         self._last, self._step = value, step
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 import harmonica_rt as hrt
 from harmonica_rt import Schedule
-from tests.tiny import families, random_schedule, sample
+from tests.tiny import Family, families, random_schedule, sample
 
 STEPS = 6
 SD3, FLUX = families()["sd3"], families()["flux"]
@@ -80,58 +81,61 @@ class Truth:
         return None
 
 
-def truth_and_compiled(pipeline: Any, schedule: Schedule, call: dict[str, Any]) -> tuple[Truth, NDArray[Any], Any, Any]:
-    truth = Truth(pipeline, schedule)
-    with truth.running():
-        expected = sample(pipeline, schedule.steps, **call)
-    hrt.compile(pipeline, schedule, strict=True, debug=True)
-    try:
-        got = sample(pipeline, schedule.steps, **call)
-        report = hrt.get_compiled(pipeline).report()
-    finally:
-        hrt.uncompile(pipeline)
-    return truth, expected, got, report
+@dataclass(frozen=True)
+class Pair:
+    """Two pipelines with the same weights: one plain, one compiled once for all tests."""
+
+    plain: Any
+    compiled: Any
+    schedule: Schedule
+
+    def run(self, call: dict[str, Any]) -> tuple[Truth, NDArray[Any], NDArray[Any], Any]:
+        """The truth and its images, the compiled pipeline's images and report."""
+        truth = Truth(self.plain, self.schedule)
+        with truth.running():
+            expected = sample(self.plain, STEPS, **call)
+        got = sample(self.compiled, STEPS, **call)
+        return truth, expected, got, hrt.get_compiled(self.compiled).report()
+
+
+def pair(family: Family, which: str) -> Pair:
+    pipelines = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        pipelines.append(family.build())
+        pipelines[-1].set_progress_bar_config(disable=True)
+    plain, compiled = pipelines
+    schedule = random_schedule(plain.transformer, STEPS, seed=4)
+    if which == "every third":
+        schedule = Schedule.every(3, steps=STEPS, sites=schedule.sites)
+    return Pair(plain, hrt.compile(compiled, schedule, strict=True, debug=True), schedule)
+
+
+@pytest.fixture(scope="module", params=["every third", "random"])
+def sd3(request: pytest.FixtureRequest) -> Pair:
+    return pair(SD3, request.param)
 
 
 @pytest.fixture(scope="module")
-def sd3() -> Any:
-    torch.manual_seed(0)
-    pipeline = SD3.build()
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+def flux() -> Pair:
+    return pair(FLUX, "random")
 
 
-@pytest.fixture(scope="module")
-def flux() -> Any:
-    torch.manual_seed(0)
-    pipeline = FLUX.build()
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def schedules(pipeline: Any) -> list[Schedule]:
-    sites = hrt.find_sites(pipeline.transformer)
-    return [Schedule.every(3, steps=STEPS, sites=sites), random_schedule(pipeline.transformer, STEPS, seed=4)]
-
-
-@pytest.mark.parametrize("which", [0, 1], ids=["every third", "random"])
-def test_an_undisturbed_run(sd3: Any, which: int) -> None:
-    truth, expected, got, report = truth_and_compiled(sd3, schedules(sd3)[which], SD3.guided)
+def test_an_undisturbed_run(sd3: Pair) -> None:
+    truth, expected, got, report = sd3.run(SD3.guided)
     assert np.array_equal(got, expected)
     assert truth.computed_in_full == list(report.last_catch_ups) == []
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["every third", "random"])
-def test_two_calls_a_step(flux: Any, which: int) -> None:
-    truth, expected, got, report = truth_and_compiled(flux, schedules(flux)[which], FLUX.guided)
+def test_two_calls_a_step(flux: Pair) -> None:
+    truth, expected, got, report = flux.run(FLUX.guided)
     assert np.array_equal(got, expected)
     assert truth.computed_in_full == list(report.last_catch_ups) == []
     assert report.last_calls == 2 * STEPS
 
 
 @pytest.mark.parametrize("step", [0, 2, 3])
-@pytest.mark.parametrize("which", [0, 1], ids=["every third", "random"])
-def test_guidance_cut_off_shrinks_the_batch(sd3: Any, which: int, step: int) -> None:
+def test_guidance_cut_off_shrinks_the_batch(sd3: Pair, step: int) -> None:
     def cut(pipe: Any, now: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if now != step:
             return {}
@@ -143,15 +147,13 @@ def test_guidance_cut_off_shrinks_the_batch(sd3: Any, which: int, step: int) -> 
         "callback_on_step_end": cut,
         "callback_on_step_end_tensor_inputs": ["prompt_embeds", "pooled_prompt_embeds"],
     }
-    truth, expected, got, report = truth_and_compiled(sd3, schedules(sd3)[which], call)
+    truth, expected, got, report = sd3.run(call)
     assert np.array_equal(got, expected)
     assert list(report.last_catch_ups) == truth.computed_in_full
-    assert len(report.plans) == 2
 
 
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "another tensor"])
-@pytest.mark.parametrize("which", [0, 1], ids=["every third", "random"])
-def test_the_prompt_changes(sd3: Any, which: int, in_place: bool) -> None:
+def test_the_prompt_changes(sd3: Pair, in_place: bool) -> None:
     def change(pipe: Any, now: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if now != 3:
             return {}
@@ -163,32 +165,25 @@ def test_the_prompt_changes(sd3: Any, which: int, in_place: bool) -> None:
         "callback_on_step_end": change,
         "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
     }
-    truth, expected, got, report = truth_and_compiled(sd3, schedules(sd3)[which], call)
+    truth, expected, got, report = sd3.run(call)
     assert np.array_equal(got, expected)
-    assert list(report.last_catch_ups) == truth.computed_in_full
+    assert list(report.last_catch_ups) == truth.computed_in_full == [4]
 
 
-def test_a_new_size_and_a_new_number_of_images(flux: Any) -> None:
-    schedule = schedules(flux)[1]
-    for change in ({"height": 16}, {"num_images_per_prompt": 2}, {}):
-        _, expected, got, report = truth_and_compiled(flux, schedule, {**FLUX.unguided, **change})
-        assert np.array_equal(got, expected)
-        assert report.last_catch_ups == ()
+@pytest.mark.parametrize("change", [{"height": 16}, {"num_images_per_prompt": 2}, {}], ids=["size", "images", "same"])
+def test_a_new_size_and_a_new_number_of_images(flux: Pair, change: dict[str, int]) -> None:
+    truth, expected, got, report = flux.run({**FLUX.unguided, **change})
+    assert np.array_equal(got, expected)
+    assert truth.computed_in_full == list(report.last_catch_ups) == []
 
 
-def test_a_callback_that_raises_leaves_the_next_run_right(sd3: Any) -> None:
-    schedule = schedules(sd3)[1]
-
+def test_a_callback_that_raises_leaves_the_next_run_right(sd3: Pair) -> None:
     def stop(pipe: Any, now: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if now == 2:
             raise KeyError("stop")
         return {}
 
-    hrt.compile(sd3, schedule, strict=True)
     with pytest.raises(KeyError):
-        sample(sd3, STEPS, callback_on_step_end=stop, **SD3.guided)
-    got = sample(sd3, STEPS, **SD3.guided)
-    hrt.uncompile(sd3)
-    truth = Truth(sd3, schedule)
-    with truth.running():
-        assert np.array_equal(got, sample(sd3, STEPS, **SD3.guided))
+        sample(sd3.compiled, STEPS, callback_on_step_end=stop, **SD3.guided)
+    _, expected, got, _ = sd3.run(SD3.guided)
+    assert np.array_equal(got, expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers as d
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,9 @@ import harmonica_rt as hrt
 from harmonica_rt import Schedule
 from harmonica_rt.errors import ScheduleMismatchError
 from tests.tiny import families, random_schedule, sample
+
+# KDPM2 hands tensors to numpy functions, which call their __array_wrap__ in a way that is going away
+pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
 
 PIXART = families()["pixart-alpha"]
 ASKED = 4
@@ -22,7 +26,6 @@ TABLE = [
     (d.PNDMScheduler, {"skip_prk_steps": True}, 5),
     (d.PNDMScheduler, {}, 13),
     (d.UniPCMultistepScheduler, {}, 4),
-    (d.DEISMultistepScheduler, {}, 4),
     (d.EulerAncestralDiscreteScheduler, {}, 4),
 ]
 IDS = [cls.__name__.removesuffix("Scheduler") + "".join(f"-{key}" for key in config) for cls, config, _ in TABLE]
@@ -44,22 +47,17 @@ def nfe(request: pytest.FixtureRequest, pipeline: Any) -> int:
     return result
 
 
-def test_steps_are_model_evaluations(pipeline: Any, nfe: int) -> None:
-    schedule = random_schedule(pipeline.transformer, nfe)
-    report = hrt.verify(pipeline, schedule, num_inference_steps=ASKED, **PIXART.guided)
-    assert [step.step for step in report.steps] == list(range(nfe))
-    assert all(step.same_bits for step in report.steps)
-    assert report.trajectory_same_bits
-
-
 def test_a_run_uses_the_whole_schedule_and_no_more(pipeline: Any, nfe: int) -> None:
     schedule = random_schedule(pipeline.transformer, nfe)
+    hrt.reference(pipeline, schedule)
+    expected = sample(pipeline, ASKED, **PIXART.guided)
     hrt.compile(pipeline, schedule, strict=True)
     try:
-        sample(pipeline, ASKED, **PIXART.guided)
+        got = sample(pipeline, ASKED, **PIXART.guided)
         report = hrt.get_compiled(pipeline).report()
     finally:
         hrt.uncompile(pipeline)
+    assert np.array_equal(got, expected)
     assert report.last_calls == nfe
     assert report.last_catch_ups == ()
     assert report.last_cur == pytest.approx(schedule.cur)
