@@ -2,7 +2,7 @@
 
 Pipelines pass latents by position, leave out `return_dict`, and nest optional tensors in dicts. Two calls may share a
 plan exactly when their signatures are equal: the same arguments, tensors of the same shape, strides, dtype and device,
-and equal plain values everywhere else.
+equal plain values everywhere else, and the same autocast.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class Signature:
 
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]
+    autocast: tuple[tuple[str, torch.dtype], ...] = ()
 
     def __str__(self) -> str:
         shapes = [
@@ -56,7 +57,7 @@ class Call:
     def plain_difference(self, other: Signature) -> str | None:
         """The first argument whose plain value is all that tells this call from one with the signature `other`."""
         mine = self.signature
-        if mine.spec != other.spec:
+        if mine.spec != other.spec or mine.autocast != other.autocast:
             return None
         differing = [i for i, (a, b) in enumerate(zip(mine.leaves, other.leaves, strict=True)) if a != b]
         if not differing or any(isinstance(mine.leaves[i], tuple) for i in differing):
@@ -120,7 +121,7 @@ class CallConvention:
         ordered = dict(sorted(bound.items(), key=lambda item: self._order.get(item[0], last)))
         leaves, spec = pytree.tree_flatten(ordered)
         keys = tuple(self._leaf_key(leaf) for leaf in leaves)
-        return Call(ordered, leaves, Signature(spec, keys), self)
+        return Call(ordered, leaves, Signature(spec, keys, _autocast()), self)
 
     def paths(self, call: Call) -> tuple[str, ...]:
         """Dotted argument paths of a call's leaves."""
@@ -141,6 +142,13 @@ class CallConvention:
             f"{self._model_name} was called with an object of type {type(leaf).__name__}; a static plan can be made "
             "for tensors, numbers, strings and lists, tuples or dicts of them"
         )
+
+
+def _autocast() -> tuple[tuple[str, torch.dtype], ...]:
+    """Where autocast is on, and to what: it decides the dtypes inside the graph."""
+    return tuple(
+        (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
+    )
 
 
 @dataclass(frozen=True)

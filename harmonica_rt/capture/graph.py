@@ -82,7 +82,7 @@ def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph
     weights, constants, inputs = _placeholders(program, call)
     graph = program.graph
     remove_identities(graph)
-    site_outputs = _site_outputs(graph, sites)
+    site_outputs = _site_outputs(graph, sites, _columns(model, sites))
     return CapturedGraph(
         graph=graph,
         root=program.graph_module,
@@ -222,9 +222,15 @@ def _same_layout(node: fx.Node) -> bool:
     return bool(a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride())
 
 
-def _site_outputs(graph: fx.Graph, sites: Sequence[str]) -> tuple[tuple[fx.Node, ...], ...]:
+def _columns(model: nn.Module, sites: Sequence[str]) -> dict[str, int]:
+    """Site index by module path, under every path that a module in several places has."""
+    by_module = {id(model.get_submodule(site)): index for index, site in enumerate(sites)}
+    modules = model.named_modules(remove_duplicate=False)
+    return {path: by_module[id(module)] for path, module in modules if id(module) in by_module}
+
+
+def _site_outputs(graph: fx.Graph, sites: Sequence[str], column: dict[str, int]) -> tuple[tuple[fx.Node, ...], ...]:
     """For each site the nodes inside it whose values are used outside it (or are returned)."""
-    column = {site: index for index, site in enumerate(sites)}
     inside: dict[fx.Node, int] = {}
     for node in graph.nodes:
         if node.op == "call_function":
@@ -236,6 +242,12 @@ def _site_outputs(graph: fx.Graph, sites: Sequence[str]) -> tuple[tuple[fx.Node,
         if any(inside.get(user) != site for user in node.users):
             outputs[site].extend(_tensor_values(node))
     idle = [site for site, nodes in zip(sites, outputs, strict=True) if not nodes]
+    nested = [node for node in graph.nodes if isinstance(node.target, torch._ops.HigherOrderOperator)]
+    if idle and nested:
+        detail = (
+            f"{len(idle)} sites lie in a nested region ({nested[0].target}), as autocast within the model makes one"
+        )
+        raise CaptureError(CaptureFailure(Obstacle.EXPORT, detail, node=nested[0].name))
     if len(idle) == len(sites):
         raise CaptureError(CaptureFailure(Obstacle.SITE, f"none of the {len(sites)} sites does anything in this call"))
     if idle:

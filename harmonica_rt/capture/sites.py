@@ -73,7 +73,10 @@ def _by_rule(model: nn.Module) -> Iterator[str]:
             continue
         if len({type(block) for block in blocks}) != 1:
             continue
+        first_places = {id(block): index for index, block in reversed(list(enumerate(blocks)))}
         for index, block in enumerate(blocks):
+            if first_places[id(block)] != index:
+                continue  # one block in several places is one set of sites, which run several times
             for child in _block_sites(block):
                 yield f"{path}.{index}.{child}"
 

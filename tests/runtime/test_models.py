@@ -315,6 +315,46 @@ def test_a_site_that_runs_twice_and_is_changed_in_place() -> None:
         assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
+class Tied(Stack):
+    """One block in three places."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=1)
+        self.blocks = nn.ModuleList([self.blocks[0]] * 3)
+
+
+def test_a_block_in_several_places_is_one_set_of_sites() -> None:
+    torch.manual_seed(0)
+    model = Tied().eval()
+    assert hrt.find_sites(model) == ["blocks.0.attn", "blocks.0.mlp"]
+    schedule = random_schedule(model, STEPS, seed=1)
+    compiled = hrt.compile(model, schedule, strict=True, debug=True)
+    assert equal(outputs(compiled), outputs(hrt.reference(model, schedule)))
+
+
+def test_autocast_makes_a_plan_of_its_own(model: Stack) -> None:
+    schedule = random_schedule(model, STEPS)
+    compiled, truth = hrt.compile(model, schedule, strict=True), hrt.reference(model, schedule)
+    for enabled in (True, False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            assert equal(outputs(compiled), outputs(truth))
+    assert len(compiled.report().plans) == 2
+
+
+def test_sites_in_a_nested_region_fall_back() -> None:
+    class Region(Stack):
+        def forward(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(latents, timestep)
+
+    model = Region().eval()
+    schedule = random_schedule(model, STEPS)
+    compiled = hrt.compile(model, schedule)
+    with pytest.warns(hrt.FallbackWarning, match="nested region"):
+        got = outputs(compiled)
+    assert equal(got, outputs(hrt.reference(model, schedule)))
+
+
 class HandsOn(nn.Module):
     """A site that returns one of its inputs unchanged beside what it computes."""
 
