@@ -55,8 +55,17 @@ INSTALL_REQUIRES = [
 ]
 MODEL_EXTRAS = ["transformers>=4.50", "accelerate>=1.0", "sentencepiece>=0.2", "protobuf>=4"]
 EXTRAS = {
-    "train": ["scikit-learn>=1.4", "tqdm>=4.66"],
-    "test": [*MODEL_EXTRAS, "scikit-learn>=1.4", "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100"],
+    "train": ["scikit-learn>=1.4", "tensorboard>=2.16", "tqdm>=4.66"],
+    "bench": [*MODEL_EXTRAS, "scikit-learn>=1.4", "torchmetrics>=1.4"],
+    "test": [
+        *MODEL_EXTRAS,
+        "scikit-learn>=1.4",
+        "tensorboard>=2.16",
+        "torchmetrics>=1.4",
+        "pytest>=8",
+        "pytest-xdist>=3.5",
+        "hypothesis>=6.100",
+    ],
     "lint": ["ruff>=0.9", "mypy>=1.13"],
 }
 

@@ -10,11 +10,19 @@ import sys
 from benchmarks import rows
 
 BENCHMARKS = ("speedup", "compile_cost", "slot_memory")
+OWN_COMMANDS = ("quality",)  # hours long and resumable: never by default, and with options of their own
 
 
 def main() -> None:
     """Run the named benchmarks, all by default; print their rows and with --save keep them in results/."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=main.__doc__)
+    if sys.argv[1:] and sys.argv[1] in OWN_COMMANDS:
+        importlib.import_module(f"benchmarks.{sys.argv[1]}.__main__").main(sys.argv[2:])
+        return
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=main.__doc__,
+        epilog=f"{', '.join(OWN_COMMANDS)}: python -m benchmarks NAME --help",
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)} (default: all)")
     parser.add_argument("--repeats", type=int, default=7, help="interleaved rounds of each timing (default: 7)")
     parser.add_argument("--quick", action="store_true", help="smaller models and fewer steps: does it run at all?")

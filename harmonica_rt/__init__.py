@@ -19,11 +19,10 @@ if TYPE_CHECKING:
         verify,
     )
     from harmonica_rt.capture.reasons import CaptureError
-    from harmonica_rt.capture.sites import find_sites
     from harmonica_rt.errors import HarmonicaError
     from harmonica_rt.parity.report import ParityError, ParityReport
     from harmonica_rt.runtime.planned import FallbackWarning
-    from harmonica_rt.schedule import Schedule
+    from harmonica_rt.schedule import Schedule, find_sites
 
 __version__ = "0.1.0"
 
@@ -41,7 +40,7 @@ _HOME = {
     "ParityError": "harmonica_rt.parity.report",
     "ParityReport": "harmonica_rt.parity.report",
     "Schedule": "harmonica_rt.schedule",
-    "find_sites": "harmonica_rt.capture.sites",
+    "find_sites": "harmonica_rt.schedule",
 }
 
 __all__ = [

@@ -8,7 +8,6 @@ from typing import Any, TypeVar, overload
 
 from torch import nn
 
-from harmonica_rt.capture.sites import check_sites
 from harmonica_rt.errors import HarmonicaError, ScheduleMismatchError, SiteError
 from harmonica_rt.parity.lockstep import LockstepEngine, Tolerance
 from harmonica_rt.parity.report import ParityReport
@@ -19,7 +18,7 @@ from harmonica_rt.runtime.pipelines import denoiser_module, install, installed, 
 from harmonica_rt.runtime.planned import PlannedEngine
 from harmonica_rt.runtime.reference import ReferenceEngine
 from harmonica_rt.schedule import ModelInfo, Schedule
-from harmonica_rt.schedule.fingerprint import config_fingerprint
+from harmonica_rt.schedule.sites import check_sites
 
 log = logging.getLogger(__name__)
 
@@ -219,9 +218,7 @@ def verify(
 
 def model_info(model: nn.Module) -> ModelInfo:
     """Class name and config fingerprint of a model, to record in a schedule."""
-    config = getattr(model, "config", None)
-    fingerprint = config_fingerprint(config) if isinstance(config, Mapping) else None
-    return ModelInfo(type(model).__name__, fingerprint)
+    return ModelInfo.of(model)
 
 
 def _model_of(model_or_pipeline: Any) -> nn.Module:

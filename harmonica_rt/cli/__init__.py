@@ -8,8 +8,9 @@ import typer
 
 from harmonica_rt import __version__
 from harmonica_rt.cli import pipeline, schedule
-from harmonica_rt.cli.console import fail, show_traceback
+from harmonica_rt.cli.console import fail, set_debug
 from harmonica_rt.cli.doctor import doctor
+from harmonica_rt.cli.train import train
 from harmonica_rt.errors import HarmonicaError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -18,6 +19,7 @@ app.command()(pipeline.demo)
 app.command()(pipeline.sites)
 app.command()(pipeline.verify)
 app.command()(pipeline.bench)
+app.command()(train)
 app.command()(doctor)
 
 
@@ -30,15 +32,15 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
-    debug: bool = typer.Option(False, "--debug", help="Show tracebacks of errors."),
+    debug: bool = typer.Option(False, "--debug", help="Show tracebacks of errors, and all that libraries say."),
 ) -> None:
     """Run Diffusion Transformers with cached features, planned ahead."""
-    show_traceback(debug)
+    set_debug(debug)
 
 
 def main() -> None:
-    """Run the command line; every error of this package ends as one message and exit status 2."""
+    """Run the command line; errors of this package and of the file system end as one message and exit status 2."""
     try:
         app()
-    except (HarmonicaError, FileNotFoundError) as error:
+    except (HarmonicaError, OSError) as error:
         sys.exit(fail(error))

@@ -56,6 +56,8 @@ def _gpus() -> list[str]:
     try:
         driver = pynvml.nvmlSystemGetDriverVersion()
         return [_gpu(index, driver) for index in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError as error:
+        return [f"unknown: the driver does not tell ({error})"]
     finally:
         pynvml.nvmlShutdown()
 

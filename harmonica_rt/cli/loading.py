@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from harmonica_rt.cli.console import debugging
 from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.runtime.pipelines import denoiser_module
 
@@ -21,20 +26,23 @@ def load_pipeline(directory: Path, dtype: str = "fp32", device: str = "cpu") -> 
     """The pipeline saved in `directory`, without its own progress bar.
 
     Raises:
-        HarmonicaError: there is no pipeline, or the dtype is unknown.
+        HarmonicaError: there is no pipeline, it cannot be loaded, or the dtype or the device is unknown.
     """
-    from diffusers import DiffusionPipeline
-
     if dtype not in DTYPES:
         raise HarmonicaError(f"dtype {dtype} is not known; choose one of {', '.join(DTYPES)}")
+    place = _device(device)
     if not (directory / "model_index.json").is_file():
         raise HarmonicaError(f"{directory} holds no diffusers pipeline (no model_index.json in it)")
-    load: Any = DiffusionPipeline.from_pretrained
-    if device.partition(":")[0] not in ("cpu", "cuda"):
-        raise HarmonicaError(f"device {device} is not known; choose cpu, cuda or cuda:N")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise HarmonicaError("this PyTorch finds no CUDA device; harmonica-rt doctor tells more")
-    pipeline = load(str(directory)).to(device)
+    with nullcontext() if debugging() else _quiet():
+        from diffusers import DiffusionPipeline
+
+        load: Any = DiffusionPipeline.from_pretrained
+        try:
+            pipeline = load(str(directory))
+        # a file that is missing or damaged, contents of a wrong value or type, a class or a package that is not there
+        except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+            raise HarmonicaError(f"the pipeline in {directory} cannot be loaded: {error}") from error
+    pipeline = pipeline.to(place)
     if dtype != "fp32":
         pipeline = pipeline.to(DTYPES[dtype])
     pipeline.set_progress_bar_config(disable=True)
@@ -52,7 +60,7 @@ def call_arguments(pipeline: Any, given: Sequence[str], steps: int, guidance: fl
     Raises:
         HarmonicaError: a pair without `=`, or an argument that the pipeline does not take.
     """
-    known = inspect.signature(type(pipeline).__call__).parameters
+    known = [name for name in inspect.signature(type(pipeline).__call__).parameters if name != "self"]
     arguments: dict[str, Any] = {"num_inference_steps": steps}
     if "class_labels" in known:
         arguments["class_labels"] = [0, 1]
@@ -64,6 +72,8 @@ def call_arguments(pipeline: Any, given: Sequence[str], steps: int, guidance: fl
         name, separator, text = pair.partition("=")
         if not separator:
             raise HarmonicaError(f"--arg {pair}: expected name=value")
+        if name == "generator":
+            raise HarmonicaError(f"--arg {pair}: generators are made from --seed")
         if name not in known:
             raise HarmonicaError(f"{type(pipeline).__name__} takes no argument {name!r}; it takes {', '.join(known)}")
         try:
@@ -71,3 +81,33 @@ def call_arguments(pipeline: Any, given: Sequence[str], steps: int, guidance: fl
         except json.JSONDecodeError:
             arguments[name] = text
     return arguments
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:  # torch's word for a malformed name
+        raise HarmonicaError(f"device {name!r} is not known; choose cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise HarmonicaError(f"device {name!r} is not supported; choose cpu, cuda or cuda:N")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise HarmonicaError(f"there is no device {name}: PyTorch finds {count} CUDA devices; see harmonica-rt doctor")
+    return device
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within this block diffusers and transformers tell errors only, and draw no progress bars."""
+    with ExitStack() as restore:
+        for name in ("diffusers", "transformers"):
+            if find_spec(name) is None:
+                continue  # diffusers works without transformers
+            voice: Any = import_module(f"{name}.utils.logging")
+            level = voice.get_verbosity()
+            restore.callback(voice.set_verbosity, level)
+            voice.set_verbosity(max(level, logging.ERROR))
+            if voice.is_progress_bar_enabled():
+                restore.callback(voice.enable_progress_bar)
+                voice.disable_progress_bar()
+        yield

@@ -7,28 +7,44 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from rich.markup import escape
 
 from harmonica_rt.cli.console import console
+from harmonica_rt.cli.options import (
+    ARGUMENTS,
+    DEVICE,
+    DTYPE,
+    GUIDANCE,
+    MODEL,
+    REPEATS,
+    SCHEDULE,
+    SEED,
+    writable_picture,
+)
 from harmonica_rt.errors import HarmonicaError
 
 if TYPE_CHECKING:
     from harmonica_rt.demo.measure import Comparison
     from harmonica_rt.demo.run import DemoResult
-
-_MODEL = typer.Argument(..., metavar="MODEL_DIR", help="A directory that a pipeline was saved in.")
-_SCHEDULE = typer.Argument(..., metavar="SCHEDULE", help="A schedule file.")
-_ARGUMENTS = typer.Option([], "--arg", metavar="NAME=VALUE", help="An argument of the call; may be repeated.")
-_GUIDANCE = typer.Option(None, help="Guidance scale (default: the pipeline's own).")
+    from harmonica_rt.parity.report import ParityReport
+    from harmonica_rt.schedule import Schedule
 
 
 def demo(
     model: Path | None = typer.Option(None, metavar="DIR", help="A DiTPipeline directory (default: bundled)."),
     schedule: Path | None = typer.Option(None, metavar="FILE", help="A schedule file (default: every(2))."),
-    out: Path = typer.Option(Path("harmonica-demo.png"), metavar="PNG", help="Where the picture goes."),
+    out: Path = typer.Option(
+        Path("harmonica-demo.png"),
+        metavar="PNG",
+        dir_okay=False,
+        writable=True,
+        callback=writable_picture,
+        help="Where the picture goes.",
+    ),
     steps: int = typer.Option(20, min=1, help="Denoising steps, where no schedule file says."),
     batch: int = typer.Option(10, min=1, help="Images: classes 0, 1, 2, ... in turn."),
-    repeats: int = typer.Option(5, min=1, help="Timed rounds."),
-    seed: int = typer.Option(0, help="Seed of every run."),
+    repeats: int = REPEATS,
+    seed: int = SEED,
 ) -> None:
     """Sample the bundled model uncached, with the reference and compiled; compare, time, draw."""
     with console.status("load libraries"):
@@ -63,13 +79,13 @@ def demo(
                 say=say,
             )
         except hrt.ParityError as error:
-            console.print(f"[bold red]{error}[/]\nno speed-up is told for images that differ")
+            console.print(f"[bold red]{escape(str(error))}[/]\nno speed-up is told for images that differ")
             raise typer.Exit(1) from None
     _print_demo(result)
 
 
 def sites(
-    model: Path = _MODEL,
+    model: Path = MODEL,
     pattern: list[str] = typer.Option([], help="A glob over module paths instead of the rule; may be repeated."),
 ) -> None:
     """List the cacheable sub-layers of a pipeline's denoiser, in execution order."""
@@ -89,14 +105,14 @@ def sites(
 
 
 def verify(
-    model: Path = _MODEL,
-    schedule: Path = _SCHEDULE,
-    arg: list[str] = _ARGUMENTS,
-    guidance: float | None = _GUIDANCE,
-    seed: int = typer.Option(0, help="Seed of both runs."),
+    model: Path = MODEL,
+    schedule: Path = SCHEDULE,
+    arg: list[str] = ARGUMENTS,
+    guidance: float | None = GUIDANCE,
+    seed: int = SEED,
     tolerance: str = typer.Option("auto", help="exact, measured or auto (exact on CPU)."),
-    dtype: str = typer.Option("fp32", help="fp32, bf16 or fp16."),
-    device: str = typer.Option("cpu", help="Where to run."),
+    dtype: str = DTYPE,
+    device: str = DEVICE,
 ) -> None:
     """Hold a schedule's compiled run against the reference, step by step; exit status 1 where they differ."""
     from typing import get_args
@@ -110,25 +126,20 @@ def verify(
     chosen = hrt.Schedule.load(schedule)
     pipeline = load_pipeline(model, dtype, device)
     arguments = call_arguments(pipeline, arg, chosen.steps, guidance)
-    try:
-        with console.status("reference and compiled, side by side"):
-            report = hrt.verify(pipeline, chosen, seed=seed, tolerance=tolerance, **arguments)  # type: ignore[arg-type]
-    except hrt.ParityError as error:
-        console.print(f"[bold red]{error}[/]")
-        raise typer.Exit(1) from None
+    report = _checked_parity(pipeline, chosen, arguments, seed=seed, tolerance=tolerance)
     console.print(_parity_table(report))
     console.print(f"[bold green]{report}[/]")
 
 
 def bench(
-    model: Path = _MODEL,
-    schedule: Path = _SCHEDULE,
-    arg: list[str] = _ARGUMENTS,
-    guidance: float | None = _GUIDANCE,
-    repeats: int = typer.Option(5, min=1, help="Timed rounds."),
-    seed: int = typer.Option(0, help="Seed of every run."),
-    dtype: str = typer.Option("fp32", help="fp32, bf16 or fp16."),
-    device: str = typer.Option("cpu", help="Where to run."),
+    model: Path = MODEL,
+    schedule: Path = SCHEDULE,
+    arg: list[str] = ARGUMENTS,
+    guidance: float | None = GUIDANCE,
+    repeats: int = REPEATS,
+    seed: int = SEED,
+    dtype: str = DTYPE,
+    device: str = DEVICE,
 ) -> None:
     """Time a pipeline uncached and compiled in turn, and print the plan; parity is checked first."""
     import torch
@@ -144,12 +155,7 @@ def bench(
     def generate() -> Any:
         return pipeline(**arguments, generator=torch.Generator().manual_seed(seed))
 
-    try:
-        with console.status("verify"):
-            parity = hrt.verify(pipeline, chosen, seed=seed, **arguments)
-    except hrt.ParityError as error:
-        console.print(f"[bold red]{error}[/]\nno speed-up is told for images that differ")
-        raise typer.Exit(1) from None
+    parity = _checked_parity(pipeline, chosen, arguments, seed=seed)
     hrt.compile(pipeline, chosen, strict=True)
     compiled = hrt.get_compiled(pipeline)
     with console.status(f"time {repeats} rounds"):
@@ -157,6 +163,25 @@ def bench(
     console.print(str(compiled.report()))
     console.print(str(parity))
     console.print(_latency_table(latency))
+
+
+def _checked_parity(pipeline: Any, schedule: Schedule, arguments: dict[str, Any], **options: Any) -> ParityReport:
+    """The report of a passed check; where it fails, the command ends with exit status 1."""
+    import harmonica_rt as hrt
+
+    try:
+        with console.status("reference and compiled, side by side"):
+            return hrt.verify(pipeline, schedule, **options, **arguments)
+    except hrt.ParityError as error:
+        console.print(f"[bold red]{escape(str(error))}[/]")
+        raise typer.Exit(1) from None
+    except HarmonicaError:
+        raise
+    except (TypeError, ValueError) as error:  # what pipelines raise for values that they cannot take
+        raise HarmonicaError(
+            f"{type(pipeline).__name__} cannot be called with {', '.join(arguments)}: {error} "
+            "(--arg sets the values, harmonica-rt --debug shows where it failed)"
+        ) from error
 
 
 def _print_demo(result: DemoResult) -> None:

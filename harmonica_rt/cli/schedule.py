@@ -7,13 +7,14 @@ from pathlib import Path
 import typer
 
 from harmonica_rt.cli.console import console
+from harmonica_rt.cli.options import MODEL, SCHEDULE, SCHEDULE_OUT, SEED, writable_picture
 from harmonica_rt.errors import HarmonicaError
 
 app = typer.Typer(no_args_is_help=True)
 
 
 @app.command()
-def show(schedule: Path = typer.Argument(..., metavar="FILE", help="A schedule file.")) -> None:
+def show(schedule: Path = SCHEDULE) -> None:
     """Draw a schedule in the terminal: steps down, sites across."""
     from harmonica_rt.schedule import Schedule, render
 
@@ -22,8 +23,15 @@ def show(schedule: Path = typer.Argument(..., metavar="FILE", help="A schedule f
 
 @app.command()
 def plot(
-    schedule: Path = typer.Argument(..., metavar="FILE", help="A schedule file."),
-    out: Path = typer.Argument(..., metavar="PNG", help="Where the picture goes (.png, .svg, .pdf)."),
+    schedule: Path = SCHEDULE,
+    out: Path = typer.Argument(
+        ...,
+        metavar="PNG",
+        dir_okay=False,
+        writable=True,
+        callback=writable_picture,
+        help="Where the picture goes (.png, .svg, .pdf).",
+    ),
 ) -> None:
     """Draw a schedule as a heat map."""
     from harmonica_rt.schedule import Schedule
@@ -35,10 +43,10 @@ def plot(
 @app.command()
 def convert(
     router: Path = typer.Argument(..., metavar="CHECKPOINT", help="A HarmoniCa or Learning-to-Cache router."),
-    out: Path = typer.Argument(..., metavar="FILE", help="Where the schedule goes."),
-    threshold: float | None = typer.Option(None, help="Compute where sigmoid(logit) is above this."),
+    out: Path = SCHEDULE_OUT,
+    threshold: float | None = typer.Option(None, min=0, max=1, help="Compute where sigmoid(logit) is above this."),
     kind: str = typer.Option("auto", help="harmonica, l2c-dit, l2c-uvit, or auto."),
-    steps: int | None = typer.Option(None, help="Expected number of steps."),
+    steps: int | None = typer.Option(None, min=1, help="Expected number of steps."),
 ) -> None:
     """Make a schedule of a router checkpoint of the released HarmoniCa or Learning-to-Cache code."""
     from typing import get_args
@@ -55,15 +63,15 @@ def convert(
 
 @app.command()
 def make(
-    model: Path = typer.Argument(..., metavar="MODEL_DIR", help="A pipeline directory; its sites are used."),
-    out: Path = typer.Argument(..., metavar="FILE", help="Where the schedule goes."),
-    steps: int = typer.Option(20, help="Model evaluations of a run."),
-    every: int | None = typer.Option(None, help="Compute every k-th step."),
-    random: float | None = typer.Option(None, help="Reuse this share of entries at random."),
+    model: Path = MODEL,
+    out: Path = SCHEDULE_OUT,
+    steps: int = typer.Option(20, min=1, help="Model evaluations of a run, where no --mask says."),
+    every: int | None = typer.Option(None, min=1, help="Compute every k-th step."),
+    random: float | None = typer.Option(None, min=0, max=1, help="Reuse this share of entries at random."),
     mask: str | None = typer.Option(None, help="One 0 or 1 for each step, 1 = compute."),
-    seed: int = typer.Option(0, help="Of --random."),
+    seed: int = SEED,
 ) -> None:
-    """Make a schedule by hand: one of --every, --random, --mask."""
+    """Make a schedule for the sites of a pipeline by hand: one of --every, --random, --mask."""
     from harmonica_rt import Schedule, find_sites, model_info
     from harmonica_rt.cli.loading import load_denoiser
 

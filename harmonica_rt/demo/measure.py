@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from harmonica_rt.api import CompiledModel
@@ -17,7 +18,7 @@ from harmonica_rt.runtime.pipelines import denoiser_module, temporarily
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of each repeat: of the whole pipeline call, and of the denoiser calls in it."""
+    """Seconds of each repeat: of the whole pipeline call, and of the denoiser calls in it, until the device is done."""
 
     pipeline: tuple[float, ...]
     denoiser: tuple[float, ...]
@@ -78,20 +79,28 @@ def spread(seconds: tuple[float, ...]) -> tuple[float, float]:
 
 
 def _run(model: nn.Module, generate: Callable[[], object]) -> tuple[float, float]:
-    with _call_times(model) as calls:
-        started = time.perf_counter()
+    device = next(model.parameters()).device
+    with _call_times(model, device) as calls:
+        started = _now(device)
         generate()
-        took = time.perf_counter() - started
+        took = _now(device) - started
     return took, sum(calls)
 
 
+def _now(device: torch.device) -> float:
+    """Seconds on a clock, once the device is done with what it was asked to do: calls on a GPU return before that."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 @contextmanager
-def _call_times(model: nn.Module) -> Iterator[list[float]]:
+def _call_times(model: nn.Module, device: torch.device) -> Iterator[list[float]]:
     """Seconds of each call of `model` within this block, however it is called."""
     begun: list[float] = []
     took: list[float] = []
-    before = model.register_forward_pre_hook(lambda *_: begun.append(time.perf_counter()))
-    after = model.register_forward_hook(lambda *_: took.append(time.perf_counter() - begun.pop()))
+    before = model.register_forward_pre_hook(lambda *_: begun.append(_now(device)))
+    after = model.register_forward_hook(lambda *_: took.append(_now(device) - begun.pop()))
     try:
         yield took
     finally:

@@ -107,12 +107,21 @@ def run_demo(
 
 
 def guidance_of(model: Path) -> float:
-    """The guidance scale that the model was evaluated with (its PROVENANCE.json), or the pipeline's own default."""
+    """The guidance scale that the model was evaluated with (its PROVENANCE.json), or the pipeline's own default.
+
+    Raises:
+        HarmonicaError: the record is malformed.
+    """
     record = model / "PROVENANCE.json"
     if not record.exists():
         return DEFAULT_GUIDANCE
-    evaluation = json.loads(record.read_text()).get("evaluation", {})
-    return float(evaluation.get("guidance_scale", DEFAULT_GUIDANCE))
+    try:
+        evaluation = json.loads(record.read_text("utf-8")).get("evaluation", {})
+        return float(evaluation.get("guidance_scale", DEFAULT_GUIDANCE))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise hrt.HarmonicaError(
+            f'{record}: expected {{"evaluation": {{"guidance_scale": a number}}}} ({error}); mend it or take it away'
+        ) from error
 
 
 def psnr(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from harmonica_rt.errors import ScheduleError
 from harmonica_rt.schedule.checks import check_name, check_number, check_sequence
+from harmonica_rt.schedule.fingerprint import config_fingerprint
 
 MAX_DIGITS = 400  # of an integer: more than any float holds; Python itself refuses to read more than 4300
 SCORE_DECIMALS = 4  # enough to redraw a threshold, few enough to read and diff
@@ -72,6 +73,12 @@ class ModelInfo:
     class_name: str
     config_fingerprint: str | None = None
 
+    @classmethod
+    def of(cls, model: object) -> ModelInfo:
+        """Of a model, with the fingerprint of its `config` if it has one."""
+        config = getattr(model, "config", None)
+        return cls(type(model).__name__, config_fingerprint(config) if isinstance(config, Mapping) else None)
+
     def __post_init__(self) -> None:
         check_name(self.class_name, "model.class_name")
         if self.config_fingerprint is not None:
@@ -84,6 +91,17 @@ class SamplerInfo:
 
     class_name: str
     config: Mapping[str, object] = FrozenMap({})
+
+    @classmethod
+    def of(cls, scheduler: object) -> SamplerInfo:
+        """Of a scheduler, with the public entries of its `config` if it has one (infinities in words)."""
+        config = getattr(scheduler, "config", None)
+        entries = config.items() if isinstance(config, Mapping) else ()
+        public = {key: value for key, value in entries if not key.startswith("_")}
+        for key, value in public.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                public[key] = str(value)  # diffusers' solvers have -inf, which JSON has not
+        return cls(type(scheduler).__name__, public)
 
     def __post_init__(self) -> None:
         check_name(self.class_name, "sampler.class_name")

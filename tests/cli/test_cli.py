@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +16,8 @@ import torch
 from typer.testing import CliRunner, Result
 
 from harmonica_rt import Schedule, cli
+from harmonica_rt.demo import bundled_model
+from harmonica_rt.demo.run import DEFAULT_GUIDANCE, guidance_of
 from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.lower import plain
 from tests.tiny import dit, pixart_alpha, saved_and_loaded
@@ -65,12 +67,21 @@ def test_demo_tells_no_speedup_where_parity_fails(model: Path, tmp_path: Path, m
 
 
 def test_demo_is_for_dit(tmp_path: Path) -> None:
-    pipeline = saved_and_loaded(pixart_alpha, tmp_path)
-    assert pipeline is not None
-    index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["_class_name"] == "PixArtAlphaPipeline"
-    result = run("demo", "--model", tmp_path / "nothing")
+    saved_and_loaded(pixart_alpha, tmp_path)
+    result = run("demo", "--model", tmp_path)
     assert isinstance(result.exception, HarmonicaError)
+    assert f"the demo is for a DiTPipeline, {tmp_path} holds a PixArtAlphaPipeline" in str(result.exception)
+
+
+def test_demo_uses_the_recorded_guidance(tmp_path: Path) -> None:
+    assert guidance_of(tmp_path) == DEFAULT_GUIDANCE
+    record = tmp_path / "PROVENANCE.json"
+    record.write_text('{"evaluation": {"guidance_scale": 1.5}}')
+    assert guidance_of(tmp_path) == 1.5
+    for malformed in ("{nope", "[]", '{"evaluation": 3}', '{"evaluation": {"guidance_scale": []}}'):
+        record.write_text(malformed)
+        with pytest.raises(HarmonicaError, match=r"PROVENANCE\.json: expected"):
+            guidance_of(tmp_path)
 
 
 def test_sites(model: Path) -> None:
@@ -138,9 +149,28 @@ def test_verify(model: Path, schedule: Path, monkeypatch: pytest.MonkeyPatch) ->
         (["--arg", "prompt=cat"], "takes no argument 'prompt'"),
         (["--arg", "class_labels"], "expected name=value"),
         (["--tolerance", "loose"], "--tolerance loose is not known"),
+        (["--arg", "self=1"], "takes no argument 'self'"),
+        (["--arg", "generator=1"], "generators are made from --seed"),
+        (["--arg", "class_labels=7"], "cannot be called with num_inference_steps, class_labels: object of type 'int'"),
         (["--dtype", "int8"], "dtype int8 is not known"),
+        (["--device", "banana"], "device 'banana' is not known"),
+        (["--device", "cpu:x"], "device 'cpu:x' is not known"),
+        (["--device", "meta"], "device 'meta' is not supported"),
+        (["--device", "cuda:99"], "there is no device cuda:99"),
     ],
-    ids=["argument", "pair", "tolerance", "dtype"],
+    ids=[
+        "argument",
+        "pair",
+        "tolerance",
+        "self",
+        "generator",
+        "value",
+        "dtype",
+        "device",
+        "index",
+        "kind-of-device",
+        "absent-device",
+    ],
 )
 def test_verify_refuses_bad_options(model: Path, schedule: Path, options: list[str], message: str) -> None:
     assert message in str(run("verify", model, schedule, *options).exception)
@@ -202,19 +232,95 @@ def test_doctor_notices_a_broken_build(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not built: it is torn" in result.output
 
 
-def _process(*arguments: object) -> subprocess.CompletedProcess[str]:
-    code = "from harmonica_rt.cli import main; main()"
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"})
+def fails(*arguments: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the whole command line writes to stderr as it ends with exit status 2."""
+    monkeypatch.setattr(sys, "argv", ["harmonica-rt", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    return capsys.readouterr().err
 
 
-def test_errors_end_as_one_message(tmp_path: Path) -> None:
-    result = _process("schedule", "show", tmp_path / "missing.json")
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ")
-    assert "missing.json" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert "Traceback" in _process("--debug", "schedule", "show", tmp_path / "missing.json").stderr
+def test_errors_end_as_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = tmp_path / "missing.json"
+    told = fails("schedule", "show", missing, monkeypatch=monkeypatch, capsys=capsys)
+    assert told == f"error: {missing}: no such schedule file\n"
+    assert "Is a directory" in fails("schedule", "show", tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    monkeypatch.setattr(sys, "argv", ["harmonica-rt", "--debug", "schedule", "show", str(missing)])
+    with pytest.raises(FileNotFoundError):
+        cli.main()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model_index.json", b"{nope"),
+        ("model_index.json", b"[]"),
+        ("model_index.json", b'{"_class_name": "NoSuchPipeline"}'),
+        ("transformer/config.json", None),
+        ("transformer/config.json", b'{"_class_name": "DiTTransformer2DModel", "num_layers": 3}'),
+        ("transformer/diffusion_pytorch_model.safetensors", None),
+        ("transformer/diffusion_pytorch_model.safetensors", b"garbage"),
+    ],
+    ids=["no-json", "no-object", "no-class", "no-config", "other-config", "no-weights", "broken-weights"],
+)
+def test_a_damaged_pipeline_ends_as_one_message(
+    model: Path,
+    tmp_path: Path,
+    name: str,
+    content: bytes | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    damaged = shutil.copytree(model, tmp_path / "damaged")
+    if content is None:
+        (damaged / name).unlink()
+    else:
+        (damaged / name).write_bytes(content)
+    told = fails("sites", damaged, monkeypatch=monkeypatch, capsys=capsys)
+    assert told.startswith(f"error: the pipeline in {damaged} cannot be loaded: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["schedule", "make", "model", "none/x.json", "--every", "2"], "there is no directory none"),
+        (["schedule", "make", "model", ".", "--every", "2"], "is a directory"),
+        (["schedule", "plot", "schedule.json", "x.txt"], "expected a name that ends in .png"),
+        (["demo", "--out", "none/x.png"], "there is no directory none"),
+        (["schedule", "make", "model", "x.json", "--every", "0"], "Invalid value for '--every'"),
+        (["schedule", "make", "model", "x.json", "--every", "2", "--steps", "-1"], "Invalid value for '--steps'"),
+        (["schedule", "make", "model", "x.json", "--random", "1.5"], "Invalid value for '--random'"),
+        (["bench", "model", "schedule.json", "--repeats", "0"], "Invalid value for '--repeats'"),
+        (["verify", "model", "schedule.json", "--seed", "-1"], "Invalid value for '--seed'"),
+    ],
+    ids=["no-parent", "directory", "no-picture", "demo", "every", "steps", "random", "repeats", "seed"],
+)
+def test_options_are_checked_before_the_work(arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_loading_is_quiet(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    voices = [importlib.import_module(f"{name}.utils.logging") for name in ("diffusers", "transformers")]
+    for voice in voices:
+        voice.enable_propagation()  # to caplog; the handlers hold the stderr of their first import
+    try:
+        before = [(voice.get_verbosity(), voice.is_progress_bar_enabled()) for voice in voices]
+        assert run("sites", bundled_model()).exit_code == 0
+        assert (capsys.readouterr().err, caplog.messages) == ("", [])
+        assert [(voice.get_verbosity(), voice.is_progress_bar_enabled()) for voice in voices] == before
+        assert run("--debug", "sites", bundled_model()).exit_code == 0
+        assert any("id2label" in message for message in caplog.messages)
+    finally:
+        cli.console.set_debug(False)
+        for voice in voices:
+            voice.disable_propagation()
 
 
 def test_help_and_version_load_no_torch() -> None:

@@ -1,1 +1,28 @@
 """Learning cache schedules for Diffusion Transformers, in plain PyTorch: no Triton, no runtime."""
+
+from harmonica_training.conditions import (
+    ClassLabels,
+    Conditions,
+    Embeddings,
+    class_labels,
+    encode_prompts,
+    read_prompts,
+)
+from harmonica_training.config import TrainConfig
+from harmonica_training.errors import CheckpointError, DivergenceError, TrainingError
+from harmonica_training.trainer import TrainingResult, train
+
+__all__ = [
+    "CheckpointError",
+    "ClassLabels",
+    "Conditions",
+    "DivergenceError",
+    "Embeddings",
+    "TrainConfig",
+    "TrainingError",
+    "TrainingResult",
+    "class_labels",
+    "encode_prompts",
+    "read_prompts",
+    "train",
+]

@@ -3,16 +3,21 @@
 The rule: in every `ModuleList` of alike blocks, the direct children that are attention or feed-forward layers. A block
 that runs both side by side and joins them in one projection (Flux single blocks) has that projection as its only site,
 because a site that feeds nothing but another site would be cached for nothing.
+
+Sites are named here because their names are part of the contract between training and runtime. Importing the contract
+must stay light, so torch is imported by the functions that ask for a module's class.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from harmonica_rt.errors import SiteError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _ATTENTION_NAME = re.compile(r"^((self|cross|joint|spatial|temporal)_)?(attn|attention)(_?\w+)?$")
 _FEED_FORWARD_NAME = re.compile(r"^(ff|ffn|mlp|feed_?forward)(_?\w+)?$")
@@ -68,6 +73,8 @@ def check_not_nested(sites: Sequence[str]) -> None:
 
 
 def _by_rule(model: nn.Module) -> Iterator[str]:
+    from torch import nn
+
     for path, blocks in model.named_modules():
         if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
             continue
@@ -99,6 +106,8 @@ def _is_attention(name: str, module: nn.Module) -> bool:
 
 
 def _is_feed_forward(name: str, module: nn.Module) -> bool:
+    from torch import nn
+
     if _NORM.search(name) or _NORM.search(type(module).__name__) or isinstance(module, nn.Linear):
         return False
     return bool(_FEED_FORWARD_NAME.match(name) or _FEED_FORWARD_CLASS.search(type(module).__name__))

@@ -4,8 +4,8 @@ import pytest
 from torch import nn
 
 from harmonica_rt import find_sites
-from harmonica_rt.capture.sites import check_sites
 from harmonica_rt.errors import SiteError
+from harmonica_rt.schedule.sites import check_sites
 from tests.models import SITES, stack
 
 

@@ -1,0 +1,79 @@
+"""The images of a run: one generator an image, so that image i of a seed has the same noise whatever the batch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import harmonica_rt as hrt
+
+GUIDANCE = 2.0  # what the bundled model was evaluated with
+BATCH = 20
+SEED_STRIDE = 1_000_000  # between the generators of two seeds, more than any number of images
+
+
+def requested_labels(count: int) -> Tensor:
+    """Labels 0, 1, ..., 9, 0, ... as int64 `[count]`."""
+    return torch.arange(count) % 10
+
+
+def generate(
+    pipeline: Any, schedule: hrt.Schedule, *, count: int, seed: int, guidance: float = GUIDANCE, batch: int = BATCH
+) -> Tensor:
+    """Sample `count` images of `requested_labels` with as many steps as the schedule has.
+
+    Args:
+        pipeline: a `DiTPipeline`; compiled for the schedule and given back plain, untouched where nothing is reused.
+        schedule: what to compute in each step.
+        count: number of images.
+        seed: image i starts from noise that only `seed` and i decide.
+        guidance: guidance scale.
+        batch: images of one call. Changes speed and the last bits of floats, nothing else.
+
+    Returns:
+        uint8 `[count, 1, H, W]`, as an image file would hold them.
+    """
+    labels = requested_labels(count).tolist()
+    parts = []
+    if schedule.cur:
+        hrt.compile(pipeline, schedule, strict=True)
+    try:
+        for start in range(0, count, batch):
+            chosen = range(start, min(start + batch, count))
+            images = pipeline(
+                class_labels=labels[chosen.start : chosen.stop],
+                guidance_scale=guidance,
+                num_inference_steps=schedule.steps,
+                generator=[torch.Generator().manual_seed(seed * SEED_STRIDE + index) for index in chosen],
+                output_type="pt",
+            ).images
+            parts.append((images * 255).round().byte())
+    finally:
+        if schedule.cur:
+            hrt.uncompile(pipeline)
+    return torch.cat(parts)
+
+
+def uncached_path(folder: Path, *, steps: int, seed: int, count: int) -> Path:
+    """Where `save` keeps the uncached images of a seed."""
+    return folder / f"uncached-t{steps}-seed{seed}-n{count}.npz"
+
+
+def save(images: Tensor, path: Path) -> None:
+    """Write uint8 images compressed, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with partial.open("wb") as file:
+        np.savez_compressed(file, images=images.numpy())
+    partial.replace(path)
+
+
+def load(path: Path) -> Tensor:
+    """Images that `save` wrote, uint8 `[N, 1, H, W]`."""
+    with np.load(path) as file:
+        return torch.from_numpy(file["images"])

@@ -1,0 +1,154 @@
+"""`harmonica-rt train`: learn a schedule for a saved pipeline."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from harmonica_rt.cli.console import console
+from harmonica_rt.cli.options import ARGUMENTS, DEVICE, DTYPE, GUIDANCE, MODEL, SEED, writable
+from harmonica_rt.errors import HarmonicaError
+
+if TYPE_CHECKING:
+    from harmonica_training import Conditions, TrainingResult
+
+_HOW_MUCH = "How much to cache (one of them)"
+_WHAT = "What to generate"
+_HOW = "How to train"
+
+
+def train(
+    model: Path = MODEL,
+    out: Path = typer.Argument(
+        ..., metavar="SCHEDULE", dir_okay=False, writable=True, callback=writable, help="Where the schedule goes."
+    ),
+    steps: int = typer.Option(20, min=2, help="Denoising steps."),
+    target_speedup: float | None = typer.Option(
+        None, min=1.0, help="Theoretical speed-up to reach.", rich_help_panel=_HOW_MUCH
+    ),
+    target_cur: float | None = typer.Option(
+        None, min=0.0, max=1.0, help="Share of entries to reuse.", rich_help_panel=_HOW_MUCH
+    ),
+    beta: float | None = typer.Option(None, min=0.0, help="A fixed price of computing.", rich_help_panel=_HOW_MUCH),
+    labels: str | None = typer.Option(
+        None, help="Class labels, such as 0,1,2 (default: all that the pipeline knows).", rich_help_panel=_WHAT
+    ),
+    prompts: Path | None = typer.Option(
+        None, exists=True, dir_okay=False, help="A text file, one prompt a line.", rich_help_panel=_WHAT
+    ),
+    embeddings: Path | None = typer.Option(
+        None, exists=True, dir_okay=False, help="Encoded prompts, safetensors.", rich_help_panel=_WHAT
+    ),
+    guidance: float | None = GUIDANCE,
+    arg: list[str] = ARGUMENTS,
+    pattern: list[str] = typer.Option([], help="A glob over module paths that chooses sites; may be repeated."),
+    iterations: int = typer.Option(1000, min=1, help="Runs to walk.", rich_help_panel=_HOW),
+    batch: int = typer.Option(8, min=1, help="Samples of a run, over all processes.", rich_help_panel=_HOW),
+    learning_rate: float = typer.Option(0.01, min=0.0, help="Of AdamW.", rich_help_panel=_HOW),
+    image_error: str = typer.Option(
+        "leave-one-out", help="IEPO's lambda: leave-one-out, progressive, or none.", rich_help_panel=_HOW
+    ),
+    renew_every: int = typer.Option(25, min=1, help="Iterations between renewals of lambda.", rich_help_panel=_HOW),
+    tau: float = typer.Option(0.1, min=0.0, max=1.0, help="Compute where r > tau.", rich_help_panel=_HOW),
+    start: Path | None = typer.Option(None, help="A schedule file to start from.", rich_help_panel=_HOW),
+    precision: str = typer.Option("fp32", help="Autocast of forwards: fp32 (none), bf16, fp16.", rich_help_panel=_HOW),
+    checkpointing: bool = typer.Option(False, help="Less memory, more time.", rich_help_panel=_HOW),
+    work: Path | None = typer.Option(
+        None,
+        file_okay=False,
+        help="Directory of checkpoints and of the TensorBoard log; a training found there goes on.",
+        rich_help_panel=_HOW,
+    ),
+    checkpoint_every: int = typer.Option(50, min=1, help="Iterations between checkpoints.", rich_help_panel=_HOW),
+    seed: int = SEED,
+    dtype: str = DTYPE,
+    device: str = DEVICE,
+) -> None:
+    """Learn a cache schedule (HarmoniCa), without images. Under torchrun, `-m harmonica_rt.cli train` shares the work."""
+    with console.status("load libraries"):
+        from harmonica_rt.cli.loading import call_arguments, load_pipeline
+        from harmonica_rt.schedule import Schedule
+        from harmonica_training import TrainConfig, train
+        from harmonica_training.distributed import leave, rank
+        from harmonica_training.progress import ConsoleProgress, Several, TensorBoardLog
+
+    pipeline = load_pipeline(model, dtype, _own_device(device))
+    given = call_arguments(pipeline, arg, steps, guidance)
+    for name in ("num_inference_steps", "guidance_scale", "class_labels", "prompt"):
+        given.pop(name, None)
+    choices: dict[str, Any] = {"image_error": None if image_error == "none" else image_error, "precision": precision}
+    config = TrainConfig(
+        steps=steps,
+        target_speedup=target_speedup,
+        target_cur=target_cur,
+        beta=beta,
+        guidance=guidance,
+        arguments=given,
+        patterns=tuple(pattern) or None,
+        renew_every=renew_every,
+        iterations=iterations,
+        batch=batch,
+        learning_rate=learning_rate,
+        tau=tau,
+        checkpointing=checkpointing,
+        checkpoint_every=checkpoint_every,
+        seed=seed,
+        **choices,
+    )
+    conditions = _conditions(pipeline, config, labels, prompts, embeddings)
+    logs = [ConsoleProgress()] if work is None else [ConsoleProgress(), TensorBoardLog(work / "log")]
+    try:
+        result = train(
+            pipeline,
+            config,
+            conditions=conditions,
+            start=Schedule.load(start) if start else None,
+            directory=work,
+            progress=Several(*logs),
+        )
+        if rank() == 0:
+            result.schedule.save(out)
+            _print_result(result, out)
+    finally:
+        leave()
+
+
+def _own_device(device: str) -> str:
+    """Under torchrun each process has a device of its own."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if device == "cuda" and local is not None else device
+
+
+def _conditions(
+    pipeline: Any, config: Any, labels: str | None, prompts: Path | None, embeddings: Path | None
+) -> Conditions | None:
+    from harmonica_training import ClassLabels, Embeddings, encode_prompts, read_prompts
+
+    given = [name for name, value in (("labels", labels), ("prompts", prompts), ("embeddings", embeddings)) if value]
+    if len(given) > 1:
+        raise HarmonicaError(f"give one of --labels, --prompts and --embeddings, not {' and '.join(given)}")
+    if labels is not None:
+        try:
+            return ClassLabels([int(label) for label in labels.split(",")])
+        except ValueError as error:
+            raise HarmonicaError(f"--labels: expected whole numbers such as 0,1,2, got {labels!r}") from error
+    if embeddings is not None:
+        return Embeddings.load(embeddings)
+    if prompts is not None:
+        with console.status("encode prompts"):
+            guided = config.guidance is None or config.guidance > 1
+            return encode_prompts(pipeline, read_prompts(prompts), guidance=guided, arguments=config.arguments)
+    return None
+
+
+def _print_result(result: TrainingResult, out: Path) -> None:
+    from harmonica_rt.schedule import render
+
+    console.print(render(result.schedule))
+    console.print(
+        f"[bold]{out}[/]: theoretical speed-up {result.speedup:.3f}x, CUR {result.schedule.cur:.1%}, "
+        f"beta {result.beta:.3g} at the end"
+    )

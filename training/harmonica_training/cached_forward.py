@@ -1,0 +1,198 @@
+"""A forward of the denoiser in which each site computes, blends with its cache, or reuses its cache.
+
+Only the calls of the site modules are replaced, and only while a forward runs: any model whose sites are modules can
+be trained, and its weights are never touched.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from harmonica_rt.schedule.sites import check_sites
+from harmonica_training.errors import TrainingError
+from harmonica_training.walk import forward_replaced
+
+Forward = Callable[[], Any]
+Cache = dict[tuple[int, int], Any]
+"""What sites returned, by site and by call of the site in one forward (a tied block's sites run several times).
+
+Values are never written to, so a shallow copy of the dict is a snapshot.
+"""
+
+Treatment = Callable[[tuple[int, int], Forward], Any]
+"""Gives a site's output, by site, call of the site, and the computation of the module."""
+
+CacheHolds = Literal["computed", "blended"]
+
+
+class CachedForward:
+    """Runs forwards of `model` under cache.
+
+    Args:
+        model: the denoiser.
+        sites: its sites.
+        checkpointing: keep no activations inside the blocks that hold sites, compute them again for the gradient.
+
+    Raises:
+        SiteError: `model` lacks a site.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[str], *, checkpointing: bool = False) -> None:
+        check_sites(model, sites)
+        self.sites = tuple(sites)
+        self._modules = [model.get_submodule(site) for site in sites]
+        self._blocks: dict[nn.Module, list[int]] = {}
+        if checkpointing:
+            for index, site in enumerate(sites):
+                block = model.get_submodule(site.rpartition(".")[0])
+                self._blocks.setdefault(block, []).append(index)
+            if model in self._blocks:
+                raise TrainingError("checkpointing works block by block; a site that is a child of the model has none")
+
+    def compute(self, forward: Forward) -> tuple[Any, Cache]:
+        """Compute every site; the output of the model, and what the sites returned."""
+        cache: Cache = {}
+
+        def treat(place: tuple[int, int], compute: Forward) -> Any:
+            output = compute()
+            cache[place] = cloned(output)
+            return output
+
+        with self._treated(treat):
+            return forward(), cache
+
+    def blend(
+        self, forward: Forward, scores: Tensor, computes: Sequence[bool], cache: Cache, holds: CacheHolds
+    ) -> tuple[Any, Cache]:
+        """Site `i` gives `r * computed + (1 - r) * cached` with `r = scores[i]` (arXiv 2410.01723, SDT).
+
+        Args:
+            forward: runs the model.
+            scores: `[sites]` in 0 ... 1; gradients flow into it.
+            computes: of each site, whether its cache takes the new output.
+            cache: what the sites returned before.
+            holds: whether a cache takes the computed output (what it will hold once the schedule is static) or the
+                blended one (as the released code does).
+
+        Returns:
+            the model's output, and the cache after it, without gradients.
+        """
+        after = dict(cache)
+
+        def treat(place: tuple[int, int], compute: Forward) -> Any:
+            computed = compute()
+            if place not in cache:
+                raise TrainingError(f"site {self.sites[place[0]]} runs more often than in the step before")
+            blended = _lerp(cache[place], computed, scores[place[0]])
+            if computes[place[0]]:
+                after[place] = cloned(blended) if holds == "blended" else detached(computed)
+            return blended
+
+        with self._checkpointed(treat, cache) if self._blocks else self._treated(treat):
+            return forward(), after
+
+    def reuse(self, forward: Forward, computes: Sequence[bool], cache: Cache) -> tuple[Any, Cache]:
+        """Each site computes, or is skipped and gives its cache; the model's output and the cache after it."""
+        after = dict(cache)
+
+        def treat(place: tuple[int, int], compute: Forward) -> Any:
+            if not computes[place[0]]:
+                return cloned(cache[place])
+            output = compute()
+            after[place] = cloned(output)
+            return output
+
+        with self._treated(treat):
+            return forward(), after
+
+    @contextmanager
+    def _treated(self, treat: Treatment, indices: Sequence[int] | None = None) -> Iterator[None]:
+        with ExitStack() as stack:
+            for index in range(len(self._modules)) if indices is None else indices:
+                stack.enter_context(_site_treated(self._modules[index], index, treat))
+            yield
+
+    @contextmanager
+    def _checkpointed(self, treat: Treatment, cache: Cache) -> Iterator[None]:
+        """Run each block under a checkpoint, which brings the treatment of its sites along when it runs again."""
+        if any(call > 0 for _, call in cache):
+            raise TrainingError("blocks that run several times in a forward cannot be checkpointed")
+        with ExitStack() as stack:
+            for block, indices in self._blocks.items():
+                stack.enter_context(forward_replaced(block, self._checkpoint(block.forward, treat, indices)))
+            yield
+
+    def _checkpoint(self, forward: Callable[..., Any], treat: Treatment, indices: list[int]) -> Callable[..., Any]:
+        def treated(*args: Any, **kwargs: Any) -> Any:
+            with self._treated(treat, indices):
+                return forward(*args, **kwargs)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return checkpoint(treated, *args, use_reentrant=False, **kwargs)
+
+        return run
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Within this block `model` is in eval mode and none of its parameters needs a gradient."""
+    modes = {module: module.training for module in model.modules()}
+    needed = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in needed:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in needed:
+            parameter.requires_grad_(True)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The prediction in what a denoiser returns: its first tensor."""
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            return leaf
+    raise TrainingError(f"the denoiser returned no tensor, but a {type(output).__name__}")
+
+
+@contextmanager
+def _site_treated(module: nn.Module, index: int, treat: Treatment) -> Iterator[None]:
+    forward = module.forward
+    calls = itertools.count()
+
+    def treated(*args: Any, **kwargs: Any) -> Any:
+        return treat((index, next(calls)), functools.partial(forward, *args, **kwargs))
+
+    with forward_replaced(module, treated):
+        yield
+
+
+def _lerp(cached: Any, computed: Any, weight: Tensor) -> Any:
+    def blend(new: Any, old: Any) -> Any:
+        if not isinstance(new, Tensor) or not new.is_floating_point():
+            return new
+        return torch.lerp(old.to(new.dtype), new, weight.to(new.dtype))
+
+    return pytree.tree_map(blend, computed, cached)
+
+
+def cloned(output: Any) -> Any:
+    """A copy of a site's or a model's output, without gradients."""
+    return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), output)
+
+
+def detached(output: Any) -> Any:
+    """The same output without gradients."""
+    return pytree.tree_map_only(Tensor, Tensor.detach, output)

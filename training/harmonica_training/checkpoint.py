@@ -1,0 +1,185 @@
+"""Checkpoints of a training run that are safe to load and survive a kill at any moment.
+
+The hazard: a process may die between any two writes, and a file that is half there must never be taken for a
+checkpoint. So each is written beside its final place, brought to disk, and moved there in one step; the one before it
+is deleted only after that. A file is plain safetensors with JSON in its header: to load one runs no code.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from harmonica_training.errors import CheckpointError
+
+FORMAT_VERSION = "1"
+
+_VERSION_KEY = "harmonica_checkpoint_version"
+_RECORD_KEY = "harmonica_checkpoint"
+_NAME = re.compile(r"iteration-(\d{6,})\.safetensors")
+_UNFINISHED = ".unfinished"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """All that a run needs to go on as if it had not been interrupted.
+
+    Attributes:
+        iteration: iterations done.
+        tensors: logits, moments of the optimiser, lambda, states of random generators: any shapes, any dtypes that
+            safetensors has, kept bit for bit. Loaded ones are on the CPU.
+        values: plain JSON, given back equal: lists and not tuples, strings as keys, finite floats.
+    """
+
+    iteration: int
+    tensors: dict[str, Tensor]
+    values: dict[str, object]
+
+
+def save_checkpoint(directory: str | os.PathLike[str], checkpoint: Checkpoint, *, keep: int = 2) -> Path:
+    """Write `iteration-000120.safetensors` into `directory`, then delete all but the newest `keep` checkpoints.
+
+    Args:
+        directory: of one run and no other; made if it is not there.
+        checkpoint: what to save.
+        keep: how many checkpoints to leave there, this one among them; at least 1.
+
+    Returns:
+        the file.
+
+    Raises:
+        ValueError: `keep` or the iteration is too small.
+        CheckpointError: `values` is not plain JSON, or the directory holds a checkpoint of a later iteration, which
+            would be taken for this run's newest.
+        OSError: the file cannot be written; the checkpoints before it are untouched.
+    """
+    if keep < 1 or checkpoint.iteration < 0:
+        raise ValueError(f"keep must be 1 or more and the iteration 0 or more, got {keep} and {checkpoint.iteration}")
+    directory = Path(directory)
+    data = _encode(checkpoint)
+    directory.mkdir(parents=True, exist_ok=True)
+    for leftover in directory.glob(f"iteration-*{_UNFINISHED}"):
+        leftover.unlink()
+    saved = _saved(directory)
+    if saved and max(saved) > checkpoint.iteration:
+        raise CheckpointError(
+            f"cannot save iteration {checkpoint.iteration} in {directory}: it holds {saved[max(saved)].name}, from "
+            f"further on or from another run; delete that one, or pass another directory"
+        )
+
+    path = directory / f"iteration-{checkpoint.iteration:06d}.safetensors"
+    unfinished = path.with_name(path.name + _UNFINISHED)
+    with unfinished.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+    _sync_directory(directory)
+    saved[checkpoint.iteration] = path
+    for iteration in sorted(saved)[:-keep]:
+        saved[iteration].unlink()
+    return path
+
+
+def latest_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint | None:
+    """The checkpoint of the highest iteration in `directory` that can be read; None if there is none at all.
+
+    A broken one (kills leave none behind, faulty disks may) is passed over with a warning in the log.
+
+    Raises:
+        CheckpointError: there are checkpoints, and not one can be read.
+    """
+    failure: CheckpointError | None = None
+    for _, path in sorted(_saved(Path(directory)).items(), reverse=True):
+        try:
+            checkpoint = load_checkpoint(path)
+        except CheckpointError as error:
+            failure = failure or error
+            logger.warning("passing over a checkpoint: %s", error)
+        else:
+            return checkpoint
+    if failure is not None:
+        raise failure
+    return None
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read what `save_checkpoint` wrote.
+
+    Raises:
+        CheckpointError: no such file, no safetensors, cut short, no checkpoint of this package, or of another version
+            of its format.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            # Cloned: the file's own memory is mapped, and aligned as the header happens to be long.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - it is no dict
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no checkpoint {path}") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} is not a complete safetensors file ({error}); delete it, and go on from the one before it"
+        ) from error
+    missing = [key for key in (_VERSION_KEY, _RECORD_KEY) if key not in metadata]
+    if missing:
+        raise CheckpointError(f"{path} is no checkpoint of a training run: its header lacks {', '.join(missing)}")
+    if metadata[_VERSION_KEY] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} is a checkpoint in version {metadata[_VERSION_KEY]} of the format, this release reads version "
+            f"{FORMAT_VERSION}; go on with the release that wrote it, or start anew"
+        )
+    iteration, values = _decode(metadata[_RECORD_KEY], path)
+    return Checkpoint(iteration, tensors, values)
+
+
+def _encode(checkpoint: Checkpoint) -> bytes:
+    record = {"iteration": checkpoint.iteration, "values": checkpoint.values}
+    try:
+        text = json.dumps(record, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the values of a checkpoint must be plain JSON with finite numbers: {error}") from error
+    if json.loads(text) != record:
+        raise CheckpointError(
+            "the values of a checkpoint must come back from JSON as they are: use lists for tuples, and strings as keys"
+        )
+    # Copied: safetensors takes no views, and no two tensors that share memory.
+    tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in checkpoint.tensors.items()}
+    data: bytes = safetensors.torch.save(tensors, {_VERSION_KEY: FORMAT_VERSION, _RECORD_KEY: text})
+    return data
+
+
+def _decode(text: str, path: str | os.PathLike[str]) -> tuple[int, dict[str, object]]:
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"the header of {path} holds no JSON under {_RECORD_KEY}: {error}") from error
+    match record:
+        case {"iteration": int(iteration), "values": dict(values)}:
+            return iteration, values
+    raise CheckpointError(f"the header of {path} lacks the iteration or the values under {_RECORD_KEY}")
+
+
+def _saved(directory: Path) -> dict[int, Path]:
+    """Finished checkpoints by iteration."""
+    found = ((_NAME.fullmatch(path.name), path) for path in directory.glob("iteration-*.safetensors"))
+    return {int(match.group(1)): path for match, path in found if match}
+
+
+def _sync_directory(directory: Path) -> None:
+    """Bring the move itself to disk, so that the deletions after it cannot get there first."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,108 @@
+"""How a schedule is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from harmonica_training.cached_forward import CacheHolds
+from harmonica_training.errors import TrainingError
+from harmonica_training.iepo import ImageError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a schedule is trained. Exactly one of `target_speedup`, `target_cur` and `beta` says how much to cache.
+
+    Attributes:
+        steps: `num_inference_steps` of the pipeline's call; the schedule has as many steps as the run (its NFE).
+        target_speedup: theoretical speed-up to reach, FLOPs of the uncached model / FLOPs left.
+        target_cur: cache utilisation ratio to reach, 0 ... 1.
+        beta: weight of the cost of computing, kept as it is.
+        guidance: `guidance_scale` of the call; None leaves the pipeline's own default.
+        arguments: further arguments of the call (height, width, ...).
+        patterns: globs that choose the sites, in the place of the rule.
+        image_error: lambda of IEPO, renewed every `renew_every` iterations; None weighs all steps alike (SDT alone).
+        renew_every: C. An iteration walks all steps, so the paper's C = 500 at 20 steps is 25.
+        iterations: runs to walk. The paper's 20,000 optimiser steps at 20 steps are 1,000.
+        batch: samples of an iteration, over all processes.
+        learning_rate: of AdamW, weight decay 0.
+        decay: share of the iterations, the last ones, over which the learning rate falls to a tenth.
+        tau: compute where r > tau.
+        initial: mean of the logits to start from.
+        spread: their standard deviation.
+        cache_holds: what a site's cache takes where it computes: the computed output (as a static schedule will) or
+            the blended one (as the released code does).
+        precision: of forwards, by autocast; fp32 leaves the pipeline's dtype as it is.
+        checkpointing: recompute the blocks' activations for the gradient, in the place of keeping them.
+        checkpoint_every: iterations between checkpoints.
+        seed: of conditions and noise.
+
+    Raises:
+        TrainingError: a value is out of its range.
+    """
+
+    steps: int
+    target_speedup: float | None = None
+    target_cur: float | None = None
+    beta: float | None = None
+    guidance: float | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    patterns: tuple[str, ...] | None = None
+    image_error: ImageError | None = "leave-one-out"
+    renew_every: int = 25
+    iterations: int = 1000
+    batch: int = 8
+    learning_rate: float = 0.01
+    decay: float = 0.5
+    tau: float = 0.1
+    initial: float = 0.0
+    spread: float = 1.0
+    cache_holds: CacheHolds = "computed"
+    hard: bool = False
+    precision: Precision = "fp32"
+    checkpointing: bool = False
+    checkpoint_every: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        chosen = [name for name in ("target_speedup", "target_cur", "beta") if getattr(self, name) is not None]
+        if len(chosen) != 1:
+            raise TrainingError(f"give exactly one of target_speedup, target_cur and beta; got {chosen or 'none'}")
+        for name in ("steps", "renew_every", "iterations", "batch", "checkpoint_every"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise TrainingError(f"{name}: expected a whole number of at least 1, got {value!r}")
+        if self.steps < 2:
+            raise TrainingError("steps: a run of one step has nothing to reuse; expected at least 2")
+        ranges = {
+            "target_speedup": (1.0, math.inf),
+            "target_cur": (0.0, 1.0),
+            "beta": (0.0, math.inf),
+            "learning_rate": (0.0, math.inf),
+            "decay": (0.0, 1.0),
+            "tau": (0.0, 1.0),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise TrainingError(f"{name}: expected {low:g} ... {high:g}, got {value!r}")
+        if not 0 < self.tau < 1:
+            raise TrainingError(f"tau: expected a number between 0 and 1, got {self.tau!r}")
+        choices = {
+            "image_error": ("leave-one-out", "progressive", "sensitivity", None),
+            "cache_holds": ("computed", "blended"),
+            "precision": ("fp32", "bf16", "fp16"),
+        }
+        for name, values in choices.items():
+            if getattr(self, name) not in values:
+                raise TrainingError(f"{name}: expected one of {values}, got {getattr(self, name)!r}")
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON values."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {**values, "arguments": dict(self.arguments), "patterns": self.patterns and list(self.patterns)}

@@ -1,0 +1,91 @@
+"""HarmoniCa (arXiv 2410.01723) as an objective: SDT, each step's error weighed by IEPO's lambda."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from harmonica_training import distributed
+from harmonica_training.iepo import ImageErrors
+from harmonica_training.sdt import Walked, step_losses
+from harmonica_training.setting import Setting
+
+
+class Objective(Protocol):
+    """A way to find out what reusing each site at each step costs.
+
+    Attributes:
+        method: its name in the schedules it makes.
+        free: bool `[steps]`, the steps that may reuse.
+        weights: `[steps]`, lambda.
+        renewed: whether the last call of `walk` found a new lambda.
+    """
+
+    method: str
+    free: NDArray[np.bool_]
+    weights: Tensor
+    renewed: bool
+
+    def walk(self, iteration: int, scores: Tensor, computes: NDArray[np.bool_], scale: float) -> Walked:
+        """Errors and their gradients by the scores, on this process's share of the iteration's batch."""
+
+
+class HarmoniCa:
+    """SDT with lambda renewed every C iterations; with lambda = 1 where the config names no image error."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self._config = setting.config
+        self.method = "harmonica" if self._config.image_error else "sdt"
+        self.free = np.arange(setting.steps) > 0
+        self.weights = torch.ones(setting.steps, dtype=torch.float64, device=setting.device)
+        self.renewed = False
+
+    def walk(self, iteration: int, scores: Tensor, computes: NDArray[np.bool_], scale: float) -> Walked:
+        """See `Objective.walk`."""
+        setting, config = self._setting, self._config
+        inputs = setting.inputs(iteration)
+        walked = step_losses(
+            setting.walker,
+            setting.cached,
+            inputs,
+            setting.generators(iteration),
+            scores=scores,
+            computes=computes,
+            holds=config.cache_holds,
+            precision=setting.precision,
+            scale=scale,
+        )
+        self.renewed = config.image_error is not None and iteration % config.renew_every == 0
+        if self.renewed:
+            errors = ImageErrors(
+                setting.walker,
+                setting.cached,
+                scores,
+                computes,
+                inputs,
+                lambda: setting.generators(iteration),
+                holds=config.cache_holds,
+                precision=setting.precision,
+            )
+            self._renew(distributed.mean(errors.weights(config.image_error)), distributed.mean(walked.mse), iteration)
+        return replace(walked, by_score=walked.by_score * self.weights[:, None].to(scores))
+
+    def _renew(self, weights: Tensor, mse: Tensor, iteration: int) -> None:
+        if self._config.image_error == "sensitivity":
+            weights = torch.where(mse > 0, weights / mse, 0.0)
+        weights = _mean_one(weights)
+        if self._config.image_error == "sensitivity" and iteration > 0:
+            weights = (self.weights + weights) / 2  # it belongs to the sampler, and changes little
+        self.weights = weights
+
+
+def _mean_one(weights: Tensor) -> Tensor:
+    """Scaled to a mean of 1 over all steps but the first, so that beta does not depend on the size of images."""
+    mean = weights[1:].mean()
+    return torch.ones_like(weights) if mean == 0 else weights / mean

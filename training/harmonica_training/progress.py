@@ -1,0 +1,262 @@
+"""What a training run shows and logs: nothing, a bar in the terminal, TensorBoard, or several of them.
+
+Iterations count from 1. All that is reported carries the iteration it belongs to, so that a run resumed after `done`
+iterations reports what comes after `done` once more, and a log can drop what it had of that.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Column
+
+from harmonica_training.errors import TrainingError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+PLAIN_LINES = 20
+"""Lines that a run prints where no bar can be drawn."""
+
+CELL = 8
+"""Pixels to a side of one (step, site) in an image."""
+
+
+@dataclass(frozen=True)
+class IterationRecord:
+    """Figures of one iteration.
+
+    Attributes:
+        iteration: counted from 1.
+        loss: what is minimised: squared errors weighted by lambda, plus the penalty.
+        mse: mean squared error of the student against the teacher, before any weights.
+        penalty: price of computing, weighted by beta.
+        beta: weight of the penalty.
+        cur: cache utilisation of the schedule so far: the part of all sites in all steps that is reused, 0 to 1.
+        speedup: work of the whole model over work with the schedule so far.
+        seconds: wall time of the iteration.
+    """
+
+    iteration: int
+    loss: float
+    mse: float
+    penalty: float
+    beta: float
+    cur: float
+    speedup: float
+    seconds: float
+
+
+class Progress(Protocol):
+    """Follows a training run."""
+
+    def begin(self, total: int, done: int) -> None:
+        """A run of `total` iterations begins, or goes on after `done` of them."""
+
+    def iteration(self, record: IterationRecord) -> None:
+        """An iteration is over."""
+
+    def renewed(self, iteration: int, weights: Sequence[float]) -> None:
+        """In `iteration` lambda was renewed; `weights` has one number a step."""
+
+    def schedule(self, iteration: int, scores: NDArray[np.floating[Any]], compute: NDArray[np.bool_]) -> None:
+        """After `iteration` the routers say `scores` (0 to 1), the schedule `compute`; both `[steps, sites]`."""
+
+    def end(self) -> None:
+        """The run is over, or was interrupted."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def begin(self, total: int, done: int) -> None:
+        """Do nothing."""
+
+    def iteration(self, record: IterationRecord) -> None:
+        """Do nothing."""
+
+    def renewed(self, iteration: int, weights: Sequence[float]) -> None:
+        """Do nothing."""
+
+    def schedule(self, iteration: int, scores: NDArray[np.floating[Any]], compute: NDArray[np.bool_]) -> None:
+        """Do nothing."""
+
+    def end(self) -> None:
+        """Do nothing."""
+
+
+class ConsoleProgress(Silent):
+    """A bar with the time left and the figures; where there is no terminal, some `PLAIN_LINES` lines in all.
+
+    Args:
+        console: where to show it; standard error by default.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._bar: RichProgress | None = None
+        self._total = self._done = 0
+        self._every = 1  # iterations to a plain line
+        self._begun = 0.0
+
+    def begin(self, total: int, done: int) -> None:
+        """Draw the bar, if there is a terminal to draw in."""
+        self.end()
+        self._total, self._done, self._begun = total, done, time.monotonic()
+        self._every = max(1, math.ceil((total - done) / PLAIN_LINES))
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            count = MofNCompleteColumn(table_column=Column(no_wrap=True))  # where it is narrow, the bar gives way
+            figures = TextColumn("{task.description}")
+            self._bar = RichProgress(count, BarColumn(bar_width=None), figures, console=self._console)
+            self._bar.add_task("", total=total, completed=done)
+            self._bar.start()
+
+    def iteration(self, record: IterationRecord) -> None:
+        """Move the bar on, or print a line if it is time for one."""
+        if self._bar is not None:
+            (task,) = self._bar.task_ids
+            self._bar.update(task, completed=record.iteration, description=self._figures(record))
+        elif (record.iteration - self._done) % self._every == 0 or record.iteration == self._total:
+            line = f"iteration {record.iteration}/{self._total}  {self._figures(record)}"
+            self._console.print(line, highlight=False, soft_wrap=True)
+
+    def end(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _figures(self, record: IterationRecord) -> str:
+        # From the wall clock, not `seconds`: renewing lambda takes time as well.
+        each = (time.monotonic() - self._begun) / max(1, record.iteration - self._done)
+        left = _duration(each * (self._total - record.iteration))
+        return (
+            f"{left} left  loss {record.loss:.4g}  CUR {record.cur:.1%}  speed-up {record.speedup:.2f}x  "
+            f"beta {record.beta:.3g}"
+        )
+
+
+class TensorBoardLog:
+    """Scalars, lambda and the schedule as event files.
+
+    A resumed run goes on in the same directory: what was logged there after the iteration it goes on from is dropped
+    by TensorBoard. All is on its way to disk once a method returns, so a killed run has logged what it reported.
+
+    Args:
+        directory: for the event files of this run and no other.
+
+    Raises:
+        TrainingError: TensorBoard is not installed.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise TrainingError(
+                f"logging for TensorBoard needs the package tensorboard ({error}): pip install harmonica-rt[train]"
+            ) from error
+        self._open = SummaryWriter
+        self._directory = os.fspath(directory)
+        self._writer: SummaryWriter | None = None
+
+    def begin(self, total: int, done: int) -> None:
+        """Open an event file that voids what others hold of iterations after `done`."""
+        self.end()
+        self._writer = self._open(self._directory, purge_step=done + 1)
+
+    def iteration(self, record: IterationRecord) -> None:
+        """Log the figures of an iteration."""
+        scalars = {
+            "loss/total": record.loss,
+            "loss/mse": record.mse,
+            "loss/penalty": record.penalty,
+            "beta": record.beta,
+            "cur": record.cur,
+            "speedup": record.speedup,
+            "seconds": record.seconds,
+        }
+        self._scalars(scalars, record.iteration)
+
+    def renewed(self, iteration: int, weights: Sequence[float]) -> None:
+        """Log lambda, one curve a step."""
+        digits = max(2, len(str(len(weights) - 1)))
+        self._scalars({f"lambda/step_{step:0{digits}}": weight for step, weight in enumerate(weights)}, iteration)
+
+    def schedule(self, iteration: int, scores: NDArray[np.floating[Any]], compute: NDArray[np.bool_]) -> None:
+        """Log two pictures, a row a step and a column a site: scores in greys, computed sites white."""
+        writer = self._opened()
+        for tag, values in (("scores", scores), ("schedule", compute)):
+            writer.add_image(tag, _picture(np.asarray(values, np.float64)), iteration, dataformats="HW")
+        writer.flush()
+
+    def end(self) -> None:
+        """Close the event file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _scalars(self, scalars: dict[str, float], iteration: int) -> None:
+        writer = self._opened()
+        for tag, value in scalars.items():
+            writer.add_scalar(tag, value, iteration)
+        writer.flush()
+
+    def _opened(self) -> SummaryWriter:
+        if self._writer is None:
+            raise TrainingError("a TensorBoardLog takes figures between begin() and end() only: call begin() first")
+        return self._writer
+
+
+class Several:
+    """Hands everything on to each of `progress`, in their order."""
+
+    def __init__(self, *progress: Progress) -> None:
+        self._progress = progress
+
+    def begin(self, total: int, done: int) -> None:
+        """Begin each."""
+        for each in self._progress:
+            each.begin(total, done)
+
+    def iteration(self, record: IterationRecord) -> None:
+        """Tell each."""
+        for each in self._progress:
+            each.iteration(record)
+
+    def renewed(self, iteration: int, weights: Sequence[float]) -> None:
+        """Tell each."""
+        for each in self._progress:
+            each.renewed(iteration, weights)
+
+    def schedule(self, iteration: int, scores: NDArray[np.floating[Any]], compute: NDArray[np.bool_]) -> None:
+        """Tell each."""
+        for each in self._progress:
+            each.schedule(iteration, scores, compute)
+
+    def end(self) -> None:
+        """End each."""
+        for each in self._progress:
+            each.end()
+
+
+def _picture(values: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """`values [H, W]` of 0 to 1 as grey levels `[H * CELL, W * CELL]`."""
+    grey = np.rint(values.clip(0.0, 1.0) * 255.0).astype(np.uint8)
+    return grey.repeat(CELL, axis=0).repeat(CELL, axis=1)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

@@ -1,0 +1,108 @@
+"""The router: how much of each site to compute at each step, `r = sigmoid(logits)`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from harmonica_rt.schedule import Schedule
+from harmonica_training.errors import TrainingError
+
+LIMIT = 5.0  # logits stay in [-LIMIT, LIMIT] (released code): further out the sigmoid gives no gradient
+WARM = 2.0  # distance of the logits from tau's, where a training starts from a mask
+
+
+class Router(nn.Module):
+    """Learned logits `[steps, sites]`.
+
+    Args:
+        steps: number of steps (NFE).
+        sites: names of the sites.
+        initial: mean of the logits to start from.
+        spread: their standard deviation. Neighbouring steps must not start alike: all would be given up, or kept,
+            together, where one computed step lets the next reuse.
+        seed: of the random logits.
+        free: bool `[steps]`, the steps that may reuse; others always compute. By default all but the first.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        sites: Sequence[str],
+        *,
+        initial: float = 0.0,
+        spread: float = 1.0,
+        seed: int = 0,
+        free: NDArray[np.bool_] | None = None,
+    ) -> None:
+        super().__init__()
+        self.free = np.arange(steps) > 0 if free is None else free
+        self.sites = tuple(sites)
+        # a parameter a step: an optimiser leaves a step alone that has no gradient
+        noise = torch.randn(steps, len(self.sites), generator=torch.Generator().manual_seed(seed))
+        self.rows = nn.ParameterList(list((initial + spread * noise).clamp(-LIMIT, LIMIT)))
+
+    @property
+    def logits(self) -> Tensor:
+        """`[steps, sites]`, a copy."""
+        return torch.stack([row.detach() for row in self.rows])
+
+    def scores(self) -> Tensor:
+        """`r`, `[steps, sites]` in 0 ... 1; exactly 1 at steps that always compute. Without gradients."""
+        scores = self.logits.sigmoid()
+        scores[torch.from_numpy(~self.free)] = 1.0
+        return scores
+
+    def computes(self, tau: float) -> NDArray[np.bool_]:
+        """Where `r > tau`: the schedule that the router stands for."""
+        mask: NDArray[np.bool_] = (self.scores() > tau).cpu().numpy()
+        return mask
+
+    def set_gradient(self, by_score: Tensor, steps: NDArray[np.bool_]) -> None:
+        """Set the gradients of the logits of `steps` from `d loss / d r`, `[steps, sites]`; other steps have none."""
+        scores = self.scores()
+        by_logit = by_score * scores * (1 - scores)
+        for row, gradient, chosen, free in zip(self.rows, by_logit, steps, self.free, strict=True):
+            row.grad = gradient.to(row.dtype).clone() if chosen and free else None
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Keep the logits where their sigmoid has a gradient."""
+        for row in self.rows:
+            row.clamp_(-LIMIT, LIMIT)
+
+    @torch.no_grad()
+    def load(self, logits: Tensor) -> None:
+        """Take over `[steps, sites]`."""
+        for row, values in zip(self.rows, logits, strict=True):
+            row.copy_(values)
+
+    def start_from(self, schedule: Schedule, tau: float) -> None:
+        """Warm start: from the scores that made `schedule`, or else from its mask, at either side of `tau`.
+
+        Raises:
+            TrainingError: it is for other sites or another number of steps.
+        """
+        if schedule.sites != self.sites or schedule.steps != len(self.rows):
+            raise TrainingError(
+                f"the schedule to start from has {schedule.steps} steps and {len(schedule.sites)} sites; this "
+                f"training has {len(self.rows)} steps and the {len(self.sites)} sites {self.sites[0]} ... "
+                f"{self.sites[-1]}"
+            )
+        mask = torch.from_numpy(np.array(schedule.compute))
+        logits = logit(tau) + torch.where(mask, WARM, -WARM)
+        scores = schedule.made_by.scores if schedule.made_by else None
+        for step, row in enumerate(scores or ()):
+            if row is not None:
+                logits[step] = torch.tensor(row)
+        self.load(logits.clamp(-LIMIT, LIMIT))
+
+
+def logit(score: float) -> float:
+    """The inverse of the sigmoid."""
+    return math.log(score / (1 - score))

@@ -1,0 +1,114 @@
+"""Step-wise denoising training (SDT), arXiv 2410.01723, section 4.1.
+
+One iteration starts from noise and walks all steps, as a run does. At each step the uncached model gives the target,
+the model under cache is held against it at the same latents, and its prediction goes on to the scheduler - so what is
+trained is what will run, drift included, and no image is needed.
+
+Losses of different steps share nothing but the caches, which carry no gradient: so each step's gradient is taken at
+once, and no more than one step's activations are ever held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from harmonica_training.cached_forward import Cache, CachedForward, CacheHolds, detached, first_tensor
+from harmonica_training.errors import TrainingError
+from harmonica_training.walk import DenoiserCall, StreamKey, Walker
+
+Precision = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Walked:
+    """What one iteration of SDT gives.
+
+    Attributes:
+        by_score: `[steps, sites]`, gradient of `sum_t mse_t` by the scores (row t depends on mse_t alone).
+        mse: `[steps]`, error of the prediction under cache, mean over its elements.
+        power: `[steps]`, mean square of the target.
+        drawn: bool `[steps]`, the steps that took part.
+    """
+
+    by_score: Tensor
+    mse: Tensor
+    power: Tensor
+    drawn: NDArray[np.bool_]
+
+
+def step_losses(
+    walker: Walker,
+    cached: CachedForward,
+    inputs: Mapping[str, Any],
+    generators: Sequence[torch.Generator],
+    *,
+    scores: Tensor,
+    computes: NDArray[np.bool_],
+    holds: CacheHolds,
+    precision: Precision,
+    scale: float = 1.0,
+    window: tuple[int, int] | None = None,
+    start: Tensor | None = None,
+) -> Walked:
+    """Walk one batch and differentiate the loss of every step.
+
+    Args:
+        walker: walks the pipeline.
+        cached: its denoiser under cache.
+        inputs: conditions of the B samples.
+        generators: B generators of noise.
+        scores: r, `[steps, sites]`.
+        computes: bool `[steps, sites]`, r > tau.
+        holds: see `CachedForward.blend`.
+        precision: a context for forwards (autocast, or nothing).
+        scale: factor on the loss before its gradient is taken, and taken out after it, so that half precision does
+            not lose it.
+        window, start: see `Walker.walk`; by default a whole run from noise.
+
+    Raises:
+        TrainingError: the walk has another number of steps than the scores, or no site reaches the prediction.
+    """
+    leaf = scores.detach().clone().requires_grad_()
+    caches: dict[StreamKey, Cache] = {}  # as many as the denoiser has calls in a step
+    device = scores.device
+    mse, power = (torch.zeros(len(scores), dtype=torch.float64, device=device) for _ in range(2))
+
+    def denoise(call: DenoiserCall) -> Any:
+        if call.step >= len(scores):
+            raise TrainingError(f"expected a run of {len(scores)} steps, but it goes on after them")
+        with precision():
+            if call.stream not in caches:  # the first step; later ones only where guidance sets in late
+                output, caches[call.stream] = cached.compute(call.forward)
+                return output
+            target = wide(first_tensor(call.forward()))
+            with torch.enable_grad():
+                row = leaf[call.step]
+                output, caches[call.stream] = cached.blend(
+                    call.forward, row, computes[call.step].tolist(), caches[call.stream], holds
+                )
+        prediction = first_tensor(output)
+        with torch.enable_grad():
+            if not prediction.requires_grad:
+                raise TrainingError("no site reaches the denoiser's prediction; choose other sites")
+            error = (wide(prediction) - target).square().mean() / len(caches)
+            (error * scale).backward()
+        mse[call.step] += error.detach()
+        power[call.step] += target.square().mean() / len(caches)
+        return detached(output)
+
+    walker.walk(inputs, generators, denoise, window=window, start=start)
+    by_score = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad / scale
+    return Walked(by_score, mse, power, np.arange(len(scores)) > 0)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """At least float32: squares of half precision lose what matters."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

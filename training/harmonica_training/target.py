@@ -1,0 +1,164 @@
+"""Reach a speed-up or a CUR: steer beta while training, and land on the target after it.
+
+A router's loss is `sum_t lambda_t mse_t + beta * sum w_i r[t, i]`, with the site's share of the cost as its weight w.
+Which beta gives which speed-up depends on the model, the sampler and lambda, and nobody knows it beforehand. So beta
+is the multiplier of the constraint "save this share of the cost", and follows it by dual ascent; with damping, because
+logits move slowly and the cost they will come to is known late.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from harmonica_training.config import TrainConfig
+from harmonica_training.costs import SiteCosts
+from harmonica_training.errors import TrainingError
+from harmonica_training.router import logit
+
+GAIN = 5.0  # of log beta a unit of learning rate, a unit of missing share
+DAMPING = 4.0  # of log beta a unit of change of the saved share
+SOFTNESS = 0.5  # width, in logits, of the threshold through which the saved share is seen
+MEMORY = 0.1  # weight of the newest gradient in the prices
+TINY = 1e-12  # a first beta that can grow, where no gradient says more
+TOLERANCE = 0.02  # relative, between the target and what a schedule reaches
+
+
+class Target:
+    """What a schedule saves, and what it should.
+
+    Args:
+        config: `target_speedup`, `target_cur`, or neither.
+        costs: of the sites.
+        free: bool `[steps]`, the steps that may reuse.
+
+    Raises:
+        TrainingError: no schedule reaches the target.
+    """
+
+    def __init__(self, config: TrainConfig, costs: SiteCosts, free: NDArray[np.bool_]) -> None:
+        self._by_cur = config.target_cur is not None
+        self._costs = costs
+        self._free = free
+        self.value = config.target_cur if self._by_cur else config.target_speedup
+        shares = np.ones(len(costs.sites)) if self._by_cur else costs.alone
+        self.weights: NDArray[np.float64] = shares / shares.mean()  # of the sites in the penalty, mean 1
+        most = self.reached(np.repeat(~free[:, None], len(costs.sites), axis=1))
+        if self.value is not None and self.value > most:
+            name = "target_cur" if self._by_cur else "target_speedup"
+            raise TrainingError(
+                f"{name}: {self.value:g} cannot be reached; with everything reused where it can be, it is {most:.4g}"
+            )
+
+    def reached(self, computes: NDArray[np.bool_]) -> float:
+        """The speed-up of a mask bool `[steps, sites]`, or its CUR where that is the target."""
+        return 1.0 - float(computes.mean()) if self._by_cur else self._costs.speedup(computes)
+
+    @property
+    def goal(self) -> float | None:
+        """The share of the cost to save, 0 ... 1."""
+        if self.value is None or self._by_cur:
+            return self.value
+        return 1.0 - 1.0 / self.value
+
+    def saved(self, reuses: Tensor) -> float:
+        """Share of the cost that `[steps, sites]` of 0 (compute) ... 1 (reuse) saves, to first order."""
+        weights = torch.from_numpy(self.weights).to(reuses)
+        share = float((reuses * weights).mean())
+        return share if self._by_cur else share * float(self._costs.alone.sum())
+
+    def land(
+        self, scores: NDArray[np.float64], prices: NDArray[np.float64], tau: float
+    ) -> tuple[NDArray[np.bool_], float]:
+        """The mask that meets the target and is nearest to `scores > tau`, and the threshold it comes to.
+
+        Entries are given up in the order of their scores; those of equal score (logits end at their limits) in the
+        order of their prices. Without a target, or where tau meets it, the mask is `scores > tau`.
+
+        Args:
+            scores: r, `[steps, sites]`.
+            prices: what reusing an entry costs the image, relative to what it saves, `[steps, sites]`.
+            tau: the threshold to stay near to.
+        """
+        at_tau = (scores > tau) | ~self._free[:, None]
+        if self.value is None or abs(self.reached(at_tau) / self.value - 1) <= TOLERANCE / 4:
+            return at_tau, tau
+        entries = np.flatnonzero(np.repeat(self._free[:, None], scores.shape[1], axis=1))
+        order = entries[np.lexsort((prices.flat[entries], scores.flat[entries]))]
+
+        def mask(reused: int) -> NDArray[np.bool_]:
+            computes = np.ones(scores.size, dtype=np.bool_)
+            computes[order[:reused]] = False
+            return computes.reshape(scores.shape)
+
+        low, high = 0, len(order)
+        while high - low > 1:  # what is reached grows with the number of reused entries
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.reached(mask(middle)) < self.value else (low, middle)
+        value = self.value
+        reused = min((low, high), key=lambda count: abs(self.reached(mask(count)) - value))
+        around = scores.flat[order[max(reused - 1, 0) : reused + 1]]
+        return mask(reused), float(around.mean())
+
+
+class Steering:
+    """Beta, iteration by iteration, and what each entry's reuse costs.
+
+    Args:
+        target: what to reach.
+        config: `beta`, kept as it is where there is nothing to reach, and `tau`.
+        shape: `[steps, sites]`.
+    """
+
+    def __init__(self, target: Target, config: TrainConfig, shape: tuple[int, int]) -> None:
+        self._target = target
+        self._middle = logit(config.tau)
+        self.beta = config.beta
+        self._saved: float | None = None
+        self.prices = torch.zeros(shape)
+
+    def observe(self, by_score: Tensor, drawn: NDArray[np.bool_], free: NDArray[np.bool_]) -> None:
+        """Take in gradients of the error, and choose the first beta by the first of them.
+
+        The first beta is the one at which entries that make up the goal's share would rather be reused.
+
+        Args:
+            by_score: `[steps, sites]`, gradient of the error by the scores; negative where computing helps.
+            drawn: bool `[steps]`, the steps that it holds.
+            free: bool `[steps]`, the steps that may reuse.
+        """
+        rows = torch.from_numpy(drawn & free)
+        prices = (-by_score.cpu() / torch.from_numpy(self._target.weights))[rows].float()
+        self.prices[rows] += (prices - self.prices[rows]) * (1.0 if self._saved is None else MEMORY)
+        goal = self._target.goal
+        if self.beta is None and goal is not None:
+            share = min(1.0, goal * len(free) / int(free.sum()))
+            self.beta = max(float(prices.clamp(min=0).flatten().quantile(share)), TINY)
+
+    def follow(self, logits: Tensor, learning_rate: float, free: NDArray[np.bool_]) -> None:
+        """After a step of the optimiser, correct beta towards the goal."""
+        goal = self._target.goal
+        reuses = ((self._middle - logits) / SOFTNESS).sigmoid()
+        reuses[torch.from_numpy(~free)] = 0.0
+        saved = self._target.saved(reuses)
+        change = 0.0 if self._saved is None else saved - self._saved
+        self._saved = saved
+        if goal is not None and self.beta is not None:
+            self.beta *= math.exp(GAIN * learning_rate * (goal - saved) - DAMPING * change)
+
+    def penalty(self) -> Tensor:
+        """`[sites]`, what a unit of each site's score costs at every step."""
+        return torch.from_numpy(self._target.weights).float() * (self.beta or 0.0)
+
+    def state(self) -> dict[str, float | None]:
+        """What a checkpoint keeps beside `prices`."""
+        return {"beta": self.beta, "saved": self._saved}
+
+    def load(self, state: Mapping[str, float | None], prices: Tensor) -> None:
+        """Take over `state` and `prices`."""
+        self.beta, self._saved, self.prices = state["beta"], state["saved"], prices

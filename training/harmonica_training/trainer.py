@@ -1,0 +1,282 @@
+"""Train a router and make a schedule of it: one loop for every objective, on one process or many."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from harmonica_rt.schedule import MadeBy, Schedule
+from harmonica_training import distributed
+from harmonica_training.cached_forward import frozen
+from harmonica_training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from harmonica_training.conditions import Conditions
+from harmonica_training.config import TrainConfig
+from harmonica_training.errors import DivergenceError, TrainingError
+from harmonica_training.harmonica import HarmoniCa, Objective
+from harmonica_training.progress import IterationRecord, Progress, Silent
+from harmonica_training.router import Router
+from harmonica_training.sdt import Walked
+from harmonica_training.setting import Setting
+from harmonica_training.target import Steering, Target
+
+DIVERGED = 10.0  # error of the prediction, relative to its mean square, above which nothing is learned any more
+LAST_RATE = 0.1  # of the learning rate, at the end of its decay
+FP16_SCALE = 1024.0  # on losses in half precision
+SHOW_EVERY = 10  # iterations between pictures of the schedule
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training gives.
+
+    Attributes:
+        schedule: the schedule, with how it was made.
+        scores: r, `[steps, sites]`.
+        speedup: theoretical speed-up of the schedule, FLOPs of the uncached model / FLOPs left.
+        beta: at the end.
+        history: one record an iteration, of this process since it began.
+    """
+
+    schedule: Schedule
+    scores: NDArray[np.float64]
+    speedup: float
+    beta: float
+    history: tuple[IterationRecord, ...]
+
+
+def train(
+    pipeline: Any,
+    config: TrainConfig,
+    *,
+    conditions: Conditions | None = None,
+    start: Schedule | None = None,
+    directory: str | Path | None = None,
+    progress: Progress | None = None,
+    objective: Callable[[Setting], Objective] = HarmoniCa,
+) -> TrainingResult:
+    """Learn a cache schedule for `pipeline`.
+
+    Under `torchrun` every process calls this with a pipeline on its own device; each walks its share of the batch, all
+    return the same schedule.
+
+    Args:
+        pipeline: a diffusers pipeline; its weights are left alone.
+        config: how to train.
+        conditions: what to generate; by default all class labels that the pipeline knows.
+        start: a schedule to start from: its scores, or else its mask.
+        directory: where checkpoints are kept. A training that finds its own there goes on from the newest.
+        progress: told of each iteration, in the first process.
+        objective: what is learned from.
+
+    Raises:
+        TrainingError: the config does not fit the pipeline, or a target cannot be reached.
+        DivergenceError: the error is not finite, or grew out of bounds.
+    """
+    distributed.join()
+    setting = Setting(pipeline, config, conditions)
+    training = _Training(setting, objective(setting), start)
+    checkpoints = None if directory is None else Path(directory)
+    if checkpoints is not None:
+        training.resume(checkpoints)
+    shown = progress if progress is not None and distributed.rank() == 0 else Silent()
+    shown.begin(config.iterations, training.iteration)
+    history = []
+    with frozen(setting.model):
+        while training.iteration < config.iterations:
+            history.append(training.step(shown))
+            if checkpoints is not None and training.iteration % config.checkpoint_every == 0:
+                training.save(checkpoints)
+    if checkpoints is not None:
+        training.save(checkpoints)
+    shown.end()
+    return training.result(tuple(history))
+
+
+class _Training:
+    """The state of a training: router, optimiser, beta, lambda."""
+
+    def __init__(self, setting: Setting, objective: Objective, start: Schedule | None) -> None:
+        config = setting.config
+        self.iteration = 0
+        self._setting = setting
+        self._config = config
+        self._objective = objective
+        router = Router(
+            setting.steps,
+            setting.sites,
+            initial=config.initial,
+            spread=config.spread,
+            seed=config.seed,
+            free=objective.free,
+        )
+        self._router = router.to(setting.device)
+        if start is not None:
+            self._router.start_from(start, config.tau)
+        self._optimizer = torch.optim.AdamW(self._router.parameters(), lr=config.learning_rate, weight_decay=0.0)
+        self._target = Target(config, setting.costs, objective.free)
+        self._steering = Steering(self._target, config, (setting.steps, len(setting.sites)))
+
+    def step(self, progress: Progress) -> IterationRecord:
+        """One iteration."""
+        started = time.perf_counter()
+        config, router, steering = self._config, self._router, self._steering
+        scale = FP16_SCALE if config.precision == "fp16" else 1.0
+        scores = router.scores()
+        used = torch.from_numpy(router.computes(config.tau)).to(scores) if config.hard else scores
+        walked = self._objective.walk(self.iteration, used, router.computes(config.tau), scale)
+        by_score, mse = self._checked(walked)
+        steering.observe(by_score, walked.drawn, router.free)
+        penalty = steering.penalty().to(by_score)
+        router.set_gradient(by_score + penalty, walked.drawn)
+        rate = self._learning_rate()
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        router.clamp()
+        steering.follow(router.logits, rate, router.free)
+        self.iteration += 1
+        computes = router.computes(config.tau)
+        cost = float((scores[walked.drawn] * penalty).sum())
+        error = float((mse * self._objective.weights).sum())
+        record = IterationRecord(
+            iteration=self.iteration,
+            loss=error + cost,
+            mse=float(mse[walked.drawn].mean()),
+            penalty=cost,
+            beta=steering.beta or 0.0,
+            cur=1.0 - float(computes.mean()),
+            speedup=self._setting.costs.speedup(computes),
+            seconds=time.perf_counter() - started,
+        )
+        if self._objective.renewed:
+            progress.renewed(self.iteration, self._objective.weights.tolist())
+        progress.iteration(record)
+        if self.iteration % SHOW_EVERY == 0 or self.iteration == config.iterations:
+            progress.schedule(self.iteration, router.scores().double().cpu().numpy(), computes)
+        return record
+
+    def result(self, history: tuple[IterationRecord, ...]) -> TrainingResult:
+        """The schedule that the router stands for, on its target."""
+        config, setting = self._config, self._setting
+        scores = self._router.scores().double().cpu().numpy()
+        mask, threshold = self._target.land(scores, self._steering.prices.double().numpy(), config.tau)
+        free = self._router.free
+        logits = [row.tolist() if may else None for row, may in zip(self._router.logits, free, strict=True)]
+        record = {
+            **config.plain(),
+            "conditions": setting.conditions.describe(),
+            "processes": distributed.world(),
+            "final_beta": self._steering.beta,
+        }
+        made_by = MadeBy(self._objective.method, record, threshold, logits)
+        schedule = Schedule.from_array(mask, setting.sites, made_by=made_by)
+        return TrainingResult(
+            schedule=setting.describe(schedule),
+            scores=scores,
+            speedup=setting.costs.speedup(mask),
+            beta=self._steering.beta or 0.0,
+            history=history,
+        )
+
+    def save(self, directory: Path) -> None:
+        """Write a checkpoint, from the first process."""
+        if distributed.rank() == 0:
+            save_checkpoint(directory, Checkpoint(self.iteration, self._tensors(), self._values()))
+        distributed.wait()
+
+    def resume(self, directory: Path) -> None:
+        """Go on from the newest checkpoint in `directory`, if there is one.
+
+        Raises:
+            TrainingError: it is of a training with another config or model.
+        """
+        found = latest_checkpoint(directory)
+        if found is None:
+            return
+        values = self._values()
+        for name in ("identity", "steering"):
+            if name not in found.values:
+                raise TrainingError(f"the checkpoint in {directory} has no {name}; give another directory")
+        identity, here = found.values["identity"], values["identity"]
+        if identity != here:
+            raise TrainingError(
+                f"{directory} holds a checkpoint of another training: {_differences(identity, here)}. Give another "
+                f"directory, or remove it"
+            )
+        self.iteration = found.iteration
+        self._router.load(found.tensors["logits"])
+        self._steering.load(found.values["steering"], found.tensors["prices"])  # type: ignore[arg-type]
+        self._objective.weights = found.tensors["lambda"].to(self._setting.device)
+        for index, row in enumerate(self._router.rows):
+            if f"moment.{index}" in found.tensors:
+                moment, square = found.tensors[f"moment.{index}"].to(row)
+                self._optimizer.state[row] = {
+                    "step": found.tensors[f"count.{index}"].clone(),
+                    "exp_avg": moment.clone(),
+                    "exp_avg_sq": square.clone(),
+                }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"logits": self._router.logits, "prices": self._steering.prices, "lambda": self._objective.weights}
+        for index, row in enumerate(self._router.rows):
+            state = self._optimizer.state.get(row)
+            if state:
+                tensors[f"moment.{index}"] = torch.stack([state["exp_avg"], state["exp_avg_sq"]])
+                tensors[f"count.{index}"] = state["step"]
+        return tensors
+
+    def _values(self) -> dict[str, object]:
+        config = self._config.plain()
+        for name in ("iterations", "checkpoint_every"):  # a training may go on for longer
+            del config[name]
+        info = self._setting.describe(Schedule.all_compute(steps=self._setting.steps, sites=self._setting.sites))
+        identity = {
+            "method": self._objective.method,
+            "config": config,
+            "model": [info.model.class_name, info.model.config_fingerprint] if info.model else None,
+            "conditions": self._setting.conditions.describe(),
+        }
+        return {"identity": json.loads(json.dumps(identity)), "steering": self._steering.state()}
+
+    def _checked(self, walked: Walked) -> tuple[Tensor, Tensor]:
+        """Gradient and errors, over all processes; DivergenceError where they are of no use."""
+        by_score, mse, power = (distributed.mean(part) for part in (walked.by_score, walked.mse, walked.power))
+        if not bool(by_score.isfinite().all()) or not bool(mse.isfinite().all()):
+            step = int((~mse.isfinite()).nonzero()[0]) if not bool(mse.isfinite().all()) else None
+            where = "its gradient" if step is None else f"the error of step {step}"
+            hint = "bf16 has the range of fp32" if self._config.precision == "fp16" else "look at the model's outputs"
+            raise DivergenceError(f"iteration {self.iteration}: {where} is not finite; {hint}")
+        relative = float(mse.sum() / power.sum().clamp(min=torch.finfo(torch.float64).tiny))
+        if relative > DIVERGED:
+            raise DivergenceError(
+                f"iteration {self.iteration}: under cache the prediction is off by {relative:.3g} times its own mean "
+                f"square; lower the target or beta, or the learning rate"
+            )
+        return by_score, mse
+
+    def _learning_rate(self) -> float:
+        config = self._config
+        decaying = round(config.iterations * config.decay)
+        done = self.iteration - (config.iterations - decaying)
+        if decaying == 0 or done <= 0:
+            return config.learning_rate
+        cosine = 0.5 * (1 + math.cos(math.pi * done / decaying))
+        return config.learning_rate * (LAST_RATE + (1 - LAST_RATE) * cosine)
+
+
+def _differences(found: object, here: object) -> str:
+    """The names of what differs between two identities."""
+    if not isinstance(found, dict) or not isinstance(here, dict):
+        return f"{found!r} there, {here!r} here"
+    names = [name for name in {**found, **here} if found.get(name) != here.get(name)]
+    return "; ".join(f"{name}: {_differences(found.get(name), here.get(name))}" for name in names)

@@ -1,0 +1,292 @@
+"""Run a pipeline's own denoising loop, and let somebody else answer for its denoiser.
+
+The hazard: every pipeline mixes guidance, splits learned variances, scales and shifts timesteps in its own way, and
+solvers of higher order keep a history. A second loop written here would be right for some of them. So a walk is one
+call of the pipeline itself, on a copy that shares the modules but has its own scheduler (walks may nest), and it ends
+with the last `scheduler.step`: nothing is decoded.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from harmonica_training.errors import TrainingError
+
+_DENOISER_NAMES = ("transformer", "unet", "denoiser")
+
+T = TypeVar("T")
+StreamKey = tuple[int, tuple[torch.Size, ...]]
+
+
+@dataclass(frozen=True)
+class DenoiserCall:
+    """One call of the denoiser in a walk.
+
+    Attributes:
+        step: number of `scheduler.step` calls before it in this walk.
+        stream: which of the step's calls it is, by its place and the shapes of its tensors; each stream has a cache
+            of its own.
+        forward: runs the denoiser with the arguments that the pipeline gave.
+    """
+
+    step: int
+    stream: StreamKey
+    forward: Callable[[], Any]
+
+
+Denoise = Callable[[DenoiserCall], Any]
+"""Answers a call of the denoiser: returns what the denoiser would."""
+
+
+class Walker:
+    """Walks a pipeline from noise to its final latents.
+
+    Args:
+        pipeline: a diffusers pipeline, or anything that is called like one and has `scheduler` and a denoiser.
+        steps: `num_inference_steps` of its call.
+        arguments: further arguments of every call: guidance, size, ...
+
+    Raises:
+        TrainingError: the pipeline has no denoiser of a known name, or takes no such argument.
+    """
+
+    def __init__(self, pipeline: Any, *, steps: int, arguments: Mapping[str, Any] | None = None) -> None:
+        self.pipeline = pipeline
+        self.denoiser = find_denoiser(pipeline)
+        self.steps = steps
+        self.arguments = dict(arguments or {})
+        self._parameters = inspect.signature(type(pipeline).__call__).parameters
+        unknown = [name for name in self.arguments if name not in self._parameters]
+        if unknown:
+            raise TrainingError(f"{type(pipeline).__name__} takes no argument {', '.join(unknown)}")
+
+    def walk(
+        self,
+        inputs: Mapping[str, Any],
+        generators: Sequence[torch.Generator],
+        denoise: Denoise,
+        *,
+        window: tuple[int, int] | None = None,
+        start: Tensor | None = None,
+    ) -> Tensor:
+        """One run of the loop, in which `denoise` answers every call of the denoiser.
+
+        Args:
+            inputs: arguments of the pipeline's call for this batch of B samples.
+            generators: one a sample, for the noise that the run starts from and that its scheduler adds.
+            denoise: called in the place of the denoiser.
+            window: walk only the steps `first <= step < last` of the run; they count from 0 here too.
+            start: latents `[B, ...]` to start from, in the place of noise.
+
+        Returns:
+            the latents after the last step, as the scheduler gave them (guidance may have doubled the batch).
+
+        Raises:
+            TrainingError: the loop ended before its scheduler's timesteps did.
+        """
+        scheduler = copy.deepcopy(self.pipeline.scheduler)
+        counter = _Counter()
+        arguments = dict(inputs)
+        if window is not None:
+            _limit(scheduler, *window)
+        if start is not None and "latents" in self._parameters:
+            arguments["latents"] = start
+        elif start is not None:
+            _start_from(scheduler, start)
+        _give_generators(scheduler, list(generators))
+        _count_steps(scheduler, counter)
+        latents: Tensor = self._run(scheduler, arguments, generators, denoise, counter)
+        return latents
+
+    def probe(
+        self, inputs: Mapping[str, Any], generators: Sequence[torch.Generator], visit: Callable[[DenoiserCall], T]
+    ) -> tuple[tuple[float, ...], T]:
+        """The scheduler's timesteps in a run, one a step (as many as its NFE), and what `visit` makes of the first call.
+
+        The run goes no further than that call.
+        """
+        scheduler = copy.deepcopy(self.pipeline.scheduler)
+
+        def first(call: DenoiserCall) -> Any:
+            raise _Ended((tuple(float(t) for t in scheduler.timesteps), visit(call)))
+
+        found: tuple[tuple[float, ...], T] = self._run(scheduler, inputs, generators, first, _Counter())
+        return found
+
+    def _run(
+        self,
+        scheduler: Any,
+        inputs: Mapping[str, Any],
+        generators: Sequence[torch.Generator],
+        denoise: Denoise,
+        counter: _Counter,
+    ) -> Any:
+        """Call the pipeline, with `denoise` for its denoiser, until somebody raises `_Ended`; its value."""
+        forward = _own_forward(self.denoiser)
+
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            shapes = tuple(leaf.shape for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            stream = (counter.calls, shapes)
+            counter.calls += 1
+            return denoise(DenoiserCall(counter.steps, stream, functools.partial(forward, *args, **kwargs)))
+
+        pipeline = copy.copy(self.pipeline)
+        pipeline.scheduler = scheduler
+        if hasattr(pipeline, "set_progress_bar_config"):
+            pipeline.set_progress_bar_config(disable=True)
+        arguments = {**self.arguments, **inputs, "num_inference_steps": self.steps, "generator": list(generators)}
+        try:
+            with torch.no_grad(), forward_replaced(self.denoiser, answer):
+                pipeline(**arguments)
+        except _Ended as end:
+            return end.value
+        raise TrainingError(
+            f"the loop of {type(self.pipeline).__name__} ended before its scheduler's timesteps did; schedules are "
+            f"trained on whole runs, from noise to image"
+        )
+
+
+def find_denoiser(pipeline: Any) -> nn.Module:
+    """The module of a pipeline that is called in every step.
+
+    Raises:
+        TrainingError: there is none of a known name.
+    """
+    for name in _DENOISER_NAMES:
+        module = getattr(pipeline, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise TrainingError(
+        f"{type(pipeline).__name__} has no denoiser: expected a module named {' or '.join(_DENOISER_NAMES)}"
+    )
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within this block calls of `module` run `forward`, inside the hooks of the module."""
+    before = module.__dict__.get("forward")
+    forward = _Replacement(forward, _own_forward(module))
+    compiled = module.__dict__.pop("_compiled_call_impl", None)
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+        if compiled is not None:
+            module._compiled_call_impl = compiled
+
+
+class _Replacement:
+    """Stands in the place of a forward, and knows what it stands for: walks nest."""
+
+    def __init__(self, call: Callable[..., Any], original: Callable[..., Any]) -> None:
+        self._call = call
+        self.original = original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+
+def _own_forward(module: nn.Module) -> Callable[..., Any]:
+    forward: Callable[..., Any] = module.forward
+    return forward.original if isinstance(forward, _Replacement) else forward
+
+
+@dataclass
+class _Counter:
+    steps: int = 0
+    calls: int = 0  # of the denoiser, in this step
+
+
+class _Ended(Exception):
+    """A walk is over; carries what it was for."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+
+def _count_steps(scheduler: Any, counter: _Counter) -> None:
+    """Count the scheduler's steps, and end the walk after the last."""
+    step = scheduler.step
+
+    @functools.wraps(step)  # pipelines look at its signature
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        counter.steps += 1
+        counter.calls = 0
+        if counter.steps == len(scheduler.timesteps):
+            raise _Ended(pytree.tree_leaves(result)[0])
+        return result
+
+    scheduler.step = counted
+
+
+def _give_generators(scheduler: Any, generators: list[torch.Generator]) -> None:
+    """Let a scheduler that adds noise draw it from `generators`, where the pipeline names none (DiT's does not).
+
+    Walks must be repeatable, and a sample's noise must not depend on who else is in its batch.
+    """
+    step = scheduler.step
+    if "generator" not in inspect.signature(step).parameters:
+        return
+
+    @functools.wraps(step)
+    def repeatable(model_output: Any, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("generator") is None:  # guidance may have doubled the batch
+            kwargs["generator"] = generators * max(1, len(sample) // len(generators))
+        return step(model_output, timestep, sample, *args, **kwargs)
+
+    scheduler.step = repeatable
+
+
+def _limit(scheduler: Any, first: int, last: int) -> None:
+    """Make `set_timesteps` give the timesteps of the steps `first <= step < last` only."""
+    set_timesteps = scheduler.set_timesteps
+    set_begin_index = getattr(scheduler, "set_begin_index", None)
+
+    @functools.wraps(set_timesteps)
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        set_timesteps(*args, **kwargs)
+        if not 0 <= first < last <= len(scheduler.timesteps):
+            raise TrainingError(f"a run of {len(scheduler.timesteps)} steps has no steps {first} to {last - 1}")
+        scheduler.timesteps = scheduler.timesteps[first:last]
+        if set_begin_index is not None:
+            set_begin_index(first)
+
+    scheduler.set_timesteps = limited
+    if set_begin_index is not None:  # pipelines that call it begin at what is now the first step
+        scheduler.set_begin_index = lambda index=0: set_begin_index(first + index)
+
+
+def _start_from(scheduler: Any, start: Tensor) -> None:
+    """Put `start` in the place of the latents that the pipeline drew: at the first scaling and the first step."""
+    scale, step = scheduler.scale_model_input, scheduler.step
+    begun = False
+
+    def begin(sample: Tensor) -> Tensor:  # guidance may have doubled the batch
+        return start.to(sample).repeat(len(sample) // len(start), *[1] * (start.ndim - 1))
+
+    def scaled(sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return scale(sample if begun else begin(sample), *args, **kwargs)
+
+    @functools.wraps(step)
+    def stepped(model_output: Any, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal begun
+        if not begun:
+            begun, sample = True, begin(sample)
+        return step(model_output, timestep, sample, *args, **kwargs)
+
+    scheduler.scale_model_input, scheduler.step = scaled, stepped
