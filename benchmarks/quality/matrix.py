@@ -140,7 +140,7 @@ def finish(cell: Cell, settings: Settings) -> Row:
     made_by = schedule.made_by
     figures = {
         "images": settings.count,
-        "speedup": cell.point.steps / schedule.steps * costs_of(pipeline.transformer).speedup(schedule),
+        "speedup": cell.point.steps / schedule.steps * costs_of(pipeline.transformer).speedup(schedule.compute),
         "cur": schedule.cur,
         "computed_steps": schedule.steps,
         "training_seconds": made_by.hyper_parameters.get("seconds", 0.0) if made_by else 0.0,

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+import torch
 
 from benchmarks.quality.cost import costs_of
-from harmonica_rt.schedule import MadeBy, Schedule
+from benchmarks.quality.images import GUIDANCE
+from harmonica_rt.schedule import Schedule
+from harmonica_training import ClassLabels, TrainConfig, train
+from harmonica_training.baselines import calibrate, fewer_steps, fora, learning_to_cache, random_at
+from harmonica_training.digits import load_split
+from harmonica_training.setting import Setting
 
 
 @dataclass(frozen=True)
@@ -30,14 +37,22 @@ class Budget:
     Attributes:
         iterations: training iterations, each one walk over all steps.
         batch: samples of one walk.
+        learning_rate: of the routers.
+        renew_every: iterations between renewals of lambda.
+        calibration: batches that SmoothCache is calibrated on.
     """
 
     iterations: int
     batch: int
+    learning_rate: float
+    renew_every: int
+    calibration: int
 
 
-FULL = Budget(iterations=200, batch=8)
-QUICK = Budget(iterations=2, batch=2)
+FULL = Budget(iterations=60, batch=4, learning_rate=0.15, renew_every=10, calibration=4)
+QUICK = Budget(iterations=2, batch=2, learning_rate=0.15, renew_every=1, calibration=1)
+
+PAIRS_A_STEP = 0.75  # a walk costs 3 forwards a step, a pair of Learning-to-Cache 4: the same work an iteration
 
 
 @dataclass(frozen=True)
@@ -55,56 +70,69 @@ Producer = Callable[[Any, Point, int, Budget], Produced]
 """(pipeline, point, seed, budget) -> what was produced; the pipeline is left as it came."""
 
 
-def random(pipeline: Any, point: Point, seed: int, budget: Budget) -> Produced:
-    """Random entries. Those of a lower CUR are among those of a higher one, so cost falls with CUR."""
-    costs = costs_of(pipeline.transformer)
-    entries = point.steps * len(costs.sites)
-
-    def reusing(count: int) -> Schedule:
-        return Schedule.random(count / entries, steps=point.steps, sites=costs.sites, seed=seed)
-
-    return Produced(nearest(range(entries - len(costs.sites) + 1), reusing, costs.speedup, point.speedup))
+def _random(pipeline: Any, point: Point, seed: int, budget: Budget) -> Produced:
+    return Produced(random_at(point.steps, costs_of(pipeline.transformer), point.speedup, seed=seed))
 
 
-def fora(pipeline: Any, point: Point, seed: int, budget: Budget) -> Produced:
-    """All sites alike, computed at n evenly spaced steps round(i T / n), 0 <= i < n (FORA, arXiv 2407.01425)."""
-    costs = costs_of(pipeline.transformer)
-
-    def leaving_out(count: int) -> Schedule:
-        computed = point.steps - count
-        mask = np.zeros((point.steps, len(costs.sites)), bool)
-        mask[[round(index * point.steps / computed) for index in range(computed)]] = True
-        return Schedule.from_array(mask, costs.sites, made_by=MadeBy("fora", {"computed_steps": computed}))
-
-    return Produced(nearest(range(point.steps), leaving_out, costs.speedup, point.speedup))
+def _fora(pipeline: Any, point: Point, seed: int, budget: Budget) -> Produced:
+    return Produced(fora(point.steps, costs_of(pipeline.transformer), point.speedup))
 
 
-def fewer_steps(pipeline: Any, point: Point, seed: int, budget: Budget) -> Produced:
-    """No cache, but a sampler of fewer steps."""
+def _fewer_steps(pipeline: Any, point: Point, seed: int, budget: Budget) -> Produced:
     sites = costs_of(pipeline.transformer).sites
+    return Produced(Schedule.all_compute(steps=fewer_steps(point.steps, point.speedup), sites=sites))
 
-    def leaving_out(count: int) -> Schedule:
-        return Schedule.all_compute(steps=point.steps - count, sites=sites)
 
-    return Produced(nearest(range(point.steps), leaving_out, lambda s: point.steps / s.steps, point.speedup))
+def _smoothcache(pipeline: Any, point: Point, seed: int, budget: Budget) -> Produced:
+    started = time.perf_counter()
+    setting = Setting(pipeline, _config(point, seed, budget))
+    batches = ((setting.inputs(i), setting.generators(i)) for i in range(budget.calibration))
+    schedule = calibrate(setting.walker, setting.cached, batches).at_speedup(setting.costs, point.speedup)
+    return Produced(schedule, time.perf_counter() - started)
+
+
+def _learned(pipeline: Any, point: Point, seed: int, budget: Budget, **options: Any) -> Produced:
+    started = time.perf_counter()
+    result = train(pipeline, _config(point, seed, budget, **options))
+    return Produced(result.schedule, time.perf_counter() - started)
+
+
+def _learning_to_cache(pipeline: Any, point: Point, seed: int, budget: Budget) -> Produced:
+    started = time.perf_counter()
+    data = load_split(pipeline.vae.config.sample_size)
+    with torch.no_grad():
+        latents = pipeline.vae.encode(data.train_images * 2 - 1).latent_dist.mean * pipeline.vae.config.scaling_factor
+    result = train(
+        pipeline,
+        _config(point, seed, budget, image_error=None),
+        conditions=ClassLabels(data.train_labels.tolist()),
+        objective=learning_to_cache(latents, pairs=round(point.steps * PAIRS_A_STEP)),
+    )
+    return Produced(result.schedule, time.perf_counter() - started)
+
+
+def _config(point: Point, seed: int, budget: Budget, **options: Any) -> TrainConfig:
+    return TrainConfig(
+        steps=point.steps,
+        target_speedup=point.speedup,
+        guidance=GUIDANCE,
+        iterations=budget.iterations,
+        batch=budget.batch,
+        learning_rate=budget.learning_rate,
+        renew_every=budget.renew_every,
+        seed=seed,
+        **options,
+    )
 
 
 PRODUCERS: dict[str, Producer] = {
-    "fora": fora,
-    "random": random,
-    "fewer-steps": fewer_steps,
+    "harmonica-sensitivity": functools.partial(_learned, image_error="sensitivity", gates="hard"),
+    "harmonica": functools.partial(_learned, image_error="leave-one-out"),
+    "harmonica-progressive": functools.partial(_learned, image_error="progressive"),
+    "sdt": functools.partial(_learned, image_error=None),
+    "l2c": _learning_to_cache,
+    "smoothcache": _smoothcache,
+    "fora": _fora,
+    "random": _random,
+    "fewer-steps": _fewer_steps,
 }
-
-
-def nearest(
-    counts: range, make: Callable[[int], Schedule], speedup: Callable[[Schedule], float], target: float
-) -> Schedule:
-    """Of the schedules `make(count)`, whose speed-ups rise with the count, the one nearest to the target."""
-    low, high = counts[0], counts[-1]
-    while high - low > 1:
-        middle = (low + high) // 2
-        if speedup(make(middle)) < target:
-            low = middle
-        else:
-            high = middle
-    return min((make(low), make(high)), key=lambda schedule: abs(speedup(schedule) - target))

@@ -67,7 +67,7 @@ def train(
     dtype: str = DTYPE,
     device: str = DEVICE,
 ) -> None:
-    """Learn a cache schedule (HarmoniCa), without images. Under torchrun, `-m harmonica_rt.cli train` shares the work."""
+    """Learn a cache schedule (HarmoniCa), without images; `torchrun -m harmonica_rt.cli train` shares the work."""
     with console.status("load libraries"):
         from harmonica_rt.cli.loading import call_arguments, load_pipeline
         from harmonica_rt.schedule import Schedule

@@ -7,6 +7,7 @@ of plain values, and what cannot be kept is refused by name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict

@@ -16,12 +16,13 @@ pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 pytest.importorskip("torchmetrics", reason="PSNR and SSIM are torchmetrics'")
 
 from benchmarks.quality import images, matrix, pareto
-from benchmarks.quality.cost import Costs, costs_of
+from benchmarks.quality.cost import costs_of
 from benchmarks.quality.matrix import Cell, Settings
 from benchmarks.quality.metrics import Judge
-from benchmarks.quality.producers import PRODUCERS, QUICK, Point, nearest
+from benchmarks.quality.producers import PRODUCERS, QUICK, Point
 from harmonica_rt import Schedule, compile, get_compiled, uncompile
 from harmonica_rt.demo import bundled_model
+from harmonica_training.costs import SiteCosts
 from harmonica_training.digits import load_classifier
 
 COUNT = 6
@@ -41,7 +42,7 @@ def pipeline() -> Any:
 
 
 @pytest.fixture(scope="module")
-def costs(pipeline: Any) -> Costs:
+def costs(pipeline: Any) -> SiteCosts:
     return costs_of(pipeline.transformer)
 
 
@@ -80,7 +81,7 @@ def test_psnr_is_the_mean_over_images_that_differ(judge: Judge) -> None:
         judge.measure(found, truth[:2], images.requested_labels(4))
 
 
-def test_images_are_paired_by_index_whatever_the_batch_and_the_schedule(pipeline: Any, costs: Costs) -> None:
+def test_images_are_paired_by_index_whatever_the_batch_and_the_schedule(pipeline: Any, costs: SiteCosts) -> None:
     plain = Schedule.all_compute(steps=2, sites=costs.sites)
     at_once = images.generate(pipeline, plain, count=5, seed=3, batch=5)
     in_parts = images.generate(pipeline, plain, count=5, seed=3, batch=2)
@@ -92,41 +93,32 @@ def test_images_are_paired_by_index_whatever_the_batch_and_the_schedule(pipeline
     assert not torch.equal(images.generate(pipeline, plain, count=5, seed=4, batch=5), at_once)
 
 
-def test_cost_is_that_of_the_runtimes_plan(pipeline: Any, costs: Costs) -> None:
+def test_cost_is_that_of_the_runtimes_plan(pipeline: Any, costs: SiteCosts) -> None:
     schedule = Schedule.random(0.4, steps=3, sites=costs.sites, seed=1)
     compile(pipeline, schedule, strict=True)
     pipeline(class_labels=[1], num_inference_steps=3, output_type="pt")
     planned = get_compiled(pipeline).report().plans[0].theoretical_speedup
     uncompile(pipeline)
-    assert costs.speedup(schedule) == pytest.approx(planned, rel=1e-12)
+    assert costs.speedup(schedule.compute) == pytest.approx(planned, rel=1e-12)
 
 
 @pytest.mark.parametrize("point", matrix.SEEDS, ids=str)
-def test_producers_come_as_near_as_they_can(pipeline: Any, costs: Costs, point: Point) -> None:
+def test_producers_come_as_near_as_they_can(pipeline: Any, costs: SiteCosts, point: Point) -> None:
     made = {name: PRODUCERS[name](pipeline, point, 0, QUICK).schedule for name in ("random", "fora", "fewer-steps")}
-    assert costs.speedup(made["random"]) == pytest.approx(point.speedup, rel=0.01)
+    assert costs.speedup(made["random"].compute) == pytest.approx(point.speedup, rel=0.01)
 
     fora = made["fora"].compute
     assert (fora == fora[:, :1]).all()
     computed = torch.from_numpy(fora[:, 0].copy()).nonzero().flatten()
     assert computed.diff().max() - computed.diff().min() <= 1
-    off = abs(costs.speedup(made["fora"]) - point.speedup)
+    off = abs(costs.speedup(made["fora"].compute) - point.speedup)
     for other in (len(computed) - 1, len(computed) + 1):
         rows = "1" * other + "0" * (point.steps - other)
-        assert off <= abs(costs.speedup(Schedule.from_mask(rows, sites=costs.sites)) - point.speedup)
+        assert off <= abs(costs.speedup(Schedule.from_mask(rows, sites=costs.sites).compute) - point.speedup)
 
     assert made["fewer-steps"].cur == 0.0
     every = range(1, point.steps + 1)
     assert made["fewer-steps"].steps == min(every, key=lambda steps: abs(point.steps / steps - point.speedup))
-
-
-def test_nearest_reaches_both_ends() -> None:
-    def make(count: int) -> Schedule:
-        return Schedule.all_compute(steps=count, sites=["a"])
-
-    for target, steps in ((0.0, 3), (4.4, 4), (4.6, 5), (99.0, 9)):
-        assert nearest(range(3, 10), make, lambda schedule: schedule.steps, target).steps == steps
-    assert nearest(range(3, 4), make, lambda schedule: schedule.steps, 7.0).steps == 3
 
 
 def test_matrix_is_finished_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

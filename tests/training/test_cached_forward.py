@@ -154,5 +154,5 @@ def test_tied_blocks() -> None:
 
 
 def test_unknown_site() -> None:
-    with pytest.raises(SiteError, match="has no module blocks.9"):
+    with pytest.raises(SiteError, match=r"has no module blocks\.9"):
         CachedForward(Tied(), ["blocks.9"])

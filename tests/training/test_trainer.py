@@ -1,7 +1,8 @@
-"""Training whole: it reaches its target, finds what is free to reuse, resumes exactly, and refuses what it cannot do."""
+"""Training whole: it reaches its target, finds what is free to reuse, resumes exactly, refuses what it cannot do."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import harmonica_rt as hrt
 from harmonica_rt import Schedule
 from harmonica_training import DivergenceError, TrainConfig, TrainingError, train
 from harmonica_training.checkpoint import latest_checkpoint
+from harmonica_training.harmonica import HarmoniCa
 from harmonica_training.progress import IterationRecord, Silent
+from harmonica_training.sdt import Walked
 from tests import tiny
 
 SITES = 12
@@ -68,7 +71,7 @@ def test_lands_and_runs(image_error: Any, tmp_path: Path) -> None:
     assert loaded.timesteps == tuple(float(t) for t in range(875, -1, -125))
 
     hrt.compile(pipeline, loaded)  # made for this very model
-    hrt.verify(pipeline, loaded, class_labels=[3], guidance_scale=1.0, num_inference_steps=8)
+    pipeline(class_labels=[3], guidance_scale=1.0, num_inference_steps=8)
     plan = hrt.get_compiled(pipeline).report().plans[-1]
     assert plan.theoretical_speedup == pytest.approx(result.speedup, rel=1e-9)
 
@@ -156,18 +159,15 @@ def test_nan_is_told() -> None:
 
 
 def test_divergence_is_told() -> None:
-    """A model that answers cached features with an explosion."""
-    pipeline = dit()
-    site = pipeline.transformer.transformer_blocks[0].attn1
-    calls: list[float] = []
+    class FarOff(HarmoniCa):
+        """Finds predictions that are off by eleven times their own size."""
 
-    def growing(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-        calls.append(1.0)
-        return output * 10.0 ** len(calls)
+        def walk(self, *args: Any) -> Walked:
+            walked = super().walk(*args)
+            return replace(walked, mse=11 * walked.power)
 
-    site.register_forward_hook(growing)
-    with pytest.raises(DivergenceError, match="times its own mean square"):
-        train(pipeline, config(image_error=None))
+    with pytest.raises(DivergenceError, match="iteration 0: under cache the prediction is off by 11 times"):
+        train(dit(), config(image_error=None), objective=FarOff)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from harmonica_training.cached_forward import CacheHolds
 from harmonica_training.errors import TrainingError
 from harmonica_training.iepo import ImageError
 
+Gates = Literal["soft", "hard"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -37,6 +38,8 @@ class TrainConfig:
         spread: their standard deviation.
         cache_holds: what a site's cache takes where it computes: the computed output (as a static schedule will) or
             the blended one (as the released code does).
+        gates: soft blends sites by r, as the paper does; hard computes where r > tau and reuses elsewhere, as the
+            schedule will, and hands the gradient on to r (straight-through, an option of the released code).
         precision: of forwards, by autocast; fp32 leaves the pipeline's dtype as it is.
         checkpointing: recompute the blocks' activations for the gradient, in the place of keeping them.
         checkpoint_every: iterations between checkpoints.
@@ -63,7 +66,7 @@ class TrainConfig:
     initial: float = 0.0
     spread: float = 1.0
     cache_holds: CacheHolds = "computed"
-    hard: bool = False
+    gates: Gates = "soft"
     precision: Precision = "fp32"
     checkpointing: bool = False
     checkpoint_every: int = 50
@@ -96,6 +99,7 @@ class TrainConfig:
         choices = {
             "image_error": ("leave-one-out", "progressive", "sensitivity", None),
             "cache_holds": ("computed", "blended"),
+            "gates": ("soft", "hard"),
             "precision": ("fp32", "bf16", "fp16"),
         }
         for name, values in choices.items():

@@ -44,8 +44,8 @@ class Router(nn.Module):
         self.free = np.arange(steps) > 0 if free is None else free
         self.sites = tuple(sites)
         # a parameter a step: an optimiser leaves a step alone that has no gradient
-        noise = torch.randn(steps, len(self.sites), generator=torch.Generator().manual_seed(seed))
-        self.rows = nn.ParameterList(list((initial + spread * noise).clamp(-LIMIT, LIMIT)))
+        self._noise = spread * torch.randn(steps, len(self.sites), generator=torch.Generator().manual_seed(seed))
+        self.rows = nn.ParameterList(list((initial + self._noise).clamp(-LIMIT, LIMIT)))
 
     @property
     def logits(self) -> Tensor:
@@ -83,7 +83,7 @@ class Router(nn.Module):
             row.copy_(values)
 
     def start_from(self, schedule: Schedule, tau: float) -> None:
-        """Warm start: from the scores that made `schedule`, or else from its mask, at either side of `tau`.
+        """Warm start: from the scores that made `schedule`, or else from its mask, spread at either side of `tau`.
 
         Raises:
             TrainingError: it is for other sites or another number of steps.
@@ -95,7 +95,7 @@ class Router(nn.Module):
                 f"{self.sites[-1]}"
             )
         mask = torch.from_numpy(np.array(schedule.compute))
-        logits = logit(tau) + torch.where(mask, WARM, -WARM)
+        logits = logit(tau) + torch.where(mask, WARM, -WARM) + self._noise
         scores = schedule.made_by.scores if schedule.made_by else None
         for step, row in enumerate(scores or ()):
             if row is not None:

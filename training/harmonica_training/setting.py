@@ -1,4 +1,4 @@
-"""What every method of training a schedule needs to know of a pipeline: its sites, its steps, its costs, its batches."""
+"""What every method of training needs to know of a pipeline: its sites, its steps, its costs, its batches."""
 
 from __future__ import annotations
 

@@ -138,7 +138,8 @@ class Steering:
         goal = self._target.goal
         if self.beta is None and goal is not None:
             share = min(1.0, goal * len(free) / int(free.sum()))
-            self.beta = max(float(prices.clamp(min=0).flatten().quantile(share)), TINY)
+            positive = prices[prices > 0]
+            self.beta = float(positive.quantile(share)) if len(positive) else TINY
 
     def follow(self, logits: Tensor, learning_rate: float, free: NDArray[np.bool_]) -> None:
         """After a step of the optimiser, correct beta towards the goal."""

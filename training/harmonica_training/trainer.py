@@ -132,8 +132,9 @@ class _Training:
         config, router, steering = self._config, self._router, self._steering
         scale = FP16_SCALE if config.precision == "fp16" else 1.0
         scores = router.scores()
-        used = torch.from_numpy(router.computes(config.tau)).to(scores) if config.hard else scores
-        walked = self._objective.walk(self.iteration, used, router.computes(config.tau), scale)
+        computes = router.computes(config.tau)
+        gates = scores if config.gates == "soft" else torch.from_numpy(computes).to(scores)
+        walked = self._objective.walk(self.iteration, gates, computes, scale)
         by_score, mse = self._checked(walked)
         steering.observe(by_score, walked.drawn, router.free)
         penalty = steering.penalty().to(by_score)
