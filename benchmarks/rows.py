@@ -49,7 +49,7 @@ def machine() -> dict[str, object]:
     import diffusers
 
     return {
-        "device": _cpu_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_initialized() else _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -21,17 +21,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--points", nargs="+", choices=points, metavar="T@S", help=f"of {', '.join(points)}")
     parser.add_argument("--seeds", nargs="+", type=int, choices=seeds, metavar="N", help=f"of {seeds}, where planned")
     parser.add_argument("--images", type=int, help=f"of each cell (default: {matrix.IMAGES}, others are a trial)")
+    parser.add_argument("--device", choices=matrix.IMAGES, default="cpu", help="cpu, or cuda for the full matrix")
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each (default: 1, this one)")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_IMAGES} images, hardly any training: a trial")
     options = parser.parse_args(arguments)
-    count = options.images or (QUICK_IMAGES if options.quick else matrix.IMAGES)
+    count = options.images or (QUICK_IMAGES if options.quick else matrix.IMAGES[options.device])
     if count < 2:
         parser.error("--images must be at least 2")
     if options.workers < 1:
         parser.error("--workers must be at least 1")
 
-    settings = Settings.of(count, quick=options.quick)
-    chosen = matrix.cells(options.methods, options.points and [points[name] for name in options.points], options.seeds)
+    settings = Settings.of(count, quick=options.quick, device=options.device)
+    chosen_points = options.points and [points[name] for name in options.points]
+    chosen = matrix.cells(options.methods, chosen_points, options.seeds, options.device)
     for row in matrix.run(chosen, settings, workers=options.workers):
         name = f"{row['method']} {row['steps']}@{row['target_speedup']} seed {row['seed']}"
         figures = [f"{metric} {row[metric]}" for metric in pareto.METRICS]

@@ -16,7 +16,8 @@ from harmonica_training.costs import SiteCosts, count_costs
 def costs_of(model: nn.Module) -> SiteCosts:
     """The costs of a DiT; those of the last one are kept."""
     config: Any = model.config
-    latents = torch.zeros(2, config.in_channels, config.sample_size, config.sample_size)
-    long = torch.zeros(2, dtype=torch.int64)
+    device = next(model.parameters()).device
+    latents = torch.zeros(2, config.in_channels, config.sample_size, config.sample_size, device=device)
+    long = torch.zeros(2, dtype=torch.int64, device=device)
     with torch.no_grad():
         return count_costs(model, find_sites(model), lambda: model(latents, timestep=long, class_labels=long))

@@ -52,7 +52,7 @@ def generate(
                 generator=[torch.Generator().manual_seed(seed * SEED_STRIDE + index) for index in chosen],
                 output_type="pt",
             ).images
-            parts.append((images * 255).round().byte())
+            parts.append((images * 255).round().byte().cpu())
     finally:
         if schedule.cur:
             hrt.uncompile(pipeline)

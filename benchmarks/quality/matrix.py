@@ -24,8 +24,9 @@ from harmonica_rt.demo import bundled_model
 from harmonica_rt.schedule import MadeBy, ModelInfo, SamplerInfo, Schedule
 from harmonica_training.digits import load_pipeline
 
-IMAGES = 1000
-SEEDS = {Point(20, 1.3): (0,), Point(20, 1.5): (0, 1, 2), Point(20, 2.0): (0,), Point(10, 1.3): (0,)}
+IMAGES = {"cpu": 1000, "cuda": 5000}  # of a published cell
+SEEDS = {Point(20, 1.3): (0,), Point(20, 1.5): (0, 1, 2), Point(20, 2.0): (0,), Point(10, 1.3): (0,)}  # on a CPU
+ALL_SEEDS = (0, 1, 2)  # on a GPU, at every point
 UNCACHED = "uncached"
 _ROOT = Path(__file__).parents[2]
 
@@ -54,6 +55,7 @@ class Settings:
     """How much is made of each cell, and where it is kept.
 
     Attributes:
+        device: cpu or cuda.
         count: images of each cell.
         budget: what training may spend.
         rows: the JSON file of rows.
@@ -62,6 +64,7 @@ class Settings:
         picture: the plot.
     """
 
+    device: str
     count: int
     budget: Budget
     rows: Path
@@ -70,21 +73,22 @@ class Settings:
     picture: Path
 
     @classmethod
-    def of(cls, count: int, *, quick: bool, root: Path = _ROOT) -> Settings:
+    def of(cls, count: int, *, quick: bool, device: str = "cpu", root: Path = _ROOT) -> Settings:
         """The published results for `IMAGES` images; all else is a trial, whose rows stay in the work folder.
 
         Schedules do not depend on the number of images, so only a quick run keeps its own apart.
         """
-        work = root / ".bench" / "quality"
+        work = root / ".bench" / f"quality-{device}"
         trial = work / ("quick" if quick else "trial") / str(count)
-        published = count == IMAGES and not quick
+        published = count == IMAGES[device] and not quick
         return cls(
+            device=device,
             count=count,
             budget=QUICK if quick else FULL,
-            rows=(common.RESULTS if published else trial) / "quality-cpu.json",
-            schedules=trial / "schedules" if quick else common.RESULTS / "schedules",
+            rows=(common.RESULTS if published else trial) / f"quality-{device}.json",
+            schedules=trial / "schedules" if quick else common.RESULTS / "schedules" / device,
             work=work,
-            picture=root / "docs" / "quality.png" if published else trial / "quality.png",
+            picture=root / "docs" / f"quality-{device}.png" if published else trial / f"quality-{device}.png",
         )
 
 
@@ -92,13 +96,14 @@ def cells(
     methods: Collection[str] | None = None,
     points: Collection[Point] | None = None,
     seeds: Collection[int] | None = None,
+    device: str = "cpu",
 ) -> list[Cell]:
     """The cells of the matrix that have one of the given methods, points and seeds; None allows all."""
     return [
         Cell(method, point, seed)
         for point, planned in SEEDS.items()
         for method in PRODUCERS
-        for seed in planned
+        for seed in (planned if device == "cpu" else ALL_SEEDS)
         if (methods is None or method in methods)
         and (points is None or point in points)
         and (seeds is None or seed in seeds)
@@ -130,7 +135,7 @@ def run(chosen: Iterable[Cell], settings: Settings, *, workers: int = 1) -> Iter
 
 def finish(cell: Cell, settings: Settings) -> Row:
     """Make or load the cell's schedule, sample, measure: its row."""
-    pipeline = _pipeline()
+    pipeline = _pipeline(settings.device)
     schedule = _schedule(cell, settings, pipeline)
     found = images.generate(pipeline, schedule, count=settings.count, seed=cell.seed)
     path = _uncached_path(cell.uncached, settings)
@@ -221,6 +226,6 @@ def _uncached_path(cell: Cell, settings: Settings) -> Path:
 
 
 @functools.cache
-def _pipeline() -> Any:
+def _pipeline(device: str) -> Any:
     """The bundled pipeline, once for each process."""
-    return load_pipeline(bundled_model())
+    return load_pipeline(bundled_model()).to(device)

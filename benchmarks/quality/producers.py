@@ -101,7 +101,8 @@ def _learning_to_cache(pipeline: Any, point: Point, seed: int, budget: Budget) -
     started = time.perf_counter()
     data = load_split(pipeline.vae.config.sample_size)
     with torch.no_grad():
-        latents = pipeline.vae.encode(data.train_images * 2 - 1).latent_dist.mean * pipeline.vae.config.scaling_factor
+        images = data.train_images.to(pipeline.device) * 2 - 1
+        latents = pipeline.vae.encode(images).latent_dist.mean * pipeline.vae.config.scaling_factor
     result = train(
         pipeline,
         _config(point, seed, budget, image_error=None),

@@ -125,16 +125,20 @@ def _own_device(device: str) -> str:
 def _conditions(
     pipeline: Any, config: Any, labels: str | None, prompts: Path | None, embeddings: Path | None
 ) -> Conditions | None:
-    from harmonica_training import ClassLabels, Embeddings, encode_prompts, read_prompts
+    from harmonica_training import ClassLabels, Embeddings, class_labels, encode_prompts, read_prompts
 
     given = [name for name, value in (("labels", labels), ("prompts", prompts), ("embeddings", embeddings)) if value]
     if len(given) > 1:
         raise HarmonicaError(f"give one of --labels, --prompts and --embeddings, not {' and '.join(given)}")
     if labels is not None:
         try:
-            return ClassLabels([int(label) for label in labels.split(",")])
+            chosen = ClassLabels([int(label) for label in labels.split(",")])
         except ValueError as error:
             raise HarmonicaError(f"--labels: expected whole numbers such as 0,1,2, got {labels!r}") from error
+        known = class_labels(pipeline).labels
+        if unknown := sorted(set(chosen.labels) - set(known)):
+            raise HarmonicaError(f"--labels: the pipeline has no label {unknown[0]}; it has {known[0]} ... {known[-1]}")
+        return chosen
     if embeddings is not None:
         return Embeddings.load(embeddings)
     if prompts is not None:

@@ -38,7 +38,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def pipeline() -> Any:
-    return matrix._pipeline()  # the one of the matrix, so that costs are counted once
+    return matrix._pipeline("cpu")  # the one of the matrix, so that costs are counted once
 
 
 @pytest.fixture(scope="module")
@@ -158,10 +158,10 @@ def test_matrix_is_finished_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_trials_are_kept_apart(tmp_path: Path) -> None:
-    published = Settings.of(matrix.IMAGES, quick=False, root=tmp_path)
+    published = Settings.of(matrix.IMAGES["cpu"], quick=False, root=tmp_path)
     assert published.rows.name == "quality-cpu.json"
     assert published.picture == tmp_path / "docs" / "quality.png"
-    for trial in (Settings.of(50, quick=False, root=tmp_path), Settings.of(matrix.IMAGES, quick=True, root=tmp_path)):
+    for trial in (Settings.of(50, quick=False, root=tmp_path), Settings.of(matrix.IMAGES["cpu"], quick=True, root=tmp_path)):
         assert trial.rows != published.rows
         assert trial.rows.is_relative_to(tmp_path / ".bench")
         assert trial.picture.is_relative_to(tmp_path / ".bench")

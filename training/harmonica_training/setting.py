@@ -52,9 +52,13 @@ class Setting:
         )
         self.steps = len(self.timesteps)
 
+    def entries(self, iteration: int) -> list[int]:
+        """Which conditions this process's samples of an iteration have."""
+        return draw(self.conditions, self.config.seed, iteration, self.samples)
+
     def inputs(self, iteration: int) -> dict[str, Any]:
-        """Conditions of this process's samples of an iteration, as arguments of the pipeline's call."""
-        return self.conditions.arguments(draw(self.conditions, self.config.seed, iteration, self.samples))
+        """The same as arguments of the pipeline's call."""
+        return self.conditions.arguments(self.entries(iteration))
 
     def generators(self, iteration: int) -> list[torch.Generator]:
         """Their generators of noise; the same each time."""

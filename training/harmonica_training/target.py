@@ -118,6 +118,7 @@ class Steering:
     def __init__(self, target: Target, config: TrainConfig, shape: tuple[int, int]) -> None:
         self._target = target
         self._middle = logit(config.tau)
+        self._soft = config.gates == "soft"
         self.beta = config.beta
         self._saved: float | None = None
         self.prices = torch.zeros(shape)
@@ -144,7 +145,8 @@ class Steering:
     def follow(self, logits: Tensor, learning_rate: float, free: NDArray[np.bool_]) -> None:
         """After a step of the optimiser, correct beta towards the goal."""
         goal = self._target.goal
-        reuses = ((self._middle - logits) / SOFTNESS).sigmoid()
+        below = self._middle - logits
+        reuses = (below / SOFTNESS).sigmoid() if self._soft else (below >= 0).to(logits)
         reuses[torch.from_numpy(~free)] = 0.0
         saved = self._target.saved(reuses)
         change = 0.0 if self._saved is None else saved - self._saved

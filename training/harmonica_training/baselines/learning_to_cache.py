@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from harmonica_training.conditions import draw
 from harmonica_training.errors import TrainingError
 from harmonica_training.harmonica import Objective
 from harmonica_training.sdt import Walked, step_losses
@@ -73,7 +72,7 @@ class LearningToCache:
 
     def _pair(self, number: int, step: int, scores: Tensor, computes: NDArray[np.bool_], scale: float) -> Walked:
         setting, config = self._setting, self._setting.config
-        entries = draw(setting.conditions, config.seed, number, setting.samples)
+        entries = setting.entries(number)
         images = self._latents[entries].to(setting.device)
         generators = setting.generators(number)
         noises = [torch.randn(image.shape, generator=g) for image, g in zip(images, generators, strict=True)]

@@ -1,0 +1,98 @@
+"""`harmonica-rt train` as a user runs it, alone and under torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from harmonica_rt import Schedule
+from harmonica_rt.cli import app
+from harmonica_rt.errors import HarmonicaError
+from tests import tiny
+from tests.training.test_trainer import dit
+
+FEW = ["--steps", "5", "--iterations", "2", "--batch", "2", "--renew-every", "2", "--learning-rate", "0.3"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("dit")
+    dit().save_pretrained(directory)
+    return directory
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["train", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_trains_logs_and_goes_on(model: Path, tmp_path: Path) -> None:
+    out, work = tmp_path / "schedule.json", tmp_path / "work"
+    labels = ["--labels", "0,1,2", "--guidance", "1", "--target-cur", "0.4", "--work", str(work)]
+    told = run(str(model), str(out), *FEW, *labels)
+    schedule = Schedule.load(out)
+    assert schedule.cur == pytest.approx(0.4, rel=0.02)
+    assert "CUR 40.0%" in told
+    assert schedule.guidance == 1.0
+    assert [path.name for path in work.glob("*.safetensors")] == ["iteration-000002.safetensors"]
+    assert list((work / "log").glob("events.*"))
+    told = run(str(model), str(out), *FEW, *labels)  # nothing is left to do, and the result is the same
+    assert Schedule.load(out) == schedule
+
+
+def test_prompts_from_a_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tiny.pixart_from_words().save_pretrained(tmp_path / "pixart")
+    (tmp_path / "prompts.txt").write_text("a small cat\n\nthe dog on the moon\n")
+    size = ["--arg", "height=8", "--arg", "width=8", "--arg", "use_resolution_binning=false"]
+    out = tmp_path / "schedule.json"
+    prompts = ["--prompts", str(tmp_path / "prompts.txt"), "--arg", "max_sequence_length=8"]
+    run(str(tmp_path / "pixart"), str(out), *FEW, "--target-cur", "0.4", *size, *prompts)
+    schedule = Schedule.load(out)
+    assert schedule.made_by is not None
+    assert schedule.made_by.hyper_parameters["conditions"]["count"] == 2  # type: ignore[index]
+    assert schedule.sampler is not None
+    assert schedule.sampler.class_name == "DPMSolverMultistepScheduler"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "exactly one of target_speedup, target_cur and beta"),
+        (["--target-cur", "0.4", "--image-error", "lpips"], "image_error: expected one of"),
+        (["--target-cur", "0.4", "--labels", "one"], "--labels: expected whole numbers"),
+        (["--target-speedup", "9", "--guidance", "1"], "target_speedup: 9 cannot be reached"),
+        (["--target-cur", "0.4", "--labels", "77"], "the pipeline has no label 77; it has 0 ... 9"),
+    ],
+)
+def test_what_is_refused(model: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(HarmonicaError, match=message):
+        run(str(model), str(tmp_path / "schedule.json"), *FEW, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_learn_the_same_schedule(model: Path, tmp_path: Path) -> None:
+    arguments = [*FEW, "--iterations", "6", "--guidance", "1", "--target-cur", "0.4", "--image-error", "sensitivity"]
+    alone, shared = tmp_path / "one.json", tmp_path / "two.json"
+    run(str(model), str(alone), *arguments)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "harmonica_rt.cli", "train", str(model), str(shared), *arguments]
+    done = subprocess.run(
+        [*launch, *command], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = Schedule.load(alone), Schedule.load(shared)
+    assert np.array_equal(one.compute, two.compute)
+    assert one.made_by is not None
+    assert two.made_by is not None
+    assert two.made_by.hyper_parameters["processes"] == 2
+    scores = [np.array([row for row in made.scores or () if row is not None]) for made in (one.made_by, two.made_by)]
+    assert np.allclose(*scores, atol=0.02)
