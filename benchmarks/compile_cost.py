@@ -65,13 +65,14 @@ class PeakMemory:
 
     def _sample(self) -> None:
         while True:
-            self.peak = max(self.peak, _resident_bytes())
+            self.peak = max(self.peak, resident_bytes())
             if self._done.is_set():
                 return
             time.sleep(0.005)
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
+    """Resident size of this process, bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024

@@ -160,8 +160,11 @@ def test_matrix_is_finished_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_trials_are_kept_apart(tmp_path: Path) -> None:
     published = Settings.of(matrix.IMAGES["cpu"], quick=False, root=tmp_path)
     assert published.rows.name == "quality-cpu.json"
-    assert published.picture == tmp_path / "docs" / "quality.png"
-    for trial in (Settings.of(50, quick=False, root=tmp_path), Settings.of(matrix.IMAGES["cpu"], quick=True, root=tmp_path)):
+    assert published.picture == tmp_path / "docs" / "quality-cpu.png"
+    for trial in (
+        Settings.of(50, quick=False, root=tmp_path),
+        Settings.of(matrix.IMAGES["cpu"], quick=True, root=tmp_path),
+    ):
         assert trial.rows != published.rows
         assert trial.rows.is_relative_to(tmp_path / ".bench")
         assert trial.picture.is_relative_to(tmp_path / ".bench")
@@ -193,8 +196,8 @@ def test_summary_spreads_over_seeds_and_is_drawn(tmp_path: Path) -> None:
     lines = pareto.table(summaries).splitlines()
     assert lines[-1].startswith("| fora | 20 | 1.5 | 2 | 22 (20 - 24) |")
     assert lines[2].startswith("| uncached | 20 | 1 | 1 | - |")
-    pareto.draw(summaries, tmp_path / "docs" / "quality.png")
-    assert (tmp_path / "docs" / "quality.png").read_bytes().startswith(b"\x89PNG")
+    pareto.draw(summaries, tmp_path / "docs" / "quality-cpu.png")
+    assert (tmp_path / "docs" / "quality-cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
 def row(method: str, speedup: float, *, seed: int, psnr: float | None) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class TrainConfig:
         tau: compute where r > tau.
         initial: mean of the logits to start from.
         spread: their standard deviation.
+        coherence: how much the sites of a step move as one, 0 (paper) ... 1: the share of each logit's gradient, and of
+            the spread it starts with, that is the mean of its step.
         cache_holds: what a site's cache takes where it computes: the computed output (as a static schedule will) or
             the blended one (as the released code does).
         gates: soft blends sites by r, as the paper does; hard computes where r > tau and reuses elsewhere, as the
@@ -65,6 +67,7 @@ class TrainConfig:
     tau: float = 0.1
     initial: float = 0.0
     spread: float = 1.0
+    coherence: float = 0.0
     cache_holds: CacheHolds = "computed"
     gates: Gates = "soft"
     precision: Precision = "fp32"
@@ -88,6 +91,7 @@ class TrainConfig:
             "beta": (0.0, math.inf),
             "learning_rate": (0.0, math.inf),
             "decay": (0.0, 1.0),
+            "coherence": (0.0, 1.0),
             "tau": (0.0, 1.0),
         }
         for name, (low, high) in ranges.items():

@@ -26,6 +26,7 @@ class Router(nn.Module):
         initial: mean of the logits to start from.
         spread: their standard deviation. Neighbouring steps must not start alike: all would be given up, or kept,
             together, where one computed step lets the next reuse.
+        coherence: how much the sites of a step move as one, 0 ... 1.
         seed: of the random logits.
         free: bool `[steps]`, the steps that may reuse; others always compute. By default all but the first.
     """
@@ -37,6 +38,7 @@ class Router(nn.Module):
         *,
         initial: float = 0.0,
         spread: float = 1.0,
+        coherence: float = 0.0,
         seed: int = 0,
         free: NDArray[np.bool_] | None = None,
     ) -> None:
@@ -44,7 +46,11 @@ class Router(nn.Module):
         self.free = np.arange(steps) > 0 if free is None else free
         self.sites = tuple(sites)
         # a parameter a step: an optimiser leaves a step alone that has no gradient
-        self._noise = spread * torch.randn(steps, len(self.sites), generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        own = torch.randn(steps, len(self.sites), generator=generator)
+        shared = torch.randn(steps, 1, generator=generator)
+        self._coherence = coherence
+        self._noise = spread * (coherence**0.5 * shared + (1 - coherence) ** 0.5 * own)
         self.rows = nn.ParameterList(list((initial + self._noise).clamp(-LIMIT, LIMIT)))
 
     @property
@@ -67,6 +73,7 @@ class Router(nn.Module):
         """Set the gradients of the logits of `steps` from `d loss / d r`, `[steps, sites]`; other steps have none."""
         scores = self.scores()
         by_logit = by_score * scores * (1 - scores)
+        by_logit = torch.lerp(by_logit, by_logit.mean(dim=1, keepdim=True), self._coherence)
         for row, gradient, chosen, free in zip(self.rows, by_logit, steps, self.free, strict=True):
             row.grad = gradient.to(row.dtype).clone() if chosen and free else None
 

@@ -116,6 +116,7 @@ class _Training:
             setting.sites,
             initial=config.initial,
             spread=config.spread,
+            coherence=config.coherence,
             seed=config.seed,
             free=objective.free,
         )
