@@ -49,8 +49,8 @@ class Budget:
     calibration: int
 
 
-FULL = Budget(iterations=60, batch=4, learning_rate=0.15, renew_every=10, calibration=4)
-QUICK = Budget(iterations=2, batch=2, learning_rate=0.15, renew_every=1, calibration=1)
+FULL = Budget(iterations=40, batch=2, learning_rate=0.2, renew_every=5, calibration=8)
+QUICK = Budget(iterations=2, batch=2, learning_rate=0.2, renew_every=1, calibration=1)
 
 PAIRS_A_STEP = 0.75  # a walk costs 3 forwards a step, a pair of Learning-to-Cache 4: the same work an iteration
 
@@ -105,7 +105,7 @@ def _learning_to_cache(pipeline: Any, point: Point, seed: int, budget: Budget) -
         latents = pipeline.vae.encode(images).latent_dist.mean * pipeline.vae.config.scaling_factor
     result = train(
         pipeline,
-        _config(point, seed, budget, image_error=None),
+        _config(point, seed, budget, image_error=None, **_PAPER),
         conditions=ClassLabels(data.train_labels.tolist()),
         objective=learning_to_cache(latents, pairs=round(point.steps * PAIRS_A_STEP)),
     )
@@ -126,11 +126,14 @@ def _config(point: Point, seed: int, budget: Budget, **options: Any) -> TrainCon
     )
 
 
+_PAPER: dict[str, Any] = {"gates": "soft", "coherence": 0.0, "spread": 1.0}
+_OURS: dict[str, Any] = {"gates": "hard", "coherence": 1.0, "spread": 1.5}
+
 PRODUCERS: dict[str, Producer] = {
-    "harmonica-sensitivity": functools.partial(_learned, image_error="sensitivity", gates="hard"),
-    "harmonica": functools.partial(_learned, image_error="leave-one-out"),
-    "harmonica-progressive": functools.partial(_learned, image_error="progressive"),
-    "sdt": functools.partial(_learned, image_error=None),
+    "harmonica-rt": functools.partial(_learned, image_error="sensitivity", **_OURS),
+    "harmonica": functools.partial(_learned, image_error="leave-one-out", **_PAPER),
+    "harmonica-progressive": functools.partial(_learned, image_error="progressive", **_PAPER),
+    "sdt": functools.partial(_learned, image_error=None, **_PAPER),
     "l2c": _learning_to_cache,
     "smoothcache": _smoothcache,
     "fora": _fora,

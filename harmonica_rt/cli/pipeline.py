@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 def demo(
     model: Path | None = typer.Option(None, metavar="DIR", help="A DiTPipeline directory (default: bundled)."),
-    schedule: Path | None = typer.Option(None, metavar="FILE", help="A schedule file (default: every(2))."),
+    schedule: Path | None = typer.Option(
+        None, metavar="FILE", help="A schedule file (default: the learned one; every(2) with --model or --steps)."
+    ),
     out: Path = typer.Option(
         Path("harmonica-demo.png"),
         metavar="PNG",
@@ -41,7 +43,7 @@ def demo(
         callback=writable_picture,
         help="Where the picture goes.",
     ),
-    steps: int = typer.Option(20, min=1, help="Denoising steps, where no schedule file says."),
+    steps: int | None = typer.Option(None, min=1, help="Denoising steps, under every(2)."),
     batch: int = typer.Option(10, min=1, help="Images: classes 0, 1, 2, ... in turn."),
     repeats: int = REPEATS,
     seed: int = SEED,
@@ -50,7 +52,7 @@ def demo(
     with console.status("load libraries"):
         import harmonica_rt as hrt
         from harmonica_rt.cli.loading import load_pipeline
-        from harmonica_rt.demo import bundled_model
+        from harmonica_rt.demo import bundled_model, bundled_schedule
         from harmonica_rt.demo.run import guidance_of, run_demo
 
     directory = model or bundled_model()
@@ -59,8 +61,10 @@ def demo(
         raise HarmonicaError(f"the demo is for a DiTPipeline, {directory} holds a {type(pipeline).__name__}; see bench")
     if schedule is not None:
         chosen = hrt.Schedule.load(schedule)
+    elif model is None and steps is None:
+        chosen = hrt.Schedule.load(bundled_schedule())
     else:
-        chosen = hrt.Schedule.every(2, steps=steps, sites=hrt.find_sites(pipeline.transformer))
+        chosen = hrt.Schedule.every(2, steps=steps or 20, sites=hrt.find_sites(pipeline.transformer))
     with console.status("begin") as status:
 
         def say(what: str) -> None:

@@ -92,7 +92,7 @@ def test_steering_brings_quadratic_errors_to_the_target(wanted: dict[str, float]
     for _ in range(400):
         scores = logits.detach().sigmoid()
         by_score = -2 * sizes * (1 - scores)
-        steering.observe(by_score, FREE, FREE)
+        steering.observe(by_score, FREE, FREE, np.ones((STEPS, SITES), bool))
         logits.grad = (by_score + steering.penalty()) * scores * (1 - scores)
         optimizer.step()
         with torch.no_grad():
@@ -106,7 +106,7 @@ def test_steering_brings_quadratic_errors_to_the_target(wanted: dict[str, float]
 def test_a_given_beta_stays() -> None:
     config = TrainConfig(steps=STEPS, beta=0.25)
     steering = Steering(Target(config, additive_costs(), FREE), config, (STEPS, SITES))
-    steering.observe(-torch.rand(STEPS, SITES), FREE, FREE)
+    steering.observe(-torch.rand(STEPS, SITES), FREE, FREE, np.ones((STEPS, SITES), bool))
     steering.follow(torch.zeros(STEPS, SITES), 0.1, FREE)
     assert steering.beta == 0.25
     torch.testing.assert_close(steering.penalty().double(), 0.25 * torch.from_numpy(ALONE / ALONE.mean()))

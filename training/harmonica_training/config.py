@@ -58,18 +58,18 @@ class TrainConfig:
     guidance: float | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     patterns: tuple[str, ...] | None = None
-    image_error: ImageError | None = "leave-one-out"
-    renew_every: int = 25
-    iterations: int = 1000
+    image_error: ImageError | None = "sensitivity"
+    renew_every: int = 5
+    iterations: int = 100
     batch: int = 8
-    learning_rate: float = 0.01
-    decay: float = 0.5
+    learning_rate: float = 0.1
+    decay: float = 0.7
     tau: float = 0.1
     initial: float = 0.0
-    spread: float = 1.0
-    coherence: float = 0.0
+    spread: float = 1.5
+    coherence: float = 1.0
     cache_holds: CacheHolds = "computed"
-    gates: Gates = "soft"
+    gates: Gates = "hard"
     precision: Precision = "fp32"
     checkpointing: bool = False
     checkpoint_every: int = 50

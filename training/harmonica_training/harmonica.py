@@ -73,16 +73,21 @@ class HarmoniCa:
                 holds=config.cache_holds,
                 precision=setting.precision,
             )
-            self._renew(distributed.mean(errors.weights(config.image_error)), distributed.mean(walked.mse), iteration)
+            self._renew(
+                distributed.mean(errors.weights(config.image_error)), distributed.mean(walked.mse), iteration == 0
+            )
         return replace(walked, by_score=walked.by_score * self.weights[:, None].to(scores))
 
-    def _renew(self, weights: Tensor, mse: Tensor, iteration: int) -> None:
-        if self._config.image_error == "sensitivity":
-            weights = torch.where(mse > 0, weights / mse, 0.0)
-        weights = _mean_one(weights)
-        if self._config.image_error == "sensitivity" and iteration > 0:
-            weights = (self.weights + weights) / 2  # it belongs to the sampler, and changes little
-        self.weights = weights
+    def _renew(self, weights: Tensor, mse: Tensor, first: bool) -> None:
+        if self._config.image_error != "sensitivity":
+            self.weights = _mean_one(weights)
+            return
+        seen = mse > 0  # a step that computes everything has no error of either kind, and keeps what it had
+        found = torch.where(seen, weights / mse.clamp(min=torch.finfo(mse.dtype).tiny), 0.0)
+        if first:
+            self.weights = torch.where(seen, found, found.sum() / seen.sum().clamp(min=1))
+        else:  # it belongs to the sampler, and changes little: average out the noise
+            self.weights = torch.where(seen, (self.weights + found) / 2, self.weights)
 
 
 def _mean_one(weights: Tensor) -> Tensor:

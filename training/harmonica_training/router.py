@@ -84,6 +84,14 @@ class Router(nn.Module):
             row.clamp_(-LIMIT, LIMIT)
 
     @torch.no_grad()
+    def shift(self, by: float) -> None:
+        """Move all logits alike: what is reused before what stays, only the threshold changes."""
+        if by:
+            for row in self.rows:
+                row.add_(by)
+            self.clamp()
+
+    @torch.no_grad()
     def load(self, logits: Tensor) -> None:
         """Take over `[steps, sites]`."""
         for row, values in zip(self.rows, logits, strict=True):

@@ -24,7 +24,7 @@ from harmonica_training.router import logit
 GAIN = 5.0  # of log beta a unit of learning rate, a unit of missing share
 DAMPING = 4.0  # of log beta a unit of change of the saved share
 SOFTNESS = 0.5  # width, in logits, of the threshold through which the saved share is seen
-MEMORY = 0.1  # weight of the newest gradient in the prices
+MEMORY = 0.3  # weight of the newest gradient in the prices
 TINY = 1e-12  # a first beta that can grow, where no gradient says more
 TOLERANCE = 0.02  # relative, between the target and what a schedule reaches
 
@@ -123,36 +123,45 @@ class Steering:
         self._saved: float | None = None
         self.prices = torch.zeros(shape)
 
-    def observe(self, by_score: Tensor, drawn: NDArray[np.bool_], free: NDArray[np.bool_]) -> None:
-        """Take in gradients of the error, and choose the first beta by the first of them.
+    def observe(
+        self, by_score: Tensor, drawn: NDArray[np.bool_], free: NDArray[np.bool_], computes: NDArray[np.bool_]
+    ) -> None:
+        """Take in gradients of the error, and with them choose beta: the first one, or with hard gates each.
 
-        The first beta is the one at which entries that make up the goal's share would rather be reused.
+        The first beta is the one at which entries that make up the goal's share would rather be reused. With hard gates
+        only reused entries have a price, and beta is their median: the dearer half is drawn back, and makes room for
+        what is nearest to being reused.
 
         Args:
             by_score: `[steps, sites]`, gradient of the error by the scores; negative where computing helps.
             drawn: bool `[steps]`, the steps that it holds.
             free: bool `[steps]`, the steps that may reuse.
+            computes: bool `[steps, sites]`, r > tau.
         """
-        rows = torch.from_numpy(drawn & free)
-        prices = (-by_score.cpu() / torch.from_numpy(self._target.weights))[rows].float()
-        self.prices[rows] += (prices - self.prices[rows]) * (1.0 if self._saved is None else MEMORY)
+        seen = torch.from_numpy((drawn & free)[:, None] & (self._soft | ~computes))
+        prices = (-by_score.cpu() / torch.from_numpy(self._target.weights)).float()[seen]
+        old = self.prices[seen]
+        self.prices[seen] = torch.where(old == 0, prices, torch.lerp(old, prices, MEMORY))
         goal = self._target.goal
-        if self.beta is None and goal is not None:
+        if goal is None or not len(prices):
+            return
+        if not self._soft:
+            self.beta = max(float(self.prices[seen].median()), TINY)
+        elif self.beta is None:
             share = min(1.0, goal * len(free) / int(free.sum()))
-            positive = prices[prices > 0]
-            self.beta = float(positive.quantile(share)) if len(positive) else TINY
+            self.beta = max(float(prices.clamp(min=0).quantile(share)), TINY)
 
     def follow(self, logits: Tensor, learning_rate: float, free: NDArray[np.bool_]) -> None:
-        """After a step of the optimiser, correct beta towards the goal."""
+        """After a step of the optimiser, correct beta towards the goal; with hard gates there is nothing to correct."""
         goal = self._target.goal
-        below = self._middle - logits
-        reuses = (below / SOFTNESS).sigmoid() if self._soft else (below >= 0).to(logits)
+        if goal is None or self.beta is None or not self._soft:
+            return
+        reuses = ((self._middle - logits) / SOFTNESS).sigmoid()
         reuses[torch.from_numpy(~free)] = 0.0
         saved = self._target.saved(reuses)
         change = 0.0 if self._saved is None else saved - self._saved
         self._saved = saved
-        if goal is not None and self.beta is not None:
-            self.beta *= math.exp(GAIN * learning_rate * (goal - saved) - DAMPING * change)
+        self.beta *= math.exp(GAIN * learning_rate * (goal - saved) - DAMPING * change)
 
     def penalty(self) -> Tensor:
         """`[sites]`, what a unit of each site's score costs at every step."""

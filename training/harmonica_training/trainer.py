@@ -24,7 +24,7 @@ from harmonica_training.config import TrainConfig
 from harmonica_training.errors import DivergenceError, TrainingError
 from harmonica_training.harmonica import HarmoniCa, Objective
 from harmonica_training.progress import IterationRecord, Progress, Silent
-from harmonica_training.router import Router
+from harmonica_training.router import Router, logit
 from harmonica_training.sdt import Walked
 from harmonica_training.setting import Setting
 from harmonica_training.target import Steering, Target
@@ -133,11 +133,11 @@ class _Training:
         config, router, steering = self._config, self._router, self._steering
         scale = FP16_SCALE if config.precision == "fp16" else 1.0
         scores = router.scores()
-        computes = router.computes(config.tau)
+        computes = self._computes()
         gates = scores if config.gates == "soft" else torch.from_numpy(computes).to(scores)
         walked = self._objective.walk(self.iteration, gates, computes, scale)
         by_score, mse = self._checked(walked)
-        steering.observe(by_score, walked.drawn, router.free)
+        steering.observe(by_score, walked.drawn, router.free, computes)
         penalty = steering.penalty().to(by_score)
         router.set_gradient(by_score + penalty, walked.drawn)
         rate = self._learning_rate()
@@ -147,7 +147,7 @@ class _Training:
         router.clamp()
         steering.follow(router.logits, rate, router.free)
         self.iteration += 1
-        computes = router.computes(config.tau)
+        computes = self._computes()
         cost = float((scores[walked.drawn] * penalty).sum())
         error = float((mse * self._objective.weights).sum())
         record = IterationRecord(
@@ -167,11 +167,24 @@ class _Training:
             progress.schedule(self.iteration, router.scores().double().cpu().numpy(), computes)
         return record
 
+    def _computes(self) -> NDArray[np.bool_]:
+        """Where sites compute now: r > tau, with hard gates and a target tau being what the target asks for."""
+        config = self._config
+        if config.gates == "soft":
+            return self._router.computes(config.tau)
+        mask, threshold = self._land()
+        self._router.shift(logit(config.tau) - logit(threshold))
+        return mask
+
+    def _land(self) -> tuple[NDArray[np.bool_], float]:
+        scores = self._router.scores().double().cpu().numpy()
+        return self._target.land(scores, self._steering.prices.double().numpy(), self._config.tau)
+
     def result(self, history: tuple[IterationRecord, ...]) -> TrainingResult:
         """The schedule that the router stands for, on its target."""
         config, setting = self._config, self._setting
         scores = self._router.scores().double().cpu().numpy()
-        mask, threshold = self._target.land(scores, self._steering.prices.double().numpy(), config.tau)
+        mask, threshold = self._land()
         free = self._router.free
         logits = [row.tolist() if may else None for row, may in zip(self._router.logits, free, strict=True)]
         record = {
