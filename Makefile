@@ -11,7 +11,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 TYPED := harmonica_rt kernels/harmonica_kernels training/harmonica_training
 LINTED := $(TYPED) tests setup.py $(wildcard benchmarks)
 
-.PHONY: help demo test lint format bench train-digits clean
+.PHONY: help demo test lint format bench train-digits train-schedule clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -36,6 +36,11 @@ bench: $(STAMP)  ## run the benchmarks
 
 train-digits: $(STAMP)  ## train the small model that the demo uses, from nothing
 	$(PY) -m harmonica_training.digits
+
+MODEL := harmonica_rt/demo/digits-dit
+train-schedule: $(STAMP)  ## learn the schedule of that model that the demo uses
+	OMP_NUM_THREADS=1 $(VENV)/bin/harmonica-rt train $(MODEL) $(MODEL)/schedule.json \
+		--steps 20 --target-speedup 2 --guidance 2 --iterations 60 --batch 4 --learning-rate 0.2
 
 clean:  ## remove the environment and all build outputs
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

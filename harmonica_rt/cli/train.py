@@ -45,13 +45,19 @@ def train(
     guidance: float | None = GUIDANCE,
     arg: list[str] = ARGUMENTS,
     pattern: list[str] = typer.Option([], help="A glob over module paths that chooses sites; may be repeated."),
-    iterations: int = typer.Option(1000, min=1, help="Runs to walk.", rich_help_panel=_HOW),
+    iterations: int = typer.Option(100, min=1, help="Runs to walk.", rich_help_panel=_HOW),
     batch: int = typer.Option(8, min=1, help="Samples of a run, over all processes.", rich_help_panel=_HOW),
-    learning_rate: float = typer.Option(0.01, min=0.0, help="Of AdamW.", rich_help_panel=_HOW),
+    learning_rate: float = typer.Option(0.1, min=0.0, help="Of AdamW.", rich_help_panel=_HOW),
     image_error: str = typer.Option(
-        "leave-one-out", help="IEPO's lambda: leave-one-out, progressive, or none.", rich_help_panel=_HOW
+        "sensitivity", help="IEPO's lambda: sensitivity, leave-one-out, progressive, or none.", rich_help_panel=_HOW
     ),
-    renew_every: int = typer.Option(25, min=1, help="Iterations between renewals of lambda.", rich_help_panel=_HOW),
+    gates: str = typer.Option(
+        "hard", help="hard: train on what will run; soft: blend by r, as the paper does.", rich_help_panel=_HOW
+    ),
+    coherence: float = typer.Option(
+        1.0, min=0.0, max=1.0, help="How much the sites of a step move as one (paper: 0).", rich_help_panel=_HOW
+    ),
+    renew_every: int = typer.Option(5, min=1, help="Iterations between renewals of lambda.", rich_help_panel=_HOW),
     tau: float = typer.Option(0.1, min=0.0, max=1.0, help="Compute where r > tau.", rich_help_panel=_HOW),
     start: Path | None = typer.Option(None, help="A schedule file to start from.", rich_help_panel=_HOW),
     precision: str = typer.Option("fp32", help="Autocast of forwards: fp32 (none), bf16, fp16.", rich_help_panel=_HOW),
@@ -79,7 +85,11 @@ def train(
     given = call_arguments(pipeline, arg, steps, guidance)
     for name in ("num_inference_steps", "guidance_scale", "class_labels", "prompt"):
         given.pop(name, None)
-    choices: dict[str, Any] = {"image_error": None if image_error == "none" else image_error, "precision": precision}
+    choices: dict[str, Any] = {
+        "image_error": None if image_error == "none" else image_error,
+        "gates": gates,
+        "precision": precision,
+    }
     config = TrainConfig(
         steps=steps,
         target_speedup=target_speedup,
@@ -88,6 +98,7 @@ def train(
         guidance=guidance,
         arguments=given,
         patterns=tuple(pattern) or None,
+        coherence=coherence,
         renew_every=renew_every,
         iterations=iterations,
         batch=batch,

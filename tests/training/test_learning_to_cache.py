@@ -11,14 +11,22 @@ from harmonica_training.baselines import learning_to_cache
 from harmonica_training.baselines.learning_to_cache import LearningToCache
 from harmonica_training.cached_forward import frozen
 from harmonica_training.setting import Setting
-from tests.training.test_trainer import dit
+from tests.training.test_trainer import PAPER, dit
 
 LATENTS = torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(1))
 LABELS = ClassLabels([0, 1, 2, 3, 4, 5])
 
 
 def config(**options: object) -> TrainConfig:
-    given = {"steps": 8, "target_cur": 0.3, "guidance": 1.0, "iterations": 8, "batch": 2, "learning_rate": 0.3}
+    given: dict[str, object] = {
+        "steps": 8,
+        "target_cur": 0.3,
+        "guidance": 1.0,
+        "iterations": 8,
+        "batch": 2,
+        "learning_rate": 0.3,
+        **PAPER,
+    }
     return TrainConfig(**{**given, **options})  # type: ignore[arg-type]
 
 

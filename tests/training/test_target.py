@@ -83,7 +83,7 @@ def test_what_cannot_be_reached() -> None:
 @pytest.mark.parametrize("scale", [1e-6, 1e3])
 def test_steering_brings_quadratic_errors_to_the_target(wanted: dict[str, float], scale: float) -> None:
     """On errors `a (1 - r)^2` beta ends where `r > tau` saves the goal's share, whatever their scale."""
-    config = TrainConfig(steps=STEPS, learning_rate=0.05, **wanted)
+    config = TrainConfig(steps=STEPS, learning_rate=0.05, gates="soft", **wanted)
     aim = Target(config, additive_costs(), FREE)
     steering = Steering(aim, config, (STEPS, SITES))
     sizes = torch.rand(STEPS, SITES, generator=torch.Generator().manual_seed(0)).exp() * scale
@@ -110,3 +110,14 @@ def test_a_given_beta_stays() -> None:
     steering.follow(torch.zeros(STEPS, SITES), 0.1, FREE)
     assert steering.beta == 0.25
     torch.testing.assert_close(steering.penalty().double(), 0.25 * torch.from_numpy(ALONE / ALONE.mean()))
+
+
+def test_with_hard_gates_the_price_is_the_median_of_what_is_reused() -> None:
+    config = TrainConfig(steps=STEPS, target_cur=0.5)
+    steering = Steering(Target(config, additive_costs(), FREE), config, (STEPS, SITES))
+    by_score = -torch.rand(STEPS, SITES, generator=torch.Generator().manual_seed(0))
+    computes = np.random.default_rng(0).random((STEPS, SITES)) < 0.5
+    steering.observe(by_score, FREE, FREE, computes)
+    reused = torch.from_numpy(~computes & FREE[:, None])
+    assert steering.beta == float((-by_score)[reused].median())
+    assert not steering.prices[~reused].any()  # what computes has no error, so nobody knows its price

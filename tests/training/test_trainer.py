@@ -49,13 +49,22 @@ def config(**options: Any) -> TrainConfig:
     return TrainConfig(**{**defaults, "guidance": 1.0, **({} if how_much else {"target_speedup": 1.4}), **options})
 
 
-@pytest.mark.parametrize("image_error", ["leave-one-out", "progressive", "sensitivity", None])
-def test_lands_and_runs(image_error: Any, tmp_path: Path) -> None:
+PAPER: dict[str, Any] = {"gates": "soft", "coherence": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("image_error", "options"),
+    [("leave-one-out", PAPER), ("progressive", PAPER), ("sensitivity", {}), (None, PAPER), (None, {})],
+    ids=["leave-one-out", "progressive", "sensitivity-hard", "sdt", "sdt-hard"],
+)
+def test_lands_and_runs(image_error: Any, options: dict[str, Any], tmp_path: Path) -> None:
     pipeline = dit()
     before = {name: value.clone() for name, value in pipeline.transformer.state_dict().items()}
-    result = train(pipeline, config(image_error=image_error))
+    result = train(pipeline, config(image_error=image_error, **options))
     schedule = result.schedule
     assert result.speedup == pytest.approx(1.4, rel=0.02)
+    if not options:  # hard gates are on their target all the while
+        assert [record.speedup for record in result.history] == pytest.approx([1.4] * 12, rel=0.02)
     assert all(torch.equal(before[name], value) for name, value in pipeline.transformer.state_dict().items())
     assert all(parameter.requires_grad for parameter in pipeline.transformer.parameters())
 
@@ -87,7 +96,7 @@ def test_what_is_free_is_reused_first() -> None:
     pipeline = dit()
     for block in pipeline.transformer.transformer_blocks[:3]:
         torch.nn.init.zeros_(block.attn1.to_out[0].weight)
-    result = train(pipeline, config(target_cur=0.25, iterations=40, image_error=None))
+    result = train(pipeline, config(target_cur=0.25, iterations=40, image_error=None, **PAPER))
     chosen = [f"transformer_blocks.{i}.attn1" in result.schedule.sites for i in range(3)]
     assert all(chosen)
     columns = [result.schedule.sites.index(f"transformer_blocks.{i}.attn1") for i in range(3)]
@@ -112,9 +121,9 @@ class KilledAfter(Silent):
             raise Killed
 
 
-@pytest.mark.parametrize("image_error", ["leave-one-out", "sensitivity"])
-def test_a_killed_training_goes_on_bit_for_bit(image_error: Any, tmp_path: Path) -> None:
-    chosen = config(iterations=9, renew_every=2, checkpoint_every=3, image_error=image_error)
+@pytest.mark.parametrize("options", [{}, {"image_error": "leave-one-out", **PAPER}], ids=["hard", "soft"])
+def test_a_killed_training_goes_on_bit_for_bit(options: dict[str, Any], tmp_path: Path) -> None:
+    chosen = config(iterations=9, renew_every=2, checkpoint_every=3, **options)
     whole = train(dit(), chosen)
     with pytest.raises(Killed):
         train(dit(), chosen, directory=tmp_path, progress=KilledAfter(8))
@@ -141,13 +150,21 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
 def test_starts_from_a_schedule() -> None:
     pipeline = dit()
     start = Schedule.every(2, steps=8, sites=hrt.find_sites(pipeline.transformer))
-    still = config(beta=0.0, iterations=1, learning_rate=0.0)
+    still = config(beta=0.0, iterations=1, learning_rate=0.0, spread=0.0)
     assert np.array_equal(train(pipeline, still, start=start).schedule.compute, start.compute)
     learned = train(pipeline, config(iterations=3)).schedule
     again = train(pipeline, still, start=learned)
     assert np.allclose(again.scores[1:], 1 / (1 + np.exp(-np.array(learned.made_by.scores[1:]))), atol=1e-4)  # type: ignore[union-attr, index]
     with pytest.raises(TrainingError, match="has 4 steps and 12 sites; this training has 8 steps"):
         train(pipeline, still, start=Schedule.every(2, steps=4, sites=start.sites))
+
+
+def test_coherent_sites_are_reused_together() -> None:
+    """All but one step, which the target splits, computes all of its sites or none."""
+    rows = train(dit(), config(target_cur=0.4, iterations=6)).schedule.compute
+    assert sum(0 < row.sum() < SITES for row in rows) <= 1
+    rows = train(dit(), config(target_cur=0.4, iterations=6, coherence=0.0)).schedule.compute
+    assert sum(0 < row.sum() < SITES for row in rows) > 1
 
 
 def test_nan_is_told() -> None:
