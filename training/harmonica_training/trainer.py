@@ -91,14 +91,16 @@ def train(
     shown = progress if progress is not None and distributed.rank() == 0 else Silent()
     shown.begin(config.iterations, training.iteration)
     history = []
-    with frozen(setting.model):
-        while training.iteration < config.iterations:
-            history.append(training.step(shown))
-            if checkpoints is not None and training.iteration % config.checkpoint_every == 0:
-                training.save(checkpoints)
+    try:
+        with frozen(setting.model):
+            while training.iteration < config.iterations:
+                history.append(training.step(shown))
+                if checkpoints is not None and training.iteration % config.checkpoint_every == 0:
+                    training.save(checkpoints)
+    finally:
+        shown.end()
     if checkpoints is not None:
         training.save(checkpoints)
-    shown.end()
     return training.result(tuple(history))
 
 
