@@ -84,8 +84,8 @@ class HarmoniCa:
             return
         seen = mse > 0  # a step that computes everything has no error of either kind, and keeps what it had
         found = torch.where(seen, weights / mse.clamp(min=torch.finfo(mse.dtype).tiny), 0.0)
-        if first:
-            self.weights = torch.where(seen, found, found.sum() / seen.sum().clamp(min=1))
+        if first and bool(seen.any()):
+            self.weights = torch.where(seen, found, found.sum() / seen.sum())
         else:  # it belongs to the sampler, and changes little: average out the noise
             self.weights = torch.where(seen, (self.weights + found) / 2, self.weights)
 

@@ -45,12 +45,12 @@ class Router(nn.Module):
         super().__init__()
         self.free = np.arange(steps) > 0 if free is None else free
         self.sites = tuple(sites)
-        # a parameter a step: an optimiser leaves a step alone that has no gradient
         generator = torch.Generator().manual_seed(seed)
         own = torch.randn(steps, len(self.sites), generator=generator)
         shared = torch.randn(steps, 1, generator=generator)
         self._coherence = coherence
         self._noise = spread * (coherence**0.5 * shared + (1 - coherence) ** 0.5 * own)
+        # a parameter a step: an optimiser leaves a step alone that has no gradient
         self.rows = nn.ParameterList(list((initial + self._noise).clamp(-LIMIT, LIMIT)))
 
     @property
