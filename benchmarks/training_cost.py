@@ -34,7 +34,8 @@ from harmonica_training.config import TrainConfig
 from harmonica_training.digits import load_pipeline
 from harmonica_training.iepo import ImageErrors
 from harmonica_training.sdt import step_losses
-from harmonica_training.trainer import VALIDATE_EVERY, train
+from harmonica_training.settling import LOOK_EVERY
+from harmonica_training.trainer import train
 from harmonica_training.walk import DenoiserCall, StreamKey, Walker
 
 RENEW_EVERY = 500  # steps, as in the paper
@@ -154,7 +155,7 @@ def by_default(case: Case) -> float:
     On the bundled model with as many samples and steps as `case`.
     """
     config = TrainConfig(steps=case.walker.steps, batch=case.samples, target_speedup=1.5, guidance=2.0)
-    period = math.lcm(config.renew_every, VALIDATE_EVERY)
+    period = math.lcm(config.renew_every, LOOK_EVERY)
     history = train(load_pipeline(bundled_model()), replace(config, iterations=period)).history
     return sum(record.seconds for record in history) / period
 
@@ -245,5 +246,5 @@ def _one(value: float) -> Spread:
 
 
 def _row(case: Case, kind: str, metric: str, spread: Spread, unit: str, repeats: int, target: str | None = None) -> Row:
-    ends = (spread.p20, spread.p80) if repeats > 1 else (None, None)
-    return Row("training_cost", case.name, kind, metric, spread.p50, unit, *ends, repeats, target)
+    low, high = (spread.p20, spread.p80) if repeats > 1 else (None, None)
+    return Row("training_cost", case.name, kind, metric, spread.p50, unit, low, high, repeats, target)

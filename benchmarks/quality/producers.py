@@ -36,21 +36,27 @@ class Budget:
 
     Attributes:
         iterations: training iterations, each one walk over all steps.
+        settling: iterations of trainings that measure schedules besides: fewer, for about the same work.
         batch: samples of one walk.
         learning_rate: of the routers.
         renew_every: iterations between renewals of lambda.
         calibration: batches that SmoothCache is calibrated on.
+        validation: batches that those measure schedules on.
     """
 
     iterations: int
+    settling: int
     batch: int
     learning_rate: float
     renew_every: int
     calibration: int
+    validation: int
 
 
-FULL = Budget(iterations=40, batch=2, learning_rate=0.2, renew_every=5, calibration=8)
-QUICK = Budget(iterations=2, batch=2, learning_rate=0.2, renew_every=1, calibration=1)
+# An iteration at 20 steps and 1.5x, in forwards of a batch (a gradient counts as two): 80 to walk, 42 for lambda, and
+# where schedules are measured 187 for that: 3 exchanges and half of their own, 4 batches each. So 40 * 122, 16 * 309.
+FULL = Budget(iterations=40, settling=16, batch=2, learning_rate=0.2, renew_every=5, calibration=8, validation=4)
+QUICK = Budget(iterations=2, settling=2, batch=2, learning_rate=0.2, renew_every=1, calibration=1, validation=1)
 
 PAIRS_A_STEP = 0.75  # a walk costs 3 forwards a step, a pair of Learning-to-Cache 4: the same work an iteration
 
@@ -117,10 +123,11 @@ def _config(point: Point, seed: int, budget: Budget, **options: Any) -> TrainCon
         steps=point.steps,
         target_speedup=point.speedup,
         guidance=GUIDANCE,
-        iterations=budget.iterations,
+        iterations=budget.settling if options.get("gates") == "hard" else budget.iterations,
         batch=budget.batch,
         learning_rate=budget.learning_rate,
         renew_every=budget.renew_every,
+        validation_batches=budget.validation,
         seed=seed,
         **options,
     )

@@ -58,6 +58,12 @@ def train(
         1.0, min=0.0, max=1.0, help="How much the sites of a step move as one (paper: 0).", rich_help_panel=_HOW
     ),
     renew_every: int = typer.Option(5, min=1, help="Iterations between renewals of lambda.", rich_help_panel=_HOW),
+    exchanges: int = typer.Option(
+        3, min=0, help="Pairs of steps of the best schedule that change places an iteration.", rich_help_panel=_HOW
+    ),
+    validation_batches: int = typer.Option(
+        1, min=1, help="Batches that the images of a schedule are measured on.", rich_help_panel=_HOW
+    ),
     tau: float = typer.Option(0.1, min=0.0, max=1.0, help="Compute where r > tau.", rich_help_panel=_HOW),
     start: Path | None = typer.Option(None, help="A schedule file to start from.", rich_help_panel=_HOW),
     precision: str = typer.Option("fp32", help="Autocast of forwards: fp32 (none), bf16, fp16.", rich_help_panel=_HOW),
@@ -103,6 +109,8 @@ def train(
         iterations=iterations,
         batch=batch,
         learning_rate=learning_rate,
+        exchanges=exchanges,
+        validation_batches=validation_batches,
         tau=tau,
         checkpointing=checkpointing,
         checkpoint_every=checkpoint_every,

@@ -44,7 +44,14 @@ def dit(layers: int = SITES // 2) -> Any:
 
 def config(**options: Any) -> TrainConfig:
     """Without guidance: class 1000 of DiTPipeline is none of this model's."""
-    defaults: dict[str, Any] = {"steps": 8, "iterations": 12, "batch": 2, "learning_rate": 0.3, "renew_every": 4}
+    defaults: dict[str, Any] = {
+        "steps": 8,
+        "iterations": 12,
+        "batch": 2,
+        "learning_rate": 0.3,
+        "renew_every": 4,
+        "exchanges": 1,
+    }
     how_much = {"target_speedup", "target_cur", "beta"} & set(options)
     return TrainConfig(**{**defaults, "guidance": 1.0, **({} if how_much else {"target_speedup": 1.4}), **options})
 

@@ -42,6 +42,9 @@ class TrainConfig:
             the blended one (as the released code does).
         gates: soft blends sites by r, as the paper does; hard computes where r > tau and reuses elsewhere, as the
             schedule will, and hands the gradient on to r (straight-through, an option of the released code).
+        exchanges: with hard gates and a target, how many pairs of steps of the best schedule so far change places an
+            iteration, to see whether its images get better.
+        validation_batches: with hard gates and a target, how many batches the images of a schedule are measured on.
         precision: of forwards, by autocast; fp32 leaves the pipeline's dtype as it is.
         checkpointing: recompute the blocks' activations for the gradient, in the place of keeping them.
         checkpoint_every: iterations between checkpoints.
@@ -70,6 +73,8 @@ class TrainConfig:
     coherence: float = 1.0
     cache_holds: CacheHolds = "computed"
     gates: Gates = "hard"
+    exchanges: int = 3
+    validation_batches: int = 1
     precision: Precision = "fp32"
     checkpointing: bool = False
     checkpoint_every: int = 50
@@ -79,10 +84,12 @@ class TrainConfig:
         chosen = [name for name in ("target_speedup", "target_cur", "beta") if getattr(self, name) is not None]
         if len(chosen) != 1:
             raise TrainingError(f"give exactly one of target_speedup, target_cur and beta; got {chosen or 'none'}")
-        for name in ("steps", "renew_every", "iterations", "batch", "checkpoint_every"):
+        for name in ("steps", "renew_every", "iterations", "batch", "validation_batches", "checkpoint_every"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise TrainingError(f"{name}: expected a whole number of at least 1, got {value!r}")
+        if isinstance(self.exchanges, bool) or not isinstance(self.exchanges, int) or self.exchanges < 0:
+            raise TrainingError(f"exchanges: expected a whole number of at least 0, got {self.exchanges!r}")
         if self.steps < 2:
             raise TrainingError("steps: a run of one step has nothing to reuse; expected at least 2")
         ranges = {

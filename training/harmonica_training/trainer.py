@@ -27,13 +27,13 @@ from harmonica_training.progress import IterationRecord, Progress, Silent
 from harmonica_training.router import Router, logit
 from harmonica_training.sdt import Walked
 from harmonica_training.setting import Setting
+from harmonica_training.settling import Settling
 from harmonica_training.target import Steering, Target
 from harmonica_training.validation import Validation
 
 DIVERGED = 10.0  # error of the prediction, relative to its mean square, above which nothing is learned any more
 LAST_RATE = 0.1  # of the learning rate, at the end of its decay
 FP16_SCALE = 1024.0  # on losses in half precision
-VALIDATE_EVERY = 2  # iterations between measurements of what hard gates do to images
 SHOW_EVERY = 10  # iterations between pictures of the schedule
 
 
@@ -106,15 +106,6 @@ def train(
     return training.result(tuple(history))
 
 
-@dataclass(frozen=True)
-class _Best:
-    """What the router was when its schedule's images were best."""
-
-    error: float
-    logits: Tensor
-    prices: Tensor
-
-
 class _Training:
     """The state of a training: router, optimiser, beta, lambda."""
 
@@ -139,8 +130,9 @@ class _Training:
         self._optimizer = torch.optim.AdamW(self._router.parameters(), lr=config.learning_rate, weight_decay=0.0)
         self._target = Target(config, setting.costs, objective.free)
         self._steering = Steering(self._target, config, (setting.steps, len(setting.sites)))
-        self._validation = Validation(setting)
-        self._best: _Best | None = None
+        self._settling = Settling(Validation(setting), objective.free, config.exchanges)
+        # soft gates stand for no schedule before the end; and under a fixed beta the best images cost the most
+        self._settles = config.gates == "hard" and config.beta is None
 
     def step(self, progress: Progress) -> IterationRecord:
         """One iteration."""
@@ -163,10 +155,8 @@ class _Training:
         steering.follow(router.logits, rate, router.free)
         self.iteration += 1
         computes = self._computes()
-        if config.gates == "hard" and self.iteration % VALIDATE_EVERY == 0:
-            error = self._validation.image_error(computes)
-            if self._best is None or error < self._best.error:
-                self._best = _Best(error, router.logits, steering.prices.clone())
+        if self._settles:
+            self._settling.follow(self.iteration, computes, router.logits)
         cost = float((scores[walked.drawn] * penalty).sum())
         error = float((mse * self._objective.weights).sum())
         record = IterationRecord(
@@ -202,11 +192,12 @@ class _Training:
     def result(self, history: tuple[IterationRecord, ...]) -> TrainingResult:
         """The schedule that the router stands for, or stood for when its images were best, on its target."""
         config, setting = self._config, self._setting
-        if self._best is not None:
-            self._router.load(self._best.logits)
-            self._steering.prices = self._best.prices
-        scores = self._router.scores().double().cpu().numpy()
         mask, threshold = self._land()
+        best = self._settling.best
+        if best is not None:
+            self._router.load(best.logits)
+            mask, threshold = best.computes, config.tau
+        scores = self._router.scores().double().cpu().numpy()
         free = self._router.free
         logits = [row.tolist() if may else None for row, may in zip(self._router.logits, free, strict=True)]
         record = {
@@ -214,7 +205,7 @@ class _Training:
             "conditions": setting.conditions.describe(),
             "processes": distributed.world(),
             "final_beta": self._steering.beta,
-            "validated_error": None if self._best is None else self._best.error,
+            "validated_error": best and best.error,
         }
         made_by = MadeBy(self._objective.method, record, threshold, logits)
         schedule = Schedule.from_array(mask, setting.sites, made_by=made_by)
@@ -242,7 +233,7 @@ class _Training:
         if found is None:
             return
         values = self._values()
-        for name in ("identity", "steering", "best"):
+        for name in ("identity", "steering", "settling"):
             if name not in found.values:
                 raise TrainingError(f"the checkpoint in {directory} has no {name}; give another directory")
         identity, here = found.values["identity"], values["identity"]
@@ -255,8 +246,7 @@ class _Training:
         self._router.load(found.tensors["logits"])
         self._steering.load(found.values["steering"], found.tensors["prices"])  # type: ignore[arg-type]
         self._objective.weights = found.tensors["lambda"].to(self._setting.device)
-        if (error := found.values["best"]) is not None:
-            self._best = _Best(float(error), found.tensors["best.logits"], found.tensors["best.prices"])  # type: ignore[arg-type]
+        self._settling.load(found.tensors, found.values["settling"])  # type: ignore[arg-type]
         for index, row in enumerate(self._router.rows):
             if f"moment.{index}" in found.tensors:
                 moment, square = found.tensors[f"moment.{index}"].to(row)
@@ -268,8 +258,7 @@ class _Training:
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {"logits": self._router.logits, "prices": self._steering.prices, "lambda": self._objective.weights}
-        if self._best is not None:
-            tensors |= {"best.logits": self._best.logits, "best.prices": self._best.prices}
+        tensors |= self._settling.tensors()
         for index, row in enumerate(self._router.rows):
             state = self._optimizer.state.get(row)
             if state:
@@ -291,7 +280,7 @@ class _Training:
         return {
             "identity": json.loads(json.dumps(identity)),
             "steering": self._steering.state(),
-            "best": self._best and self._best.error,
+            "settling": self._settling.values(),
         }
 
     def _checked(self, walked: Walked) -> tuple[Tensor, Tensor]:
