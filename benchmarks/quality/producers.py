@@ -53,8 +53,8 @@ class Budget:
     validation: int
 
 
-# An iteration at 20 steps and 1.5x, in forwards of a batch (a gradient counts as two): 80 to walk, 42 for lambda, and
-# where schedules are measured 187 for that: 3 exchanges and half of their own, 4 batches each. So 40 * 122, 16 * 309.
+# An iteration at 20 steps and 1.5x, in forwards of a batch (a gradient counts as two): 80 to walk, 42 for lambda. Where
+# schedules are measured, 27 more for the one of the moment and 13 to 53 for each of 8 exchanges, most nearer to 13.
 FULL = Budget(iterations=40, settling=16, batch=2, learning_rate=0.2, renew_every=5, calibration=8, validation=4)
 QUICK = Budget(iterations=2, settling=2, batch=2, learning_rate=0.2, renew_every=1, calibration=1, validation=1)
 

@@ -59,7 +59,7 @@ def train(
     ),
     renew_every: int = typer.Option(5, min=1, help="Iterations between renewals of lambda.", rich_help_panel=_HOW),
     exchanges: int = typer.Option(
-        3, min=0, help="Pairs of steps of the best schedule that change places an iteration.", rich_help_panel=_HOW
+        8, min=0, help="Pairs of steps of the best schedule that change places an iteration.", rich_help_panel=_HOW
     ),
     validation_batches: int = typer.Option(
         1, min=1, help="Batches that the images of a schedule are measured on.", rich_help_panel=_HOW

@@ -73,7 +73,7 @@ class TrainConfig:
     coherence: float = 1.0
     cache_holds: CacheHolds = "computed"
     gates: Gates = "hard"
-    exchanges: int = 3
+    exchanges: int = 8
     validation_batches: int = 1
     precision: Precision = "fp32"
     checkpointing: bool = False

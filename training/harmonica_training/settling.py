@@ -8,9 +8,12 @@ error smaller stays: no gradient shows that step 4 had better be computed than s
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +23,9 @@ from torch import Tensor
 from harmonica_training.validation import Validation
 
 LOOK_EVERY = 2  # iterations between measurements of the schedule of the moment
+HOPELESS = (
+    0.2  # of the log of an error: worse than the best by so much after some batches, the others are not looked at
+)
 
 
 @dataclass(frozen=True)
@@ -27,21 +33,19 @@ class Found:
     """A schedule and the router that it is of.
 
     Attributes:
-        error: what it makes of the final latents, see `Validation.image_error`.
+        logs: logarithm of what it makes of the final latents, one a batch, see `Validation.logs`.
         computes: bool `[steps, sites]`.
         logits: of the router, `[steps, sites]`.
     """
 
-    error: float
+    logs: tuple[float, ...]
     computes: NDArray[np.bool_]
     logits: Tensor
 
-    def exchanged(self, a: int, b: int, validation: Validation) -> Found:
-        """The same with steps `a` and `b` in each other's place."""
-        order = np.arange(len(self.computes))
-        order[[a, b]] = b, a
-        computes = self.computes[order]
-        return Found(validation.image_error(computes), computes, self.logits[torch.from_numpy(order)])
+    @property
+    def error(self) -> float:
+        """See `Validation.image_error`."""
+        return math.exp(statistics.fmean(self.logs))
 
 
 class Settling:
@@ -71,9 +75,7 @@ class Settling:
             logits: the router's.
         """
         if iteration % LOOK_EVERY == 0 and not (self.best and np.array_equal(computes, self.best.computes)):
-            error = self._validation.image_error(computes)
-            if self.best is None or error < self.best.error:
-                self._keep(Found(error, computes.copy(), logits.cpu()))
+            self._try(computes.copy(), logits.cpu())
         left = self._exchanges
         while self.best is not None and left and self._vain < len(self._pairs):
             a, b = self._pairs[self._next]
@@ -82,13 +84,20 @@ class Settling:
             if np.array_equal(self.best.computes[a], self.best.computes[b]):
                 continue
             left -= 1
-            other = self.best.exchanged(a, b, self._validation)
-            if other.error < self.best.error:
-                self._keep(other)
+            order = np.arange(len(computes))
+            order[[a, b]] = b, a
+            self._try(self.best.computes[order], self.best.logits[torch.from_numpy(order)])
 
-    def _keep(self, found: Found) -> None:
-        self.best = found
-        self._vain = 0
+    def _try(self, computes: NDArray[np.bool_], logits: Tensor) -> None:
+        """Measure a schedule for as long as it may turn out the best; if it does, keep it."""
+        logs: list[float] = []
+        for log in self._validation.logs(computes):
+            logs.append(log)
+            if self.best and statistics.fmean(logs) > statistics.fmean(self.best.logs[: len(logs)]) + HOPELESS:
+                return
+        if self.best is None or statistics.fmean(logs) < statistics.fmean(self.best.logs):
+            self.best = Found(tuple(logs), computes, logits)
+            self._vain = 0
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps, beside `values`."""
@@ -96,12 +105,12 @@ class Settling:
             return {}
         return {"best.computes": torch.from_numpy(self.best.computes), "best.logits": self.best.logits}
 
-    def values(self) -> dict[str, float | int | None]:
+    def values(self) -> dict[str, Any]:
         """What a checkpoint keeps, beside `tensors`."""
-        return {"error": self.best.error if self.best else None, "next": self._next, "vain": self._vain}
+        return {"logs": list(self.best.logs) if self.best else None, "next": self._next, "vain": self._vain}
 
-    def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, float | int | None]) -> None:
+    def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Take over `tensors` and `values`."""
-        self._next, self._vain = int(values["next"] or 0), int(values["vain"] or 0)
-        if (error := values["error"]) is not None:
-            self.best = Found(float(error), tensors["best.computes"].numpy(), tensors["best.logits"])
+        self._next, self._vain = values["next"], values["vain"]
+        if values["logs"] is not None:
+            self.best = Found(tuple(values["logs"]), tensors["best.computes"].numpy(), tensors["best.logits"])

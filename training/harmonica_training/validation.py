@@ -7,6 +7,9 @@ would be theirs alone. So it is the geometric mean, which is also what a mean of
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -35,21 +38,18 @@ class Validation:
         self._batches = [APART + batch for batch in range(setting.config.validation_batches)]
         self._uncached: list[Tensor] = []
 
-    def image_error(self, computes: NDArray[np.bool_]) -> float:
-        """Mean squared error of the final latents under bool `[steps, sites]`, geometric mean over all samples."""
+    def logs(self, computes: NDArray[np.bool_]) -> Iterator[float]:
+        """Logarithm of each batch's image error under bool `[steps, sites]`; a batch is walked when it is asked for."""
         if not self._uncached:
             self._uncached = [self._latents(batch, np.ones_like(computes)) for batch in self._batches]
-        logs = [
-            (self._latents(batch, computes).double() - uncached.double())
-            .square()
-            .flatten(1)
-            .mean(dim=1)
-            .clamp(min=SMALLEST)
-            .log()
-            .mean()
-            for batch, uncached in zip(self._batches, self._uncached, strict=True)
-        ]
-        return float(distributed.mean(torch.stack(logs).mean()).exp())
+        for batch, uncached in zip(self._batches, self._uncached, strict=True):
+            difference = self._latents(batch, computes).double() - uncached.double()
+            errors = difference.square().flatten(1).mean(dim=1)
+            yield float(distributed.mean(errors.clamp(min=SMALLEST).log().mean()))
+
+    def image_error(self, computes: NDArray[np.bool_]) -> float:
+        """Mean squared error of the final latents under bool `[steps, sites]`, geometric mean over all samples."""
+        return math.exp(statistics.fmean(self.logs(computes)))
 
     def _latents(self, batch: int, computes: NDArray[np.bool_]) -> Tensor:
         setting = self._setting
