@@ -9,6 +9,7 @@ from typing import Any, TypeVar, overload
 from torch import nn
 
 from harmonica_rt.errors import HarmonicaError, ScheduleMismatchError, SiteError
+from harmonica_rt.lower import LOWERINGS
 from harmonica_rt.parity.lockstep import LockstepEngine, Tolerance
 from harmonica_rt.parity.report import ParityReport
 from harmonica_rt.parity.verify import verify_model, verify_pipeline
@@ -23,7 +24,6 @@ from harmonica_rt.schedule.sites import check_sites
 log = logging.getLogger(__name__)
 
 P = TypeVar("P")
-LOWERINGS = ("plain",)
 
 
 class CompiledModel(Denoiser):
@@ -104,7 +104,8 @@ def compile(
     Args:
         model_or_pipeline: an `nn.Module` in eval mode, or a diffusers pipeline.
         schedule: which sites to compute and which to reuse in each step.
-        lowering: `plain`, the step programs operator by operator, bit-exact to the reference on CPU.
+        lowering: `plain`, the step programs operator by operator, bit-exact to the reference on CPU; or `fused`, with
+            fused ops and everything that does not see the latents computed before the steps, equal up to rounding.
         verify: run the reference beside it and raise ParityError in the first step that differs. Costs the time of
             both; meant for trying a schedule out.
         strict: raise CaptureError where the model cannot be captured, instead of running eagerly with a warning.
@@ -116,15 +117,14 @@ def compile(
         SiteError: the model lacks a site, or one site lies inside another.
         HarmonicaError: an unknown lowering, a bad limit, or a pipeline without a known denoiser.
     """
-    if lowering not in LOWERINGS:
-        raise HarmonicaError(f"lowering {lowering!r} is not known; choose one of {', '.join(LOWERINGS)}")
+    _check_lowering(lowering)
     if verify and debug:
         raise HarmonicaError("verify reads slots after their last use, which debug overwrites; choose one of the two")
     if max_plans < 1:
         raise HarmonicaError(f"max_plans is {max_plans}; at least 1 plan must be kept")
     model = _model_of(model_or_pipeline)
     _check_fit(model, schedule)
-    planned = PlannedEngine(model, schedule, strict=strict, max_plans=max_plans, debug=debug)
+    planned = PlannedEngine(model, schedule, lowering=lowering, strict=strict, max_plans=max_plans, debug=debug)
     compiled = CompiledModel(model, schedule, planned, verify=verify)
     if isinstance(model_or_pipeline, nn.Module):
         return compiled
@@ -183,6 +183,7 @@ def verify(
     schedule: Schedule,
     *,
     calls: Iterable[Mapping[str, Any]] | None = None,
+    lowering: str = "plain",
     seed: int = 0,
     tolerance: Tolerance = "auto",
     **pipeline_arguments: Any,
@@ -193,9 +194,10 @@ def verify(
         model_or_pipeline: a model (pass `calls`), or a pipeline (pass what it is called with).
         schedule: the schedule to verify.
         calls: for a model, the keyword arguments of one call for each step.
+        lowering: see `compile`.
         seed: for a pipeline, seeds the generator of both runs unless one is passed.
         tolerance: `exact` (equal bit for bit), `measured` (at most twice the error of the eager model in this dtype,
-            against a reference one precision up; floor one ulp), or `auto`: exact on CPU, measured elsewhere.
+            against a reference one precision up; floor one ulp), or `auto`: exact for `plain` on CPU, else measured.
         pipeline_arguments: arguments of the pipeline's call.
 
     Raises:
@@ -203,17 +205,23 @@ def verify(
         CaptureError: the model cannot be captured.
         HarmonicaError: `calls` is missing or has another number of entries than the schedule has steps.
     """
+    _check_lowering(lowering)
     model = _model_of(model_or_pipeline)
     _check_fit(model, schedule)
     if not isinstance(model_or_pipeline, nn.Module):
         return verify_pipeline(
-            model_or_pipeline, schedule, seed=seed, tolerance=tolerance, arguments=pipeline_arguments
+            model_or_pipeline, schedule, lowering=lowering, seed=seed, tolerance=tolerance, arguments=pipeline_arguments
         )
     if calls is None:
         raise HarmonicaError("verify(model, ...) needs calls=[...], the keyword arguments of one call for each step")
     if pipeline_arguments:
         raise HarmonicaError(f"a model takes no pipeline arguments, got {', '.join(pipeline_arguments)}")
-    return verify_model(model, schedule, calls, tolerance=tolerance)
+    return verify_model(model, schedule, calls, lowering=lowering, tolerance=tolerance)
+
+
+def _check_lowering(lowering: str) -> None:
+    if lowering not in LOWERINGS:
+        raise HarmonicaError(f"lowering {lowering!r} is not known; choose one of {', '.join(LOWERINGS)}")
 
 
 def model_info(model: nn.Module) -> ModelInfo:

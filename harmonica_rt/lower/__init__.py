@@ -1,1 +1,36 @@
-"""Lower: a step graph -> something that runs."""
+"""Lower: the step graphs of a plan -> programs that run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from harmonica_rt.capture.roles import Role
+from harmonica_rt.lower.fused import FusedLowering
+from harmonica_rt.lower.plain import PlainLowering, Program
+from harmonica_rt.passes.hoist import Prologue
+from harmonica_rt.passes.specialise import StepGraph
+from harmonica_rt.plan.plan import Plan
+
+LOWERINGS = ("plain", "fused")
+EXACT = ("plain",)  # equal to the reference bit for bit on CPU
+
+
+class Lowering(Protocol):
+    """A plan, lowered.
+
+    Attributes:
+        prologue: what is computed before the programs run; None where nothing is.
+        programs: one for each of the plan's step graphs.
+    """
+
+    prologue: Prologue | None
+    programs: list[Program]
+
+    def program(self, step: StepGraph) -> Program:
+        """The program of a step graph that is none of the plan's."""
+
+
+def lower(name: str, plan: Plan, roles: Sequence[Role]) -> Lowering:
+    """Lower `plan` by the lowering called `name`, for calls whose leaves have `roles`."""
+    return FusedLowering(plan, roles) if name == "fused" else PlainLowering(plan)

@@ -13,15 +13,37 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from harmonica_rt.passes.hoist import Prologue
 from harmonica_rt.passes.specialise import StepGraph
+from harmonica_rt.plan.plan import Plan
+
+
+class PlainLowering:
+    """The programs of a plan: its step graphs as they are."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._root = plan.captured.root
+        self.prologue: Prologue | None = None
+        self.programs = [self.program(step) for step in plan.programs]
+
+    def program(self, step: StepGraph) -> Program:
+        """See `Lowering.program`."""
+        return Program(step, self._root)
 
 
 class Program:
-    """A step graph ready to run."""
+    """A step graph ready to run.
 
-    def __init__(self, step: StepGraph, root: nn.Module) -> None:
+    Args:
+        step: the step graph.
+        root: module that its `get_attr` nodes refer to.
+        direct: let linear layers write into their slots, in the place of copying what they wrote.
+    """
+
+    def __init__(self, step: StepGraph, root: nn.Module, *, direct: bool = False) -> None:
         self.step = step
-        self._run: Callable[..., tuple[Any, ...]] = fx.GraphModule(root, _with_stores(step), "StepProgram").forward
+        graph = _with_stores(step, direct=direct)
+        self._run: Callable[..., tuple[Any, ...]] = fx.GraphModule(root, graph, "StepProgram").forward
 
     def bind(self, weights: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
         """The weights and constants this program takes, in its order; valid until one of them is replaced."""
@@ -34,6 +56,7 @@ class Program:
         leaves: Sequence[Any],
         reads: Sequence[torch.Tensor],
         writes: Sequence[torch.Tensor],
+        hoisted: Sequence[torch.Tensor] = (),
     ) -> tuple[Any, ...]:
         """Run one step.
 
@@ -42,14 +65,15 @@ class Program:
             leaves: all leaves of the call.
             reads: one tensor for each of the step graph's reads.
             writes: one tensor for each of its stores; overwritten.
+            hoisted: one tensor for each of its hoisted values.
 
         Returns:
             The flat outputs, free of aliases of slots.
         """
-        return self._run(*bound, *(leaves[index] for index in self.step.inputs), *reads, *writes)
+        return self._run(*bound, *(leaves[index] for index in self.step.inputs), *hoisted, *reads, *writes)
 
 
-def _with_stores(step: StepGraph) -> fx.Graph:
+def _with_stores(step: StepGraph, *, direct: bool) -> fx.Graph:
     """A copy of the step graph with one more placeholder for each store, and a copy into it after the value."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -58,6 +82,9 @@ def _with_stores(step: StepGraph) -> fx.Graph:
             copies[node] = graph.node_copy(node)
     slots = {node: graph.placeholder(f"store_{index}") for index, node in enumerate(step.stored_nodes)}
     for node in step.graph.nodes:
+        if direct and node in slots and _can_write_to_slot(node):
+            copies[node] = _linear_into(graph, node, copies, slots[node])
+            continue
         if node.op in ("call_function", "get_attr"):
             copies[node] = graph.node_copy(node, copies.__getitem__)
         if node in slots:
@@ -81,6 +108,23 @@ def _store(graph: fx.Graph, value: fx.Node, slot: fx.Node, layout: torch.Tensor)
             slot = graph.call_function(torch.narrow, (slot, dim, 0, 1))
             value = graph.call_function(torch.narrow, (value, dim, 0, 1))
     graph.call_method("copy_", (slot, value))
+
+
+def _can_write_to_slot(node: fx.Node) -> bool:
+    """Whether a value is a linear layer's, with a bias and of rows that lie one after the other."""
+    if node.target is not torch.ops.aten.linear.default or len(node.args) < 3 or node.args[2] is None:
+        return False
+    rows, weight = (argument.meta["val"] for argument in node.args[:2])  # type: ignore[union-attr]
+    return bool(rows.is_contiguous() and node.meta["val"].is_contiguous() and weight.dim() == 2)
+
+
+def _linear_into(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node], slot: fx.Node) -> fx.Node:
+    """`linear` as it runs on contiguous rows, one `addmm`, but writing into the slot; the slot is the value."""
+    rows, weight, bias = (copies[argument] for argument in node.args)  # type: ignore[index]
+    flat = graph.call_method("view", (rows, -1, node.args[0].meta["val"].shape[-1]))  # type: ignore[union-attr]
+    out = graph.call_method("view", (slot, -1, node.meta["val"].shape[-1]))
+    graph.call_function(torch.ops.aten.addmm.out, (bias, flat, graph.call_method("t", (weight,))), {"out": out})
+    return slot
 
 
 def _may_alias_argument(node: fx.Node) -> bool:

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from harmonica_rt.capture.call import Call
 from harmonica_rt.indices import SiteIndex, SiteOutput, StepIndex
+from harmonica_rt.lower import EXACT
 from harmonica_rt.lower.plain import Program
 from harmonica_rt.parity.report import ParityError, ParityReport, StepParity
 from harmonica_rt.parity.tolerance import NONE, Error, limit_from, one_up, same_bits
@@ -35,7 +36,8 @@ class LockstepEngine:
         model: the denoiser.
         schedule: the schedule of both.
         planned: the compiled engine.
-        tolerance: `auto` is exact on CPU and measured elsewhere. Measured keeps a copy of the model one precision up.
+        tolerance: `auto` is exact on CPU for an exact lowering, else measured. Measured keeps a copy of the model one
+            precision up.
         raise_at_once: raise ParityError in the first step that fails.
     """
 
@@ -44,7 +46,7 @@ class LockstepEngine:
     ) -> None:
         if tolerance == "auto":
             on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-            tolerance = "exact" if on_cpu else "measured"
+            tolerance = "exact" if on_cpu and planned.lowering in EXACT else "measured"
         self.report = ParityReport(tolerance)
         self.planned = planned
         self.raise_at_once = raise_at_once
@@ -74,6 +76,12 @@ class _LockstepStream:
         self._reference = reference
         self._planned = planned
         self._higher = higher
+
+    def begin(self) -> None:
+        """See `Stream.begin`."""
+        for stream in (self._reference, self._planned, self._higher):
+            if stream is not None:
+                stream.begin()
 
     def run(self, step: StepIndex, call: Call, *, catch_up: bool) -> Any:
         expected = self._reference.run(step, call, catch_up=catch_up)

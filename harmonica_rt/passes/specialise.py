@@ -31,8 +31,8 @@ class Pattern:
 class StepGraph:
     """The body for one pattern.
 
-    Placeholders come in the order weights, constants, inputs, reads; each named tuple below has one entry for each of
-    them. The output node holds `(outputs, stored)`, two flat tuples.
+    Placeholders come in the order weights, constants, inputs, hoisted, reads; each named tuple below has one entry for
+    each of them. The output node holds `(outputs, stored)`, two flat tuples.
     """
 
     graph: fx.Graph
@@ -41,6 +41,7 @@ class StepGraph:
     inputs: tuple[int, ...]
     reads: tuple[SiteOutput, ...]
     stores: tuple[SiteOutput, ...]
+    hoisted: tuple[str, ...] = ()
 
     @property
     def read_nodes(self) -> list[fx.Node]:
@@ -66,7 +67,7 @@ def specialise(captured: CapturedGraph, pattern: Pattern) -> StepGraph:
     reads = _reused_nodes(captured, pattern)
     stores = {output: captured.outputs_of(output.site)[output.output] for output in sorted(pattern.store)}
     results = list(captured.output.args[0])  # type: ignore[arg-type]
-    needed = _needed([*results, *stores.values()], set(reads.values()))
+    needed = needed_nodes([*results, *stores.values()], set(reads.values()))
 
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -105,7 +106,7 @@ def live_reads(captured: CapturedGraph, pattern: Pattern) -> list[SiteOutput]:
     """The outputs of reused sites that a step of this pattern really reads."""
     reads = _reused_nodes(captured, pattern)
     stored = [captured.outputs_of(output.site)[output.output] for output in pattern.store]
-    needed = _needed([*captured.output.args[0], *stored], set(reads.values()))  # type: ignore[misc]
+    needed = needed_nodes([*captured.output.args[0], *stored], set(reads.values()))  # type: ignore[misc]
     return [output for output, node in reads.items() if node in needed]
 
 
@@ -123,7 +124,7 @@ def check_step_graph(step: StepGraph) -> None:
         if node.op not in ("placeholder", "output") and not node.users:
             raise InvariantError(f"step graph holds {node.name}, which feeds nothing")
         placeholders += node.op == "placeholder"
-    expected = len(step.weights) + len(step.constants) + len(step.inputs) + len(step.reads)
+    expected = len(step.weights) + len(step.constants) + len(step.inputs) + len(step.hoisted) + len(step.reads)
     if placeholders != expected:
         raise InvariantError(f"step graph has {placeholders} placeholders, its tables name {expected}")
 
@@ -136,7 +137,7 @@ def _reused_nodes(captured: CapturedGraph, pattern: Pattern) -> dict[SiteOutput,
     }
 
 
-def _needed(roots: Iterable[Any], cut: set[fx.Node]) -> set[fx.Node]:
+def needed_nodes(roots: Iterable[Any], cut: set[fx.Node]) -> set[fx.Node]:
     """All nodes that the roots depend on, where dependence stops at cut nodes."""
     needed: set[fx.Node] = set()
     pending = [root for root in roots if isinstance(root, fx.Node)]

@@ -9,15 +9,10 @@ where those differ; a tensor written through `.data` keeps both, so that is not 
 
 from __future__ import annotations
 
-import re
-
 import torch
 
 from harmonica_rt.capture.call import Call
-
-_CONDITIONING_NAME = re.compile(
-    r"encoder|prompt|class|label|pooled|text|caption|embeds|context|mask|^y$|^cond", re.IGNORECASE
-)
+from harmonica_rt.capture.roles import is_request
 
 
 class Conditioning:
@@ -25,7 +20,7 @@ class Conditioning:
 
     def __init__(self, call: Call) -> None:
         self._held = {path: _Held(tensor) for path, tensor in call.tensors().items() if path != _latents(call)}
-        self._required = {path for path in self._held if _CONDITIONING_NAME.search(path)}
+        self._required = {path for path in self._held if is_request(path)}
         self._learned = False
 
     def unchanged(self, call: Call) -> set[str]:
@@ -70,4 +65,4 @@ class _Held:
 def _latents(call: Call) -> str | None:
     """The first argument, unless its name says that it is conditioning."""
     first = call.convention.first_argument
-    return None if first is not None and _CONDITIONING_NAME.search(first) else first
+    return None if first is not None and is_request(first) else first

@@ -17,6 +17,9 @@ class Stream(Protocol):
         With `catch_up` nothing is reused and everything that later steps may read is stored anew.
         """
 
+    def begin(self) -> None:
+        """The next call has other conditioning: nothing kept of earlier calls counts any more."""
+
 
 class Engine(Protocol):
     """Makes streams. Knows the model and the schedule."""

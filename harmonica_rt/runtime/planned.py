@@ -6,6 +6,7 @@ import logging
 import time
 import warnings
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,12 +16,15 @@ from torch.utils import _pytree as pytree
 from harmonica_rt.capture.call import Call, Signature
 from harmonica_rt.capture.graph import capture
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
+from harmonica_rt.capture.roles import Role, roles
 from harmonica_rt.capture.snapshot import ModelSnapshot, named_tensors
 from harmonica_rt.indices import ProgramId, SlotId, StepIndex
+from harmonica_rt.lower import Lowering, lower
 from harmonica_rt.lower.plain import Program
 from harmonica_rt.plan.invariants import check_plan
 from harmonica_rt.plan.plan import Plan, build_plan
 from harmonica_rt.runtime.engine import Stream
+from harmonica_rt.runtime.prologue import LoweredPart, LoweredPrologue, StreamPrologue
 from harmonica_rt.runtime.reference import ReferenceEngine
 from harmonica_rt.schedule import Schedule
 
@@ -37,14 +41,25 @@ class PlannedEngine:
     Args:
         model: the denoiser, in eval mode.
         schedule: what to reuse when.
+        lowering: how step programs are made, one of `harmonica_rt.lower.LOWERINGS`.
         strict: raise CaptureError instead of falling back.
         max_plans: plans kept; the one unused longest goes first.
         debug: fill slots with NaN before they are written and after their last read.
     """
 
-    def __init__(self, model: nn.Module, schedule: Schedule, *, strict: bool, max_plans: int, debug: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        *,
+        strict: bool,
+        max_plans: int,
+        debug: bool,
+        lowering: str = "plain",
+    ) -> None:
         self._model = model
         self._schedule = schedule
+        self.lowering = lowering
         self._strict = strict
         self._max_plans = max_plans
         self._debug = debug
@@ -97,7 +112,7 @@ class PlannedEngine:
             return
         plan = build_plan(captured, self._schedule)
         check_plan(plan)
-        runtime = PlanRuntime(plan, self._model, debug=self._debug)
+        runtime = PlanRuntime(plan, self._model, roles(call), lowering=self.lowering, debug=self._debug)
         runtime.compile_seconds = time.perf_counter() - started
         self._plans[call.signature] = runtime
         log.info(
@@ -115,17 +130,21 @@ class PlannedEngine:
 class PlanRuntime:
     """A plan, lowered, with the weights of the current run and the arenas of its streams."""
 
-    def __init__(self, plan: Plan, model: nn.Module, *, debug: bool) -> None:
+    def __init__(self, plan: Plan, model: nn.Module, leaf_roles: Sequence[Role], *, lowering: str, debug: bool) -> None:
         self.plan = plan
         self.debug = debug
         started = time.perf_counter()
-        self._programs = [Program(graph, plan.captured.root) for graph in plan.programs]
+        self.lowered: Lowering = lower(lowering, plan, leaf_roles)
+        prologue = self.lowered.prologue
+        self._prologue = (
+            LoweredPrologue(prologue, plan.captured.root, len(plan.steps)) if prologue is not None else None
+        )
         self.lower_seconds = time.perf_counter() - started
         self.compile_seconds = 0.0  # from the call to the plan, checks included; set by who made it
         self._catch_up: dict[StepIndex, tuple[Program, tuple[SlotId, ...]]] = {}
         self._model = model
         self._weights: dict[str, torch.Tensor] | None = None
-        self._bound: dict[Program, tuple[Any, ...]] = {}
+        self._bound: dict[Program | LoweredPart, tuple[Any, ...]] = {}
         self._free: list[SlotBuffers] = []
         self._lent: list[SlotBuffers] = []
 
@@ -146,21 +165,22 @@ class PlanRuntime:
         self._lent.append(buffers)
         if self.debug:
             buffers.poison_all()
-        return PlanStream(self, buffers)
+        prologue = StreamPrologue(self._prologue, self.bound) if self._prologue is not None else None
+        return PlanStream(self, buffers, prologue)
 
     def program(self, index: ProgramId) -> Program:
         """A lowered step program."""
-        return self._programs[index]
+        return self.lowered.programs[index]
 
     def catch_up(self, step: StepIndex) -> tuple[Program, tuple[SlotId, ...]]:
         """The program that computes `step` in full, and the slots it fills."""
         if step not in self._catch_up:
             graph, slots = self.plan.catch_up_graph(step)
-            self._catch_up[step] = Program(graph, self.plan.captured.root), slots
+            self._catch_up[step] = self.lowered.program(graph), slots
         return self._catch_up[step]
 
-    def bound(self, program: Program) -> tuple[Any, ...]:
-        """The weights of `program`, as the model holds them in this run."""
+    def bound(self, program: Program | LoweredPart) -> tuple[Any, ...]:
+        """The weights and constants of `program`, as the model holds them in this run."""
         bound = self._bound.get(program)
         if bound is None:
             if self._weights is None:
@@ -170,11 +190,17 @@ class PlanRuntime:
 
 
 class PlanStream:
-    """A stream that runs step programs over one set of slots."""
+    """A stream that runs step programs over one set of slots, and what was computed for them beforehand."""
 
-    def __init__(self, runtime: PlanRuntime, buffers: SlotBuffers) -> None:
+    def __init__(self, runtime: PlanRuntime, buffers: SlotBuffers, prologue: StreamPrologue | None) -> None:
         self.runtime = runtime
         self.buffers = buffers
+        self.prologue = prologue
+
+    def begin(self) -> None:
+        """See `Stream.begin`."""
+        if self.prologue is not None:
+            self.prologue.begin()
 
     def run(self, step: StepIndex, call: Call, *, catch_up: bool) -> Any:
         """See `Stream.run`."""
@@ -186,8 +212,13 @@ class PlanStream:
         else:
             program, reads, writes = runtime.program(entry.program), entry.reads, entry.writes
         slots = self.buffers.slots
+        hoisted = self.prologue.at(step, call) if self.prologue is not None else {}
         outputs = program(
-            runtime.bound(program), call.leaves, [slots[slot] for slot in reads], [slots[slot] for slot in writes]
+            runtime.bound(program),
+            call.leaves,
+            [slots[slot] for slot in reads],
+            [slots[slot] for slot in writes],
+            [hoisted[name] for name in program.step.hoisted],
         )
         if runtime.debug:
             self.buffers.poison_dead(step)

@@ -46,6 +46,10 @@ class ReferenceStream:
         self._schedule = schedule
         self.cache: dict[SiteIndex, list[Any]] = {}
 
+    def begin(self) -> None:
+        """See `Stream.begin`."""
+        self.cache.clear()
+
     def run(self, step: StepIndex, call: Call, *, catch_up: bool) -> Any:
         """See `Stream.run`."""
         row = self._schedule.compute[step]

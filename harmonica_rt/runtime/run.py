@@ -53,6 +53,7 @@ class _StreamState:
     def begin(self, call: Call, order: int) -> None:
         """Nothing stored counts any more: `call` is the first of other conditioning."""
         self.order = order
+        self.stream.begin()
         self.conditioning = Conditioning(call)
         self.fresh[:] = -1
 

@@ -208,3 +208,12 @@ def test_a_callback_that_interrupts(pipelines: dict[str, Any]) -> None:
     hrt.uncompile(pipeline)
     assert not np.array_equal(cut, whole)
     assert np.array_equal(again, whole)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_fused_is_within_the_tolerance(pipelines: dict[str, Any], name: str) -> None:
+    pipeline = pipelines[name]
+    schedule = random_schedule(pipeline.transformer, STEPS, seed=5)
+    report = hrt.verify(pipeline, schedule, lowering="fused", num_inference_steps=STEPS, **FAMILIES[name].guided)
+    assert report.tolerance == "measured"
+    assert report.ok

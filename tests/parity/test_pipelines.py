@@ -60,8 +60,8 @@ def test_slots_that_change_places_are_found(pipeline: Any, monkeypatch: pytest.M
     schedule = Schedule.every(2, steps=STEPS, sites=find_sites(pipeline.transformer))
     original = Program.__call__
 
-    def swapped(self: Program, bound: Any, leaves: Any, reads: list[Any], writes: list[Any]) -> Any:
-        return original(self, bound, leaves, [*reads[1:], *reads[:1]], writes)
+    def swapped(self: Program, bound: Any, leaves: Any, reads: list[Any], *others: Any) -> Any:
+        return original(self, bound, leaves, [*reads[1:], *reads[:1]], *others)
 
     monkeypatch.setattr(Program, "__call__", swapped)
     with pytest.raises(hrt.ParityError) as error:
@@ -206,15 +206,15 @@ def test_a_program_with_a_changed_operator_names_the_site(monkeypatch: pytest.Mo
 
     original = plain._with_stores
 
-    def without_gelu(step: Any) -> fx.Graph:
-        graph = original(step)
+    def without_gelu(step: Any, **options: Any) -> fx.Graph:
+        graph = original(step, **options)
         last = [node for node in graph.nodes if node.target is torch.ops.aten.gelu.default][-1]
         last.replace_all_uses_with(last.args[0])
         graph.erase_node(last)
         return graph
 
     model = stack()
-    monkeypatch.setattr(plain, "_with_stores", lambda step: without_gelu(step) if not step.reads else original(step))
+    monkeypatch.setattr(plain, "_with_stores", lambda step, **o: (original if step.reads else without_gelu)(step, **o))
     with pytest.raises(hrt.ParityError) as error:
         hrt.verify(
             model,

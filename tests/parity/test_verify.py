@@ -26,8 +26,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch, weight: str, factor: float) -> None:
     """Let every lowered program scale the result of the linear layer with this weight."""
     original = plain._with_stores
 
-    def spoiled(step: Any) -> fx.Graph:
-        graph = original(step)
+    def spoiled(step: Any, **options: Any) -> fx.Graph:
+        graph = original(step, **options)
         name = f"p_{weight.replace('.', '_')}"
         for node in list(graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)):
             if node.args[1].name == name:

@@ -73,10 +73,11 @@ def test_a_failed_step_poisons_its_run_and_no_other(model: Stack) -> None:
     compiled.reset()
     compiled(**stack_call(0))
     runtime = next(iter(compiled.engine.plans.values()))
-    program, runtime._programs[runtime.plan.steps[1].program] = runtime.program(runtime.plan.steps[1].program), None
+    programs, index = runtime.lowered.programs, runtime.plan.steps[1].program
+    program, programs[index] = programs[index], None
     with pytest.raises(AttributeError):
         compiled(**stack_call(1))
-    runtime._programs[runtime.plan.steps[1].program] = program
+    programs[index] = program
     with pytest.raises(RunError, match="an earlier step of this run failed"):
         compiled(**stack_call(1))
     assert equal(outputs(compiled), expected)
