@@ -40,7 +40,8 @@ train-digits: $(STAMP)  ## train the small model that the demo uses, from nothin
 MODEL := harmonica_rt/demo/digits-dit
 train-schedule: $(STAMP)  ## learn the schedule of that model that the demo uses
 	OMP_NUM_THREADS=1 $(VENV)/bin/harmonica-rt train $(MODEL) $(MODEL)/schedule.json \
-		--steps 20 --target-speedup 1.5 --guidance 2 --iterations 40 --batch 4 --learning-rate 0.2
+		--steps 20 --target-speedup 1.5 --guidance 2 --iterations 16 --batch 2 --validation-batches 4 \
+		--learning-rate 0.2
 
 clean:  ## remove the environment and all build outputs
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

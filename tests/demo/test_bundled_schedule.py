@@ -27,6 +27,6 @@ def test_it_was_made_by_the_makefiles_command() -> None:
     makefile = (Path(__file__).parents[2] / "Makefile").read_text()
     recipe = makefile[makefile.index("train-schedule:") :].partition("\n\n")[0]
     options = dict(re.findall(r"--([a-z-]+) ([\d.]+)", recipe))
-    assert len(options) == 6
+    assert len(options) == 7
     for name, value in options.items():
         assert made_by.hyper_parameters[name.replace("-", "_")] == float(value)
