@@ -9,7 +9,7 @@ import sys
 
 from benchmarks import rows
 
-BENCHMARKS = ("speedup", "compile_cost", "slot_memory", "training_cost", "time_to_quality")
+BENCHMARKS = ("kernels", "speedup", "end_to_end", "compile_cost", "slot_memory", "training_cost", "time_to_quality")
 OWN_COMMANDS = ("quality",)  # hours long and resumable: never by default, and with options of their own
 
 

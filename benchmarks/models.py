@@ -7,7 +7,7 @@ from importlib import resources
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiTTransformer2DModel, FluxTransformer2DModel
+from diffusers import DDIMScheduler, DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel
 from torch import nn
 
 NULL_CLASS = 1000
@@ -57,6 +57,39 @@ def dit(layers: int, heads: int, head_dim: int) -> nn.Module:
             activation_fn="gelu-approximate",
         )
     return randomised(model)
+
+
+def pixart_xl(batch: int, steps: int) -> Case:
+    """PixArt-XL/2 at 256 x 256: 28 blocks, width 1152, 256 tokens, 120 text tokens."""
+    with torch.device("meta"):
+        model = PixArtTransformer2DModel(
+            num_attention_heads=16,
+            attention_head_dim=72,
+            in_channels=4,
+            out_channels=8,
+            num_layers=28,
+            cross_attention_dim=1152,
+            sample_size=32,
+            patch_size=2,
+            caption_channels=4096,
+            use_additional_conditions=False,
+        )
+    model = randomised(model)
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randn(batch, 120, 4096, generator=generator)
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(steps)
+    calls = [
+        {
+            "hidden_states": torch.randn(batch, 4, 32, 32, generator=generator),
+            "encoder_hidden_states": prompt,
+            "encoder_attention_mask": torch.ones(batch, 120),
+            "timestep": torch.full((batch,), int(timestep)),
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        }
+        for timestep in scheduler.timesteps
+    ]
+    return Case(f"PixArt-XL/2 256, 120 text tokens, batch {batch}", model, calls)
 
 
 def flux_like() -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from harmonica_rt import Schedule
@@ -14,6 +16,15 @@ def standard(sites: list[str], steps: int) -> dict[str, Schedule]:
         "every(3)": Schedule.every(3, steps=steps, sites=sites),
         "random 50 %": Schedule.random(0.5, steps=steps, sites=sites, seed=0),
     }
+
+
+def released(sites: list[str], steps: int) -> dict[str, Schedule]:
+    """every(2), and Learning-to-Cache's released one for 20 DDIM steps of DiT-XL/2 where it is for these sites."""
+    found = {"every(2)": Schedule.every(2, steps=steps, sites=sites)}
+    theirs = Schedule.known("dit-xl-2-256-ddim20-l2c")
+    if list(theirs.sites) == sites and theirs.steps == steps:
+        found["released Learning-to-Cache"] = dataclasses.replace(theirs, model=None)  # random weights, its own config
+    return found
 
 
 def ten_patterns(sites: list[str], steps: int) -> Schedule:

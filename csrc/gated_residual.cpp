@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "arguments.h"
 #include "element.h"
 #include "float16.h"
 #include "multiversion.h"
@@ -102,20 +103,6 @@ void run(at::TensorIterator& iter, bool gated) {
   });
 }
 
-bool handled(const at::Tensor& x, const at::Tensor& y, const std::optional<at::Tensor>& gate) {
-  const auto dtype = x.scalar_type();
-  const bool known_dtype = dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
-  const auto alike = [&](const at::Tensor& t) { return t.scalar_type() == dtype && t.device() == x.device(); };
-  if (!known_dtype || !alike(y) || y.sizes() != x.sizes() || x.layout() != at::kStrided || y.layout() != at::kStrided)
-    return false;
-  if (!gate.has_value()) return true;
-  if (!alike(*gate) || gate->layout() != at::kStrided || gate->dim() > x.dim()) return false;
-  for (int64_t i = 1; i <= gate->dim(); ++i)
-    if (gate->size(-i) != 1 && gate->size(-i) != x.size(-i)) return false;
-  return true;
-}
-
-// Everything that the loops do not take goes to the reference, which computes it or says what is wrong with it.
 at::Tensor by_reference(const at::Tensor& x, const at::Tensor& y, const std::optional<at::Tensor>& gate) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("harmonica::_gated_residual_reference", "")
@@ -124,7 +111,7 @@ at::Tensor by_reference(const at::Tensor& x, const at::Tensor& y, const std::opt
 }
 
 at::Tensor gated_residual(const at::Tensor& x, const at::Tensor& y, const std::optional<at::Tensor>& gate) {
-  if (!handled(x, y, gate)) return by_reference(x, y, gate);
+  if (!is_known(x) || !has_shape_of(x, y) || !broadcasts_to(x, gate)) return by_reference(x, y, gate);
   at::Tensor out = at::empty(x.sizes(), x.options());
   if (out.numel() == 0) return out;
 

@@ -10,4 +10,5 @@
 #endif
 
 #define HARMONICA_ALWAYS_INLINE inline __attribute__((always_inline))
+#define HARMONICA_INLINE_LAMBDA __attribute__((always_inline))
 #define HARMONICA_RESTRICT __restrict__

@@ -44,6 +44,7 @@ class CompiledModel(Denoiser):
             plans=tuple(
                 PlanReport.of(
                     runtime.plan,
+                    runtime.lowered,
                     str(signature),
                     lower_seconds=runtime.lower_seconds,
                     compile_seconds=runtime.compile_seconds,

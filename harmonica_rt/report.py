@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
+from harmonica_rt.lower import Lowering
 from harmonica_rt.plan.plan import Plan
 
 
@@ -36,6 +38,10 @@ class PlanReport:
         site_addresses_bytes: what it would take to give each site one address for the whole run.
         capture_seconds, plan_seconds, lower_seconds: compile time by stage.
         compile_seconds: all of it, the checks of the plan included.
+        hoisted: number of values computed before the steps.
+        hoisted_bytes: what they take in one stream.
+        fusions: fused calls of each step program, by operator, and what was left; empty where nothing is fused.
+        reasons: why it was left, with how many each, over all programs.
     """
 
     signature: str
@@ -52,10 +58,16 @@ class PlanReport:
     plan_seconds: float
     lower_seconds: float
     compile_seconds: float
+    hoisted: int
+    hoisted_bytes: int
+    fusions: tuple[dict[str, int], ...]
+    reasons: dict[str, int]
 
     @classmethod
-    def of(cls, plan: Plan, signature: str, *, lower_seconds: float, compile_seconds: float) -> PlanReport:
-        """Read a plan."""
+    def of(
+        cls, plan: Plan, lowered: Lowering, signature: str, *, lower_seconds: float, compile_seconds: float
+    ) -> PlanReport:
+        """Read a plan and what it was lowered to."""
         steps = []
         for index, step in enumerate(plan.steps):
             row = plan.schedule.compute[index]
@@ -84,6 +96,10 @@ class PlanReport:
             plan_seconds=plan.seconds,
             lower_seconds=lower_seconds,
             compile_seconds=compile_seconds,
+            hoisted=len(lowered.prologue.names) if lowered.prologue else 0,
+            hoisted_bytes=lowered.prologue.nbytes if lowered.prologue else 0,
+            fusions=lowered.fusions,
+            reasons=lowered.reasons,
         )
 
 
@@ -145,8 +161,16 @@ def _plan_lines(plan: PlanReport) -> list[str]:
         f"{_mib(plan.site_addresses_bytes)})",
         f"  compiled in {plan.compile_seconds:.2f} s: capture {plan.capture_seconds:.2f}, plan "
         f"{plan.plan_seconds:.2f}, lower {plan.lower_seconds:.2f}",
-        "  step  computed  reused  stored  program     GFLOP",
     ]
+    if plan.hoisted:
+        lines.append(f"  {plan.hoisted} values are computed before the steps, {_mib(plan.hoisted_bytes)} a stream")
+    if plan.fusions:
+        totals: Counter[str] = sum((Counter(counts) for counts in plan.fusions), Counter())
+        lines.append(
+            f"  fused, over all programs: {', '.join(f'{n} {name}' for name, n in totals.items()) or 'nothing'}"
+        )
+    lines += [f"  not fused: {n} x {reason}" for reason, n in plan.reasons.items()]
+    lines.append("  step  computed  reused  stored  program     GFLOP")
     for step in plan.steps:
         lines.append(
             f"  {step.step:4d}  {step.computed:8d}  {step.reused:6d}  {step.stored:6d}  {step.program:7d}  "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 from importlib import metadata
@@ -36,8 +37,8 @@ def doctor() -> None:
     build = harmonica_kernels.build_info()
     _line("C++ ops", "built" if build.extension else f"not built: {build.reason}")
     _line("ops on CPU", "C++" if build.extension else "PyTorch reference")
-    _line("ops on CUDA", "PyTorch reference")
-    _line("lowering", "plain (the model's own operators; calls none of the ops above)")
+    _line("ops on CUDA", "Triton" if importlib.util.find_spec("triton") else "PyTorch reference: no triton")
+    _line("lowerings", "plain (the model's own operators), fused (with the ops above)")
     if not build.extension and not build.chosen:
         console.print("[yellow]the C++ ops were meant to be built; see the reason above[/]")
         raise typer.Exit(1)

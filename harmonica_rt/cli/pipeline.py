@@ -15,6 +15,7 @@ from harmonica_rt.cli.options import (
     DEVICE,
     DTYPE,
     GUIDANCE,
+    LOWERING,
     MODEL,
     REPEATS,
     SCHEDULE,
@@ -113,8 +114,9 @@ def verify(
     schedule: Path = SCHEDULE,
     arg: list[str] = ARGUMENTS,
     guidance: float | None = GUIDANCE,
+    lowering: str = LOWERING,
     seed: int = SEED,
-    tolerance: str = typer.Option("auto", help="exact, measured or auto (exact on CPU)."),
+    tolerance: str = typer.Option("auto", help="exact, measured or auto (exact for plain on CPU)."),
     dtype: str = DTYPE,
     device: str = DEVICE,
 ) -> None:
@@ -130,7 +132,7 @@ def verify(
     chosen = hrt.Schedule.load(schedule)
     pipeline = load_pipeline(model, dtype, device)
     arguments = call_arguments(pipeline, arg, chosen.steps, guidance)
-    report = _checked_parity(pipeline, chosen, arguments, seed=seed, tolerance=tolerance)
+    report = _checked_parity(pipeline, chosen, arguments, lowering=lowering, seed=seed, tolerance=tolerance)
     console.print(_parity_table(report))
     console.print(f"[bold green]{report}[/]")
 
@@ -140,6 +142,7 @@ def bench(
     schedule: Path = SCHEDULE,
     arg: list[str] = ARGUMENTS,
     guidance: float | None = GUIDANCE,
+    lowering: str = LOWERING,
     repeats: int = REPEATS,
     seed: int = SEED,
     dtype: str = DTYPE,
@@ -159,8 +162,8 @@ def bench(
     def generate() -> Any:
         return pipeline(**arguments, generator=torch.Generator().manual_seed(seed))
 
-    parity = _checked_parity(pipeline, chosen, arguments, seed=seed)
-    hrt.compile(pipeline, chosen, strict=True)
+    parity = _checked_parity(pipeline, chosen, arguments, lowering=lowering, seed=seed)
+    hrt.compile(pipeline, chosen, lowering=lowering, strict=True)
     compiled = hrt.get_compiled(pipeline)
     with console.status(f"time {repeats} rounds"):
         latency = compare(pipeline, compiled, generate, repeats=repeats)

@@ -13,6 +13,7 @@ from harmonica_rt.passes.specialise import StepGraph
 from harmonica_rt.plan.plan import Plan
 
 LOWERINGS = ("plain", "fused")
+HOISTED = "hoisted"  # fused without its ops, to tell what they bring
 EXACT = ("plain",)  # equal to the reference bit for bit on CPU
 
 
@@ -22,9 +23,13 @@ class Lowering(Protocol):
     Attributes:
         prologue: what is computed before the programs run; None where nothing is.
         programs: one for each of the plan's step graphs.
+        fusions: fused calls of each program, by operator, and what was left; empty where nothing is fused.
+        reasons: why it was left, with how many each, over all programs.
     """
 
     prologue: Prologue | None
+    fusions: tuple[dict[str, int], ...]
+    reasons: dict[str, int]
     programs: list[Program]
 
     def program(self, step: StepGraph) -> Program:
@@ -33,4 +38,6 @@ class Lowering(Protocol):
 
 def lower(name: str, plan: Plan, roles: Sequence[Role]) -> Lowering:
     """Lower `plan` by the lowering called `name`, for calls whose leaves have `roles`."""
-    return FusedLowering(plan, roles) if name == "fused" else PlainLowering(plan)
+    if name == "plain":
+        return PlainLowering(plan)
+    return FusedLowering(plan, roles, ops=name != HOISTED)

@@ -6,24 +6,40 @@ last bits than a product of many.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from harmonica_rt.capture.roles import Role
 from harmonica_rt.lower.plain import Program
+from harmonica_rt.passes.fuse import fuse
 from harmonica_rt.passes.hoist import Prologue, cut, plan_prologue
 from harmonica_rt.passes.specialise import StepGraph
 from harmonica_rt.plan.plan import Plan
 
 
 class FusedLowering:
-    """The programs of a plan, and its prologue."""
+    """The programs of a plan, and its prologue.
 
-    def __init__(self, plan: Plan, roles: Sequence[Role]) -> None:
+    Args:
+        plan: the plan.
+        roles: of the leaves of its calls.
+        ops: whether to put harmonica ops in; without them the share of all else can be told.
+    """
+
+    def __init__(self, plan: Plan, roles: Sequence[Role], *, ops: bool = True) -> None:
         self._root = plan.captured.root
-        self.prologue: Prologue | None = plan_prologue(plan.captured, plan.programs, roles, len(plan.steps))
+        self._ops = ops
+        fused = [fuse(step) for step in plan.programs] if ops else []
+        steps = [each.step for each in fused] if ops else list(plan.programs)
+        self.prologue: Prologue | None = plan_prologue(plan.captured, steps, roles, len(plan.steps))
         self._hoisted = frozenset(self.prologue.names)
-        self.programs = [self.program(step) for step in plan.programs]
+        self.programs = [self._program(step) for step in steps]
+        self.fusions = tuple(each.counts for each in fused)
+        self.reasons: dict[str, int] = dict(sum((Counter(each.reasons) for each in fused), Counter()))
 
     def program(self, step: StepGraph) -> Program:
         """See `Lowering.program`."""
+        return self._program(fuse(step).step if self._ops else step)
+
+    def _program(self, step: StepGraph) -> Program:
         return Program(cut(step, self._hoisted), self._root, direct=True)

@@ -24,6 +24,8 @@ class PlainLowering:
     def __init__(self, plan: Plan) -> None:
         self._root = plan.captured.root
         self.prologue: Prologue | None = None
+        self.fusions: tuple[dict[str, int], ...] = ()
+        self.reasons: dict[str, int] = {}
         self.programs = [self.program(step) for step in plan.programs]
 
     def program(self, step: StepGraph) -> Program:

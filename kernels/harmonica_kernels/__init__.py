@@ -1,12 +1,14 @@
 """The fused operators of harmonica-rt: one schema each, and an implementation per device.
 
 `reference.py` of an op is its definition (PyTorch, fp32 arithmetic for half types, one downcast). On the CPU
-the C++ extension `_C` runs in its place when it was built; on CUDA the reference runs until the op has a
-Triton kernel. Importing this package registers the ops as `torch.ops.harmonica.*`; it imports nothing heavy
+the C++ extension `_C` runs in its place when it was built; on CUDA its Triton kernel does where Triton is
+installed. Importing this package registers the ops as `torch.ops.harmonica.*`; it imports nothing heavy
 besides torch.
 """
 
 from harmonica_kernels._build import BuildInfo, build_info
 from harmonica_kernels.gated_residual import gated_residual
+from harmonica_kernels.residual_reuse import residual_reuse
+from harmonica_kernels.residual_reuse_norm_modulate import residual_reuse_norm_modulate
 
-__all__ = ["BuildInfo", "build_info", "gated_residual"]
+__all__ = ["BuildInfo", "build_info", "gated_residual", "residual_reuse", "residual_reuse_norm_modulate"]

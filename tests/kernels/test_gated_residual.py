@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from harmonica_kernels import build_info, gated_residual
-from harmonica_kernels.gated_residual.reference import DTYPES, gated_residual_reference
+from harmonica_kernels._checks import DTYPES
+from harmonica_kernels.gated_residual.reference import gated_residual_reference
 
 REFERENCE_OP = torch.ops.harmonica._gated_residual_reference.default
 IMPLEMENTATIONS = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from harmonica_kernels._build import build_info
+from harmonica_kernels._cuda import implement_with_triton
 from harmonica_kernels._library import LIBRARY, TAGS, warn_once_without_extension
 from harmonica_kernels.gated_residual.reference import check_gated_residual, gated_residual_reference
 
@@ -50,8 +51,9 @@ def _cpu_without_extension(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor 
 
 
 for _name in ("gated_residual", "_gated_residual_reference"):
-    # Every device without an implementation of its own; CUDA too until the Triton kernel is there.
+    # Every device without an implementation of its own.
     LIBRARY.impl(_name, gated_residual_reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"harmonica::{_name}", _fake, lib=LIBRARY)
 if not build_info().extension:
     LIBRARY.impl("gated_residual", _cpu_without_extension, "CPU")
+implement_with_triton("gated_residual")

@@ -1,0 +1,82 @@
+"""Whole runs of the `fused` lowering against the uncached eager model, and what each part of it brings.
+
+Theoretical: FLOPs of the uncached model / FLOPs that the schedule leaves; what is computed before the steps is not
+taken off, so that a ratio above 1 is what a static plan gains beyond the schedule. Providers run in turn; each is a
+whole run, its prologue included, with timesteps that an earlier run told it. A schedule counts only after its outputs
+were held against the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+import harmonica_rt as hrt
+from benchmarks import models, schedules
+from benchmarks.rows import Row
+from benchmarks.timing import Spread, interleaved
+from harmonica_rt.api import CompiledModel
+from harmonica_rt.lower import HOISTED
+from harmonica_rt.runtime.planned import PlannedEngine
+
+STEPS = 20
+LOWERINGS = ("plain", HOISTED, "fused")  # each adds one thing: graphs, the prologue, fused ops
+
+
+def run(*, repeats: int, quick: bool) -> list[Row]:
+    """The bundled model at batch 1 and 8, and PixArt-XL and DiT-XL/2 geometry."""
+    if quick:
+        return _case(models.bundled(1, 4), repeats, "at least 1.35")
+    rows = _case(models.bundled(1, STEPS), repeats, "at least 1.35")
+    rows += _case(models.bundled(8, STEPS), repeats, "at least 1.10")
+    few = min(repeats, 3)  # minutes each
+    rows += _case(models.pixart_xl(2, STEPS), few, "at least 1.08")
+    return rows + _case(models.dit_xl_2(2, STEPS), few, "at least 1.02")
+
+
+def _case(case: models.Case, repeats: int, target: str) -> list[Row]:
+    sites = hrt.find_sites(case.model)
+    rows = []
+    for name, schedule in schedules.released(sites, len(case.calls)).items():
+        hrt.verify(case.model, schedule, calls=case.calls, lowering="fused")  # raises where outputs are off
+        compiled = {lowering: _compile(case, schedule, lowering) for lowering in LOWERINGS}
+        providers: dict[str, Callable[[], object]] = {"uncached": lambda: _uncached(case)}
+        for lowering, model in compiled.items():
+            providers[lowering] = lambda model=model: _run(model, case)  # type: ignore[misc]
+            _run(model, case)  # the run that tells the timesteps
+        seconds = interleaved(providers, repeats)
+        theory = compiled["fused"].report().plans[0].theoretical_speedup
+        rows.append(Row("end_to_end", case.name, name, "theoretical speed-up", theory, "ratio"))
+        rows.append(_row(case, name, "uncached eager run", seconds["uncached"], "s"))
+        for lowering in LOWERINGS:
+            ratios = [a / b / theory for a, b in zip(seconds["uncached"], seconds[lowering], strict=True)]
+            rows.append(_row(case, name, f"{lowering} run", seconds[lowering], "s"))
+            goal = target if lowering == "fused" else None
+            rows.append(_row(case, name, f"{lowering}, realised / theoretical", ratios, "ratio", goal))
+    return rows
+
+
+def _compile(case: models.Case, schedule: hrt.Schedule, lowering: str) -> CompiledModel:
+    engine = PlannedEngine(case.model, schedule, lowering=lowering, strict=True, max_plans=1, debug=False)
+    return CompiledModel(case.model, schedule, engine, verify=False)
+
+
+def _row(
+    case: models.Case, schedule: str, metric: str, values: list[float], unit: str, target: str | None = None
+) -> Row:
+    spread = Spread.of(values)
+    return Row("end_to_end", case.name, schedule, metric, spread.p50, unit, spread.p20, spread.p80, len(values), target)
+
+
+@torch.no_grad()
+def _uncached(case: models.Case) -> None:
+    for call in case.calls:
+        case.model(**call)
+
+
+@torch.no_grad()
+def _run(model: CompiledModel, case: models.Case) -> None:
+    model.reset()
+    for call in case.calls:
+        model(**call)

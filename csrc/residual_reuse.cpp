@@ -1,0 +1,70 @@
+// out = x + sum_k gate_k * cache_k on the CPU, in one pass over memory, equal to the reference bit for bit.
+//
+// TensorIterator broadcasts the gates, merges dimensions and splits the work over ATen's thread pool.
+
+#include <ATen/Functions.h>
+#include <ATen/TensorIterator.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/util/SmallVector.h>
+#include <torch/library.h>
+
+#include "arguments.h"
+#include "residual_sum.h"
+
+namespace harmonica {
+namespace {
+
+using Signature = at::Tensor(const at::Tensor&, at::TensorList, const Gates&);
+
+at::Tensor by_reference(const at::Tensor& x, at::TensorList caches, const Gates& gates) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("harmonica::_residual_reuse_reference", "")
+                             .typed<Signature>();
+  return op.call(x, caches, gates);
+}
+
+// The operands of the iterator are out, x, the caches, and the gates that there are.
+template <typename T>
+void run(at::TensorIterator& iter, const Gates& gates) {
+  const size_t count = gates.size();
+  c10::SmallVector<size_t, 16> gate_operand(count);  // 0: none
+  size_t operands = 2 + count;
+  for (size_t k = 0; k < count; ++k) gate_operand[k] = gates.get(k).has_value() ? operands++ : 0;
+
+  iter.for_each([&](char** data, const int64_t* strides, int64_t n) {
+    const auto operand = [&](size_t i) { return Strided<T>{data[i], strides[i]}; };
+    c10::SmallVector<Term<T>, 16> terms(count);
+    for (size_t k = 0; k < count; ++k) {
+      terms[k].cache = operand(2 + k);
+      if (gate_operand[k] != 0) terms[k].gate = operand(gate_operand[k]);
+    }
+    T* out = reinterpret_cast<T*>(data[0]);
+    residual_sum(out, operand(1), terms.data(), int64_t(count), n);
+  });
+}
+
+at::Tensor residual_reuse(const at::Tensor& x, at::TensorList caches, const Gates& gates) {
+  if (!is_residual_sum(x, caches, gates)) return by_reference(x, caches, gates);
+  at::Tensor out = at::empty(x.sizes(), x.options());
+  if (out.numel() == 0) return out;
+
+  at::TensorIteratorConfig config;
+  config.resize_outputs(false).set_check_mem_overlap(false).add_output(out).add_const_input(x);
+  for (const at::Tensor& cache : caches) config.add_const_input(cache);
+  for (const std::optional<at::Tensor>& gate : gates)
+    if (gate.has_value()) config.add_const_input(*gate);
+  at::TensorIterator iter = config.build();
+  switch (x.scalar_type()) {
+    case at::kFloat: run<float>(iter, gates); break;
+    case at::kDouble: run<double>(iter, gates); break;
+    case at::kBFloat16: run<BFloat16>(iter, gates); break;
+    default: run<Float16>(iter, gates); break;
+  }
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(harmonica, CPU, m) { m.impl("residual_reuse", residual_reuse); }
+
+}  // namespace harmonica

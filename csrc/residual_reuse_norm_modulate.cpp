@@ -1,0 +1,261 @@
+// hidden = x + sum_k gate_k * cache_k and out = (norm(hidden) * weight + bias) * (1 + scale) + shift on the CPU, in one
+// pass over memory.
+//
+// A row of hidden stays unrounded in the first-level cache until its statistics are known. What follows the norm is
+// out = normed * factor + offset, with factor = weight * (1 + scale) and offset = bias * (1 + scale) + shift: made once
+// where scale and shift are the same for many rows, as they are in a DiT.
+
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <ATen/TensorIterator.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/util/SmallVector.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "arguments.h"
+#include "float16.h"
+#include "multiversion.h"
+#include "residual_sum.h"
+
+namespace harmonica {
+namespace {
+
+using Results = std::tuple<at::Tensor, at::Tensor>;
+using Optional = std::optional<at::Tensor>;
+using Signature = Results(const at::Tensor&, at::TensorList, const Gates&, const Optional&, const Optional&,
+                       const Optional&, const Optional&, bool, double);
+
+template <typename Acc>
+struct Sums {
+  Acc plain = 0, squares = 0;
+};
+
+// Sums of row[i] - centre and of its square, in 32 lanes whatever the machine: no lane adds up many numbers.
+template <bool with_squares, typename Acc>
+HARMONICA_ALWAYS_INLINE Sums<Acc> lane_sums(const Acc* row, Acc centre, int64_t n) {
+  typedef Acc Vector __attribute__((vector_size(32)));
+  constexpr int64_t width = sizeof(Vector) / sizeof(Acc), vectors = 32 / width;
+  struct Lanes {
+    Vector plain, squares;
+  } lanes[vectors];
+  for (Lanes& some : lanes) some.plain = some.squares = Vector{};
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32)
+    for (int64_t v = 0; v < vectors; ++v) {
+      Vector values;
+      std::memcpy(&values, row + i + v * width, sizeof(values));
+      values -= centre;
+      lanes[v].plain += values;
+      if (with_squares) lanes[v].squares += values * values;
+    }
+  for (int64_t v = 1; v < vectors; ++v) {
+    lanes[0].plain += lanes[v].plain;
+    lanes[0].squares += lanes[v].squares;
+  }
+  Sums<Acc> sums;
+  for (int64_t lane = 0; lane < width; ++lane) {
+    sums.plain += lanes[0].plain[lane];
+    sums.squares += lanes[0].squares[lane];
+  }
+  for (; i < n; ++i) {
+    const Acc value = row[i] - centre;
+    sums.plain += value;
+    sums.squares += value * value;
+  }
+  return sums;
+}
+
+// A multiversioned function may not be a template, hence one overload per element type.
+#define HARMONICA_SUMS(T)                                                                                        \
+  HARMONICA_MULTIVERSION T sum(const T* row, int64_t n) { return lane_sums<false>(row, T(0), n).plain; }         \
+  HARMONICA_MULTIVERSION Sums<T> sums_around(const T* row, T centre, int64_t n) {                                \
+    return lane_sums<true>(row, centre, n);                                                                      \
+  }
+#define HARMONICA_NORMALISE(T)                                                                                     \
+  HARMONICA_MULTIVERSION void normalise(T* HARMONICA_RESTRICT out, const T* in, const T* factor, const T* offset,  \
+                                        T mean, T inverse_deviation, int64_t n) {                                  \
+    for (int64_t i = 0; i < n; ++i) out[i] = (in[i] - mean) * inverse_deviation * factor[i] + offset[i];           \
+  }
+HARMONICA_SUMS(float)
+HARMONICA_SUMS(double)
+HARMONICA_NORMALISE(float)
+HARMONICA_NORMALISE(double)
+#undef HARMONICA_SUMS
+#undef HARMONICA_NORMALISE
+
+HARMONICA_MULTIVERSION void normalise(BFloat16* out, const float* in, const float* factor, const float* offset,
+                                      float mean, float inverse_deviation, int64_t n) {
+  const int64_t second = (n + 1) / 2;
+  const auto at = [=](int64_t i) HARMONICA_INLINE_LAMBDA {
+    return (in[i] - mean) * inverse_deviation * factor[i] + offset[i];
+  };
+#pragma GCC ivdep
+  for (int64_t pair = 0; pair < n / 2; ++pair) store_pair(out, pair, {at(pair), at(second + pair)});
+  if (n % 2 == 1) store_first(out, n / 2, at(n / 2));
+}
+
+HARMONICA_MULTIVERSION void narrow(BFloat16* out, Planes in, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t pair = 0; pair < n / 2; ++pair) store_pair(out, pair, load_pair(in, pair));
+  if (n % 2 == 1) store_first(out, n / 2, load_first(in, n / 2));
+}
+
+template <typename Acc>
+struct Moments {
+  Acc mean, inverse_deviation;
+};
+
+// The second pass also says by how much the first one missed the mean, which counts where the mean is far from zero.
+template <typename Acc>
+Moments<Acc> moments(const Acc* row, int64_t n, bool rms, double eps) {
+  const Acc centre = rms ? Acc(0) : sum(row, n) / Acc(n);
+  const Sums<Acc> around = sums_around(row, centre, n);
+  const Acc missed = rms ? Acc(0) : around.plain / Acc(n);
+  const Acc variance = around.squares / Acc(n) - missed * missed;
+  return {centre + missed, Acc(1 / std::sqrt(double(variance) + eps))};
+}
+
+// Where the operands of an iterator over the rows are, by number; 0 (which is hidden) stands for one that is absent.
+struct Operands {
+  c10::SmallVector<int64_t, 32> stride;  // of each operand, along a row, in bytes
+  c10::SmallVector<size_t, 16> gates;
+  size_t scale = 0, shift = 0;
+};
+
+struct Norm {
+  Optional weight, bias;
+  bool rms;
+  double eps;
+  int64_t width;
+};
+
+int64_t bytes_along_row(const at::Tensor& t) {
+  const bool is_one_number = t.dim() == 0 || t.size(-1) == 1;
+  return is_one_number ? 0 : t.stride(-1) * t.element_size();
+}
+
+template <typename T, typename Acc>
+auto cursor(Acc* row, int64_t n) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return planes(row, n);
+  } else {
+    return row;
+  }
+}
+
+// Where scale, shift or bias is absent, it is 0; where weight is, it is 1.
+template <typename T, typename Acc>
+void modulation(Acc* factor, Acc* offset, Strided<T> weight, Strided<T> bias, Strided<T> scale, Strided<T> shift,
+                int64_t n) {
+  const auto at = [](Strided<T> t, int64_t i, Acc absent) { return t.data ? Element<T>::load(t[i]) : absent; };
+  for (int64_t i = 0; i < n; ++i) {
+    const Acc scaled = Acc(1) + at(scale, i, 0);
+    const int64_t to = std::is_same_v<T, BFloat16> ? i / 2 + i % 2 * ((n + 1) / 2) : i;  // as Planes lie
+    factor[to] = at(weight, i, 1) * scaled;
+    offset[to] = at(bias, i, 0) * scaled + at(shift, i, 0);
+  }
+}
+
+// The operands of the iterator are hidden, out, x, the caches, and the gates, scale and shift that there are.
+template <typename T>
+void run(at::TensorIterator& iter, const Operands& operands, const Norm& norm) {
+  using Acc = typename Element<T>::Acc;
+  const auto vector = [](const Optional& t) {
+    if (!t.has_value()) return Strided<T>{};
+    return Strided<T>{static_cast<const char*>(t->const_data_ptr()), bytes_along_row(*t)};
+  };
+  const Strided<T> weight = vector(norm.weight), bias = vector(norm.bias);
+  const size_t count = operands.gates.size();
+  const int64_t n = norm.width;
+
+  const auto loop = [&](char** data, const int64_t* strides, int64_t rows) {
+    std::vector<Acc> buffer(4 * n);
+    Acc *const factor = buffer.data(), *const offset = factor + n, *const wide = offset + n, *sum = wide + n;
+    const bool is_one_modulation = (!operands.scale || strides[operands.scale] == 0) &&
+                                   (!operands.shift || strides[operands.shift] == 0);
+    c10::SmallVector<Term<T>, 16> terms(count);
+    for (int64_t row = 0; row < rows; ++row) {
+      const auto at = [&](size_t i) { return data[i] + row * strides[i]; };
+      const auto operand = [&](size_t i) { return i == 0 ? Strided<T>{} : Strided<T>{at(i), operands.stride[i]}; };
+      for (size_t k = 0; k < count; ++k) terms[k] = {operand(3 + k), operand(operands.gates[k])};
+      T *const hidden = reinterpret_cast<T*>(at(0)), *const out = reinterpret_cast<T*>(at(1));
+      if constexpr (std::is_same_v<T, Acc>) sum = hidden;
+      residual_sum(cursor<T>(sum, n), operand(2), terms.data(), int64_t(count), n);
+      if constexpr (!std::is_same_v<T, Acc>) narrow(hidden, cursor<T>(sum, n), n);
+      const Moments<Acc> of_row = moments(sum, n, norm.rms, norm.eps);
+      if (row == 0 || !is_one_modulation)
+        modulation(factor, offset, weight, bias, operand(operands.scale), operand(operands.shift), n);
+      if constexpr (std::is_same_v<T, Float16>) {
+        normalise(wide, sum, factor, offset, of_row.mean, of_row.inverse_deviation, n);
+        narrow(out, wide, n);
+      } else {
+        normalise(out, sum, factor, offset, of_row.mean, of_row.inverse_deviation, n);
+      }
+    }
+  };
+  iter.for_each(loop, std::max<int64_t>(1, at::internal::GRAIN_SIZE / n));
+}
+
+bool is_vector_for(const at::Tensor& x, const Optional& t) {
+  return !t.has_value() || (is_like(x, *t) && t->dim() == 1 && t->size(0) == x.size(-1));
+}
+
+Results by_reference(const at::Tensor& x, at::TensorList caches, const Gates& gates, const Optional& weight,
+                  const Optional& bias, const Optional& scale, const Optional& shift, bool rms, double eps) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("harmonica::_residual_reuse_norm_modulate_reference", "")
+                             .typed<Signature>();
+  return op.call(x, caches, gates, weight, bias, scale, shift, rms, eps);
+}
+
+Results residual_reuse_norm_modulate(const at::Tensor& x, at::TensorList caches, const Gates& gates,
+                                  const Optional& weight, const Optional& bias, const Optional& scale,
+                                  const Optional& shift, bool rms, double eps) {
+  if (x.dim() == 0 || !is_residual_sum(x, caches, gates) || !is_vector_for(x, weight) || !is_vector_for(x, bias) ||
+      !broadcasts_to(x, scale) || !broadcasts_to(x, shift))
+    return by_reference(x, caches, gates, weight, bias, scale, shift, rms, eps);
+  at::Tensor hidden = at::empty(x.sizes(), x.options()), out = at::empty(x.sizes(), x.options());
+  if (x.numel() == 0) return {hidden, out};
+
+  // The iterator goes over the first numbers of the rows.
+  const auto first = [](const at::Tensor& t) { return t.dim() == 0 ? t : t.select(-1, 0); };
+  at::TensorIteratorConfig config;
+  config.resize_outputs(false).set_check_mem_overlap(false);
+  config.add_owned_output(first(hidden)).add_owned_output(first(out));
+  Operands operands;
+  operands.stride.assign(2, x.element_size());
+  const auto add = [&](const at::Tensor& t) {
+    config.add_owned_const_input(first(t));
+    operands.stride.push_back(bytes_along_row(t));
+    return operands.stride.size() - 1;
+  };
+  const auto add_if_any = [&](const Optional& t) { return t.has_value() ? add(*t) : 0; };
+  add(x);
+  for (const at::Tensor& cache : caches) add(cache);
+  for (const Optional& gate : gates) operands.gates.push_back(add_if_any(gate));
+  operands.scale = add_if_any(scale);
+  operands.shift = add_if_any(shift);
+
+  at::TensorIterator iter = config.build();
+  const Norm norm{weight, bias, rms, eps, x.size(-1)};
+  switch (x.scalar_type()) {
+    case at::kFloat: run<float>(iter, operands, norm); break;
+    case at::kDouble: run<double>(iter, operands, norm); break;
+    case at::kBFloat16: run<BFloat16>(iter, operands, norm); break;
+    default: run<Float16>(iter, operands, norm); break;
+  }
+  return {hidden, out};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(harmonica, CPU, m) { m.impl("residual_reuse_norm_modulate", residual_reuse_norm_modulate); }
+
+}  // namespace harmonica

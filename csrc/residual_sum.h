@@ -1,0 +1,34 @@
+// x + sum_k gate_k * cache_k over a run of numbers: the loop that the residual_reuse ops share.
+//
+// One multiplication and one addition for each k, each rounded, in the order of k: the steps of the reference.
+#pragma once
+
+#include <cstdint>
+
+#include "element.h"
+
+namespace harmonica {
+
+// Numbers of type T that lie `stride` bytes apart; 0: one number, over and over.
+template <typename T>
+struct Strided {
+  const char* data = nullptr;
+  int64_t stride = 0;
+
+  const T& operator[](int64_t i) const { return *reinterpret_cast<const T*>(data + i * stride); }
+  Strided from(int64_t begin) const { return {data + begin * stride, stride}; }
+  bool is_dense() const { return stride == int64_t(sizeof(T)); }
+};
+
+template <typename T>
+struct Term {
+  Strided<T> cache;
+  Strided<T> gate;  // without data: 1
+};
+
+// T: float, double, BFloat16, Float16. Out: a pointer to T, or to the type of the arithmetic where the sum is not to be
+// rounded; Planes for that of BFloat16.
+template <typename T, typename Out>
+void residual_sum(Out out, Strided<T> x, const Term<T>* terms, int64_t count, int64_t n);
+
+}  // namespace harmonica

@@ -1,0 +1,78 @@
+"""What the ops of this package refuse, and the words they refuse it with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+
+DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_dtype(op: str, x: torch.Tensor) -> None:
+    """Raise TypeError unless `x`, which all other arguments have to be like, has a dtype that the ops take."""
+    if x.dtype not in DTYPES:
+        allowed = ", ".join(str(dtype) for dtype in DTYPES)
+        raise TypeError(f"{op}: x has dtype {x.dtype}, expected one of {allowed}")
+
+
+def check_same(op: str, x: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
+    """Raise TypeError or ValueError unless `tensor` has the shape, the dtype and the device of `x`."""
+    _check_shape(op, name, tensor, x.shape, "that of x")
+    _check_like(op, x, name, tensor)
+
+
+def check_broadcasts(op: str, x: torch.Tensor, name: str, tensor: torch.Tensor | None) -> None:
+    """Raise TypeError or ValueError unless `tensor` is None, or like `x` and of a shape that broadcasts to x."""
+    if tensor is None:
+        return
+    _check_like(op, x, name, tensor)
+    if not _broadcasts_to(tensor.shape, x.shape):
+        raise ValueError(
+            f"{op}: {name} has shape {list(tensor.shape)}, which does not broadcast to that of x, "
+            f"{list(x.shape)}; expected e.g. [B, 1, D] or [D]"
+        )
+
+
+def check_width(op: str, x: torch.Tensor, name: str, tensor: torch.Tensor | None) -> None:
+    """Raise TypeError or ValueError unless `tensor` is None, or like `x` and of shape [D], the last size of `x`."""
+    if tensor is None:
+        return
+    _check_like(op, x, name, tensor)
+    _check_shape(op, name, tensor, x.shape[-1:], "the last size of x")
+
+
+def check_residual_sum(
+    op: str, x: torch.Tensor, caches: Sequence[torch.Tensor], gates: Sequence[torch.Tensor | None]
+) -> None:
+    """Raise TypeError or ValueError unless x + sum_k gates[k] * caches[k] is a sum that the ops take."""
+    check_dtype(op, x)
+    if not caches:
+        raise ValueError(f"{op}: caches is empty, expected at least one tensor like x")
+    if len(gates) != len(caches):
+        raise ValueError(
+            f"{op}: got {len(gates)} gates for {len(caches)} caches; give each cache a gate, None where it has none"
+        )
+    for k, (cache, gate) in enumerate(zip(caches, gates, strict=True)):
+        check_same(op, x, f"caches[{k}]", cache)
+        check_broadcasts(op, x, f"gates[{k}]", gate)
+
+
+def _check_like(op: str, x: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype != x.dtype:
+        raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected that of x, {x.dtype}; cast it")
+    if tensor.device != x.device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}, x is on {x.device}; move one of them")
+
+
+def _check_shape(op: str, name: str, tensor: torch.Tensor, expected: torch.Size, what: str) -> None:
+    if tensor.shape != expected:
+        raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}, expected {what}, {list(expected)}")
+
+
+def _broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:
+    if len(shape) > len(target):
+        return False
+    trailing = zip(reversed(shape), reversed(target), strict=False)
+    return all(size == 1 or size == wanted for size, wanted in trailing)

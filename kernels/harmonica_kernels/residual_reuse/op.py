@@ -1,0 +1,68 @@
+"""`harmonica::residual_reuse` as a torch operator: schema, fake and implementations per device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from harmonica_kernels._build import build_info
+from harmonica_kernels._checks import check_residual_sum
+from harmonica_kernels._cuda import implement_with_triton
+from harmonica_kernels._library import LIBRARY, TAGS, warn_once_without_extension
+from harmonica_kernels.residual_reuse.reference import residual_reuse_reference
+
+_SCHEMA = "(Tensor x, Tensor[] caches, Tensor?[] gates) -> Tensor"
+LIBRARY.define(f"residual_reuse{_SCHEMA}", tags=TAGS)
+# The C++ implementation calls this for whatever it does not take, so that both paths raise the same errors.
+LIBRARY.define(f"_residual_reuse_reference{_SCHEMA}", tags=TAGS)
+
+
+def residual_reuse(
+    x: torch.Tensor, caches: Sequence[torch.Tensor], gates: Sequence[torch.Tensor | None]
+) -> torch.Tensor:
+    """out = x + sum_k gates[k] * caches[k], added up in the order of k, in one pass over memory.
+
+    A run of residual connections (adaLN-Zero, arXiv 2212.09748) whose sub-layers are all reused: nothing but
+    these additions is left of them. The gates come from the timestep and class embedding.
+
+    Arithmetic is fp32 for bf16 and fp16 (fp64 for fp64), rounded once to the dtype of x at the end. On the
+    CPU the result is equal to the reference bit for bit. Inference only: there is no gradient formula, and
+    autograd warns when it has to go through the op.
+
+    Args:
+        x: [..., D], fp32, bf16, fp16 or fp64, any strides.
+        caches: at least one; each like x in shape, dtype and device.
+        gates: one for each cache: dtype and device of x, any shape that broadcasts to that of x ([B, 1, D], [D],
+            [B, N, D], ...), or None for a factor of 1.
+
+    Returns:
+        A new contiguous tensor like x; it never aliases an argument.
+
+    Raises:
+        TypeError: a dtype that is not taken, or dtypes that differ.
+        ValueError: no caches, another number of gates, shapes that do not fit, or tensors on different devices.
+    """
+    out: torch.Tensor = torch.ops.harmonica.residual_reuse.default(x, caches, gates)
+    return out
+
+
+def _fake(x: torch.Tensor, caches: Sequence[torch.Tensor], gates: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    check_residual_sum("residual_reuse", x, caches, gates)
+    return x.new_empty(x.shape)
+
+
+def _cpu_without_extension(
+    x: torch.Tensor, caches: Sequence[torch.Tensor], gates: Sequence[torch.Tensor | None]
+) -> torch.Tensor:
+    warn_once_without_extension()
+    return residual_reuse_reference(x, caches, gates)
+
+
+for _name in ("residual_reuse", "_residual_reuse_reference"):
+    # Every device without an implementation of its own.
+    LIBRARY.impl(_name, residual_reuse_reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"harmonica::{_name}", _fake, lib=LIBRARY)
+if not build_info().extension:
+    LIBRARY.impl("residual_reuse", _cpu_without_extension, "CPU")
+implement_with_triton("residual_reuse")

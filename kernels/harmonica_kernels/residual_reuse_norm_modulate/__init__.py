@@ -1,0 +1,5 @@
+"""A run of reused residual connections, and the norm and modulation that the next computed sub-layer begins with."""
+
+from harmonica_kernels.residual_reuse_norm_modulate.op import residual_reuse_norm_modulate
+
+__all__ = ["residual_reuse_norm_modulate"]

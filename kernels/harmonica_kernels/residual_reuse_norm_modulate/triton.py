@@ -1,0 +1,87 @@
+"""`residual_reuse_norm_modulate` for CUDA: a row's sum stays in registers until its norm is done."""
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from harmonica_kernels._triton import as_rows, launch, load, takes
+from harmonica_kernels.residual_reuse.triton import load_sum, shorten
+from harmonica_kernels.residual_reuse_norm_modulate.reference import (
+    check_residual_reuse_norm_modulate,
+    residual_reuse_norm_modulate_reference,
+)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _kernel(
+    hidden_out,
+    out,
+    x,
+    caches,
+    gates,
+    weight,
+    bias,
+    scale,
+    shift,
+    rows,
+    eps,
+    RMS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    index = tl.program_id(0)
+    batch, row = (index // rows).to(tl.int64), (index % rows).to(tl.int64)
+    columns = tl.arange(0, BLOCK).to(tl.int64)
+    mask = columns < WIDTH
+    hidden = load_sum(x, caches, gates, batch, row, columns, mask)
+    at = index.to(tl.int64) * WIDTH + columns
+    tl.store(hidden_out + at, hidden.to(hidden_out.dtype.element_ty), mask=mask)
+
+    # the mean is taken off before the squares are summed: their difference would cancel
+    result = hidden
+    if not RMS:
+        result = tl.where(mask, hidden - tl.sum(hidden, 0) / WIDTH, 0.0)
+    result *= tl.rsqrt(tl.sum(result * result, 0) / WIDTH + eps)
+    if weight is not None:
+        result *= load(weight, batch, row, columns, mask)
+    if bias is not None:
+        result += load(bias, batch, row, columns, mask)
+    if scale is not None:
+        result *= 1 + load(scale, batch, row, columns, mask)
+    if shift is not None:
+        result += load(shift, batch, row, columns, mask)
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=mask)
+
+
+def residual_reuse_norm_modulate_triton(
+    x: torch.Tensor,
+    caches: Sequence[torch.Tensor],
+    gates: Sequence[torch.Tensor | None],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    *,
+    rms: bool = False,
+    eps: float = 1e-5,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """hidden = x + sum_k gates[k] * caches[k]; out = (norm(hidden) * weight + bias) * (1 + scale) + shift.
+
+    hidden is equal to the reference bit for bit. The statistics are those of the unrounded sum, however many caches
+    there are. Shapes, dtypes and errors are those of `harmonica_kernels.residual_reuse_norm_modulate`.
+    """
+    check_residual_reuse_norm_modulate(x, caches, gates, weight, bias, scale, shift)
+    if not takes(x, whole=True):
+        return residual_reuse_norm_modulate_reference(x, caches, gates, weight, bias, scale, shift, rms=rms, eps=eps)
+    hidden, out = x.new_empty(x.shape), x.new_empty(x.shape)
+    x, caches, gates = shorten(x, caches, gates)
+    terms = len(caches)
+    rows, (x_rows, *others) = as_rows(x.shape, [x, *caches, *gates, weight, bias, scale, shift])
+    summed, gated, modulation = tuple(others[:terms]), tuple(others[terms : 2 * terms]), others[2 * terms :]
+    launch(_kernel, x, hidden, out, x_rows, summed, gated, *modulation, rows, eps, RMS=rms, whole=True)
+    return hidden, out

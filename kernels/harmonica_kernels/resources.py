@@ -1,0 +1,149 @@
+"""What the Triton kernels need of a GPU - registers, stack, shared memory - found out without one.
+
+`python -m harmonica_kernels.resources` compiles them ahead of time and prints a table.
+
+Hazard: a launch tells the compiler which addresses and strides are multiples of 16; without, another kernel is
+compiled, with other registers and narrower loads. So the ops are called here as a model would call them, and stopped
+where Triton would compile. That takes settings of Triton for a whole process, hence processes of their own.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Final
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from harmonica_kernels.gated_residual.triton import gated_residual_triton
+from harmonica_kernels.residual_reuse.triton import residual_reuse_triton
+from harmonica_kernels.residual_reuse_norm_modulate.triton import residual_reuse_norm_modulate_triton
+
+CAPABILITIES: Final = (80, 90, 100)  # A100; H100 and H200; B200
+DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A call of an op: `gated_residual`, `residual_reuse`, or with a norm `residual_reuse_norm_modulate`.
+
+    width: D.
+    caches: how many; 0 for `gated_residual`.
+    gate: "none", "batch" [B, 1, D], or "number" [B, 1, 1]. Gates [D] and [B, N, D] run the kernel of "batch".
+    norm: "" for none, "layer", "rms", or either with "+affine" for a weight, and a bias of the LayerNorm.
+    """
+
+    dtype: str
+    width: int = 1152
+    caches: int = 1
+    gate: str = "batch"
+    norm: str = ""
+
+    def call(self) -> None:
+        """Call the op."""
+        x = torch.zeros(2, 16, self.width, dtype=DTYPES[self.dtype])
+        chunk = x.new_zeros(2, 6 * self.width).chunk(6, dim=1)[1].unsqueeze(1)  # as adaLN makes them
+        gate = {"none": None, "batch": chunk, "number": chunk[..., :1]}[self.gate]
+        caches, gates = [x] * self.caches, [gate] * self.caches
+        kind, _, affine = self.norm.partition("+")
+        weight = chunk[0, 0] if affine else None
+        bias = weight if kind == "layer" else None
+        if kind:
+            residual_reuse_norm_modulate_triton(
+                x, caches, gates, weight, bias, chunk, chunk, rms=kind == "rms", eps=1e-6
+            )
+        elif caches:
+            residual_reuse_triton(x, caches, gates)
+        else:
+            gated_residual_triton(x, x, gate)
+
+
+# Each number of caches in bf16, which models run in; of the rest, what differs most.
+_CACHES: Final = {"bf16": (1, 2, 4, 8, 16), "fp16": (2, 16), "fp32": (1, 4, 8)}
+VARIANTS: Final = (
+    *(Variant(dtype, caches=k, norm=norm) for norm in ("", "layer") for dtype in DTYPES for k in _CACHES[dtype]),
+    *(Variant("bf16", caches=0, gate=gate) for gate in ("none", "batch", "number")),
+    *(Variant("bf16", caches=2, norm=norm, gate="none") for norm in ("layer+affine", "rms", "rms+affine")),
+    *(Variant("bf16", width, caches=4, norm="layer") for width in (1153, 1536, 3072)),
+    Variant("bf16", 3072, caches=16, norm="layer+affine"),
+    *(Variant(dtype, 8192, caches=8, norm="layer+affine") for dtype in ("bf16", "fp32")),
+)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel needs: registers of a thread, bytes of stack of a thread, bytes of shared memory."""
+
+    warps: int
+    registers: int
+    stack: int
+    shared: int
+    ptx: str
+
+
+def measure(
+    variants: Sequence[Variant] = VARIANTS, capabilities: Sequence[int] = CAPABILITIES, processes: int = 2
+) -> dict[tuple[Variant, int], Resources]:
+    """Compile the kernel of each variant for each compute capability (90 for 9.0); Triton keeps them on disk."""
+    work = [(variant, capability) for variant in variants for capability in capabilities]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        return dict(zip(work, pool.map(_measure, work, chunksize=4), strict=True))
+
+
+def table(measured: dict[tuple[Variant, int], Resources]) -> str:
+    """Markdown: a line for each variant, registers for each compute capability, with the stack where there is one."""
+    capabilities = sorted({capability for _, capability in measured})
+    heads = ["caches", "norm", "gate", "dtype", "D", "warps", *(f"sm_{capability}" for capability in capabilities)]
+    lines = [heads, ["---"] * len(heads)]
+    for variant in dict.fromkeys(variant for variant, _ in measured):
+        found = [measured[variant, capability] for capability in capabilities]
+        needs = [f"{one.registers}" + f" + {one.stack} B stack" * bool(one.stack) for one in found]
+        call = (variant.caches or "gated_residual", variant.norm, variant.gate, variant.dtype, variant.width)
+        lines.append([str(cell) for cell in (*call, found[0].warps, *needs)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _measure(work: tuple[Variant, int]) -> Resources:
+    variant, capability = work
+    target = GPUTarget("cuda", capability, 32)
+    ((kernel, compile_),) = _launches(variant, target)
+    source = ASTSource(kernel, compile_["signature"], compile_["constants"], compile_["configs"][0])
+    options = {name: compile_[name] for name in ("num_warps", "num_ctas", "num_stages", "enable_fp_fusion")}
+    compiled = triton.compile(source, target=target, options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        tool = triton.knobs.nvidia.cuobjdump.path
+        dump = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
+    (usage,) = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", dump.stdout)
+    registers, stack, shared = map(int, usage)
+    return Resources(compiled.metadata.num_warps, registers, stack, shared, compiled.asm["ptx"])
+
+
+def _launches(variant: Variant, target: GPUTarget) -> list[tuple[Any, dict[str, Any]]]:
+    """The kernels that a call launches, each with what Triton would compile it with; nothing is launched."""
+    found = []
+
+    def keep(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        found.append((fn.jit_function, compile))
+        return True  # go no further
+
+    triton.knobs.runtime.jit_cache_hook = keep
+    device = {"get_current_device": lambda: 0, "get_current_stream": lambda device: 0}
+    triton.runtime.driver.set_active(SimpleNamespace(**device, get_current_target=lambda: target))
+    variant.call()
+    return found
+
+
+if __name__ == "__main__":
+    print(table(measure()))
