@@ -15,7 +15,13 @@ import harmonica_kernels
 from harmonica_kernels._build import same_abi
 
 PACKAGE = Path(harmonica_kernels.__file__).parent
-USE = "import torch, harmonica_kernels as k\nx = torch.ones(3)\nfor _ in range(2): k.gated_residual(x, x)\n"
+USE = """import torch, harmonica_kernels as k
+x = torch.ones(3)
+for _ in range(2):
+    k.gated_residual(x, x)
+    k.residual_reuse(x, [x], [None])
+    k.residual_reuse_norm_modulate(x, [x], [None])
+"""
 
 
 @pytest.mark.parametrize(
