@@ -9,6 +9,7 @@ from typing import Any, TypeVar, overload
 from torch import nn
 
 from harmonica_rt.errors import HarmonicaError, ScheduleMismatchError, SiteError
+from harmonica_rt.lower import DEFAULT as DEFAULT_LOWERING
 from harmonica_rt.lower import LOWERINGS
 from harmonica_rt.parity.lockstep import LockstepEngine, Tolerance
 from harmonica_rt.parity.report import ParityReport
@@ -89,7 +90,7 @@ def compile(
     model_or_pipeline: Any,
     schedule: Schedule,
     *,
-    lowering: str = "plain",
+    lowering: str = DEFAULT_LOWERING,
     verify: bool = False,
     strict: bool = False,
     max_plans: int = 8,
@@ -105,8 +106,8 @@ def compile(
     Args:
         model_or_pipeline: an `nn.Module` in eval mode, or a diffusers pipeline.
         schedule: which sites to compute and which to reuse in each step.
-        lowering: `plain`, the step programs operator by operator, bit-exact to the reference on CPU; or `fused`, with
-            fused ops and everything that does not see the latents computed before the steps, equal up to rounding.
+        lowering: `fused`, with fused ops and everything that does not see the latents computed before the steps, equal
+            to the reference up to rounding; or `plain`, operator by operator, on CPU bit for bit.
         verify: run the reference beside it and raise ParityError in the first step that differs. Costs the time of
             both; meant for trying a schedule out.
         strict: raise CaptureError where the model cannot be captured, instead of running eagerly with a warning.
@@ -184,7 +185,7 @@ def verify(
     schedule: Schedule,
     *,
     calls: Iterable[Mapping[str, Any]] | None = None,
-    lowering: str = "plain",
+    lowering: str = DEFAULT_LOWERING,
     seed: int = 0,
     tolerance: Tolerance = "auto",
     **pipeline_arguments: Any,

@@ -17,7 +17,7 @@ GUIDANCE: Any = typer.Option(None, help="Guidance scale (default: the pipeline's
 REPEATS: Any = typer.Option(5, min=1, help="Timed rounds.")
 SEED: Any = typer.Option(0, min=0, max=2**63 - 1, help="Seed of everything that is random.")
 DTYPE: Any = typer.Option("fp32", help="fp32, bf16 or fp16.")
-LOWERING: Any = typer.Option("plain", help="plain (bit for bit on CPU) or fused (faster, equal up to rounding).")
+LOWERING: Any = typer.Option("fused", help="fused (equal up to rounding) or plain (slower, bit for bit on CPU).")
 DEVICE: Any = typer.Option("cpu", help="Where to run: cpu, cuda or cuda:N.")
 
 

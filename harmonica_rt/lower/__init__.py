@@ -13,6 +13,7 @@ from harmonica_rt.passes.specialise import StepGraph
 from harmonica_rt.plan.plan import Plan
 
 LOWERINGS = ("plain", "fused")
+DEFAULT = "fused"
 HOISTED = "hoisted"  # fused without its ops, to tell what they bring
 EXACT = ("plain",)  # equal to the reference bit for bit on CPU
 

@@ -52,10 +52,10 @@ class PlannedEngine:
         model: nn.Module,
         schedule: Schedule,
         *,
+        lowering: str,
         strict: bool,
         max_plans: int,
         debug: bool,
-        lowering: str = "plain",
     ) -> None:
         self._model = model
         self._schedule = schedule

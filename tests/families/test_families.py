@@ -45,7 +45,7 @@ def test_compiled_equals_reference(pipelines: dict[str, Any], name: str, guided:
     plain = sample(pipeline, STEPS, **call)
     hrt.reference(pipeline, schedule)
     expected = sample(pipeline, STEPS, **call)
-    hrt.compile(pipeline, schedule, strict=True, debug=True)
+    hrt.compile(pipeline, schedule, lowering="plain", strict=True, debug=True)
     got = sample(pipeline, STEPS, **call)
     report = hrt.get_compiled(pipeline).report()
     hrt.uncompile(pipeline)
@@ -80,7 +80,7 @@ def test_every_step_of_every_sampler_is_equal(pipelines: dict[str, Any], name: s
     try:
         steps = nfe(pipeline, STEPS)
         schedule = random_schedule(pipeline.transformer, steps, seed=1)
-        report = hrt.verify(pipeline, schedule, num_inference_steps=STEPS, **FAMILIES[name].guided)
+        report = hrt.verify(pipeline, schedule, lowering="plain", num_inference_steps=STEPS, **FAMILIES[name].guided)
     finally:
         pipeline.scheduler = before
     calls_a_step = 2 if name == "flux" else 1
@@ -93,7 +93,8 @@ def test_every_step_of_every_sampler_is_equal(pipelines: dict[str, Any], name: s
 def test_a_schedule_that_computes_all_is_the_plain_pipeline(pipelines: dict[str, Any], name: str) -> None:
     pipeline, call = pipelines[name], FAMILIES[name].guided
     plain = sample(pipeline, 3, **call)
-    hrt.compile(pipeline, Schedule.all_compute(steps=3, sites=find_sites(pipeline.transformer)), strict=True)
+    schedule = Schedule.all_compute(steps=3, sites=find_sites(pipeline.transformer))
+    hrt.compile(pipeline, schedule, lowering="plain", strict=True)
     got = sample(pipeline, 3, **call)
     report = hrt.get_compiled(pipeline).report()
     hrt.uncompile(pipeline)
@@ -108,7 +109,7 @@ def test_a_schedule_that_computes_all_is_the_plain_pipeline(pipelines: dict[str,
 def test_any_random_schedule_is_equal(pipelines: dict[str, Any], name: str, seed: int, cur: float) -> None:
     pipeline = pipelines[name]
     schedule = Schedule.random(cur, steps=STEPS, sites=find_sites(pipeline.transformer), seed=seed)
-    report = hrt.verify(pipeline, schedule, num_inference_steps=STEPS, **FAMILIES[name].unguided)
+    report = hrt.verify(pipeline, schedule, lowering="plain", num_inference_steps=STEPS, **FAMILIES[name].unguided)
     assert all(step.same_bits for step in report.steps)
 
 
@@ -129,6 +130,7 @@ def test_skip_layer_guidance_calls_a_third_time_in_some_steps(pipelines: dict[st
     report = hrt.verify(
         pipeline,
         random_schedule(pipeline.transformer, steps, seed=2),
+        lowering="plain",
         num_inference_steps=steps,
         skip_guidance_layers=[1],
         skip_layer_guidance_start=0.1,
@@ -145,7 +147,7 @@ def test_several_images_for_a_prompt(pipelines: dict[str, Any]) -> None:
     call = {**FAMILIES["pixart-alpha"].guided, "num_images_per_prompt": 3}
     hrt.reference(pipeline, schedule)
     expected = sample(pipeline, STEPS, **call)
-    hrt.compile(pipeline, schedule, strict=True)
+    hrt.compile(pipeline, schedule, lowering="plain", strict=True)
     got = sample(pipeline, STEPS, **call)
     hrt.uncompile(pipeline)
     assert got.shape[0] == 3
@@ -164,7 +166,7 @@ def test_callbacks_are_called_every_step(pipelines: dict[str, Any]) -> None:
     call = {**FAMILIES["sd3"].guided, "callback_on_step_end": count}
     hrt.reference(pipeline, schedule)
     expected = sample(pipeline, STEPS, **call)
-    hrt.compile(pipeline, schedule, strict=True)
+    hrt.compile(pipeline, schedule, lowering="plain", strict=True)
     got = sample(pipeline, STEPS, **call)
     hrt.uncompile(pipeline)
     assert np.array_equal(got, expected)
@@ -185,7 +187,7 @@ def test_a_callback_that_swaps_the_prompt_in_mid_run(pipelines: dict[str, Any]) 
     }
     hrt.reference(pipeline, schedule)
     expected = sample(pipeline, 6, **call)
-    hrt.compile(pipeline, schedule, strict=True)
+    hrt.compile(pipeline, schedule, lowering="plain", strict=True)
     got = sample(pipeline, 6, **call)
     report = hrt.get_compiled(pipeline).report()
     hrt.uncompile(pipeline)
@@ -196,7 +198,7 @@ def test_a_callback_that_swaps_the_prompt_in_mid_run(pipelines: dict[str, Any]) 
 def test_a_callback_that_interrupts(pipelines: dict[str, Any]) -> None:
     pipeline = pipelines["sd3"]
     schedule = random_schedule(pipeline.transformer, STEPS)
-    hrt.compile(pipeline, schedule, strict=True)
+    hrt.compile(pipeline, schedule, lowering="plain", strict=True)
     whole = sample(pipeline, STEPS, **FAMILIES["sd3"].guided)
 
     def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

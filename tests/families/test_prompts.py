@@ -24,6 +24,7 @@ def test_every_step_is_equal(pipeline: Any, guidance: float) -> None:
     report = hrt.verify(
         pipeline,
         random_schedule(pipeline.transformer, STEPS),
+        lowering="plain",
         prompt="a small cat on the moon",
         negative_prompt="the moon",
         guidance_scale=guidance,
@@ -39,7 +40,7 @@ def test_another_prompt_of_the_same_length_shares_the_plan_and_no_features(pipel
     schedule, prompts = random_schedule(pipeline.transformer, STEPS), ["a small cat", "the small moon", "a small cat"]
     hrt.reference(pipeline, schedule)
     expected = [sample(pipeline, STEPS, prompt=prompt, **CALL) for prompt in prompts]
-    hrt.compile(pipeline, schedule, strict=True)
+    hrt.compile(pipeline, schedule, lowering="plain", strict=True)
     got = [sample(pipeline, STEPS, prompt=prompt, **CALL) for prompt in prompts]
     report = hrt.get_compiled(pipeline).report()
     hrt.uncompile(pipeline)
@@ -54,7 +55,7 @@ def test_several_prompts_and_images_each(pipeline: Any) -> None:
     call = {"prompt": ["a cat", "the moon"], "num_images_per_prompt": 2, **CALL}
     hrt.reference(pipeline, schedule)
     expected = sample(pipeline, STEPS, **call)
-    hrt.compile(pipeline, schedule, strict=True)
+    hrt.compile(pipeline, schedule, lowering="plain", strict=True)
     got = sample(pipeline, STEPS, **call)
     hrt.uncompile(pipeline)
     assert got.shape == (4, 8, 8, 3)

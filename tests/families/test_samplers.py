@@ -51,7 +51,7 @@ def test_a_run_uses_the_whole_schedule_and_no_more(pipeline: Any, nfe: int) -> N
     schedule = random_schedule(pipeline.transformer, nfe)
     hrt.reference(pipeline, schedule)
     expected = sample(pipeline, ASKED, **PIXART.guided)
-    hrt.compile(pipeline, schedule, strict=True)
+    hrt.compile(pipeline, schedule, lowering="plain", strict=True)
     try:
         got = sample(pipeline, ASKED, **PIXART.guided)
         report = hrt.get_compiled(pipeline).report()
@@ -65,7 +65,7 @@ def test_a_run_uses_the_whole_schedule_and_no_more(pipeline: Any, nfe: int) -> N
 
 def test_a_schedule_for_another_number_is_refused(pipeline: Any, nfe: int) -> None:
     schedule = Schedule.every(2, steps=nfe + 1, sites=hrt.find_sites(pipeline.transformer))
-    hrt.compile(pipeline, schedule)
+    hrt.compile(pipeline, schedule, lowering="plain")
     try:
         with pytest.raises(ScheduleMismatchError, match=f"for {nfe + 1} steps, the pipeline asked for {nfe} "):
             sample(pipeline, ASKED, **PIXART.guided)

@@ -31,7 +31,7 @@ def pipeline() -> Any:
 
 
 def verify(pipeline: Any, schedule: Schedule, **arguments: Any) -> hrt.ParityReport:
-    return hrt.verify(pipeline, schedule, num_inference_steps=STEPS, **DIT.guided, **arguments)
+    return hrt.verify(pipeline, schedule, lowering="plain", num_inference_steps=STEPS, **DIT.guided, **arguments)
 
 
 @pytest.mark.parametrize(("step", "site"), [(1, 0), (1, 3), (3, 2)])

@@ -11,15 +11,18 @@ from torch import fx
 import harmonica_rt as hrt
 from harmonica_rt import Schedule, find_sites
 from harmonica_rt.errors import HarmonicaError
-from harmonica_rt.lower import plain
+from harmonica_rt.lower import LOWERINGS, plain
 from harmonica_rt.parity.tolerance import Error, limit_from, same_bits
 from tests.models import stack, stack_call
 
 STEPS = 4
 
 
-def calls(dtype: torch.dtype = torch.float32) -> list[dict[str, torch.Tensor]]:
-    return [{name: t.to(dtype) for name, t in stack_call(step).items()} for step in range(STEPS)]
+MANY = 64  # tokens: the largest error of a handful of values says little
+
+
+def calls(dtype: torch.dtype = torch.float32, tokens: int = 4) -> list[dict[str, torch.Tensor]]:
+    return [{name: t.to(dtype) for name, t in stack_call(step, tokens=tokens).items()} for step in range(STEPS)]
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, weight: str, factor: float) -> None:
@@ -42,7 +45,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, weight: str, factor: float) -> None:
 def test_plain_is_exact() -> None:
     model = stack()
     schedule = Schedule.every(2, steps=STEPS, sites=find_sites(model))
-    report = hrt.verify(model, schedule, calls=calls())
+    report = hrt.verify(model, schedule, lowering="plain", calls=calls())
     assert report.ok
     assert report.tolerance == "exact"
     assert [step.same_bits for step in report.steps] == [True] * STEPS
@@ -57,7 +60,7 @@ def test_the_first_divergent_step_and_site_are_named(monkeypatch: pytest.MonkeyP
     mask = [[True] * 6, [False] * 6, [True] * 6, [True] * 6]
     spoil(monkeypatch, f"{site}.weight", 1.0 + 1e-6)
     with pytest.raises(hrt.ParityError) as error:
-        hrt.verify(model, Schedule.from_array(mask, sites=sites), calls=calls())
+        hrt.verify(model, Schedule.from_array(mask, sites=sites), lowering="plain", calls=calls())
     assert (error.value.step, error.value.site) == (0, site)
     assert f"first divergent site {site}" in str(error.value)
     assert not error.value.report.ok
@@ -79,15 +82,16 @@ def test_a_corrupted_slot_is_named_in_the_step_that_reads_it(monkeypatch: pytest
     model = stack()
     sites = find_sites(model)
     with pytest.raises(hrt.ParityError) as error:
-        hrt.verify(model, Schedule.every(2, steps=STEPS, sites=sites), calls=calls())
+        hrt.verify(model, Schedule.every(2, steps=STEPS, sites=sites), lowering="plain", calls=calls())
     assert (error.value.step, error.value.site) == (1, sites[3])
 
 
+@pytest.mark.parametrize("lowering", LOWERINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_measured_tolerance_passes_plain(dtype: torch.dtype) -> None:
+def test_measured_tolerance_passes_what_is_right(dtype: torch.dtype, lowering: str) -> None:
     model = stack().to(dtype)
     schedule = Schedule.every(2, steps=STEPS, sites=find_sites(model))
-    report = hrt.verify(model, schedule, calls=calls(dtype), tolerance="measured")
+    report = hrt.verify(model, schedule, lowering=lowering, calls=calls(dtype, MANY), tolerance="measured")
     assert report.tolerance == "measured"
     assert all(step.error.within(step.limit) and step.limit.rms > 0 for step in report.steps)
 
@@ -100,14 +104,15 @@ def test_measured_tolerance_fails_what_is_sloppy(
     schedule = Schedule.every(2, steps=STEPS, sites=find_sites(model))
     spoil(monkeypatch, "blocks.1.attn.weight", factor)
     with pytest.raises(hrt.ParityError) as error:
-        hrt.verify(model, schedule, calls=calls(dtype), tolerance="measured")
+        hrt.verify(model, schedule, lowering="plain", calls=calls(dtype), tolerance="measured")
     assert error.value.site == "blocks.1.attn"
 
 
 def test_verify_at_compile_raises_in_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     model = stack()
     spoil(monkeypatch, "blocks.1.attn.weight", 2.0)
-    compiled = hrt.compile(model, Schedule.every(2, steps=STEPS, sites=find_sites(model)), verify=True)
+    schedule = Schedule.every(2, steps=STEPS, sites=find_sites(model))
+    compiled = hrt.compile(model, schedule, lowering="plain", verify=True)
     with pytest.raises(hrt.ParityError, match=r"blocks\.1\.attn"):
         compiled(**stack_call(0))
 
@@ -116,7 +121,7 @@ def test_calls_are_counted() -> None:
     model = stack()
     schedule = Schedule.every(2, steps=STEPS, sites=find_sites(model))
     with pytest.raises(HarmonicaError, match="holds 3 calls, the schedule has 4 steps"):
-        hrt.verify(model, schedule, calls=calls()[:3])
+        hrt.verify(model, schedule, lowering="plain", calls=calls()[:3])
     with pytest.raises(HarmonicaError, match="needs calls="):
         hrt.verify(model, schedule)
 

@@ -34,7 +34,7 @@ def schedule(built: Any) -> Schedule:
 
 @pytest.fixture
 def pipeline(built: Any, schedule: Schedule) -> Any:
-    yield hrt.compile(built, schedule, strict=True)
+    yield hrt.compile(built, schedule, lowering="plain", strict=True)
     hrt.uncompile(built)
 
 
