@@ -107,8 +107,8 @@ def _learned(pipeline: Any, point: Point, seed: int, budget: Budget, **options: 
 def _learning_to_cache(pipeline: Any, point: Point, seed: int, budget: Budget) -> Produced:
     started = time.perf_counter()
     costs = costs_of(pipeline.transformer)
-    highest = costs.speedup(Schedule.every(2, steps=point.steps, sites=costs.sites).compute)  # it frees every second step
-    point = dataclasses.replace(point, speedup=min(point.speedup, highest))
+    every_second = Schedule.every(2, steps=point.steps, sites=costs.sites).compute  # the steps it frees
+    point = dataclasses.replace(point, speedup=min(point.speedup, costs.speedup(every_second)))
     data = load_split(pipeline.vae.config.sample_size)
     with torch.no_grad():
         images = data.train_images.to(pipeline.device) * 2 - 1

@@ -113,11 +113,17 @@ def _store(graph: fx.Graph, value: fx.Node, slot: fx.Node, layout: torch.Tensor)
 
 
 def _can_write_to_slot(node: fx.Node) -> bool:
-    """Whether a value is a linear layer's, with a bias and of rows that lie one after the other."""
+    """Whether a value is a linear layer's, with a bias, of rows that lie one after the other, and without a cast.
+
+    Autocast casts what `linear` takes, but nothing that an `out` variant does.
+    """
     if node.target is not torch.ops.aten.linear.default or len(node.args) < 3 or node.args[2] is None:
         return False
-    rows, weight = (argument.meta["val"] for argument in node.args[:2])  # type: ignore[union-attr]
-    return bool(rows.is_contiguous() and node.meta["val"].is_contiguous() and weight.dim() == 2)
+    rows, weight, bias = (argument.meta["val"] for argument in node.args[:3])  # type: ignore[union-attr]
+    value = node.meta["val"]
+    if {rows.dtype, weight.dtype, bias.dtype} != {value.dtype}:
+        return False
+    return bool(rows.is_contiguous() and value.is_contiguous() and weight.dim() == 2)
 
 
 def _linear_into(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node], slot: fx.Node) -> fx.Node:

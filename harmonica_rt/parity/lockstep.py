@@ -22,7 +22,8 @@ from harmonica_rt.parity.report import ParityError, ParityReport, StepParity
 from harmonica_rt.parity.tolerance import NONE, Error, limit_from, one_up, same_bits
 from harmonica_rt.passes.specialise import Pattern, specialise
 from harmonica_rt.runtime.engine import Stream
-from harmonica_rt.runtime.planned import PlannedEngine, PlanStream
+from harmonica_rt.runtime.execution import PlanStream
+from harmonica_rt.runtime.planned import PlannedEngine
 from harmonica_rt.runtime.reference import ReferenceEngine, ReferenceStream
 from harmonica_rt.schedule import Schedule
 

@@ -14,7 +14,7 @@ from harmonica_rt import Schedule, find_sites
 from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.indices import SlotId
 from harmonica_rt.lower.plain import Program
-from harmonica_rt.runtime.planned import PlanStream
+from harmonica_rt.runtime.execution import PlanStream
 from tests.models import Stack, stack, stack_call
 from tests.tiny import families
 

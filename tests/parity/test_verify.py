@@ -68,7 +68,7 @@ def test_the_first_divergent_step_and_site_are_named(monkeypatch: pytest.MonkeyP
 
 def test_a_corrupted_slot_is_named_in_the_step_that_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from harmonica_rt.indices import SlotId
-    from harmonica_rt.runtime.planned import PlanStream
+    from harmonica_rt.runtime.execution import PlanStream
 
     original = PlanStream.run
 

@@ -36,11 +36,11 @@ def schedule(pipeline: Any) -> Schedule:
 
 
 def test_a_denoiser_replaced_after_compiling_can_be_compiled(pipeline: Any, schedule: Schedule) -> None:
-    hrt.compile(pipeline, schedule)
+    hrt.compile(pipeline, schedule, lowering="plain")
     old, pipeline.transformer = pipeline.transformer, dit().transformer
     with pytest.raises(HarmonicaError, match="is not compiled"):
         hrt.get_compiled(pipeline)
-    hrt.compile(pipeline, schedule)
+    hrt.compile(pipeline, schedule, lowering="plain")
     got = sample(pipeline, STEPS, **CALL)
     hrt.reference(pipeline, schedule)
     assert np.array_equal(got, sample(pipeline, STEPS, **CALL))
@@ -78,7 +78,7 @@ def test_the_scheduler_of_a_pipeline_that_is_no_more_is_free(schedule: Schedule)
 
 def test_copies_of_the_parts_are_plain_and_leave_the_run_alone(pipeline: Any, schedule: Schedule) -> None:
     plain = sample(pipeline, STEPS, **CALL)
-    hrt.compile(pipeline, schedule)
+    hrt.compile(pipeline, schedule, lowering="plain")
     expected = sample(pipeline, STEPS, **CALL)
     transformer, scheduler = copy.deepcopy(pipeline.transformer), copy.deepcopy(pipeline.scheduler)
     assert "_compiled_call_impl" not in transformer.__dict__
@@ -124,19 +124,19 @@ def test_a_loop_that_leaves_a_step_out_is_an_error(pipeline: Any, schedule: Sche
 
 
 def test_verify_leaves_what_was_compiled(pipeline: Any, schedule: Schedule) -> None:
-    hrt.compile(pipeline, schedule)
+    hrt.compile(pipeline, schedule, lowering="plain")
     compiled = hrt.get_compiled(pipeline)
     expected = sample(pipeline, STEPS, **CALL)
-    hrt.verify(pipeline, schedule, num_inference_steps=STEPS, **CALL)
+    hrt.verify(pipeline, schedule, lowering="plain", num_inference_steps=STEPS, **CALL)
     assert hrt.get_compiled(pipeline) is compiled
     with pytest.raises(ScheduleMismatchError):
-        hrt.verify(pipeline, schedule, num_inference_steps=STEPS + 1, **CALL)
+        hrt.verify(pipeline, schedule, lowering="plain", num_inference_steps=STEPS + 1, **CALL)
     assert hrt.get_compiled(pipeline) is compiled
     assert np.array_equal(sample(pipeline, STEPS, **CALL), expected)
 
 
 def test_verify_leaves_a_plain_pipeline_plain(pipeline: Any, schedule: Schedule) -> None:
-    hrt.verify(pipeline, schedule, num_inference_steps=STEPS, **CALL)
+    hrt.verify(pipeline, schedule, lowering="plain", num_inference_steps=STEPS, **CALL)
     assert type(pipeline.scheduler) is d.DDIMScheduler
     assert "_compiled_call_impl" not in pipeline.transformer.__dict__
 

@@ -60,7 +60,7 @@ def expected(pipeline: Any, schedule: Schedule) -> NDArray[Any]:
 def test_the_denoiser_stays_what_it_was(pipeline: Any, schedule: Schedule) -> None:
     before, scheduler = pipeline.transformer, pipeline.scheduler
     config, parameters = dict(before.config), list(before.parameters())
-    assert hrt.compile(pipeline, schedule) is pipeline
+    assert hrt.compile(pipeline, schedule, lowering="plain") is pipeline
     assert pipeline.transformer is before
     assert type(pipeline.transformer) is d.DiTTransformer2DModel
     assert dict(pipeline.transformer.config) == config
@@ -77,7 +77,7 @@ def test_the_denoiser_stays_what_it_was(pipeline: Any, schedule: Schedule) -> No
 
 
 def test_uncompile_gives_the_original_back(pipeline: Any, schedule: Schedule, plain: NDArray[Any]) -> None:
-    hrt.compile(pipeline, schedule)
+    hrt.compile(pipeline, schedule, lowering="plain")
     assert not np.array_equal(sample(pipeline, STEPS, **CALL), plain)
     assert hrt.uncompile(pipeline) is pipeline
     assert type(pipeline.scheduler) is d.DDIMScheduler
@@ -91,7 +91,7 @@ def test_uncompile_gives_the_original_back(pipeline: Any, schedule: Schedule, pl
 def test_saved_and_copied_pipelines_are_plain(
     pipeline: Any, schedule: Schedule, plain: NDArray[Any], expected: NDArray[Any], tmp_path: Path
 ) -> None:
-    hrt.compile(pipeline, schedule)
+    hrt.compile(pipeline, schedule, lowering="plain")
     sample(pipeline, STEPS, **CALL)
     pipeline.save_pretrained(tmp_path)
     loaded = d.DiTPipeline.from_pretrained(tmp_path)
@@ -107,7 +107,7 @@ def test_saved_and_copied_pipelines_are_plain(
 
 
 def test_progress_bar_and_output_types(pipeline: Any, schedule: Schedule, capfd: pytest.CaptureFixture[str]) -> None:
-    hrt.compile(pipeline, schedule)
+    hrt.compile(pipeline, schedule, lowering="plain")
     pipeline.set_progress_bar_config(disable=False)
     result = pipeline([1], num_inference_steps=STEPS, output_type="pil", return_dict=False)
     assert result[0][0].size == (4, 4)
@@ -117,7 +117,7 @@ def test_progress_bar_and_output_types(pipeline: Any, schedule: Schedule, capfd:
 def test_another_number_of_steps_is_an_error_and_the_next_run_is_right(
     pipeline: Any, schedule: Schedule, expected: NDArray[Any]
 ) -> None:
-    hrt.compile(pipeline, schedule)
+    hrt.compile(pipeline, schedule, lowering="plain")
     with pytest.raises(ScheduleMismatchError, match="for 5 steps, the pipeline asked for 7"):
         sample(pipeline, 7, **CALL)
     assert np.array_equal(sample(pipeline, STEPS, **CALL), expected)
@@ -126,7 +126,7 @@ def test_another_number_of_steps_is_an_error_and_the_next_run_is_right(
 def test_a_run_that_breaks_off_leaves_the_next_one_right(
     pipeline: Any, schedule: Schedule, expected: NDArray[Any]
 ) -> None:
-    hrt.compile(pipeline, schedule)
+    hrt.compile(pipeline, schedule, lowering="plain")
     calls = 0
 
     def stop(*_: object) -> None:
@@ -143,7 +143,7 @@ def test_a_run_that_breaks_off_leaves_the_next_one_right(
 
 
 def test_a_scheduler_replaced_after_compiling_is_followed(pipeline: Any, schedule: Schedule) -> None:
-    hrt.compile(pipeline, schedule)
+    hrt.compile(pipeline, schedule, lowering="plain")
     old = pipeline.scheduler
     sample(pipeline, STEPS, **CALL)
     pipeline.scheduler = d.DDIMScheduler.from_config(old.config, timestep_spacing="trailing")
@@ -156,7 +156,7 @@ def test_a_scheduler_replaced_after_compiling_is_followed(pipeline: Any, schedul
 
 
 def test_a_scheduler_made_from_the_compiled_one(pipeline: Any, schedule: Schedule, expected: NDArray[Any]) -> None:
-    hrt.compile(pipeline, schedule)
+    hrt.compile(pipeline, schedule, lowering="plain")
     pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
     assert np.array_equal(sample(pipeline, STEPS, **CALL), expected)
     assert hrt.get_compiled(pipeline).report().last_calls == STEPS
@@ -167,7 +167,7 @@ def test_a_scheduler_made_from_the_compiled_one(pipeline: Any, schedule: Schedul
 def test_processors_changed_after_the_timesteps_were_set(pipeline: Any, schedule: Schedule) -> None:
     from diffusers.models.attention_processor import AttnProcessor
 
-    hrt.compile(pipeline, schedule, strict=True)
+    hrt.compile(pipeline, schedule, lowering="plain", strict=True)
     sample(pipeline, STEPS, **CALL)
     call = {
         "hidden_states": torch.randn(1, 4, 4, 4),
@@ -184,12 +184,12 @@ def test_processors_changed_after_the_timesteps_were_set(pipeline: Any, schedule
 
 def test_a_generator_of_ones_own_is_rewound(pipeline: Any, schedule: Schedule) -> None:
     generator = torch.Generator().manual_seed(3)
-    report = hrt.verify(pipeline, schedule, num_inference_steps=STEPS, generator=generator, **CALL)
+    report = hrt.verify(pipeline, schedule, lowering="plain", num_inference_steps=STEPS, generator=generator, **CALL)
     assert report.trajectory_same_bits
 
 
 def test_runs_that_begin_late_are_an_error(pipeline: Any, schedule: Schedule, expected: NDArray[Any]) -> None:
-    hrt.compile(pipeline, schedule)
+    hrt.compile(pipeline, schedule, lowering="plain")
     scheduler, latents = pipeline.scheduler, torch.randn(1, 4, 4, 4)
     scheduler.set_timesteps(STEPS)
     timestep = scheduler.timesteps[2]
@@ -210,7 +210,7 @@ def test_calls_outside_a_run_are_plain_and_said(
     }
     with torch.no_grad():
         before = pipeline.transformer(**call).sample
-        hrt.compile(pipeline, schedule)
+        hrt.compile(pipeline, schedule, lowering="plain")
         assert torch.equal(pipeline.transformer(**call).sample, before)
     assert any("outside a sampling run" in line for line in caplog.messages)
 
@@ -218,7 +218,7 @@ def test_calls_outside_a_run_are_plain_and_said(
 def test_two_threads_at_once_never_give_a_wrong_image(
     pipeline: Any, schedule: Schedule, expected: NDArray[Any]
 ) -> None:
-    hrt.compile(pipeline, schedule)
+    hrt.compile(pipeline, schedule, lowering="plain")
     sample(pipeline, STEPS, **CALL)
     results: list[Any] = []
 
@@ -243,7 +243,7 @@ def test_two_threads_at_once_never_give_a_wrong_image(
 
 
 def test_a_run_taken_over_by_another_thread_is_told(pipeline: Any, schedule: Schedule) -> None:
-    hrt.compile(pipeline, schedule)
+    hrt.compile(pipeline, schedule, lowering="plain")
     call = (torch.randn(1, 4, 4, 4), torch.tensor([999]), torch.tensor([1]))
     pipeline.scheduler.set_timesteps(STEPS)
     with torch.no_grad():
@@ -256,20 +256,20 @@ def test_a_run_taken_over_by_another_thread_is_told(pipeline: Any, schedule: Sch
 
 
 def test_two_pipelines_may_not_share_a_compiled_scheduler(pipeline: Any, schedule: Schedule, directory: Path) -> None:
-    hrt.compile(pipeline, schedule)
+    hrt.compile(pipeline, schedule, lowering="plain")
     other = d.DiTPipeline.from_pretrained(directory, scheduler=pipeline.scheduler)
     with pytest.raises(HarmonicaError, match="already drives another compiled model"):
-        hrt.compile(other, schedule)
+        hrt.compile(other, schedule, lowering="plain")
 
 
 def test_compiling_again_replaces_the_schedule(pipeline: Any, schedule: Schedule, plain: NDArray[Any]) -> None:
-    hrt.compile(pipeline, schedule)
-    hrt.compile(pipeline, Schedule.all_compute(steps=STEPS, sites=schedule.sites))
+    hrt.compile(pipeline, schedule, lowering="plain")
+    hrt.compile(pipeline, Schedule.all_compute(steps=STEPS, sites=schedule.sites), lowering="plain")
     assert np.array_equal(sample(pipeline, STEPS, **CALL), plain)
 
 
 def test_new_shapes_get_plans_of_their_own(pipeline: Any, schedule: Schedule) -> None:
-    hrt.compile(pipeline, schedule, strict=True)
+    hrt.compile(pipeline, schedule, lowering="plain", strict=True)
     got = [sample(pipeline, STEPS, class_labels=labels) for labels in ([1], [1, 2, 3], [1])]
     report = hrt.get_compiled(pipeline).report()
     hrt.reference(pipeline, schedule)
@@ -295,7 +295,7 @@ FLUX_CALL = {
 
 
 def test_the_cache_context_of_diffusers_still_works(flux: Any) -> None:
-    compiled = hrt.compile(flux, random_schedule(flux, 2), strict=True)
+    compiled = hrt.compile(flux, random_schedule(flux, 2), lowering="plain", strict=True)
     with compiled.cache_context("cond"):
         got = compiled(**FLUX_CALL).sample
     with torch.no_grad():
@@ -305,13 +305,13 @@ def test_the_cache_context_of_diffusers_still_works(flux: Any) -> None:
 def test_a_cache_of_diffusers_on_the_same_model_is_refused(flux: Any) -> None:
     flux.enable_cache(d.FirstBlockCacheConfig(threshold=0.1))
     with pytest.raises(hrt.CaptureError, match="carry hooks"):
-        hrt.compile(flux, random_schedule(flux, 2), strict=True)(**FLUX_CALL)
+        hrt.compile(flux, random_schedule(flux, 2), lowering="plain", strict=True)(**FLUX_CALL)
 
 
 def test_attention_processors_may_change_after_compiling(pipeline: Any, schedule: Schedule) -> None:
     from diffusers.models.attention_processor import AttnProcessor
 
-    hrt.compile(pipeline, schedule, strict=True)
+    hrt.compile(pipeline, schedule, lowering="plain", strict=True)
     sample(pipeline, STEPS, **CALL)
     for block in pipeline.transformer.transformer_blocks:
         block.attn1.set_processor(AttnProcessor())
@@ -334,4 +334,4 @@ def test_a_scheduler_that_counts_no_steps(pipeline: Any, schedule: Schedule) -> 
     pipeline.register_modules(scheduler=None)
     pipeline.scheduler = object()
     with pytest.raises(HarmonicaError, match=r"object has no set_timesteps\(\)"):
-        hrt.compile(pipeline, schedule)
+        hrt.compile(pipeline, schedule, lowering="plain")
