@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from harmonica_rt.lower import Lowering
 from harmonica_rt.plan.plan import Plan
+from harmonica_rt.runtime.graphed import GraphedPrograms
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,34 @@ class PlanReport:
 
 
 @dataclass(frozen=True)
+class GraphReport:
+    """CUDA graphs of all plans.
+
+    Attributes:
+        recorded: number of graphs.
+        pool_bytes: what they reserved for values between their inputs and outputs, shared by all.
+        static_bytes: of the tensors that inputs are copied into.
+        refusals: why step programs run without one, with how many each.
+    """
+
+    recorded: int
+    pool_bytes: int
+    static_bytes: int
+    refusals: dict[str, int]
+
+    @classmethod
+    def of(cls, graphs: Iterable[GraphedPrograms], pool_bytes: int) -> GraphReport:
+        """Read the graphs of all streams."""
+        held = list(graphs)
+        return cls(
+            recorded=sum(map(len, held)),
+            pool_bytes=pool_bytes,
+            static_bytes=sum(each.nbytes for each in held),
+            refusals=dict(Counter(reason for each in held for reason in each.refusals.values())),
+        )
+
+
+@dataclass(frozen=True)
 class Report:
     """A compiled model: its schedule, its plans, and what the last run really did.
 
@@ -116,6 +146,7 @@ class Report:
         last_cur: share of entries that the last run really reused; None before the first run.
         last_catch_ups: steps of the last run that were computed in full because a stream lacked features.
         cache_bytes: bytes of all arenas held now.
+        graphs: CUDA graphs; None where there are none.
     """
 
     model: str
@@ -126,6 +157,7 @@ class Report:
     last_cur: float | None
     last_catch_ups: tuple[int, ...]
     cache_bytes: int
+    graphs: GraphReport | None = None
 
     @property
     def cached(self) -> bool:
@@ -138,6 +170,7 @@ class Report:
             lines += _plan_lines(plan)
         if not self.plans and not self.fallbacks:
             lines.append("no plan yet: the first call makes one")
+        lines += _graph_lines(self.graphs) if self.graphs is not None else []
         lines += [f"NOT COMPILED, runs eagerly: {reason}" for reason in self.fallbacks]
         if self.last_cur is None:
             lines.append("no run yet")
@@ -177,6 +210,13 @@ def _plan_lines(plan: PlanReport) -> list[str]:
             f"{step.flops / 1e9:8.3f}"
         )
     return lines
+
+
+def _graph_lines(graphs: GraphReport) -> list[str]:
+    lines = [
+        f"{graphs.recorded} CUDA graphs: pool {_mib(graphs.pool_bytes)}, static inputs {_mib(graphs.static_bytes)}"
+    ]
+    return lines + [f"  {n} x no graph: {reason}" for reason, n in graphs.refusals.items()]
 
 
 def _mib(size: int) -> str:

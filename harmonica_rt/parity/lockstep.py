@@ -21,7 +21,7 @@ from harmonica_rt.lower.plain import Program
 from harmonica_rt.parity.report import ParityError, ParityReport, StepParity
 from harmonica_rt.parity.tolerance import NONE, Error, limit_from, one_up, same_bits
 from harmonica_rt.passes.specialise import Pattern, specialise
-from harmonica_rt.runtime.engine import Stream
+from harmonica_rt.runtime.engine import RunKey, Stream
 from harmonica_rt.runtime.execution import PlanStream
 from harmonica_rt.runtime.planned import PlannedEngine
 from harmonica_rt.runtime.reference import ReferenceEngine, ReferenceStream
@@ -56,9 +56,9 @@ class LockstepEngine:
         self._reference = ReferenceEngine(model, schedule)
         self._higher = ReferenceEngine(_one_precision_up(model), schedule) if tolerance == "measured" else None
 
-    def begin_run(self) -> None:
+    def begin_run(self, key: RunKey | None = None) -> None:
         """A run begins for all engines, with a report of its own."""
-        self.planned.begin_run()
+        self.planned.begin_run(key)
         self.report = ParityReport(self.report.tolerance)
         if self._higher is not None:
             self._higher = ReferenceEngine(_one_precision_up(self._model), self._schedule)
@@ -84,7 +84,12 @@ class _LockstepStream:
             if stream is not None:
                 stream.begin()
 
+    def end(self) -> None:
+        """See `Stream.end`."""
+        self._planned.end()
+
     def run(self, step: StepIndex, call: Call, *, catch_up: bool) -> Any:
+        """Run all of them; what the reference gave."""
         expected = self._reference.run(step, call, catch_up=catch_up)
         got = self._planned.run(step, call, catch_up=catch_up)
         truth = self._higher.run(step, _upcast(call), catch_up=catch_up) if self._higher is not None else None

@@ -4,7 +4,9 @@ A pipeline may swap the prompt in mid-run, or stop calling for the unconditional
 is suddenly another one. Reusing features across such a change gives a wrong image without an error. So every stream
 remembers the inputs that do not change from step to step: those whose name says so (prompt embeddings, class labels,
 masks), and those seen unchanged between its first two calls. Identity and version are compared first, values only
-where those differ; a tensor written through `.data` keeps both, so that is not seen.
+where those differ; a tensor written through `.data` keeps both, so that is not seen. Inference tensors have no version:
+on a CPU their values are compared, elsewhere that would make the host wait at every step, so the same tensor is taken
+for unchanged, compared on the device, and the verdict read when the run ends.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 
 from harmonica_rt.capture.call import Call
 from harmonica_rt.capture.roles import is_request
+from harmonica_rt.errors import RunError
 
 
 class Conditioning:
@@ -41,6 +44,19 @@ class Conditioning:
         tensors = call.tensors()
         self._held = {path: self._held[path].renewed(tensors[path]) for path in self._required}
 
+    def end(self) -> None:
+        """The run is over.
+
+        Raises:
+            RunError: an input taken for unchanged was overwritten.
+        """
+        for path, held in self._held.items():
+            if held.overwritten is not None and bool(held.overwritten):
+                raise RunError(
+                    f"{path} was overwritten in mid-run, in inference mode where no one is told: the result of this "
+                    "run is wrong. Pass a new tensor instead, or sample under torch.no_grad()"
+                )
+
 
 class _Held:
     """A tensor as it was, told from what it is now."""
@@ -50,16 +66,25 @@ class _Held:
         # Inference tensors keep no version, so nothing but a copy can tell that one was overwritten.
         self._version = None if tensor.is_inference() else tensor._version
         self._copy = tensor.clone() if tensor.is_inference() else None
+        self.overwritten: torch.Tensor | None = None  # on the device
 
     def same(self, tensor: torch.Tensor) -> bool:
         if self._copy is not None:
-            return torch.equal(self._copy, tensor)
+            if tensor is not self.tensor or _is_read_at_once(tensor):
+                return torch.equal(self._copy, tensor)
+            changed = (self._copy != tensor).any()
+            self.overwritten = changed if self.overwritten is None else self.overwritten | changed
+            return True
         if self.tensor._version != self._version:
             return False
         return tensor is self.tensor or torch.equal(self.tensor, tensor)
 
     def renewed(self, tensor: torch.Tensor) -> _Held:
         return self if tensor is self.tensor else _Held(tensor)
+
+
+def _is_read_at_once(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _latents(call: Call) -> str | None:

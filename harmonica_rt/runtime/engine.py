@@ -7,6 +7,8 @@ from typing import Any, Protocol
 from harmonica_rt.capture.call import Call
 from harmonica_rt.indices import StepIndex
 
+RunKey = tuple[float, ...]
+
 
 class Stream(Protocol):
     """The cached features of one sequence of calls, one call a step, all with one signature."""
@@ -20,12 +22,23 @@ class Stream(Protocol):
     def begin(self) -> None:
         """The next call has other conditioning: nothing kept of earlier calls counts any more."""
 
+    def end(self) -> None:
+        """The run is over.
+
+        Raises:
+            RunError: something that it was computed with turned out wrong.
+        """
+
 
 class Engine(Protocol):
     """Makes streams. Knows the model and the schedule."""
 
-    def begin_run(self) -> None:
-        """A sampling run begins: all streams of the last one are over."""
+    def begin_run(self, key: RunKey | None = None) -> None:
+        """A sampling run begins: all streams of the last one are over.
+
+        Args:
+            key: the timesteps of the scheduler that drives it: runs of one key are alike. None where none drives it.
+        """
 
     def new_stream(self, call: Call) -> Stream:
         """A stream for calls with the signature of `call`, with nothing stored."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from harmonica_rt.lower import Lowering, lower
 from harmonica_rt.lower.plain import Program
 from harmonica_rt.plan.plan import Plan
 from harmonica_rt.runtime.buffers import SlotBuffers
+from harmonica_rt.runtime.engine import RunKey
+from harmonica_rt.runtime.graphed import GraphedPrograms
+from harmonica_rt.runtime.graphs import Pool
 from harmonica_rt.runtime.prologue import LoweredPart, LoweredPrologue, StreamPrologue
 
 Weights = Callable[[], Mapping[str, torch.Tensor]]
@@ -30,11 +34,27 @@ class PlanRuntime:
         leaf_roles: of the leaves of its calls.
         lowering: one of `harmonica_rt.lower.LOWERINGS`.
         debug: fill slots with NaN before they are written and after their last read.
+        pool: records step programs as graphs; None runs them launch by launch.
+        measured: keep a graph only where it is faster.
     """
 
-    def __init__(self, plan: Plan, weights: Weights, leaf_roles: Sequence[Role], *, lowering: str, debug: bool) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        weights: Weights,
+        leaf_roles: Sequence[Role],
+        *,
+        lowering: str,
+        debug: bool,
+        pool: Pool | None = None,
+        measured: bool = True,
+    ) -> None:
         self.plan = plan
         self.debug = debug
+        self.pool = pool
+        self.key: RunKey | None = None  # of the current run
+        self._measured = measured
+        self._comparable = pool is None and _on_cpu(plan)
         started = time.perf_counter()
         self.lowered: Lowering = lower(lowering, plan, leaf_roles)
         prologue = self.lowered.prologue
@@ -47,28 +67,43 @@ class PlanRuntime:
         self._fetch_weights = weights
         self._weights: Mapping[str, torch.Tensor] | None = None
         self._bound: dict[Program | LoweredPart, tuple[Any, ...]] = {}
-        self._free: list[SlotBuffers] = []
-        self._lent: list[SlotBuffers] = []
+        self._free: list[_Memory] = []
+        self._lent: list[_Memory] = []
+        self._addresses: tuple[int, ...] = ()
+
+    @property
+    def graphs(self) -> tuple[GraphedPrograms, ...]:
+        """The graphs of all arenas."""
+        return tuple(memory.graphs for memory in (*self._free, *self._lent) if memory.graphs is not None)
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of all arenas held now: one set for each stream that ran at once."""
-        return sum(buffers.nbytes for buffers in (*self._free, *self._lent))
+        return sum(memory.buffers.nbytes for memory in (*self._free, *self._lent))
 
-    def begin_run(self) -> None:
+    def begin_run(self, key: RunKey | None = None) -> None:
         """Take back all arenas; fetch the weights anew at their first use."""
+        self.key = key
         self._free, self._lent = [*self._lent, *self._free], []
         self._weights = None
         self._bound.clear()
 
     def new_stream(self) -> PlanStream:
-        """A stream with an arena of its own."""
-        buffers = self._free.pop() if self._free else SlotBuffers(self.plan)
-        self._lent.append(buffers)
+        """A stream with an arena of its own, the one that was taken back first."""
+        if self._free:
+            memory = self._free.pop()
+        else:
+            graphs = GraphedPrograms(self.pool, measured=self._measured) if self.pool is not None else None
+            memory = _Memory(SlotBuffers(self.plan), graphs)
+        self._lent.append(memory)
         if self.debug:
-            buffers.poison_all()
-        prologue = StreamPrologue(self._prologue, self.bound) if self._prologue is not None else None
-        return PlanStream(self, buffers, prologue)
+            memory.buffers.poison_all()
+        prologue = (
+            StreamPrologue(self._prologue, self.bound, key=self.key, comparable=self._comparable)
+            if self._prologue is not None
+            else None
+        )
+        return PlanStream(self, memory, prologue)
 
     def program(self, index: ProgramId) -> Program:
         """A lowered step program."""
@@ -87,22 +122,47 @@ class PlanRuntime:
         if bound is None:
             if self._weights is None:
                 self._weights = self._fetch_weights()
+                self._forget_graphs_of_other_weights(self._weights)
             bound = self._bound[program] = program.bind(self._weights, self.plan.captured.constants)
         return bound
+
+    def _forget_graphs_of_other_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Graphs hold the addresses of weights. What is written in place they see; what is replaced they would not."""
+        if self.pool is None:
+            return
+        addresses = tuple(tensor.data_ptr() for tensor in weights.values())
+        if addresses != self._addresses:
+            for graphs in self.graphs:
+                graphs.forget()
+        self._addresses = addresses
+
+
+@dataclass(frozen=True, eq=False)
+class _Memory:
+    """What belongs to one stream and outlives it: its slots, and the graphs that hold their addresses."""
+
+    buffers: SlotBuffers
+    graphs: GraphedPrograms | None
 
 
 class PlanStream:
     """A stream that runs step programs over one set of slots, and what was computed for them beforehand."""
 
-    def __init__(self, runtime: PlanRuntime, buffers: SlotBuffers, prologue: StreamPrologue | None) -> None:
+    def __init__(self, runtime: PlanRuntime, memory: _Memory, prologue: StreamPrologue | None) -> None:
         self.runtime = runtime
-        self.buffers = buffers
+        self.buffers = memory.buffers
         self.prologue = prologue
+        self._graphs = memory.graphs
 
     def begin(self) -> None:
         """See `Stream.begin`."""
         if self.prologue is not None:
             self.prologue.begin()
+
+    def end(self) -> None:
+        """See `Stream.end`."""
+        if self.prologue is not None:
+            self.prologue.end()
 
     def run(self, step: StepIndex, call: Call, *, catch_up: bool) -> Any:
         """See `Stream.run`."""
@@ -114,14 +174,21 @@ class PlanStream:
         else:
             program, reads, writes = runtime.program(entry.program), entry.reads, entry.writes
         slots = self.buffers.slots
+        read, written = [slots[slot] for slot in reads], [slots[slot] for slot in writes]
         hoisted = self.prologue.at(step, call) if self.prologue is not None else {}
-        outputs = program(
-            runtime.bound(program),
-            call.leaves,
-            [slots[slot] for slot in reads],
-            [slots[slot] for slot in writes],
-            [hoisted[name] for name in program.step.hoisted],
-        )
+        bound = runtime.bound(program)
+        if self._graphs is not None and not catch_up:
+            place = tuple(runtime.plan.table.slots[slot].offset for slot in (*reads, *writes))
+            outputs = self._graphs(program, place, bound, call.leaves, read, written, hoisted)
+        else:
+            outputs = program(bound, call.leaves, read, written, [hoisted[name] for name in program.step.hoisted])
         if runtime.debug:
             self.buffers.poison_dead(step)
         return pytree.tree_unflatten(outputs, runtime.plan.captured.out_spec)
+
+
+def _on_cpu(plan: Plan) -> bool:
+    """Whether all inputs of a call lie where the host can look at them."""
+    captured = plan.captured
+    inputs = [node for node in captured.graph.nodes if node.op == "placeholder" and node.name in captured.inputs]
+    return all(node.meta["val"].device.type == "cpu" for node in inputs)

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections import OrderedDict
 
+import torch
 from torch import nn
 
 from harmonica_rt.capture.call import Call, Signature
@@ -17,8 +18,9 @@ from harmonica_rt.capture.roles import roles
 from harmonica_rt.capture.snapshot import ModelSnapshot, named_tensors
 from harmonica_rt.plan.invariants import check_plan
 from harmonica_rt.plan.plan import build_plan
-from harmonica_rt.runtime.engine import Stream
+from harmonica_rt.runtime.engine import RunKey, Stream
 from harmonica_rt.runtime.execution import PlanRuntime
+from harmonica_rt.runtime.graphs import Graphs, Pool
 from harmonica_rt.runtime.reference import ReferenceEngine
 from harmonica_rt.schedule import Schedule
 
@@ -39,6 +41,7 @@ class PlannedEngine:
         strict: raise CaptureError instead of falling back.
         max_plans: plans kept; the one unused longest goes first.
         debug: fill slots with NaN before they are written and after their last read.
+        graphs: how step programs become graphs; None runs them launch by launch.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class PlannedEngine:
         strict: bool,
         max_plans: int,
         debug: bool,
+        graphs: Graphs | None = None,
     ) -> None:
         self._model = model
         self._schedule = schedule
@@ -57,6 +61,9 @@ class PlannedEngine:
         self._strict = strict
         self._max_plans = max_plans
         self._debug = debug
+        self._graphs = graphs
+        self._pools: dict[torch.device, Pool | None] = {}  # shared by all plans
+        self._key: RunKey | None = None
         self._plans: OrderedDict[Signature, PlanRuntime] = OrderedDict()
         self._snapshot: ModelSnapshot | None = None
         self._reference = ReferenceEngine(model, schedule)
@@ -67,8 +74,15 @@ class PlannedEngine:
         """The plans in the cache, the one used last at the end."""
         return dict(self._plans)
 
-    def begin_run(self) -> None:
+    @property
+    def pool_bytes(self) -> int | None:
+        """Bytes that graphs reserved between their inputs and outputs; None where there are no graphs."""
+        pools = [pool for pool in self._pools.values() if pool is not None]
+        return sum(pool.nbytes for pool in pools) if pools else None
+
+    def begin_run(self, key: RunKey | None = None) -> None:
         """Drop plans that the model has outgrown; fetch its weights anew."""
+        self._key = key
         difference = self._snapshot.difference(self._model) if self._snapshot is not None else None
         if difference is not None:
             log.warning("%s was captured again: %s", type(self._model).__name__, difference)
@@ -76,7 +90,7 @@ class PlannedEngine:
             self.failures.clear()
             self._snapshot = None
         for runtime in self._plans.values():
-            runtime.begin_run()
+            runtime.begin_run(key)
 
     def new_stream(self, call: Call) -> Stream:
         """A stream over the plan for the signature of `call`, captured now if there is none."""
@@ -107,7 +121,16 @@ class PlannedEngine:
         plan = build_plan(captured, self._schedule)
         check_plan(plan)
         weights = functools.partial(named_tensors, self._model)
-        runtime = PlanRuntime(plan, weights, roles(call), lowering=self.lowering, debug=self._debug)
+        runtime = PlanRuntime(
+            plan,
+            weights,
+            roles(call),
+            lowering=self.lowering,
+            debug=self._debug,
+            pool=self._pool(call),
+            measured=self._graphs is not None and self._graphs.measured,
+        )
+        runtime.begin_run(self._key)
         runtime.compile_seconds = time.perf_counter() - started
         self._plans[call.signature] = runtime
         log.info(
@@ -120,3 +143,12 @@ class PlannedEngine:
         while len(self._plans) > self._max_plans:
             signature, _ = self._plans.popitem(last=False)
             log.info("dropped the plan for %s: %d plans are kept", signature, self._max_plans)
+
+    def _pool(self, call: Call) -> Pool | None:
+        """The pool of the device that the call's first tensor lies on."""
+        if self._graphs is None:
+            return None
+        device = next((leaf.device for leaf in call.leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
+        if device not in self._pools:
+            self._pools[device] = self._graphs.make_pool(device)
+        return self._pools[device]

@@ -1,13 +1,16 @@
 """Run the prologue: hoisted values of a stream, for all steps in one batched pass where the timesteps are foreseen.
 
 What timesteps a model is given is known only when it is called: pipelines scale, shift and round those of their
-scheduler. So those of the last run are taken as a forecast for this one, and each step compares. Where the forecast is
-missing or wrong, the step computes its own values; the next run knows better.
+scheduler. So every run writes down those it is given, and they are the forecast for later runs of the same scheduler
+timesteps. Without a forecast each step computes its own values. Where a comparison is free (on a CPU), each step
+compares, and one that was foreseen wrongly computes its own. Elsewhere reading a value would make the host wait for the
+device, so a run compares once, when it ends, and is an error if it was not what was foreseen.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,12 +18,16 @@ import torch
 from torch import fx, nn
 
 from harmonica_rt.capture.call import Call
+from harmonica_rt.errors import RunError
 from harmonica_rt.indices import StepIndex
 from harmonica_rt.passes.hoist import Part, Prologue
+from harmonica_rt.runtime.engine import RunKey
 
 log = logging.getLogger(__name__)
 
-Timesteps = tuple[torch.Tensor, ...]
+MAX_FORECASTS = 8  # kept; the one unused longest goes first
+
+Timesteps = tuple[torch.Tensor, ...]  # one for each timestep argument
 Values = list[torch.Tensor]
 
 
@@ -50,16 +57,29 @@ class LoweredPrologue:
         self.prologue = prologue
         self.once = LoweredPart(prologue.once, root)
         self.each = LoweredPart(prologue.each, root)
-        self.forecast: list[Timesteps | None] = [None] * steps
-        self.batches = True
+        self.steps = steps
+        self._forecasts: OrderedDict[RunKey | None, Timesteps] = OrderedDict()
+        self._batches = True
 
-    def in_steps(self, bound: tuple[Any, ...], leaves: Sequence[Any], given: Values) -> list[Values] | None:
-        """The values of every step of the forecast; None where it has gaps, or the graph cannot be batched."""
-        part, timesteps = self.each.part, self.prologue.timesteps
-        foreseen = [known for known in self.forecast if known is not None]
-        if not self.batches or len(foreseen) < len(self.forecast):
+    def forecast(self, key: RunKey | None) -> Timesteps | None:
+        """The model's timesteps in a run of these scheduler timesteps, `[steps, ...]` each; None where not known."""
+        return self._forecasts.get(key)
+
+    def learn(self, key: RunKey | None, timesteps: Timesteps) -> None:
+        """Keep the timesteps of a run as the forecast for the next."""
+        self._forecasts[key] = timesteps
+        self._forecasts.move_to_end(key)
+        while len(self._forecasts) > MAX_FORECASTS:
+            self._forecasts.popitem(last=False)
+
+    def in_steps(
+        self, foreseen: Timesteps, bound: tuple[Any, ...], leaves: Sequence[Any], given: Values
+    ) -> list[Values] | None:
+        """The values of every step of a forecast; None where the graph cannot be batched."""
+        if not self._batches:
             return None
-        stacked = dict(zip(timesteps, map(torch.stack, zip(*foreseen, strict=True)), strict=True))
+        part = self.each.part
+        stacked = dict(zip(self.prologue.timesteps, foreseen, strict=True))
         inputs = [stacked.get(index, leaves[index]) for index in part.inputs]
         dims = (
             *(None for _ in bound),
@@ -70,22 +90,38 @@ class LoweredPrologue:
             values = torch.vmap(self.each.run, in_dims=dims)(*bound, *inputs, *given)
         except (RuntimeError, NotImplementedError) as error:  # an operator without a batching rule
             log.info("timestep-only values are computed step by step: %s", str(error).partition("\n")[0])
-            self.batches = False
+            self._batches = False
             return None
         return [list(step) for step in zip(*(value.unbind(0) for value in values), strict=True)]
 
 
 class StreamPrologue:
-    """The hoisted values of one stream.
+    """The hoisted values of one stream in one run.
 
     Args:
         lowered: the prologue.
         bind: gives the weights and constants of a part, as the model holds them in this run.
+        key: the timesteps of the run's scheduler; None where none drives it.
+        comparable: whether timesteps can be compared at every step without waiting. Where they cannot, a run without
+            a key is foreseen by nobody.
     """
 
-    def __init__(self, lowered: LoweredPrologue, bind: Callable[[LoweredPart], tuple[Any, ...]]) -> None:
+    def __init__(
+        self,
+        lowered: LoweredPrologue,
+        bind: Callable[[LoweredPart], tuple[Any, ...]],
+        *,
+        key: RunKey | None,
+        comparable: bool,
+    ) -> None:
         self._lowered = lowered
         self._bind = bind
+        self._key = key
+        self._comparable = comparable
+        self._foreseen = lowered.forecast(key) if comparable or key is not None else None
+        self._given_timesteps: Timesteps | None = None
+        self._visited: list[int] = []
+        self._trusted = False  # some step took its values from the forecast, unseen
         self.begin()
 
     def begin(self) -> None:
@@ -101,31 +137,55 @@ class StreamPrologue:
         if self._once is None:
             self._once = self._run_once(leaves)
             self._given = [self._once[name] for name in each.given]
-            if each.results:
-                self._steps = lowered.in_steps(self._bind(lowered.each), leaves, self._given)
+            if each.results and self._foreseen is not None:
+                self._steps = lowered.in_steps(self._foreseen, self._bind(lowered.each), leaves, self._given)
         if not each.results:
             return self._once
         timesteps = tuple(leaves[index] for index in lowered.prologue.timesteps)
-        if not _equal(lowered.forecast[step], timesteps):
-            lowered.forecast[step] = tuple(_copy(timestep) for timestep in timesteps)
+        self._write_down(step, timesteps)
+        if self._steps is not None and self._comparable and not self._is_foreseen(step, timesteps):
             self._steps = None
         if self._steps is not None:
             values = self._steps[step]
+            self._trusted = not self._comparable
         else:
             inputs = [leaves[index] for index in each.inputs]
             values = list(lowered.each.run(*self._bind(lowered.each), *inputs, *self._given))
         return {**self._once, **dict(zip(each.results, values, strict=True))}
+
+    def end(self) -> None:
+        """The run is over: learn its timesteps.
+
+        Raises:
+            RunError: they are not those that it was computed with.
+        """
+        given, foreseen = self._given_timesteps, self._foreseen
+        if given is None:
+            return
+        if len(self._visited) == self._lowered.steps:
+            self._lowered.learn(self._key, given)
+        if self._trusted and foreseen is not None:
+            rows = torch.tensor(self._visited, device=given[0].device)
+            if not all(torch.equal(a[rows], b[rows]) for a, b in zip(foreseen, given, strict=True)):
+                raise RunError(
+                    "this run came with other timesteps than the last one of the same scheduler timesteps, and was "
+                    "computed with those: its result is wrong, the next run will be right. A step was left out or "
+                    "repeated, or the pipeline changes timesteps from run to run"
+                )
 
     def _run_once(self, leaves: Sequence[Any]) -> dict[str, torch.Tensor]:
         once = self._lowered.once
         inputs = [leaves[index] for index in once.part.inputs]
         return dict(zip(once.part.results, once.run(*self._bind(once), *inputs), strict=True))
 
+    def _write_down(self, step: StepIndex, timesteps: Timesteps) -> None:
+        if self._given_timesteps is None:
+            with torch.inference_mode(False):
+                self._given_timesteps = tuple(t.new_empty((self._lowered.steps, *t.shape)) for t in timesteps)
+        for log_, timestep in zip(self._given_timesteps, timesteps, strict=True):
+            log_[step].copy_(timestep)
+        self._visited.append(step)
 
-def _equal(known: Timesteps | None, timesteps: Timesteps) -> bool:
-    return known is not None and all(torch.equal(a, b) for a, b in zip(known, timesteps, strict=True))
-
-
-def _copy(timestep: torch.Tensor) -> torch.Tensor:
-    with torch.inference_mode(False):
-        return torch.empty_like(timestep).copy_(timestep)
+    def _is_foreseen(self, step: StepIndex, timesteps: Timesteps) -> bool:
+        foreseen = self._foreseen
+        return foreseen is not None and all(torch.equal(a[step], b) for a, b in zip(foreseen, timesteps, strict=True))

@@ -20,6 +20,7 @@ from harmonica_rt.capture.forward import own_forward
 from harmonica_rt.capture.graph import check_site_result
 from harmonica_rt.errors import SiteError
 from harmonica_rt.indices import SiteIndex, StepIndex
+from harmonica_rt.runtime.engine import RunKey
 from harmonica_rt.schedule import Schedule
 
 
@@ -30,7 +31,7 @@ class ReferenceEngine:
         self._model = model
         self._schedule = schedule
 
-    def begin_run(self) -> None:
+    def begin_run(self, key: RunKey | None = None) -> None:
         """Nothing is kept between runs."""
 
     def new_stream(self, call: Call) -> ReferenceStream:
@@ -49,6 +50,9 @@ class ReferenceStream:
     def begin(self) -> None:
         """See `Stream.begin`."""
         self.cache.clear()
+
+    def end(self) -> None:
+        """See `Stream.end`: nothing was taken on trust."""
 
     def run(self, step: StepIndex, call: Call, *, catch_up: bool) -> Any:
         """See `Stream.run`."""

@@ -21,7 +21,7 @@ from harmonica_rt.errors import ConcurrentRunError, RunError
 from harmonica_rt.indices import StepIndex
 from harmonica_rt.plan.liveness import sources
 from harmonica_rt.runtime.conditioning import Conditioning
-from harmonica_rt.runtime.engine import Engine, Stream
+from harmonica_rt.runtime.engine import Engine, RunKey, Stream
 from harmonica_rt.schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,8 @@ class _StreamState:
 
     def begin(self, call: Call, order: int) -> None:
         """Nothing stored counts any more: `call` is the first of other conditioning."""
+        if self.last_step >= 0:
+            self.conditioning.end()
         self.order = order
         self.stream.begin()
         self.conditioning = Conditioning(call)
@@ -76,6 +78,7 @@ class Run:
         self._calls_in_step = 0
         self.thread = None if any_thread else threading.get_ident()
         self._timesteps = TimestepOrder()
+        self.key: RunKey | None = None  # the timesteps of the scheduler that drives it
 
     @property
     def untouched(self) -> bool:
@@ -114,13 +117,21 @@ class Run:
             raise
 
     def advance(self) -> None:
-        """The current step is over."""
+        """The current step is over.
+
+        Raises:
+            RunError: it was the last one, and the run turned out to be computed with something wrong.
+        """
         self.step = StepIndex(self.step + 1)
         self._calls_in_step = 0
+        if self.finished:
+            for state in self._streams:
+                state.conditioning.end()
+                state.stream.end()
 
     def _call(self, call: Call) -> object:
         if self.untouched:
-            self._engine.begin_run()  # now, not when the run began: the model may have changed until here
+            self._engine.begin_run(self.key)  # now, not when the run began: the model may have changed until here
         state = self._stream_for(call)
         reused = self._reused[self.step]
         catch_up = bool((state.fresh[reused] < self._source[self.step, reused]).any())

@@ -10,6 +10,8 @@ from torch import nn
 
 import harmonica_rt as hrt
 from harmonica_rt.api import CompiledModel
+from harmonica_rt.errors import RunError
+from harmonica_rt.runtime import conditioning
 from harmonica_rt.runtime.prologue import LoweredPrologue
 from tests.passes.test_hoist import SITES, STEPS, Conditioned, call_of
 
@@ -55,7 +57,7 @@ def test_the_second_run_is_batched(model: Conditioned, monkeypatch: pytest.Monke
     compiled = compiled_for(model)
     for _ in range(3):
         check_run(compiled, CALLS)
-    assert batched == [False, True, True]
+    assert batched == [True, True]  # the first run tells the timesteps
 
 
 def test_other_timesteps_than_foreseen(model: Conditioned) -> None:
@@ -106,9 +108,27 @@ def test_what_cannot_be_batched_is_computed_step_by_step(monkeypatch: pytest.Mon
         raise NotImplementedError("an operator without a batching rule")
 
     monkeypatch.setattr(torch, "vmap", no_rule)
-    for _ in range(2):
+    for _ in range(3):
         check_run(compiled, CALLS)
     assert batched == [False, False]
+
+
+def test_where_nobody_waits_an_overwritten_input_is_raised_at_the_end(
+    model: Conditioned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conditioning, "_is_read_at_once", lambda tensor: False)
+    compiled = compiled_for(model)
+    with torch.inference_mode():
+        prompt = CALLS[0]["prompt_embeds"].clone()
+        calls = [{**call, "prompt_embeds": prompt} for call in CALLS]
+        check_run(compiled, calls)
+        compiled.reset()
+        for call in calls[:-1]:
+            compiled(**call)
+        prompt.neg_()
+        with pytest.raises(RunError, match="prompt_embeds was overwritten in mid-run"):
+            compiled(**calls[-1])
+        check_run(compiled, calls)
 
 
 def test_in_inference_mode(model: Conditioned) -> None:

@@ -1,0 +1,67 @@
+"""What keeps a step graph from being recorded as a CUDA graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from harmonica_rt.passes.specialise import StepGraph
+
+
+def obstacle(step: StepGraph) -> str | None:
+    """The first node that a CUDA graph cannot hold, and why; None where there is none.
+
+    A graph replays the same launches with the same addresses: nothing in it may wait for a value, have a size that
+    depends on one, live on another device, or draw random numbers (a recorded generator needs to be registered).
+    """
+    devices = {device for node in step.graph.nodes if (device := _device(node)) is not None}
+    for node in step.graph.nodes:
+        reason = _reason(node, devices)
+        if reason is not None:
+            return f"{node.name} ({node.target}) {reason}"
+    return None
+
+
+def _reason(node: fx.Node, devices: set[torch.device]) -> str | None:
+    device = _device(node)
+    if len(devices) > 1 and device is not None and device.type == "cpu" and not _is_scalar(node):
+        return "lies on the CPU, other values do not"
+    tags: Any = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else ()
+    if torch.Tag.data_dependent_output in tags:
+        return "waits for a value"
+    if torch.Tag.dynamic_output_shape in tags and not _indexes_by_position(node):
+        return "has a size that depends on values"
+    if torch.Tag.nondeterministic_seeded in tags and _draws(node):
+        return "draws random numbers (is a dropout on?)"
+    return None
+
+
+def _device(node: fx.Node) -> torch.device | None:
+    value = node.meta.get("val")
+    return value.device if isinstance(value, torch.Tensor) else None
+
+
+def _is_scalar(node: fx.Node) -> bool:
+    """A CPU value of no dimensions is a number to a kernel, read when it is recorded; it must be a constant."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dim() == 0 and node.op == "get_attr"
+
+
+def _indexes_by_position(node: fx.Node) -> bool:
+    """Indexing gives a size that depends on values only where an index is a mask."""
+    if node.target is not torch.ops.aten.index.Tensor:
+        return False
+    indices: Any = node.args[1]
+    return all(index is None or index.meta["val"].dtype is not torch.bool for index in indices)
+
+
+def _draws(node: fx.Node) -> bool:
+    """Attention is tagged as random for its dropout; with a rate of zero it draws nothing."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    for position, argument in enumerate(schema.arguments):
+        if argument.name in ("dropout_p", "p", "drop_p"):
+            given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+            return bool(given if given is not None else argument.default_value)
+    return True
