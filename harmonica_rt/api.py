@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, overload
 
 from torch import nn
 
-from harmonica_rt.errors import HarmonicaError, ScheduleMismatchError, SiteError
+from harmonica_rt import saved
+from harmonica_rt.errors import HarmonicaError, InvariantError, PlanFileError, ScheduleMismatchError, SiteError
 from harmonica_rt.lower import DEFAULT as DEFAULT_LOWERING
 from harmonica_rt.lower import LOWERINGS
 from harmonica_rt.parity.lockstep import LockstepEngine, Tolerance
@@ -35,6 +37,18 @@ class CompiledModel(Denoiser):
         self._planned = planned
         lockstep = LockstepEngine(model, schedule, planned, tolerance="auto", raise_at_once=True) if verify else None
         super().__init__(model, schedule, lockstep or planned)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the schedule and all plans as JSON without weights, for `load`; whole or not at all.
+
+        Raises:
+            HarmonicaError: there is no plan yet (the first call makes one).
+            PlanFileError: a plan cannot be written.
+        """
+        plans = self._planned.saved()
+        if not plans:
+            raise HarmonicaError("there is no plan to save yet: the first call of the compiled model makes one")
+        saved.write(path, self.model, self.schedule, self._planned.lowering, plans)
 
     def report(self) -> Report:
         """What is computed, reused, stored and saved; prints as a table."""
@@ -150,6 +164,62 @@ def compile(
     _warn_about_sampler(model_or_pipeline, schedule)
     install(model_or_pipeline, compiled)
     return model_or_pipeline
+
+
+@overload
+def load(
+    path: str | os.PathLike[str],
+    model_or_pipeline: nn.Module,
+    *,
+    graphs: str = ...,
+    strict: bool = ...,
+    max_plans: int = ...,
+) -> CompiledModel: ...
+
+
+@overload
+def load(
+    path: str | os.PathLike[str], model_or_pipeline: P, *, graphs: str = ..., strict: bool = ..., max_plans: int = ...
+) -> P: ...
+
+
+def load(
+    path: str | os.PathLike[str],
+    model_or_pipeline: Any,
+    *,
+    graphs: str = "auto",
+    strict: bool = False,
+    max_plans: int = 8,
+) -> Any:
+    """Compile as `compile` did for the model that was saved, with its schedule, lowering and plans.
+
+    Nothing is captured or planned again, for calls of the signatures that were saved; others make plans as ever.
+
+    Args:
+        path: a file that `CompiledModel.save` wrote.
+        model_or_pipeline: the same model in the same state (weights may differ in value), or a pipeline with it.
+        graphs, strict, max_plans: see `compile`.
+
+    Raises:
+        PlanFileError: no such file, damaged, or made for another model, torch or version.
+        CaptureError: the model is in training mode, or has hooks inside.
+    """
+    model = _model_of(model_or_pipeline)
+    found = saved.read(path, model)
+    kept = max(max_plans, len(found.plans))
+    result = compile(
+        model_or_pipeline, found.schedule, lowering=found.lowering, graphs=graphs, strict=strict, max_plans=kept
+    )
+    compiled: CompiledModel = result if isinstance(result, CompiledModel) else get_compiled(result)
+    try:
+        compiled._planned.restore(found.plans)
+    except (KeyError, TypeError, ValueError, AttributeError, InvariantError) as error:
+        if not isinstance(model_or_pipeline, nn.Module):
+            uncompile(model_or_pipeline)
+        if isinstance(error, PlanFileError):
+            raise
+        raise PlanFileError(f"{path}: damaged ({type(error).__name__}: {error}); save it again") from error
+    return result
 
 
 def uncompile(pipeline: P) -> P:

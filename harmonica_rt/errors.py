@@ -19,6 +19,10 @@ class ScheduleMismatchError(ScheduleError):
     """A sound schedule does not fit: another model, other sites, another number of steps."""
 
 
+class PlanFileError(HarmonicaError, ValueError):
+    """A saved plan cannot be written or read, or is for another model, torch or version."""
+
+
 class SiteError(HarmonicaError, ValueError):
     """A site does not exist, never runs, lies inside another site, or no site was found."""
 
@@ -37,3 +41,7 @@ class ConcurrentRunError(RunError):
 
 class InvariantError(HarmonicaError, AssertionError):
     """A plan or a graph breaks a rule that every one must keep: a defect of this package, not of its caller."""
+
+
+class RegionError(HarmonicaError, RuntimeError):
+    """Inductor cannot compile a part of the model; the message says which part, and why."""

@@ -29,6 +29,11 @@ class Signature:
     leaves: tuple[Any, ...]
     autocast: tuple[tuple[str, torch.dtype], ...] = ()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the first tensor lies; the CPU where there is none."""
+        return next((leaf[3] for leaf in self.leaves if type(leaf) is tuple), torch.device("cpu"))
+
     def __str__(self) -> str:
         shapes = [
             f"{list(leaf[0])} {str(leaf[2]).removeprefix('torch.')}" for leaf in self.leaves if type(leaf) is tuple
@@ -137,7 +142,7 @@ class CallConvention:
             strides = tuple(0 if n == 1 else s for n, s in zip(leaf.shape, leaf.stride(), strict=True))
             return (tuple(leaf.shape), strides, leaf.dtype, leaf.device)
         if isinstance(leaf, _PLAIN):
-            return _Plain(type(leaf), leaf)
+            return PlainValue(type(leaf), leaf)
         raise SignatureError(
             f"{self._model_name} was called with an object of type {type(leaf).__name__}; a static plan can be made "
             "for tensors, numbers, strings and lists, tuples or dicts of them"
@@ -152,7 +157,7 @@ def _autocast() -> tuple[tuple[str, torch.dtype], ...]:
 
 
 @dataclass(frozen=True)
-class _Plain:
+class PlainValue:
     """A plain value with its type, since True == 1 == 1.0 and they may mean different programs."""
 
     type: type

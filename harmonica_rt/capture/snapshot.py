@@ -30,7 +30,7 @@ class ModelSnapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = dict(model.named_modules())
-        self._attributes = {name: _plain_attributes(name, module) for name, module in self._modules.items()}
+        self._attributes = {name: plain_attributes(name, module) for name, module in self._modules.items()}
         self._tensors = {name: _metadata(tensor) for name, tensor in named_tensors(model).items()}
 
     def difference(self, model: nn.Module) -> str | None:
@@ -42,7 +42,7 @@ class ModelSnapshot:
         for name, module in modules.items():
             if module is not self._modules[name]:
                 return f"module {name} was replaced"
-            difference = _first_difference(self._attributes[name], _plain_attributes(name, module))
+            difference = _first_difference(self._attributes[name], plain_attributes(name, module))
             if difference is not None:
                 return f"attribute {difference} of {name or 'the model'} changed"
         tensors = {name: _metadata(tensor) for name, tensor in named_tensors(model).items()}
@@ -77,7 +77,7 @@ def _hooks_of(module: nn.Module) -> str | None:
     return None
 
 
-def _plain_attributes(path: str, module: nn.Module) -> dict[str, Any]:
+def plain_attributes(path: str, module: nn.Module) -> dict[str, Any]:
     """What tracing may have read from a module besides its children, parameters and buffers.
 
     Containers and objects are copied one level deep; of a plain tensor its identity and layout count, its values are

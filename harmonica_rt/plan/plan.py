@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from harmonica_rt.capture.graph import CapturedGraph
@@ -12,7 +13,7 @@ from harmonica_rt.indices import ProgramId, SlotId, StepIndex
 from harmonica_rt.passes import flops
 from harmonica_rt.passes.specialise import Pattern, StepGraph, specialise
 from harmonica_rt.plan.liveness import Lifetime, analyse
-from harmonica_rt.plan.slots import SlotTable, Value, place
+from harmonica_rt.plan.slots import SlotTable, Value, place, placed
 from harmonica_rt.schedule import Schedule
 
 
@@ -87,8 +88,13 @@ class Plan:
         return self.full_flops * len(self.steps) / left if left else 1.0
 
 
-def build_plan(captured: CapturedGraph, schedule: Schedule) -> Plan:
+def build_plan(captured: CapturedGraph, schedule: Schedule, *, offsets: Sequence[int] | None = None) -> Plan:
     """Specialise, place slots, and tie each step to its program.
+
+    Args:
+        captured: the model.
+        schedule: what to reuse when.
+        offsets: of the slots, in bytes, where an earlier plan found them; None looks for them.
 
     Raises:
         ScheduleMismatchError: the schedule's sites are not those of the captured graph.
@@ -99,7 +105,8 @@ def build_plan(captured: CapturedGraph, schedule: Schedule) -> Plan:
     rows, lifetimes = analyse(captured, schedule.compute)
     distinct = list(dict.fromkeys(rows))
     programs = [specialise(captured, pattern) for pattern in distinct]
-    table = place([_value(captured, lifetime) for lifetime in lifetimes])
+    values = [_value(captured, lifetime) for lifetime in lifetimes]
+    table = place(values) if offsets is None else placed(values, offsets)
     slot_at = {
         (lifetime.output, StepIndex(step)): SlotId(slot)
         for slot, lifetime in enumerate(lifetimes)

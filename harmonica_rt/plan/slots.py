@@ -71,17 +71,25 @@ class SlotTable:
 def place(values: Sequence[Value]) -> SlotTable:
     """Place all values; slots keep the order of `values`."""
     offsets = [0] * len(values)
-    arenas: dict[torch.device, int] = {}
-    bounds: dict[torch.device, int] = {}
     for device in dict.fromkeys(value.device for value in values):
         members = [index for index, value in enumerate(values) if value.device == device]
         chosen = _pack([values[index] for index in members])
         for index, offset in zip(members, chosen, strict=True):
             offsets[index] = offset
-        arenas[device] = max(values[index].size + offsets[index] for index in members)
-        bounds[device] = most_alive([values[index] for index in members])
-    slots = tuple(Slot(SlotId(i), value, offsets[i]) for i, value in enumerate(values))
-    return SlotTable(slots, arenas, bounds)
+    return placed(values, offsets)
+
+
+def placed(values: Sequence[Value], offsets: Sequence[int]) -> SlotTable:
+    """The table of values whose places are chosen, bytes into the arena of their device."""
+    slots = tuple(Slot(SlotId(i), v, offset) for i, (v, offset) in enumerate(zip(values, offsets, strict=True)))
+    on: dict[torch.device, list[Slot]] = {}
+    for slot in slots:
+        on.setdefault(slot.value.device, []).append(slot)
+    return SlotTable(
+        slots,
+        {device: max(slot.value.size + slot.offset for slot in members) for device, members in on.items()},
+        {device: most_alive([slot.value for slot in members]) for device, members in on.items()},
+    )
 
 
 def most_alive(values: Sequence[Value]) -> int:

@@ -50,6 +50,7 @@ class PlanRuntime:
         measured: bool = True,
     ) -> None:
         self.plan = plan
+        self.roles = tuple(leaf_roles)
         self.debug = debug
         self.pool = pool
         self.key: RunKey | None = None  # of the current run

@@ -7,6 +7,8 @@ import logging
 import time
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,10 +16,11 @@ from torch import nn
 from harmonica_rt.capture.call import Call, Signature
 from harmonica_rt.capture.graph import capture
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
-from harmonica_rt.capture.roles import roles
-from harmonica_rt.capture.snapshot import ModelSnapshot, named_tensors
+from harmonica_rt.capture.roles import Role, roles
+from harmonica_rt.capture.snapshot import ModelSnapshot, check_capturable, named_tensors
+from harmonica_rt.plan import saved
 from harmonica_rt.plan.invariants import check_plan
-from harmonica_rt.plan.plan import build_plan
+from harmonica_rt.plan.plan import Plan, build_plan
 from harmonica_rt.runtime.engine import RunKey, Stream
 from harmonica_rt.runtime.execution import PlanRuntime
 from harmonica_rt.runtime.graphs import Graphs, Pool
@@ -102,6 +105,27 @@ class PlannedEngine:
         self._plans.move_to_end(signature)
         return self._plans[signature].new_stream()
 
+    def saved(self) -> list[dict[str, Any]]:
+        """All plans as plain JSON values.
+
+        Raises:
+            PlanFileError: one has no such form.
+        """
+        return [saved.encode(runtime.plan, signature, runtime.roles) for signature, runtime in self._plans.items()]
+
+    def restore(self, records: Iterable[dict[str, Any]]) -> None:
+        """Keep plans that `saved` gave, for a model that is as it was then.
+
+        Raises:
+            CaptureError: the model is in a state that no plan can stand for.
+            PlanFileError, KeyError, TypeError, ValueError, AttributeError, InvariantError: not what `saved` gave.
+        """
+        check_capturable(self._model)
+        self._snapshot = ModelSnapshot(self._model)
+        for record in records:
+            started = time.perf_counter()
+            self._keep(*saved.decode(record, self._schedule), started)
+
     def _add_plan(self, call: Call) -> None:
         started = time.perf_counter()
         if self._snapshot is None:
@@ -118,37 +142,40 @@ class PlannedEngine:
             log.warning("%s", message)
             warnings.warn(message, FallbackWarning, stacklevel=2)
             return
-        plan = build_plan(captured, self._schedule)
+        self._keep(build_plan(captured, self._schedule), call.signature, roles(call), started)
+
+    def _keep(self, plan: Plan, signature: Signature, leaf_roles: tuple[Role, ...], started: float) -> None:
         check_plan(plan)
         weights = functools.partial(named_tensors, self._model)
         runtime = PlanRuntime(
             plan,
             weights,
-            roles(call),
+            leaf_roles,
             lowering=self.lowering,
             debug=self._debug,
-            pool=self._pool(call),
+            pool=self._pool(signature),
             measured=self._graphs is not None and self._graphs.measured,
         )
         runtime.begin_run(self._key)
         runtime.compile_seconds = time.perf_counter() - started
-        self._plans[call.signature] = runtime
+        self._plans[signature] = runtime
+        name = type(self._model).__name__
         log.info(
             "planned %s for %s in %.1f s: %d step programs",
             name,
-            call.signature,
+            signature,
             runtime.compile_seconds,
             len(plan.programs),
         )
         while len(self._plans) > self._max_plans:
-            signature, _ = self._plans.popitem(last=False)
-            log.info("dropped the plan for %s: %d plans are kept", signature, self._max_plans)
+            dropped, _ = self._plans.popitem(last=False)
+            log.info("dropped the plan for %s: %d plans are kept", dropped, self._max_plans)
 
-    def _pool(self, call: Call) -> Pool | None:
+    def _pool(self, signature: Signature) -> Pool | None:
         """The pool of the device that the call's first tensor lies on."""
         if self._graphs is None:
             return None
-        device = next((leaf.device for leaf in call.leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
+        device = signature.device
         if device not in self._pools:
             self._pools[device] = self._graphs.make_pool(device)
         return self._pools[device]

@@ -48,12 +48,12 @@ class _StreamState:
         self.signature: Signature = call.signature
         self.fresh: NDArray[np.int64] = np.empty(sites, np.int64)
         self.last_step = -1
+        self.conditioning = Conditioning(call)
         self.begin(call, order)
 
     def begin(self, call: Call, order: int) -> None:
         """Nothing stored counts any more: `call` is the first of other conditioning."""
-        if self.last_step >= 0:
-            self.conditioning.end()
+        self.conditioning.end()
         self.order = order
         self.stream.begin()
         self.conditioning = Conditioning(call)
