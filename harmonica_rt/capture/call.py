@@ -7,6 +7,7 @@ equal plain values everywhere else, and the same autocast.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +29,13 @@ class Signature:
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]
     autocast: tuple[tuple[str, torch.dtype], ...] = ()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.spec, self.leaves, self.autocast))
 
     @property
     def device(self) -> torch.device:
@@ -95,6 +103,9 @@ class CallConvention:
             p.name for p in parameters if p.name in self._named and p.default is inspect.Parameter.empty
         )
         self._paths: dict[Signature, tuple[str, ...]] = {}
+        self._orders: dict[tuple[str, ...], tuple[str, ...]] = {}  # names as they came -> in the order of forward
+        self._flat_specs: dict[tuple[str, ...], pytree.TreeSpec] = {}
+        self._last: Signature | None = None
 
     @property
     def first_argument(self) -> str | None:
@@ -122,11 +133,28 @@ class CallConvention:
         for name in self._required:
             if name not in bound:
                 raise SignatureError(f"{self._model_name} needs the argument {name!r}")
-        last = len(self._order)
-        ordered = dict(sorted(bound.items(), key=lambda item: self._order.get(item[0], last)))
-        leaves, spec = pytree.tree_flatten(ordered)
-        keys = tuple(self._leaf_key(leaf) for leaf in leaves)
-        return Call(ordered, leaves, Signature(spec, keys, _autocast()), self)
+        names = tuple(bound)
+        order = self._orders.get(names)
+        if order is None:
+            last = len(self._order)
+            order = self._orders[names] = tuple(sorted(names, key=lambda name: self._order.get(name, last)))
+        ordered = {name: bound[name] for name in order}
+        leaves, spec = self._flatten(order, ordered)
+        signature = Signature(spec, tuple(map(self._leaf_key, leaves)), _autocast())
+        if signature == self._last:
+            signature = self._last  # the same object: its hash is known, and equality is quick to tell
+        self._last = signature
+        return Call(ordered, leaves, signature, self)
+
+    def _flatten(self, names: tuple[str, ...], ordered: dict[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
+        """As pytree does it, but at once where no argument is nested: that is most models, in every step."""
+        leaves = list(ordered.values())
+        if not all(isinstance(leaf, (torch.Tensor, *_PLAIN)) for leaf in leaves):
+            return pytree.tree_flatten(ordered)
+        spec = self._flat_specs.get(names)
+        if spec is None:
+            spec = self._flat_specs[names] = pytree.tree_flatten(ordered)[1]
+        return leaves, spec
 
     def paths(self, call: Call) -> tuple[str, ...]:
         """Dotted argument paths of a call's leaves."""
@@ -139,8 +167,10 @@ class CallConvention:
 
     def _leaf_key(self, leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
-            strides = tuple(0 if n == 1 else s for n, s in zip(leaf.shape, leaf.stride(), strict=True))
-            return (tuple(leaf.shape), strides, leaf.dtype, leaf.device)
+            shape, strides = leaf.shape, leaf.stride()
+            if 1 in shape:
+                strides = tuple(0 if n == 1 else s for n, s in zip(shape, strides, strict=True))
+            return (tuple(shape), strides, leaf.dtype, leaf.device)
         if isinstance(leaf, _PLAIN):
             return PlainValue(type(leaf), leaf)
         raise SignatureError(

@@ -19,30 +19,43 @@ from harmonica_rt.errors import RunError
 
 
 class Conditioning:
-    """The conditioning inputs of one stream in one run."""
+    """The conditioning inputs of one stream in one run; all its calls have one signature."""
 
     def __init__(self, call: Call) -> None:
-        self._held = {path: _Held(tensor) for path, tensor in call.tensors().items() if path != _latents(call)}
-        self._required = {path for path in self._held if is_request(path)}
+        latents = _latents(call)
+        self._held = {
+            index: _Held(leaf)
+            for index, (path, leaf) in enumerate(zip(call.paths, call.leaves, strict=True))
+            if isinstance(leaf, torch.Tensor) and path != latents
+        }
+        self._paths = call.paths
+        self._required = frozenset(index for index in self._held if is_request(call.paths[index]))
         self._learned = False
 
-    def unchanged(self, call: Call) -> set[str]:
-        """Paths of the held inputs that have the same values in `call`."""
-        tensors = call.tensors()
-        relevant = self._required if self._learned else self._held.keys()
-        return {path for path in relevant if path in tensors and self._held[path].same(tensors[path])}
+    def recognises(self, call: Call) -> bool:
+        """Whether all conditioning is the very tensors of the last call, unwritten: told without looking at values."""
+        leaves = call.leaves
+        return self._learned and all(held.recognises(leaves[index]) for index, held in self._held.items())
 
-    def accepts(self, unchanged: set[str]) -> bool:
+    def unchanged(self, call: Call) -> frozenset[int]:
+        """Indices of the held inputs that have the same values in `call`."""
+        held, leaves = self._held, call.leaves
+        found = frozenset(index for index in held if held[index].same(leaves[index]))
+        return self._required if found == self._required else found
+
+    def accepts(self, unchanged: frozenset[int]) -> bool:
         """Whether a call with these unchanged inputs goes on with the same request."""
         return unchanged >= self._required
 
-    def advance(self, call: Call, unchanged: set[str]) -> None:
+    def advance(self, call: Call, unchanged: frozenset[int]) -> None:
         """Take note of an accepted call; the first one after the beginning tells which inputs are conditioning."""
         if not self._learned:
             self._required = unchanged
             self._learned = True
-        tensors = call.tensors()
-        self._held = {path: self._held[path].renewed(tensors[path]) for path in self._required}
+            self._held = {index: self._held[index] for index in unchanged}
+        for index, held in self._held.items():
+            if call.leaves[index] is not held.tensor:
+                self._held[index] = _Held(call.leaves[index])
 
     def end(self) -> None:
         """The run is over.
@@ -50,11 +63,11 @@ class Conditioning:
         Raises:
             RunError: an input taken for unchanged was overwritten.
         """
-        for path, held in self._held.items():
+        for index, held in self._held.items():
             if held.overwritten is not None and bool(held.overwritten):
                 raise RunError(
-                    f"{path} was overwritten in mid-run, in inference mode where no one is told: the result of this "
-                    "run is wrong. Pass a new tensor instead, or sample under torch.no_grad()"
+                    f"{self._paths[index]} was overwritten in mid-run, in inference mode where no one is told: the "
+                    "result of this run is wrong. Pass a new tensor instead, or sample under torch.no_grad()"
                 )
 
 
@@ -68,19 +81,23 @@ class _Held:
         self._copy = tensor.clone() if tensor.is_inference() else None
         self.overwritten: torch.Tensor | None = None  # on the device
 
-    def same(self, tensor: torch.Tensor) -> bool:
-        if self._copy is not None:
-            if tensor is not self.tensor or _is_read_at_once(tensor):
-                return torch.equal(self._copy, tensor)
-            changed = (self._copy != tensor).any()
-            self.overwritten = changed if self.overwritten is None else self.overwritten | changed
-            return True
-        if self.tensor._version != self._version:
+    def recognises(self, tensor: torch.Tensor) -> bool:
+        if tensor is not self.tensor:
             return False
-        return tensor is self.tensor or torch.equal(self.tensor, tensor)
+        if self._copy is None:
+            return bool(tensor._version == self._version)
+        if _is_read_at_once(tensor):
+            return torch.equal(self._copy, tensor)
+        changed = (self._copy != tensor).any()
+        self.overwritten = changed if self.overwritten is None else self.overwritten | changed
+        return True
 
-    def renewed(self, tensor: torch.Tensor) -> _Held:
-        return self if tensor is self.tensor else _Held(tensor)
+    def same(self, tensor: torch.Tensor) -> bool:
+        if self.recognises(tensor):
+            return True
+        if self._copy is not None:
+            return torch.equal(self._copy, tensor)
+        return self.tensor._version == self._version and torch.equal(self.tensor, tensor)
 
 
 def _is_read_at_once(tensor: torch.Tensor) -> bool:

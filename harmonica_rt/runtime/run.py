@@ -8,6 +8,7 @@ otherwise it computes everything and stores anew. That costs time in odd runs; a
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from dataclasses import dataclass, field
@@ -41,14 +42,14 @@ class RunStats:
 
 
 class _StreamState:
-    """A stream of the run with what it holds: `fresh[site]` is the step whose value it stored last, -1 for none."""
+    """A stream of the run, and which step each site that it holds was stored in."""
 
-    def __init__(self, stream: Stream, call: Call, order: int, sites: int) -> None:
+    def __init__(self, stream: Stream, call: Call, order: int, tables: _Tables) -> None:
         self.stream = stream
         self.signature: Signature = call.signature
-        self.fresh: NDArray[np.int64] = np.empty(sites, np.int64)
         self.last_step = -1
         self.conditioning = Conditioning(call)
+        self._tables = tables
         self.begin(call, order)
 
     def begin(self, call: Call, order: int) -> None:
@@ -57,7 +58,49 @@ class _StreamState:
         self.order = order
         self.stream.begin()
         self.conditioning = Conditioning(call)
-        self.fresh[:] = -1
+        self._regular = self.last_step == -1  # it ran every step so far, as scheduled
+        self._stored = np.full(self._tables.latest.shape[1], -1)  # the step of each site, where it is not regular
+
+    def lacks_features(self, step: StepIndex, before: int) -> bool:
+        """Whether `step` would reuse what the stream, whose last step was `before`, does not hold."""
+        if self._regular and before == step - 1:
+            return False
+        if self._regular:
+            self._regular = False
+            if before >= 0:
+                self._stored = self._tables.latest[before].copy()
+        reused = self._tables.reused[step]
+        return bool((self._stored[reused] < self._tables.source[step, reused]).any())
+
+    def ran(self, step: StepIndex, *, all_sites: bool) -> None:
+        """It ran `step`, as scheduled or with all sites computed."""
+        if not self._regular:
+            self._stored[slice(None) if all_sites else self._tables.compute[step]] = step
+
+
+@dataclass(frozen=True, eq=False)
+class _Tables:
+    """What a schedule says about each step.
+
+    Attributes:
+        compute: bool `[steps, sites]`.
+        source: int `[steps, sites]`, the step whose value a reused site stands for.
+        latest: int `[steps, sites]`, the last step up to this one that computes the site.
+        reused: indices of the sites that each step reuses.
+    """
+
+    compute: NDArray[np.bool_]
+    source: NDArray[np.int64]
+    latest: NDArray[np.int64]
+    reused: tuple[NDArray[np.intp], ...]
+
+
+@functools.lru_cache(maxsize=64)
+def _tables_of(schedule: Schedule) -> _Tables:
+    compute = schedule.compute
+    steps = np.arange(len(compute))[:, None]
+    latest = np.maximum.accumulate(np.where(compute, steps, -1), axis=0)
+    return _Tables(compute, sources(compute), latest, tuple(np.flatnonzero(~row) for row in compute))
 
 
 class Run:
@@ -72,8 +115,7 @@ class Run:
         self.failed = False
         self._schedule = schedule
         self._engine = engine
-        self._source = sources(schedule.compute)
-        self._reused = [np.flatnonzero(~row) for row in schedule.compute]
+        self._tables = _tables_of(schedule)
         self._streams: list[_StreamState] = []
         self._calls_in_step = 0
         self.thread = None if any_thread else threading.get_ident()
@@ -132,23 +174,22 @@ class Run:
     def _call(self, call: Call) -> object:
         if self.untouched:
             self._engine.begin_run(self.key)  # now, not when the run began: the model may have changed until here
-        state = self._stream_for(call)
-        reused = self._reused[self.step]
-        catch_up = bool((state.fresh[reused] < self._source[self.step, reused]).any())
+        state, before = self._stream_for(call)
+        catch_up = state.lacks_features(self.step, before)
         with torch.no_grad():
             output = state.stream.run(self.step, call, catch_up=catch_up)
         if catch_up:
             log.warning("step %d is computed in full: its stream has no features from an earlier step", self.step)
             self.stats.catch_ups.append(self.step)
-            state.fresh[:] = self.step
         else:
-            state.fresh[self._schedule.compute[self.step]] = self.step
-            self.stats.reused += len(reused)
+            self.stats.reused += len(self._tables.reused[self.step])
+        state.ran(self.step, all_sites=catch_up)
         self.stats.entries += len(self._schedule.sites)
         self.stats.calls += 1
         return output
 
-    def _stream_for(self, call: Call) -> _StreamState:
+    def _stream_for(self, call: Call) -> tuple[_StreamState, int]:
+        """The stream that goes on with `call`, and its last step before this one."""
         order = self._calls_in_step
         self._calls_in_step += 1
         if order >= MAX_STREAMS:
@@ -157,6 +198,16 @@ class Run:
                 "whose steps are counted. Compile the pipeline that calls the model, or call reset() for each run"
             )
         open_streams = [s for s in self._streams if s.last_step != self.step and s.signature == call.signature]
+        open_streams.sort(key=lambda s: (s.order != order, s.order))
+        state = next((s for s in open_streams if s.conditioning.recognises(call)), None)
+        if state is None:
+            state = self._stream_by_values(call, order, open_streams)
+        before = state.last_step
+        state.last_step = self.step
+        return state, before
+
+    def _stream_by_values(self, call: Call, order: int, open_streams: list[_StreamState]) -> _StreamState:
+        """As `_stream_for`, where no stream recognises the call: values decide, which waits for a device."""
         unchanged = {id(s): s.conditioning.unchanged(call) for s in open_streams}
         accepted = [s for s in open_streams if s.conditioning.accepts(unchanged[id(s)])]
         if accepted:
@@ -167,7 +218,6 @@ class Run:
             state.begin(call, order)
         else:
             state = self._open_stream(call, order)
-        state.last_step = self.step
         return state
 
     def _open_stream(self, call: Call, order: int) -> _StreamState:
@@ -178,7 +228,7 @@ class Run:
                     "reused across them. Pass numbers that change as tensors",
                     changed,
                 )
-        state = _StreamState(self._engine.new_stream(call), call, order, len(self._schedule.sites))
+        state = _StreamState(self._engine.new_stream(call), call, order, self._tables)
         self._streams.append(state)
         return state
 
