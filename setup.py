@@ -206,6 +206,9 @@ setup(
     cmdclass={"build_ext": BuildExtension},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["harmonica-rt = harmonica_rt.cli:main"]},
+    entry_points={
+        "console_scripts": ["harmonica-rt = harmonica_rt.cli:main"],
+        "torch_dynamo_backends": ["harmonica = harmonica_rt.backend:harmonica"],
+    },
     zip_safe=False,
 )

@@ -9,13 +9,22 @@ import sys
 
 from benchmarks import rows
 
-BENCHMARKS = ("kernels", "speedup", "end_to_end", "compile_cost", "slot_memory", "training_cost", "time_to_quality")
-OWN_COMMANDS = ("quality",)  # hours long and resumable: never by default, and with options of their own
+BENCHMARKS = (
+    "kernels",
+    "speedup",
+    "end_to_end",
+    "latency",
+    "compile_cost",
+    "slot_memory",
+    "training_cost",
+    "time_to_quality",
+)
+OWN_COMMANDS = ("latency", "quality")  # with options of their own; quality is hours long: never by default
 
 
 def main() -> None:
     """Run the named benchmarks, all by default; print their rows and with --save keep them in results/."""
-    if sys.argv[1:] and sys.argv[1] in OWN_COMMANDS:
+    if sys.argv[1:] and sys.argv[1] in OWN_COMMANDS and not set(sys.argv[2:]) & set(BENCHMARKS):
         importlib.import_module(f"benchmarks.{sys.argv[1]}.__main__").main(sys.argv[2:])
         return
     parser = argparse.ArgumentParser(
@@ -34,9 +43,12 @@ def main() -> None:
     if options.repeats < 1:
         parser.error("--repeats must be at least 1")
     names = options.names or list(BENCHMARKS)
+    shared = [argument for argument in sys.argv[1:] if argument not in BENCHMARKS]
     if len(names) > 1:  # each in a process of its own, so that none measures another's memory
-        shared = [argument for argument in sys.argv[1:] if argument not in BENCHMARKS]
         sys.exit(max(subprocess.call([sys.executable, "-m", "benchmarks", name, *shared]) for name in names))
+    if names[0] in OWN_COMMANDS:
+        importlib.import_module(f"benchmarks.{names[0]}.__main__").main(shared)
+        return
     for name in names:
         measured = importlib.import_module(f"benchmarks.{name}").run(repeats=options.repeats, quick=options.quick)
         rows.show(measured)

@@ -43,53 +43,107 @@ def dit_xl_2(batch: int, steps: int) -> Case:
 
 def dit(layers: int, heads: int, head_dim: int) -> nn.Module:
     """A DiT of diffusers' class with 32 x 32 latents and patches of 2."""
+    return randomised(dit_on_meta(layers, heads, head_dim, sample_size=32))
+
+
+def dit_on_meta(layers: int, heads: int, head_dim: int, sample_size: int) -> nn.Module:
+    """A DiT with patches of 2, without memory for its weights."""
     with torch.device("meta"):
-        model = DiTTransformer2DModel(
+        return DiTTransformer2DModel(
             num_attention_heads=heads,
             attention_head_dim=head_dim,
             in_channels=4,
             out_channels=8,
             num_layers=layers,
-            sample_size=32,
+            sample_size=sample_size,
             patch_size=2,
             norm_type="ada_norm_zero",
             num_embeds_ada_norm=NULL_CLASS,
             activation_fn="gelu-approximate",
-        )
-    return randomised(model)
+        ).eval()
 
 
 def pixart_xl(batch: int, steps: int) -> Case:
     """PixArt-XL/2 at 256 x 256: 28 blocks, width 1152, 256 tokens, 120 text tokens."""
+    model = randomised(pixart_on_meta(sample_size=32))
+    name = f"PixArt-XL/2 256, 120 text tokens, batch {batch}"
+    return Case(name, model, pixart_calls(model, batch, steps, text_tokens=120))
+
+
+def pixart_on_meta(sample_size: int, *, sized: bool = False) -> nn.Module:
+    """PixArt-XL/2, 28 blocks of width 1152, without memory for its weights; `sized`: told its size (alpha 1024)."""
     with torch.device("meta"):
-        model = PixArtTransformer2DModel(
+        return PixArtTransformer2DModel(
             num_attention_heads=16,
             attention_head_dim=72,
             in_channels=4,
             out_channels=8,
             num_layers=28,
             cross_attention_dim=1152,
-            sample_size=32,
+            sample_size=sample_size,
             patch_size=2,
             caption_channels=4096,
-            use_additional_conditions=False,
-        )
-    model = randomised(model)
+            use_additional_conditions=sized,
+        ).eval()
+
+
+def pixart_calls(model: nn.Module, rows: int, steps: int, text_tokens: int) -> list[dict[str, Any]]:
+    """One call for each DDIM step, `rows` latents each."""
+    config: Any = model.config
+    side = config.sample_size
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randn(batch, 120, 4096, generator=generator)
+    prompt = torch.randn(rows, text_tokens, config.caption_channels, generator=generator)
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(steps)
-    calls = [
+    sized = config.use_additional_conditions
+    size = {
+        "resolution": torch.full((rows, 2), 8.0 * side) if sized else None,
+        "aspect_ratio": torch.ones(rows, 1) if sized else None,
+    }
+    return [
         {
-            "hidden_states": torch.randn(batch, 4, 32, 32, generator=generator),
+            "hidden_states": torch.randn(rows, config.in_channels, side, side, generator=generator),
             "encoder_hidden_states": prompt,
-            "encoder_attention_mask": torch.ones(batch, 120),
-            "timestep": torch.full((batch,), int(timestep)),
-            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+            "encoder_attention_mask": torch.ones(rows, text_tokens),
+            "timestep": torch.full((rows,), int(timestep)),
+            "added_cond_kwargs": size,
         }
         for timestep in scheduler.timesteps
     ]
-    return Case(f"PixArt-XL/2 256, 120 text tokens, batch {batch}", model, calls)
+
+
+def flux_on_meta(double: int = 19, single: int = 38) -> nn.Module:
+    """FLUX.1-dev's geometry (width 3072, guidance embedded), without memory for its weights.
+
+    Args:
+        double: blocks of joint attention.
+        single: blocks of one stream.
+    """
+    with torch.device("meta"):
+        return FluxTransformer2DModel(num_layers=double, num_single_layers=single, guidance_embeds=True).eval()
+
+
+def flux_calls(model: nn.Module, rows: int, steps: int, *, side: int, text_tokens: int) -> list[dict[str, Any]]:
+    """One call for each step of flow matching, `side` x `side` image tokens."""
+    config: Any = model.config
+    generator = torch.Generator().manual_seed(0)
+    place = torch.zeros(side, side, 3)
+    place[..., 1], place[..., 2] = torch.arange(side)[:, None], torch.arange(side)[None, :]
+    request = {
+        "encoder_hidden_states": torch.randn(rows, text_tokens, config.joint_attention_dim, generator=generator),
+        "pooled_projections": torch.randn(rows, config.pooled_projection_dim, generator=generator),
+        "img_ids": place.reshape(side * side, 3),
+        "txt_ids": torch.zeros(text_tokens, 3),
+        "guidance": torch.full((rows,), 3.5),
+    }
+    return [
+        {
+            "hidden_states": torch.randn(rows, side * side, config.in_channels, generator=generator),
+            "timestep": torch.full((rows,), float(sigma)),
+            **request,
+        }
+        for sigma in torch.linspace(1, 1 / steps, steps)
+    ]
 
 
 def flux_like() -> nn.Module:
@@ -122,10 +176,12 @@ def flux_call(image_tokens: int, text_tokens: int) -> dict[str, Any]:
     }
 
 
-def randomised(model: nn.Module) -> nn.Module:
-    """Materialise a model on CPU with normal weights of deviation 0.02."""
-    model = model.to_empty(device="cpu").eval()
-    generator = torch.Generator().manual_seed(0)
+def randomised(model: nn.Module, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
+    """Materialise a model with normal weights of deviation 0.02; `dtype` None keeps that of its description."""
+    if dtype is not None:
+        nn.Module.to(model, dtype=dtype)  # first: on the meta device it costs no memory
+    model = model.to_empty(device=device).eval()
+    generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.normal_(std=0.02, generator=generator)

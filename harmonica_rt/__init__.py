@@ -14,13 +14,14 @@ if TYPE_CHECKING:
         compile,
         get_compiled,
         load,
-        model_info,
         reference,
         uncompile,
         verify,
     )
+    from harmonica_rt.backend import attach
     from harmonica_rt.capture.reasons import CaptureError
     from harmonica_rt.errors import HarmonicaError
+    from harmonica_rt.fit import model_info
     from harmonica_rt.parity.report import ParityError, ParityReport
     from harmonica_rt.runtime.planned import FallbackWarning
     from harmonica_rt.schedule import Schedule, find_sites
@@ -32,10 +33,11 @@ _HOME = {
     "compile": "harmonica_rt.api",
     "get_compiled": "harmonica_rt.api",
     "load": "harmonica_rt.api",
-    "model_info": "harmonica_rt.api",
+    "model_info": "harmonica_rt.fit",
     "reference": "harmonica_rt.api",
     "uncompile": "harmonica_rt.api",
     "verify": "harmonica_rt.api",
+    "attach": "harmonica_rt.backend",
     "CaptureError": "harmonica_rt.capture.reasons",
     "FallbackWarning": "harmonica_rt.runtime.planned",
     "HarmonicaError": "harmonica_rt.errors",
@@ -54,6 +56,7 @@ __all__ = [
     "ParityReport",
     "Schedule",
     "__version__",
+    "attach",
     "compile",
     "find_sites",
     "get_compiled",

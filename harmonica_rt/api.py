@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, overload
@@ -10,22 +9,19 @@ from typing import Any, TypeVar, overload
 from torch import nn
 
 from harmonica_rt import saved
-from harmonica_rt.errors import HarmonicaError, InvariantError, PlanFileError, ScheduleMismatchError, SiteError
+from harmonica_rt.errors import HarmonicaError, InvariantError, PlanFileError
+from harmonica_rt.fit import check_fit, check_lowering, warn_about_sampler
 from harmonica_rt.lower import DEFAULT as DEFAULT_LOWERING
-from harmonica_rt.lower import LOWERINGS
 from harmonica_rt.parity.lockstep import LockstepEngine, Tolerance
 from harmonica_rt.parity.report import ParityReport
 from harmonica_rt.parity.verify import verify_model, verify_pipeline
-from harmonica_rt.report import GraphReport, PlanReport, Report
+from harmonica_rt.report import Report
 from harmonica_rt.runtime.denoiser import Denoiser
 from harmonica_rt.runtime.graphs import graphs_of
 from harmonica_rt.runtime.pipelines import denoiser_module, install, installed, is_pipeline, uninstall
 from harmonica_rt.runtime.planned import PlannedEngine
 from harmonica_rt.runtime.reference import ReferenceEngine
-from harmonica_rt.schedule import ModelInfo, Schedule
-from harmonica_rt.schedule.sites import check_sites
-
-log = logging.getLogger(__name__)
+from harmonica_rt.schedule import Schedule
 
 P = TypeVar("P")
 
@@ -52,30 +48,8 @@ class CompiledModel(Denoiser):
 
     def report(self) -> Report:
         """What is computed, reused, stored and saved; prints as a table."""
-        stats = self.stats
-        runtimes = self._planned.plans
-        graphs = [each for runtime in runtimes.values() for each in runtime.graphs]
-        pool_bytes = self._planned.pool_bytes
-        return Report(
-            model=type(self.model).__name__,
-            cur=self.schedule.cur,
-            plans=tuple(
-                PlanReport.of(
-                    runtime.plan,
-                    runtime.lowered,
-                    str(signature),
-                    lower_seconds=runtime.lower_seconds,
-                    compile_seconds=runtime.compile_seconds,
-                )
-                for signature, runtime in runtimes.items()
-            ),
-            fallbacks=tuple(f"{signature}: {failure}" for signature, failure in self._planned.failures.items()),
-            last_calls=stats.calls if stats is not None else 0,
-            last_cur=stats.reused / stats.entries if stats is not None and stats.entries else None,
-            last_catch_ups=tuple(stats.catch_ups) if stats is not None else (),
-            cache_bytes=sum(runtime.cache_bytes for runtime in runtimes.values()),
-            graphs=GraphReport.of(graphs, pool_bytes) if pool_bytes is not None else None,
-        )
+        failures = self._planned.failures
+        return Report.of(type(self.model).__name__, self.schedule, self._planned.cache, self.stats, failures)
 
 
 @overload
@@ -128,7 +102,8 @@ def compile(
         model_or_pipeline: an `nn.Module` in eval mode, or a diffusers pipeline.
         schedule: which sites to compute and which to reuse in each step.
         lowering: `fused`, with fused ops and everything that does not see the latents computed before the steps, equal
-            to the reference up to rounding; or `plain`, operator by operator, on CPU bit for bit.
+            to the reference up to rounding; `inductor`, which compiles what lies between the fused ops as well, each
+            unique region once, in seconds to minutes; or `plain`, operator by operator, on CPU bit for bit.
         graphs: on a CUDA device, `auto` records each step program as a CUDA graph and keeps it where it measures faster
             than plain launches, `on` keeps every one, `off` records none. Elsewhere there are no graphs.
         verify: run the reference beside it and raise ParityError in the first step that differs. Costs the time of
@@ -142,13 +117,13 @@ def compile(
         SiteError: the model lacks a site, or one site lies inside another.
         HarmonicaError: an unknown lowering or graph mode, a bad limit, or a pipeline without a known denoiser.
     """
-    _check_lowering(lowering)
+    check_lowering(lowering)
     if verify and debug:
         raise HarmonicaError("verify reads slots after their last use, which debug overwrites; choose one of the two")
     if max_plans < 1:
         raise HarmonicaError(f"max_plans is {max_plans}; at least 1 plan must be kept")
     model = _model_of(model_or_pipeline)
-    _check_fit(model, schedule)
+    check_fit(model, schedule)
     planned = PlannedEngine(
         model,
         schedule,
@@ -161,7 +136,7 @@ def compile(
     compiled = CompiledModel(model, schedule, planned, verify=verify)
     if isinstance(model_or_pipeline, nn.Module):
         return compiled
-    _warn_about_sampler(model_or_pipeline, schedule)
+    warn_about_sampler(model_or_pipeline, schedule)
     install(model_or_pipeline, compiled)
     return model_or_pipeline
 
@@ -259,7 +234,7 @@ def reference(model_or_pipeline: Any, schedule: Schedule) -> Any:
         ScheduleMismatchError, SiteError, HarmonicaError: as `compile`.
     """
     model = _model_of(model_or_pipeline)
-    _check_fit(model, schedule)
+    check_fit(model, schedule)
     denoiser = Denoiser(model, schedule, ReferenceEngine(model, schedule))
     if isinstance(model_or_pipeline, nn.Module):
         return denoiser
@@ -294,9 +269,9 @@ def verify(
         CaptureError: the model cannot be captured.
         HarmonicaError: `calls` is missing or has another number of entries than the schedule has steps.
     """
-    _check_lowering(lowering)
+    check_lowering(lowering)
     model = _model_of(model_or_pipeline)
-    _check_fit(model, schedule)
+    check_fit(model, schedule)
     if not isinstance(model_or_pipeline, nn.Module):
         return verify_pipeline(
             model_or_pipeline, schedule, lowering=lowering, seed=seed, tolerance=tolerance, arguments=pipeline_arguments
@@ -306,16 +281,6 @@ def verify(
     if pipeline_arguments:
         raise HarmonicaError(f"a model takes no pipeline arguments, got {', '.join(pipeline_arguments)}")
     return verify_model(model, schedule, calls, lowering=lowering, tolerance=tolerance)
-
-
-def _check_lowering(lowering: str) -> None:
-    if lowering not in LOWERINGS:
-        raise HarmonicaError(f"lowering {lowering!r} is not known; choose one of {', '.join(LOWERINGS)}")
-
-
-def model_info(model: nn.Module) -> ModelInfo:
-    """Class name and config fingerprint of a model, to record in a schedule."""
-    return ModelInfo.of(model)
 
 
 def _model_of(model_or_pipeline: Any) -> nn.Module:
@@ -330,29 +295,3 @@ def _checked_pipeline(candidate: Any) -> Any:
             f"expected an nn.Module or a diffusers pipeline (with a scheduler), got {type(candidate).__name__}"
         )
     return candidate
-
-
-def _check_fit(model: nn.Module, schedule: Schedule) -> None:
-    info, wanted = model_info(model), schedule.model
-    if wanted is not None and wanted.class_name != info.class_name:
-        raise ScheduleMismatchError(f"the schedule was made for a {wanted.class_name}, this is a {info.class_name}")
-    try:
-        check_sites(model, schedule.sites)
-    except SiteError as error:
-        raise ScheduleMismatchError(str(error)) from error
-    if wanted is not None and wanted.config_fingerprint not in (None, info.config_fingerprint):
-        raise ScheduleMismatchError(
-            f"the schedule was made for a {wanted.class_name} with another config ({wanted.config_fingerprint}, this "
-            f"one is {info.config_fingerprint}). To use it all the same, drop its record: "
-            "dataclasses.replace(schedule, model=None)"
-        )
-
-
-def _warn_about_sampler(pipeline: Any, schedule: Schedule) -> None:
-    name = type(pipeline.scheduler).__name__
-    if schedule.sampler is not None and schedule.sampler.class_name != name:
-        log.warning(
-            "the schedule was made for %s and this pipeline samples with %s: parity holds, image quality may not",
-            schedule.sampler.class_name,
-            name,
-        )

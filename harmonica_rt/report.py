@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from harmonica_rt.capture.call import Signature
+from harmonica_rt.capture.reasons import CaptureFailure
 from harmonica_rt.lower import Lowering
+from harmonica_rt.lower.inductor import InductorLowering
 from harmonica_rt.plan.plan import Plan
-from harmonica_rt.runtime.graphed import GraphedPrograms
+from harmonica_rt.runtime.plans import Plans
+from harmonica_rt.runtime.run import RunStats
+from harmonica_rt.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,9 @@ class PlanReport:
         hoisted_bytes: what they take in one stream.
         fusions: fused calls of each step program, by operator, and what was left; empty where nothing is fused.
         reasons: why it was left, with how many each, over all programs.
+        regions: number of unique regions, each compiled once; 0 where the lowering compiles none.
+        region_calls: how many each step program calls; empty where the lowering compiles none.
+        region_seconds: what compiling them took, part of `lower_seconds` (but for what catching up asked for later).
     """
 
     signature: str
@@ -64,6 +72,9 @@ class PlanReport:
     hoisted_bytes: int
     fusions: tuple[dict[str, int], ...]
     reasons: dict[str, int]
+    regions: int
+    region_calls: tuple[int, ...]
+    region_seconds: float
 
     @classmethod
     def of(
@@ -71,6 +82,7 @@ class PlanReport:
     ) -> PlanReport:
         """Read a plan and what it was lowered to."""
         steps = []
+        inductor = lowered if isinstance(lowered, InductorLowering) else None
         for index, step in enumerate(plan.steps):
             row = plan.schedule.compute[index]
             steps.append(
@@ -102,6 +114,9 @@ class PlanReport:
             hoisted_bytes=lowered.prologue.nbytes if lowered.prologue else 0,
             fusions=lowered.fusions,
             reasons=lowered.reasons,
+            regions=inductor.regions if inductor else 0,
+            region_calls=inductor.region_calls if inductor else (),
+            region_seconds=inductor.seconds if inductor else 0.0,
         )
 
 
@@ -122,13 +137,14 @@ class GraphReport:
     refusals: dict[str, int]
 
     @classmethod
-    def of(cls, graphs: Iterable[GraphedPrograms], pool_bytes: int) -> GraphReport:
-        """Read the graphs of all streams."""
-        held = list(graphs)
+    def of(cls, plans: Plans) -> GraphReport:
+        """Read the graphs of all plans."""
+        runtimes = plans.held.values()
+        held = [graphs for runtime in runtimes for graphs in runtime.graphs]
         return cls(
             recorded=sum(map(len, held)),
-            pool_bytes=pool_bytes,
-            static_bytes=sum(each.nbytes for each in held),
+            pool_bytes=plans.pool_bytes or 0,
+            static_bytes=sum(runtime.static_bytes for runtime in runtimes),
             refusals=dict(Counter(reason for each in held for reason in each.refusals.values())),
         )
 
@@ -158,6 +174,37 @@ class Report:
     last_catch_ups: tuple[int, ...]
     cache_bytes: int
     graphs: GraphReport | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        schedule: Schedule,
+        plans: Plans,
+        stats: RunStats | None,
+        failures: Mapping[Signature, CaptureFailure] | None = None,
+    ) -> Report:
+        """Read the plans of a model, and what its last run did."""
+        return cls(
+            model=model,
+            cur=schedule.cur,
+            plans=tuple(
+                PlanReport.of(
+                    runtime.plan,
+                    runtime.lowered,
+                    str(signature),
+                    lower_seconds=runtime.lower_seconds,
+                    compile_seconds=runtime.compile_seconds,
+                )
+                for signature, runtime in plans.held.items()
+            ),
+            fallbacks=tuple(f"{signature}: {failure}" for signature, failure in (failures or {}).items()),
+            last_calls=stats.calls if stats is not None else 0,
+            last_cur=stats.reused / stats.entries if stats is not None and stats.entries else None,
+            last_catch_ups=tuple(stats.catch_ups) if stats is not None else (),
+            cache_bytes=sum(runtime.cache_bytes for runtime in plans.held.values()),
+            graphs=GraphReport.of(plans) if plans.pool_bytes is not None else None,
+        )
 
     @property
     def cached(self) -> bool:
@@ -203,6 +250,11 @@ def _plan_lines(plan: PlanReport) -> list[str]:
             f"  fused, over all programs: {', '.join(f'{n} {name}' for name, n in totals.items()) or 'nothing'}"
         )
     lines += [f"  not fused: {n} x {reason}" for reason, n in plan.reasons.items()]
+    if plan.region_calls:
+        lines.append(
+            f"  {plan.regions} unique regions compiled in {plan.region_seconds:.2f} s, called "
+            f"{sum(plan.region_calls)} times by {plan.programs} programs"
+        )
     lines.append("  step  computed  reused  stored  program     GFLOP")
     for step in plan.steps:
         lines.append(

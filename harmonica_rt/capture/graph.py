@@ -15,7 +15,7 @@ import operator
 import re
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,20 +78,17 @@ def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph
     check_capturable(model)
     started = time.perf_counter()
     program = _export(model, call, sites)
-    _check_functional_signature(program)
-    weights, constants, inputs = _placeholders(program, call)
-    graph = program.graph
-    remove_identities(graph)
-    site_outputs = _site_outputs(graph, sites, _columns(model, sites))
+    weights, constants, inputs = placeholders(program, len(call.leaves))
+    columns = site_columns(model, sites)
     return CapturedGraph(
-        graph=graph,
+        graph=program.graph,
         root=program.graph_module,
         weights=weights,
         constants=constants,
         inputs=inputs,
         out_spec=program.call_spec.out_spec,
         sites=tuple(sites),
-        site_outputs=site_outputs,
+        site_outputs=find_site_outputs(program.graph, sites, lambda path: columns.get(_without_call_suffix(path))),
         seconds=time.perf_counter() - started,
     )
 
@@ -102,13 +99,27 @@ def is_mutating(node: fx.Node) -> bool:
 
 
 def _export(model: nn.Module, call: Call, sites: Sequence[str]) -> torch.export.ExportedProgram:
-    with warnings.catch_warnings(), only_own_forward(model), torch.inference_mode(False), torch.no_grad():
+    hooks = [model.get_submodule(site).register_forward_hook(check_site_result, with_kwargs=True) for site in sites]
+    try:
+        with only_own_forward(model):
+            return export_functional(model, (), call.kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def export_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+    """Trace `module` for these arguments; no node of the graph mutates anything or changes nothing.
+
+    Raises:
+        CaptureError: it cannot be traced, or is not a function of its arguments.
+    """
+    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
         # Raised inside torch.export by torch's own use of its deprecated names.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
-        kwargs = pytree.tree_map_only(torch.Tensor, _as_ordinary, call.kwargs)
-        hooks = [model.get_submodule(site).register_forward_hook(check_site_result, with_kwargs=True) for site in sites]
+        args, kwargs = pytree.tree_map_only(torch.Tensor, _as_ordinary, (args, kwargs))
         try:
-            program = torch.export.export(model, (), kwargs, strict=False)
+            program = torch.export.export(module, args, kwargs, strict=False)
             if any(is_mutating(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})
         except CaptureError:
@@ -117,9 +128,8 @@ def _export(model: nn.Module, call: Call, sites: Sequence[str]) -> torch.export.
             raise CaptureError(
                 CaptureFailure(Obstacle.EXPORT, f"{type(error).__name__}: {_first_line(error)}", stack=_where(error))
             ) from error
-        finally:
-            for hook in hooks:
-                hook.remove()
+    _check_functional_signature(program)
+    remove_identities(program.graph)
     return program
 
 
@@ -162,9 +172,10 @@ def _check_functional_signature(program: torch.export.ExportedProgram) -> None:
             )
 
 
-def _placeholders(
-    program: torch.export.ExportedProgram, call: Call
+def placeholders(
+    program: torch.export.ExportedProgram, leaves: int
 ) -> tuple[dict[str, str], dict[str, torch.Tensor], dict[str, int]]:
+    """What each placeholder stands for: weights by name, constants, and the `leaves` user inputs by index."""
     weights: dict[str, str] = {}
     constants: dict[str, torch.Tensor] = {}
     inputs: dict[str, int] = {}
@@ -180,10 +191,8 @@ def _placeholders(
             constants[spec.arg.name] = program.constants[spec.target]
         else:
             raise CaptureError(CaptureFailure(Obstacle.EXPORT, f"the graph takes an input of kind {spec.kind.name}"))
-    if leaf != len(call.leaves):
-        raise CaptureError(
-            CaptureFailure(Obstacle.EXPORT, f"the graph takes {leaf} inputs, the call has {len(call.leaves)}")
-        )
+    if leaf != leaves:
+        raise CaptureError(CaptureFailure(Obstacle.EXPORT, f"the graph takes {leaf} inputs, the call has {leaves}"))
     return weights, constants, inputs
 
 
@@ -222,19 +231,30 @@ def _same_layout(node: fx.Node) -> bool:
     return bool(a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride())
 
 
-def _columns(model: nn.Module, sites: Sequence[str]) -> dict[str, int]:
+def site_columns(model: nn.Module, sites: Sequence[str]) -> dict[str, int]:
     """Site index by module path, under every path that a module in several places has."""
     by_module = {id(model.get_submodule(site)): index for index, site in enumerate(sites)}
     modules = model.named_modules(remove_duplicate=False)
     return {path: by_module[id(module)] for path, module in modules if id(module) in by_module}
 
 
-def _site_outputs(graph: fx.Graph, sites: Sequence[str], column: dict[str, int]) -> tuple[tuple[fx.Node, ...], ...]:
-    """For each site the nodes inside it whose values are used outside it (or are returned)."""
+def find_site_outputs(
+    graph: fx.Graph, sites: Sequence[str], index_of: Callable[[str], int | None]
+) -> tuple[tuple[fx.Node, ...], ...]:
+    """For each site the nodes inside it whose values are used outside it (or are returned).
+
+    Args:
+        graph: a functional graph, identities removed.
+        sites: site paths.
+        index_of: the site that a module path, as it stands in `nn_module_stack`, is of; None for none.
+
+    Raises:
+        CaptureError: no site does anything, or one lies in a nested region.
+    """
     inside: dict[fx.Node, int] = {}
     for node in graph.nodes:
         if node.op == "call_function":
-            site = _site_of(node, column)
+            site = site_of(node, index_of)
             if site is not None:
                 inside[node] = site
     outputs: list[list[fx.Node]] = [[] for _ in sites]
@@ -263,9 +283,10 @@ def _tensor_values(node: fx.Node) -> list[fx.Node]:
     return [user for user in node.users if user.target is operator.getitem]
 
 
-def _site_of(node: fx.Node, column: dict[str, int]) -> int | None:
+def site_of(node: fx.Node, index_of: Callable[[str], int | None]) -> int | None:
+    """The site that a node lies in."""
     for path, _ in (node.meta.get("nn_module_stack") or {}).values():
-        index = column.get(_without_call_suffix(path))
+        index = index_of(path)
         if index is not None:
             return index
     return None

@@ -8,6 +8,8 @@ the graph stale, and stale graphs give wrong images silently. Attributes are loo
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Iterable, Iterator
 from types import MethodType, ModuleType
 from typing import Any
 
@@ -23,18 +25,43 @@ _SCALARS = (type(None), bool, int, float, str, torch.device)
 _OF_EVERY_MODULE = frozenset((*nn.Module().__dict__, "_compiled_call_impl", "_hf_hook", "_diffusers_hook")) - {
     "training"
 }
+_LOOKED_INTO = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 
 
 class ModelSnapshot:
-    """What a captured graph took for granted about a model."""
+    """What a captured graph took for granted about a model.
+
+    Attributes:
+        tensors: its parameters and buffers by name, as they were when `difference` last looked.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = dict(model.named_modules())
+        self._take_note(model)
         self._attributes = {name: plain_attributes(name, module) for name, module in self._modules.items()}
-        self._tensors = {name: _metadata(tensor) for name, tensor in named_tensors(model).items()}
+        self._layouts = {name: _metadata(tensor) for name, tensor in self.tensors.items()}
 
     def difference(self, model: nn.Module) -> str | None:
         """What a plan made at this snapshot would get wrong now; None when it still holds."""
+        if _untouched(self._records) and self._layouts_hold(self.tensors) is None:
+            return None
+        difference = self._difference(model)
+        if difference is None:
+            self._take_note(model)
+        return difference
+
+    def _take_note(self, model: nn.Module) -> None:
+        """Remember every object that is looked at, so that a model nobody touched is recognised at once."""
+        self.tensors = named_tensors(model)
+        self._records = [record for module in self._modules.values() for record in _records_of(module)]
+
+    def _layouts_hold(self, tensors: dict[str, torch.Tensor]) -> str | None:
+        for name, tensor in tensors.items():
+            if (metadata := _metadata(tensor)) != self._layouts[name]:
+                return f"{name} changed from {_describe(self._layouts[name])} to {_describe(metadata)}"
+        return None
+
+    def _difference(self, model: nn.Module) -> str | None:
         modules = dict(model.named_modules())
         if modules.keys() != self._modules.keys():
             changed = sorted(modules.keys() ^ self._modules.keys())
@@ -45,13 +72,42 @@ class ModelSnapshot:
             difference = _first_difference(self._attributes[name], plain_attributes(name, module))
             if difference is not None:
                 return f"attribute {difference} of {name or 'the model'} changed"
-        tensors = {name: _metadata(tensor) for name, tensor in named_tensors(model).items()}
-        if tensors.keys() != self._tensors.keys():
-            return f"weights were added or removed ({', '.join(sorted(tensors.keys() ^ self._tensors.keys())[:3])})"
-        for name, metadata in tensors.items():
-            if metadata != self._tensors[name]:
-                return f"{name} changed from {_describe(self._tensors[name])} to {_describe(metadata)}"
-        return None
+        tensors = named_tensors(model)
+        if tensors.keys() != self._layouts.keys():
+            return f"weights were added or removed ({', '.join(sorted(tensors.keys() ^ self._layouts.keys())[:3])})"
+        return self._layouts_hold(tensors)
+
+
+# A container, how to look at what is in it, and the very objects that were.
+_Record = tuple[Any, Callable[[], Iterable[Any]], tuple[Any, ...]]
+
+
+def _untouched(records: list[_Record]) -> bool:
+    """Whether every container holds the same objects, in the same order. A model has thousands: this loop is hot."""
+    for container, values, items in records:
+        if len(container) != len(items) or not all(map(operator.is_, values(), items)):
+            return False
+    return True
+
+
+def _records_of(module: nn.Module) -> Iterator[_Record]:
+    """Of a module's own attributes and of every container or object among them, as deep as `plain_attributes` looks."""
+    yield _record(module.__dict__)
+    registry = module.__dict__.get("_diffusers_hook")
+    if registry is not None:
+        yield _record(registry.hooks)
+    for name, value in module.__dict__.items():
+        if name in _OF_EVERY_MODULE and name not in _LOOKED_INTO:
+            continue
+        if isinstance(value, (dict, list, set)):
+            yield _record(value)
+        elif _is_opened(value):
+            yield _record(value.__dict__)
+
+
+def _record(container: Any) -> _Record:
+    values = container.values if isinstance(container, dict) else container.__iter__
+    return container, values, tuple(values())
 
 
 def check_capturable(model: nn.Module) -> None:
@@ -103,9 +159,14 @@ def _opened(value: Any) -> Any:
         return dict(value)
     if isinstance(value, (list, set)):
         return type(value)(value)
-    if hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type, ModuleType, MethodType)):
+    if _is_opened(value):
         return (value, dict(value.__dict__))
     return value
+
+
+def _is_opened(value: Any) -> bool:
+    """Whether a value is an object whose attributes tracing may have read."""
+    return hasattr(value, "__dict__") and not isinstance(value, (torch.Tensor, nn.Module, type, ModuleType, MethodType))
 
 
 def _first_difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:

@@ -17,7 +17,10 @@ GUIDANCE: Any = typer.Option(None, help="Guidance scale (default: the pipeline's
 REPEATS: Any = typer.Option(5, min=1, help="Timed rounds.")
 SEED: Any = typer.Option(0, min=0, max=2**63 - 1, help="Seed of everything that is random.")
 DTYPE: Any = typer.Option("fp32", help="fp32, bf16 or fp16.")
-LOWERING: Any = typer.Option("fused", help="fused (equal up to rounding) or plain (slower, bit for bit on CPU).")
+LOWERING: Any = typer.Option(
+    "fused",
+    help="fused (equal up to rounding), inductor (the same, compiled) or plain (slower, bit for bit on CPU).",
+)
 DEVICE: Any = typer.Option("cpu", help="Where to run: cpu, cuda or cuda:N.")
 
 

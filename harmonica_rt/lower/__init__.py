@@ -7,12 +7,13 @@ from typing import Protocol
 
 from harmonica_rt.capture.roles import Role
 from harmonica_rt.lower.fused import FusedLowering
+from harmonica_rt.lower.inductor import InductorLowering
 from harmonica_rt.lower.plain import PlainLowering, Program
 from harmonica_rt.passes.hoist import Prologue
 from harmonica_rt.passes.specialise import StepGraph
 from harmonica_rt.plan.plan import Plan
 
-LOWERINGS = ("plain", "fused")
+LOWERINGS = ("plain", "fused", "inductor")
 DEFAULT = "fused"
 HOISTED = "hoisted"  # fused without its ops, to tell what they bring
 EXACT = ("plain",)  # equal to the reference bit for bit on CPU
@@ -41,4 +42,6 @@ def lower(name: str, plan: Plan, roles: Sequence[Role]) -> Lowering:
     """Lower `plan` by the lowering called `name`, for calls whose leaves have `roles`."""
     if name == "plain":
         return PlainLowering(plan)
+    if name == "inductor":
+        return InductorLowering(plan, roles)
     return FusedLowering(plan, roles, ops=name != HOISTED)

@@ -21,6 +21,10 @@ class SlotBuffers:
                 for device, size in plan.table.arena_bytes.items()
             }
             self.slots = [self._view(slot.value, slot.offset) for slot in plan.table.slots]
+        self.steps = [  # what each step reads and what it writes
+            ([self.slots[slot] for slot in step.reads], [self.slots[slot] for slot in step.writes])
+            for step in plan.steps
+        ]
 
     @property
     def nbytes(self) -> int:

@@ -20,7 +20,7 @@ from harmonica_rt.runtime.buffers import SlotBuffers
 from harmonica_rt.runtime.engine import RunKey
 from harmonica_rt.runtime.graphed import GraphedPrograms
 from harmonica_rt.runtime.graphs import Pool
-from harmonica_rt.runtime.prologue import LoweredPart, LoweredPrologue, StreamPrologue
+from harmonica_rt.runtime.prologue import HoistedMemory, LoweredPart, LoweredPrologue, StreamPrologue
 
 Weights = Callable[[], Mapping[str, torch.Tensor]]
 
@@ -30,7 +30,8 @@ class PlanRuntime:
 
     Args:
         plan: the plan.
-        weights: gives the model's parameters and buffers by name; asked once a run.
+        weights: gives the model's parameters and buffers by name; asked once a run. The same mapping means the same
+            tensors, whatever their values.
         leaf_roles: of the leaves of its calls.
         lowering: one of `harmonica_rt.lower.LOWERINGS`.
         debug: fill slots with NaN before they are written and after their last read.
@@ -66,16 +67,27 @@ class PlanRuntime:
         self.compile_seconds = 0.0  # from the call to the plan, checks included; set by who made it
         self._catch_up: dict[StepIndex, tuple[Program, tuple[SlotId, ...]]] = {}
         self._fetch_weights = weights
-        self._weights: Mapping[str, torch.Tensor] | None = None
+        self._weights: Mapping[str, torch.Tensor] = {}
+        self._weights_checked = False  # in this run
         self._bound: dict[Program | LoweredPart, tuple[Any, ...]] = {}
         self._free: list[_Memory] = []
         self._lent: list[_Memory] = []
         self._addresses: tuple[int, ...] = ()
+        offsets = [slot.offset for slot in plan.table.slots]
+        keys = [(s.program, *(offsets[slot] for slot in (*s.reads, *s.writes))) for s in plan.steps]
+        distinct = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        self.places = tuple(distinct[key] for key in keys)  # of each step, its program with addresses
 
     @property
     def graphs(self) -> tuple[GraphedPrograms, ...]:
         """The graphs of all arenas."""
         return tuple(memory.graphs for memory in (*self._free, *self._lent) if memory.graphs is not None)
+
+    @property
+    def static_bytes(self) -> int:
+        """Bytes of the tensors that graphs read their inputs from."""
+        held = (*self._free, *self._lent)
+        return sum(m.graphs.nbytes + m.hoisted.nbytes for m in held if m.graphs is not None and m.hoisted is not None)
 
     @property
     def cache_bytes(self) -> int:
@@ -86,21 +98,22 @@ class PlanRuntime:
         """Take back all arenas; fetch the weights anew at their first use."""
         self.key = key
         self._free, self._lent = [*self._lent, *self._free], []
-        self._weights = None
-        self._bound.clear()
+        self._weights_checked = False
 
     def new_stream(self) -> PlanStream:
         """A stream with an arena of its own, the one that was taken back first."""
         if self._free:
             memory = self._free.pop()
         else:
-            graphs = GraphedPrograms(self.pool, measured=self._measured) if self.pool is not None else None
-            memory = _Memory(SlotBuffers(self.plan), graphs)
+            graphs, hoisted = None, None
+            if self.pool is not None:
+                graphs, hoisted = GraphedPrograms(self.pool, measured=self._measured), HoistedMemory()
+            memory = _Memory(SlotBuffers(self.plan), graphs, hoisted)
         self._lent.append(memory)
         if self.debug:
             memory.buffers.poison_all()
         prologue = (
-            StreamPrologue(self._prologue, self.bound, key=self.key, comparable=self._comparable)
+            StreamPrologue(self._prologue, self.bound, key=self.key, comparable=self._comparable, memory=memory.hoisted)
             if self._prologue is not None
             else None
         )
@@ -119,16 +132,23 @@ class PlanRuntime:
 
     def bound(self, program: Program | LoweredPart) -> tuple[Any, ...]:
         """The weights and constants of `program`, as the model holds them in this run."""
+        if not self._weights_checked:
+            self._check_weights()
         bound = self._bound.get(program)
         if bound is None:
-            if self._weights is None:
-                self._weights = self._fetch_weights()
-                self._forget_graphs_of_other_weights(self._weights)
             bound = self._bound[program] = program.bind(self._weights, self.plan.captured.constants)
         return bound
 
-    def _forget_graphs_of_other_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Graphs hold the addresses of weights. What is written in place they see; what is replaced they would not."""
+    def _check_weights(self) -> None:
+        """Fetch the weights of this run.
+
+        Graphs hold the addresses of weights. What is written in place they see; what is replaced they would not.
+        """
+        self._weights_checked = True
+        weights = self._fetch_weights()
+        if weights is not self._weights:
+            self._weights = weights
+            self._bound.clear()
         if self.pool is None:
             return
         addresses = tuple(tensor.data_ptr() for tensor in weights.values())
@@ -140,10 +160,11 @@ class PlanRuntime:
 
 @dataclass(frozen=True, eq=False)
 class _Memory:
-    """What belongs to one stream and outlives it: its slots, and the graphs that hold their addresses."""
+    """What belongs to one stream and outlives it: its slots, the graphs that hold addresses, and what they read."""
 
     buffers: SlotBuffers
     graphs: GraphedPrograms | None
+    hoisted: HoistedMemory | None
 
 
 class PlanStream:
@@ -167,22 +188,19 @@ class PlanStream:
 
     def run(self, step: StepIndex, call: Call, *, catch_up: bool) -> Any:
         """See `Stream.run`."""
-        runtime = self.runtime
-        entry = runtime.plan.steps[step]
-        if catch_up:
-            program, writes = runtime.catch_up(step)
-            reads: tuple[SlotId, ...] = ()
-        else:
-            program, reads, writes = runtime.program(entry.program), entry.reads, entry.writes
-        slots = self.buffers.slots
-        read, written = [slots[slot] for slot in reads], [slots[slot] for slot in writes]
+        runtime, leaves = self.runtime, call.leaves
         hoisted = self.prologue.at(step, call) if self.prologue is not None else {}
+        slots: tuple[list[torch.Tensor], list[torch.Tensor]]
+        if catch_up:
+            program, filled = runtime.catch_up(step)
+            slots = [], [self.buffers.slots[slot] for slot in filled]
+        else:
+            program, slots = runtime.program(runtime.plan.steps[step].program), self.buffers.steps[step]
         bound = runtime.bound(program)
         if self._graphs is not None and not catch_up:
-            place = tuple(runtime.plan.table.slots[slot].offset for slot in (*reads, *writes))
-            outputs = self._graphs(program, place, bound, call.leaves, read, written, hoisted)
+            outputs = self._graphs.run(runtime.places[step], program, bound, leaves, slots, hoisted)
         else:
-            outputs = program(bound, call.leaves, read, written, [hoisted[name] for name in program.step.hoisted])
+            outputs = program(bound, leaves, *slots, [hoisted[name] for name in program.step.hoisted])
         if runtime.debug:
             self.buffers.poison_dead(step)
         return pytree.tree_unflatten(outputs, runtime.plan.captured.out_spec)

@@ -19,8 +19,6 @@ log = logging.getLogger(__name__)
 PAYS = 0.98  # share of the time of plain launches that a graph may take to be kept
 ROUNDS = 3  # of the measurement; the best counts
 
-Place = tuple[int, ...]  # offsets of the slots that a program reads and writes
-
 
 class GraphedPrograms:
     """The graphs of one stream and the static tensors that they read.
@@ -36,10 +34,9 @@ class GraphedPrograms:
         self.refusals: dict[Program, str] = {}  # programs that run plainly, and why
         self._pool = pool
         self._measured = measured
-        self._warm: set[tuple[Program, Place]] = set()
-        self._graphs: dict[tuple[Program, Place], Graph] = {}
-        self._leaves = StaticTensors(trusted=False)
-        self._hoisted = StaticTensors(trusted=True)
+        self._warm: set[int] = set()
+        self._graphs: dict[int, Graph] = {}
+        self._leaves = StaticTensors()
 
     def __len__(self) -> int:
         """Number of graphs."""
@@ -48,50 +45,48 @@ class GraphedPrograms:
     @property
     def nbytes(self) -> int:
         """Bytes of the static tensors; the pool counts its own."""
-        return self._leaves.nbytes + self._hoisted.nbytes
+        return self._leaves.nbytes
 
     def forget(self) -> None:
         """Drop all graphs: something that they hold the address of was replaced."""
         self._graphs.clear()
 
-    def __call__(
+    def run(
         self,
+        place: int,
         program: Program,
-        place: Place,
         bound: tuple[Any, ...],
         leaves: Sequence[Any],
-        reads: Sequence[torch.Tensor],
-        writes: Sequence[torch.Tensor],
+        slots: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
         hoisted: Mapping[str, torch.Tensor],
     ) -> tuple[Any, ...]:
-        """Run one step as `Program.__call__` does; the outputs are the caller's to keep."""
-        step = program.step
-        fixed = self._leaves.put({index: leaves[index] for index in step.inputs})
-        given = self._hoisted.put({name: hoisted[name] for name in step.hoisted})
-        body = functools.partial(
-            program,
-            bound,
-            [fixed.get(index) for index in range(len(leaves))],
-            reads,
-            writes,
-            [given[name] for name in step.hoisted],
-        )
+        """Run one step as `Program.__call__` does; the outputs are the caller's to keep.
+
+        Args:
+            place: which of the stream's pairs of a program and the addresses of its slots this is.
+            program: the program.
+            bound: its weights and constants.
+            leaves: of the call; copied to where graphs read them.
+            slots: that it reads, and that it writes.
+            hoisted: values at fixed addresses.
+        """
+        self._leaves.put({str(index): leaves[index] for index in program.step.inputs})
+        graph = self._graphs.get(place)
+        if graph is not None:
+            return copies(graph.replay())
+        fixed = [self._leaves.tensors.get(str(index)) for index in range(len(leaves))]
+        given = [hoisted[name] for name in program.step.hoisted]
+        body = functools.partial(program, bound, fixed, *slots, given)
         if program in self.refusals:
             return body()
-        key = (program, place)
-        if key not in self._warm:
-            self._warm.add(key)
-            reason = obstacle(step)
-            if reason is not None:
-                return self._refuse(program, reason, body)
-            return self._pool.warm_up(body)
-        if key not in self._graphs:
-            reason = self._record(key, body)
-            if reason is not None:
-                return self._refuse(program, reason, body)
-        return copies(self._graphs[key].replay())
+        if place not in self._warm:
+            self._warm.add(place)
+            reason = obstacle(program.step)
+            return self._pool.warm_up(body) if reason is None else self._refuse(program, reason, body)
+        reason = self._record(place, body)
+        return copies(self._graphs[place].replay()) if reason is None else self._refuse(program, reason, body)
 
-    def _record(self, key: tuple[Program, Place], body: Body) -> str | None:
+    def _record(self, place: int, body: Body) -> str | None:
         """Record `body`, or say why not."""
         try:
             graph = self._pool.record(body)
@@ -101,11 +96,10 @@ class GraphedPrograms:
             plain, replayed = (min(self._pool.seconds(run) for _ in range(ROUNDS)) for run in (body, graph.replay))
             if replayed > PAYS * plain:
                 return f"a graph does not pay: {replayed * 1e3:.2f} ms, plain launches take {plain * 1e3:.2f} ms"
-        self._graphs[key] = graph
+        self._graphs[place] = graph
         return None
 
     def _refuse(self, program: Program, reason: str, body: Body) -> tuple[Any, ...]:
         log.info("a step program runs without a graph: %s", reason)
         self.refusals[program] = reason
-        self._graphs = {key: graph for key, graph in self._graphs.items() if key[0] is not program}
         return body()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,14 +14,14 @@ from torch import nn
 from harmonica_rt.capture.call import Call, Signature
 from harmonica_rt.capture.graph import capture
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
-from harmonica_rt.capture.roles import Role, roles
+from harmonica_rt.capture.roles import roles
 from harmonica_rt.capture.snapshot import ModelSnapshot, check_capturable, named_tensors
 from harmonica_rt.plan import saved
-from harmonica_rt.plan.invariants import check_plan
-from harmonica_rt.plan.plan import Plan, build_plan
+from harmonica_rt.plan.plan import build_plan
 from harmonica_rt.runtime.engine import RunKey, Stream
 from harmonica_rt.runtime.execution import PlanRuntime
-from harmonica_rt.runtime.graphs import Graphs, Pool
+from harmonica_rt.runtime.graphs import Graphs
+from harmonica_rt.runtime.plans import Plans
 from harmonica_rt.runtime.reference import ReferenceEngine
 from harmonica_rt.schedule import Schedule
 
@@ -58,52 +56,38 @@ class PlannedEngine:
         debug: bool,
         graphs: Graphs | None = None,
     ) -> None:
+        self.lowering = lowering
+        self.cache = Plans(type(model).__name__, lowering=lowering, graphs=graphs, debug=debug, limit=max_plans)
+        self.failures: dict[Signature, CaptureFailure] = {}
         self._model = model
         self._schedule = schedule
-        self.lowering = lowering
         self._strict = strict
-        self._max_plans = max_plans
-        self._debug = debug
-        self._graphs = graphs
-        self._pools: dict[torch.device, Pool | None] = {}  # shared by all plans
-        self._key: RunKey | None = None
-        self._plans: OrderedDict[Signature, PlanRuntime] = OrderedDict()
         self._snapshot: ModelSnapshot | None = None
         self._reference = ReferenceEngine(model, schedule)
-        self.failures: dict[Signature, CaptureFailure] = {}
 
     @property
     def plans(self) -> dict[Signature, PlanRuntime]:
         """The plans in the cache, the one used last at the end."""
-        return dict(self._plans)
-
-    @property
-    def pool_bytes(self) -> int | None:
-        """Bytes that graphs reserved between their inputs and outputs; None where there are no graphs."""
-        pools = [pool for pool in self._pools.values() if pool is not None]
-        return sum(pool.nbytes for pool in pools) if pools else None
+        return self.cache.held
 
     def begin_run(self, key: RunKey | None = None) -> None:
         """Drop plans that the model has outgrown; fetch its weights anew."""
-        self._key = key
         difference = self._snapshot.difference(self._model) if self._snapshot is not None else None
         if difference is not None:
             log.warning("%s was captured again: %s", type(self._model).__name__, difference)
-            self._plans.clear()
+            self.cache.clear()
             self.failures.clear()
             self._snapshot = None
-        for runtime in self._plans.values():
-            runtime.begin_run(key)
+        self.cache.begin_run(key)
 
     def new_stream(self, call: Call) -> Stream:
         """A stream over the plan for the signature of `call`, captured now if there is none."""
         signature = call.signature
-        if signature not in self._plans and signature not in self.failures:
+        if signature not in self.cache and signature not in self.failures:
             self._add_plan(call)
         if signature in self.failures:
             return self._reference.new_stream(call)
-        self._plans.move_to_end(signature)
-        return self._plans[signature].new_stream()
+        return self.cache[signature].new_stream()
 
     def saved(self) -> list[dict[str, Any]]:
         """All plans as plain JSON values.
@@ -111,7 +95,7 @@ class PlannedEngine:
         Raises:
             PlanFileError: one has no such form.
         """
-        return [saved.encode(runtime.plan, signature, runtime.roles) for signature, runtime in self._plans.items()]
+        return [saved.encode(runtime.plan, signature, runtime.roles) for signature, runtime in self.plans.items()]
 
     def restore(self, records: Iterable[dict[str, Any]]) -> None:
         """Keep plans that `saved` gave, for a model that is as it was then.
@@ -124,7 +108,8 @@ class PlannedEngine:
         self._snapshot = ModelSnapshot(self._model)
         for record in records:
             started = time.perf_counter()
-            self._keep(*saved.decode(record, self._schedule), started)
+            plan, signature, leaf_roles = saved.decode(record, self._schedule)
+            self.cache.add(signature, plan, self._weights, leaf_roles, started=started)
 
     def _add_plan(self, call: Call) -> None:
         started = time.perf_counter()
@@ -142,40 +127,8 @@ class PlannedEngine:
             log.warning("%s", message)
             warnings.warn(message, FallbackWarning, stacklevel=2)
             return
-        self._keep(build_plan(captured, self._schedule), call.signature, roles(call), started)
+        plan = build_plan(captured, self._schedule)
+        self.cache.add(call.signature, plan, self._weights, roles(call), started=started)
 
-    def _keep(self, plan: Plan, signature: Signature, leaf_roles: tuple[Role, ...], started: float) -> None:
-        check_plan(plan)
-        weights = functools.partial(named_tensors, self._model)
-        runtime = PlanRuntime(
-            plan,
-            weights,
-            leaf_roles,
-            lowering=self.lowering,
-            debug=self._debug,
-            pool=self._pool(signature),
-            measured=self._graphs is not None and self._graphs.measured,
-        )
-        runtime.begin_run(self._key)
-        runtime.compile_seconds = time.perf_counter() - started
-        self._plans[signature] = runtime
-        name = type(self._model).__name__
-        log.info(
-            "planned %s for %s in %.1f s: %d step programs",
-            name,
-            signature,
-            runtime.compile_seconds,
-            len(plan.programs),
-        )
-        while len(self._plans) > self._max_plans:
-            dropped, _ = self._plans.popitem(last=False)
-            log.info("dropped the plan for %s: %d plans are kept", dropped, self._max_plans)
-
-    def _pool(self, signature: Signature) -> Pool | None:
-        """The pool of the device that the call's first tensor lies on."""
-        if self._graphs is None:
-            return None
-        device = signature.device
-        if device not in self._pools:
-            self._pools[device] = self._graphs.make_pool(device)
-        return self._pools[device]
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return self._snapshot.tensors if self._snapshot is not None else named_tensors(self._model)

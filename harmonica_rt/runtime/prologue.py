@@ -22,6 +22,7 @@ from harmonica_rt.errors import RunError
 from harmonica_rt.indices import StepIndex
 from harmonica_rt.passes.hoist import Part, Prologue
 from harmonica_rt.runtime.engine import RunKey
+from harmonica_rt.runtime.static import StaticRows, StaticTensors
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +75,8 @@ class LoweredPrologue:
 
     def in_steps(
         self, foreseen: Timesteps, bound: tuple[Any, ...], leaves: Sequence[Any], given: Values
-    ) -> list[Values] | None:
-        """The values of every step of a forecast; None where the graph cannot be batched."""
+    ) -> tuple[torch.Tensor, ...] | None:
+        """The values of every step of a forecast, `[steps, ...]` each; None where the graph cannot be batched."""
         if not self._batches:
             return None
         part = self.each.part
@@ -87,12 +88,51 @@ class LoweredPrologue:
             *(None for _ in given),
         )
         try:
-            values = torch.vmap(self.each.run, in_dims=dims)(*bound, *inputs, *given)
+            return tuple(torch.vmap(self.each.run, in_dims=dims)(*bound, *inputs, *given))
         except (RuntimeError, NotImplementedError) as error:  # an operator without a batching rule
             log.info("timestep-only values are computed step by step: %s", str(error).partition("\n")[0])
             self._batches = False
             return None
-        return [list(step) for step in zip(*(value.unbind(0) for value in values), strict=True)]
+
+
+class HoistedMemory:
+    """Hoisted values at fixed addresses, for one stream after another."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._once = StaticTensors()
+        self._each: StaticRows | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return self._once.nbytes + (self._each.nbytes if self._each is not None else 0)
+
+    def begin(
+        self, once: Mapping[str, torch.Tensor], each: Sequence[str], steps: tuple[torch.Tensor, ...] | None
+    ) -> None:
+        """Take the values of a request, and those of all its steps where they are known."""
+        self._once.put(once)
+        self.tensors.update(self._once.tensors)
+        if steps is not None:
+            self._rows({name: value[0] for name, value in zip(each, steps, strict=True)}).tabulate(each, steps)
+
+    def select(self, step: StepIndex) -> dict[str, torch.Tensor]:
+        """All values, those of `step` among them."""
+        if self._each is not None:
+            self._each.select(step)
+        return self.tensors
+
+    def put(self, each: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """All values, these of a step among them."""
+        self._rows(each).put(each)
+        return self.tensors
+
+    def _rows(self, examples: Mapping[str, torch.Tensor]) -> StaticRows:
+        if self._each is None:
+            self._each = StaticRows(examples)
+            self.tensors.update(self._each.tensors)
+        return self._each
 
 
 class StreamPrologue:
@@ -104,6 +144,7 @@ class StreamPrologue:
         key: the timesteps of the run's scheduler; None where none drives it.
         comparable: whether timesteps can be compared at every step without waiting. Where they cannot, a run without
             a key is foreseen by nobody.
+        memory: where the values are put for graphs to find; None hands them over as they are.
     """
 
     def __init__(
@@ -113,8 +154,10 @@ class StreamPrologue:
         *,
         key: RunKey | None,
         comparable: bool,
+        memory: HoistedMemory | None = None,
     ) -> None:
         self._lowered = lowered
+        self._memory = memory
         self._bind = bind
         self._key = key
         self._comparable = comparable
@@ -128,7 +171,7 @@ class StreamPrologue:
         """The next call is of another request."""
         self._once: dict[str, torch.Tensor] | None = None
         self._given: Values = []
-        self._steps: list[Values] | None = None
+        self._steps: tuple[torch.Tensor, ...] | None = None  # `[steps, ...]` each
 
     def at(self, step: StepIndex, call: Call) -> dict[str, torch.Tensor]:
         """The hoisted values in `step` by name."""
@@ -139,19 +182,24 @@ class StreamPrologue:
             self._given = [self._once[name] for name in each.given]
             if each.results and self._foreseen is not None:
                 self._steps = lowered.in_steps(self._foreseen, self._bind(lowered.each), leaves, self._given)
+            if self._memory is not None:
+                self._memory.begin(self._once, each.results, self._steps)
         if not each.results:
-            return self._once
+            return self._once if self._memory is None else self._memory.tensors
         timesteps = tuple(leaves[index] for index in lowered.prologue.timesteps)
         self._write_down(step, timesteps)
         if self._steps is not None and self._comparable and not self._is_foreseen(step, timesteps):
             self._steps = None
         if self._steps is not None:
-            values = self._steps[step]
             self._trusted = not self._comparable
+            if self._memory is not None:
+                return self._memory.select(step)
+            values = tuple(value[step] for value in self._steps)
         else:
             inputs = [leaves[index] for index in each.inputs]
-            values = list(lowered.each.run(*self._bind(lowered.each), *inputs, *self._given))
-        return {**self._once, **dict(zip(each.results, values, strict=True))}
+            values = lowered.each.run(*self._bind(lowered.each), *inputs, *self._given)
+        found = dict(zip(each.results, values, strict=True))
+        return {**self._once, **found} if self._memory is None else self._memory.put(found)
 
     def end(self) -> None:
         """The run is over: learn its timesteps.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 import harmonica_rt as hrt
 from harmonica_rt import Schedule
-from harmonica_rt.lower import EXACT, LOWERINGS
+from harmonica_rt.lower import EXACT
 from tests.tiny import Family, families, random_schedule, sample
 
 STEPS = 6
@@ -126,7 +126,7 @@ def sd3(request: pytest.FixtureRequest) -> Pair:
     return pair(SD3, *request.param)
 
 
-@pytest.fixture(scope="module", params=LOWERINGS)
+@pytest.fixture(scope="module", params=("plain", "fused"))
 def flux(request: pytest.FixtureRequest) -> Pair:
     return pair(FLUX, "random", request.param)
 

@@ -1,0 +1,101 @@
+"""One provider in a process of its own: seconds to compile, cold and warm, and the peak of GPU memory.
+
+`python -m benchmarks.latency.alone JSON` prints a line of JSON. Compiling is the first run, its preparation included,
+less what a later run takes. Cold: nothing in the caches of Inductor and Triton on disk; warm: the same again, in a new
+process, with what the first one left there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.latency.cases import Task, case_of, geometries, schedules_of
+from benchmarks.latency.measure import clock_of, seconds_of
+from benchmarks.latency.providers import PROVIDERS
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What to run, in words and numbers."""
+
+    model: str
+    images: int
+    steps: int
+    schedule: str
+    provider: str
+    device: str
+    dtype: str
+    flux_blocks: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What it took.
+
+    Attributes:
+        compile_seconds: the first run less a later one.
+        allocated, reserved: peak bytes of GPU memory, weights included; None on a CPU.
+    """
+
+    compile_seconds: float
+    allocated: int | None
+    reserved: int | None
+
+
+def measure_here(spec: Spec) -> Alone:
+    """Measure in this process."""
+    device = torch.device(spec.device)
+    geometry = geometries(spec.flux_blocks)[spec.model]
+    case = case_of(geometry, spec.images, spec.steps, device, getattr(torch, spec.dtype))
+    task = Task(case, spec.schedule, schedules_of(case.model, spec.steps)[spec.schedule])
+    clock = clock_of(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    made: list[Any] = []
+    prepare = seconds_of(lambda: made.append(PROVIDERS[spec.provider].prepare(task)), clock)
+    first, *later = [seconds_of(made[0].run, clock) for _ in range(5)]  # graphs are recorded in the second and third
+    cuda = device.type == "cuda"
+    return Alone(
+        prepare + first - statistics.median(later),
+        torch.cuda.max_memory_allocated(device) if cuda else None,
+        torch.cuda.max_memory_reserved(device) if cuda else None,
+    )
+
+
+def measure_apart(spec: Spec) -> tuple[Alone, Alone]:
+    """Cold, then warm, each in a fresh process over one fresh cache folder.
+
+    Raises:
+        RuntimeError: a process failed; with the end of what it wrote.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        places = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
+        return _apart(spec, places), _apart(spec, places)
+
+
+def _apart(spec: Spec, places: dict[str, str]) -> Alone:
+    command = [sys.executable, "-m", "benchmarks.latency.alone", json.dumps(dataclasses.asdict(spec))]
+    result = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"{spec.provider} in a process of its own: {result.stderr.strip()[-500:]}")
+    return Alone(**json.loads(result.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    """Measure what the argument says."""
+    spec = json.loads(sys.argv[1])
+    print(json.dumps(dataclasses.asdict(measure_here(Spec(**{**spec, "flux_blocks": tuple(spec["flux_blocks"])})))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""What is measured: a model at one batch with the calls of one run, and the schedules that it runs under.
+
+Every provider gets a module tree of its own over the same weights, so that what one hangs on its modules is never seen
+by another and all can run in turn.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from benchmarks import models
+from harmonica_rt import Schedule, find_sites, model_info
+from harmonica_rt.capture.call import Call, CallConvention
+from harmonica_rt.capture.graph import capture
+from harmonica_rt.demo import bundled_model
+from harmonica_rt.plan.plan import Plan, build_plan
+
+RELEASED = "dit-xl-2-256-ddim20-l2c"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A model by name.
+
+    Attributes:
+        title: for people.
+        build: the module; on the meta device where its weights are to be random.
+        calls: of the module, for a number of images and of steps; guidance included.
+    """
+
+    title: str
+    build: Callable[[], nn.Module]
+    calls: Callable[[nn.Module, int, int], list[dict[str, Any]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A model, its batch, and the calls of one run, one a step.
+
+    Attributes:
+        name: model, geometry, images.
+        model: nobody changes it; `tree` gives one to work with.
+        calls: keyword arguments of each step's call, on the model's device.
+        images: that one run makes.
+    """
+
+    name: str
+    model: nn.Module
+    calls: list[dict[str, Any]]
+    images: int
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def steps(self) -> int:
+        """Calls of a run."""
+        return len(self.calls)
+
+    def tree(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Modules of one's own over the same weights; with `dtype` over copies of them, each made once."""
+        weights: dict[int, torch.Tensor] = {}
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            weights[id(tensor)] = tensor if dtype is None else _converted(tensor, dtype)
+        return copy.deepcopy(self.model, weights)
+
+    def call(self) -> Call:
+        """The first call, normalised."""
+        return CallConvention(self.model).normalise((), self.calls[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A case under a schedule, with its plan."""
+
+    case: Case
+    schedule_name: str
+    schedule: Schedule
+    plan: Plan = field(init=False)
+
+    def __post_init__(self) -> None:
+        captured = capture(self.case.model, self.case.call(), self.schedule.sites)
+        object.__setattr__(self, "plan", build_plan(captured, self.schedule))
+
+    @property
+    def theory(self) -> float:
+        """FLOPs of an uncached run / FLOPs that the schedule leaves."""
+        return self.plan.theoretical_speedup
+
+
+def geometries(flux_blocks: tuple[int, int] = (19, 38)) -> dict[str, Geometry]:
+    """Every model by name; of Flux with so many blocks, double and single."""
+    double, single = flux_blocks
+
+    def of_dit(title: str, layers: int, heads: int, head_dim: int, pixels: int) -> Geometry:
+        return Geometry(title, lambda: models.dit_on_meta(layers, heads, head_dim, pixels // 8), _guided_dit)
+
+    def of_pixart(title: str, pixels: int, text_tokens: int, *, sized: bool = False) -> Geometry:
+        return Geometry(
+            title,
+            lambda: models.pixart_on_meta(pixels // 8, sized=sized),
+            lambda model, images, steps: models.pixart_calls(model, 2 * images, steps, text_tokens),
+        )
+
+    return {
+        "bundled": Geometry("bundled model", lambda: models.bundled(1, 1).model, _guided_dit),
+        "dit-12x384": of_dit("DiT 12x384 256", 12, 6, 64, 256),
+        "dit-xl-256": of_dit("DiT-XL/2 256", 28, 16, 72, 256),
+        "dit-xl-512": of_dit("DiT-XL/2 512", 28, 16, 72, 512),
+        "pixart-256": of_pixart("PixArt-alpha 256", 256, 120),
+        "pixart-512": of_pixart("PixArt-alpha 512", 512, 120),
+        "pixart-1024": of_pixart("PixArt-alpha 1024", 1024, 120, sized=True),
+        "pixart-sigma-2048": of_pixart("PixArt-Sigma 2048", 2048, 300),
+        "flux-1024": Geometry(
+            f"Flux-dev-like 1024 ({double} + {single} blocks)",
+            lambda: models.flux_on_meta(double, single),
+            lambda model, images, steps: models.flux_calls(model, images, steps, side=64, text_tokens=512),
+        ),
+    }
+
+
+def case_of(geometry: Geometry, images: int, steps: int, device: torch.device, dtype: torch.dtype) -> Case:
+    """Build a model on a device, and the calls of one run."""
+    model = geometry.build()
+    if next(model.parameters()).is_meta:
+        model = models.randomised(model, device, dtype)
+    else:
+        nn.Module.to(model, device=device, dtype=dtype)
+    model.requires_grad_(False)
+    calls = along_one_path(geometry.calls(model, images, steps))
+    return Case(f"{geometry.title}, {images} image{'s' * (images > 1)}", model, _moved(calls, device, dtype), images)
+
+
+def schedules_of(model: nn.Module, steps: int) -> dict[str, Schedule]:
+    """every(2), and where they are made for these sites and steps the released and the learned one."""
+    sites = find_sites(model)
+    found = {"every(2)": Schedule.every(2, steps=steps, sites=sites)}
+    released, learned = Schedule.known(RELEASED), Schedule.load(bundled_model() / "schedule.json")
+    if (list(released.sites), released.steps) == (sites, steps):
+        found["released"] = released
+    if (learned.model, learned.steps) == (model_info(model), steps):
+        found["learned"] = learned
+    return {name: replace(schedule, model=None, sampler=None) for name, schedule in found.items()}
+
+
+def along_one_path(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Latents that go from noise to one picture, as a sampler's do: what a cache decides depends on how they change."""
+    noise, picture = calls[0]["hidden_states"], calls[-1]["hidden_states"]
+    angles = [math.pi / 2 * (1 - step / len(calls)) for step in range(len(calls))]
+    return [
+        {**call, "hidden_states": math.sin(angle) * noise + math.cos(angle) * picture}
+        for call, angle in zip(calls, angles, strict=True)
+    ]
+
+
+def _guided_dit(model: nn.Module, images: int, steps: int) -> list[dict[str, Any]]:
+    return models.dit_calls(model, 2 * images, steps)
+
+
+def _converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    converted = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+    return nn.Parameter(converted, requires_grad=False) if isinstance(tensor, nn.Parameter) else converted
+
+
+def _moved(calls: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+    moved: dict[int, torch.Tensor] = {}  # what all steps share stays one tensor
+    return pytree.tree_map_only(torch.Tensor, lambda t: moved.setdefault(id(t), move(t)), calls)

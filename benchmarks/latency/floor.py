@@ -1,0 +1,148 @@
+"""The time that no step can take less than: its products alone, and the bytes that must move besides.
+
+Products are the matmuls, convolutions and attentions left in a step once what does not see the latents is taken out.
+Each distinct one is timed alone, over and over, as the library does it. The other bytes are the features read from
+slots, the call's tensors and the outputs, over the bandwidth of a large copy; all else could in principle be fused into
+the products. What is computed before the steps is not in it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from benchmarks.latency.cases import Task
+from benchmarks.latency.measure import clock_of, seconds_of
+from harmonica_rt.capture.roles import roles
+from harmonica_rt.lower import HOISTED, lower
+from harmonica_rt.passes.specialise import StepGraph
+
+aten = torch.ops.aten
+PRODUCTS = {
+    aten.linear,
+    aten.addmm,
+    aten.mm,
+    aten.bmm,
+    aten.baddbmm,
+    aten.matmul,
+    aten.conv2d,
+    aten.convolution,
+    aten.scaled_dot_product_attention,
+}
+ROUNDS = 5  # of a timing; the best counts
+CALLS = 10  # in a round
+COPIED_BYTES = 256 << 20
+
+Product = tuple[Any, tuple[Any, ...]]  # operator, and its flattened arguments with a Layout for each tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What matters of a tensor to the time of a product."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def floors(task: Task) -> list[float]:
+    """Seconds below which no step can go, one a step."""
+    device = task.case.device
+    programs = lower(HOISTED, task.plan, roles(task.case.call())).programs
+    graphs = [program.step for program in programs]
+    found = {product for step in graphs for product in products(step.graph)}
+    seconds = {product: _alone(product, device) for product in found}
+    bandwidth = copy_bandwidth(device)
+    of_program = [
+        sum(seconds[product] for product in products(step.graph)) + other_bytes(step) / bandwidth for step in graphs
+    ]
+    return [of_program[step.program] for step in task.plan.steps]
+
+
+def products(graph: fx.Graph) -> list[Product]:
+    """The products of a step graph, as often as they occur."""
+    return [
+        (node.target, _described(node))
+        for node in graph.nodes
+        if node.op == "call_function" and getattr(node.target, "overloadpacket", None) in PRODUCTS
+    ]
+
+
+def other_bytes(step: StepGraph) -> int:
+    """Bytes of the features that a step reads from slots, of the call's tensors, and of its outputs."""
+    placeholders = [node for node in step.graph.nodes if node.op == "placeholder"]
+    before = len(step.weights) + len(step.constants)
+    inputs = placeholders[before : before + len(step.inputs)]
+    results: Any = step.graph.output_node().args[0]
+    outputs = [node for node in results[0] if isinstance(node, fx.Node)]
+    return sum(_bytes(node) for node in (*inputs, *step.read_nodes, *outputs))
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written a second by a large copy."""
+    source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * COPIED_BYTES / _best(lambda: target.copy_(source), device)
+
+
+def _described(node: fx.Node) -> tuple[Any, ...]:
+    leaves, spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
+    return (spec, tuple(_value(leaf) for leaf in leaves))
+
+
+def _value(leaf: Any) -> Any:
+    if not isinstance(leaf, fx.Node):
+        return leaf
+    fake = leaf.meta["val"]
+    return Layout(tuple(fake.shape), tuple(fake.stride()), fake.dtype) if isinstance(fake, Tensor) else fake
+
+
+def _alone(product: Product, device: torch.device) -> float:
+    """Best seconds of a product with random tensors of its shapes."""
+    target, (spec, described) = product
+    leaves = [_tensor(leaf, device) if isinstance(leaf, Layout) else leaf for leaf in described]
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    return _best(functools.partial(target, *args, **kwargs), device)
+
+
+def _tensor(layout: Layout, device: torch.device) -> Tensor:
+    tensor = torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device=device)
+    return tensor.normal_() if layout.dtype.is_floating_point else tensor.zero_()
+
+
+@torch.no_grad()
+def _best(function: Callable[[], object], device: torch.device) -> float:
+    """Best seconds of one call among rounds of several."""
+    round_ = _recorded(function) if device.type == "cuda" else lambda: _repeat(function)
+    clock = clock_of(device)
+    return min(seconds_of(round_, clock) for _ in range(ROUNDS)) / CALLS
+
+
+def _repeat(function: Callable[[], object]) -> None:
+    for _ in range(CALLS):
+        function()
+
+
+def _recorded(function: Callable[[], object]) -> Callable[[], object]:
+    """A round as one CUDA graph, so that launches are not what is timed."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        _repeat(function)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _repeat(function)
+    graph.replay()
+    return graph.replay
+
+
+def _bytes(node: fx.Node) -> int:
+    values: Iterable[Any] = pytree.tree_leaves(node.meta.get("val"))
+    return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))

@@ -1,0 +1,110 @@
+"""No figure before parity: what a runner gives is held against the reference of the same schedule.
+
+The reference is eager, and a second one runs one precision up. A runner that follows the schedule exactly may be off by
+at most twice what the eager reference is off; hooks on a CPU must be equal bit for bit. Peers approximate otherwise and
+are not gated; how far they are from the uncached model is written down for all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import harmonica_rt as hrt
+from benchmarks.latency.cases import Task
+from benchmarks.latency.providers.base import Role, Runner
+from harmonica_rt.errors import HarmonicaError
+from harmonica_rt.parity.tolerance import Error, limit_from, one_up, same_bits
+
+CHECKED = 4  # first steps that are held against the reference
+
+
+class GateError(HarmonicaError):
+    """A runner's output is not that of its schedule."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The reference's outputs of the first steps, and how far from them a runner may be."""
+
+    expected: list[Tensor]
+    higher: list[Tensor]
+
+    def check(self, outputs: list[Tensor], *, exact: bool) -> str:
+        """What held.
+
+        Args:
+            outputs: of at least the first steps.
+            exact: demand equal bits.
+
+        Raises:
+            GateError: which step is off, by how much.
+        """
+        for step, (expected, higher, output) in enumerate(zip(self.expected, self.higher, outputs, strict=False)):
+            if same_bits(output, expected):
+                continue
+            error, limit = Error.between(output, higher), limit_from(expected, higher)
+            if exact or not error.within(limit):
+                raise GateError(
+                    f"step {step}: off by {error.rms:.2e} (RMS), {error.largest:.2e} (largest); "
+                    + ("must be equal bit for bit" if exact else f"{limit.rms:.2e} and {limit.largest:.2e} are allowed")
+                )
+        same = all(same_bits(a, b) for a, b in zip(self.expected, outputs, strict=False))
+        return "bits equal" if same else "within tolerance"
+
+
+def truth_of(task: Task) -> Truth:
+    """Run the reference over the first steps, in the case's precision and one up."""
+    case = task.case
+    steps = min(CHECKED, case.steps)
+    schedule = hrt.Schedule.from_array(task.schedule.compute[:steps], sites=task.schedule.sites)
+    raised = one_up(case.dtype)
+    higher = pytree.tree_map_only(Tensor, lambda t: t.to(raised) if t.is_floating_point() else t, case.calls[:steps])
+    return Truth(
+        _reference(case.tree(), schedule, case.calls[:steps]),
+        _reference(case.tree(raised), schedule, higher),
+    )
+
+
+def gate(role: Role, truth: Truth, outputs: list[Tensor], device: torch.device) -> str:
+    """Check a runner's outputs as its role demands; what held, in words."""
+    for step, output in enumerate(outputs):
+        if not bool(output.isfinite().all()):
+            raise GateError(f"step {step}: the output is not finite")
+    if role == "peer":
+        return "not gated"
+    if role == "uncached":
+        return "its own truth"
+    return truth.check(outputs, exact=role == "hooks" and device.type == "cpu")
+
+
+@torch.no_grad()
+def outputs_of(runner: Runner, steps: int | None = None) -> list[Tensor]:
+    """Outputs of the first steps of a run, of all by default."""
+    runner.reset()
+    return [first_tensor(runner.step(index)).clone() for index in range(steps or runner.task.case.steps)]
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The sample in what a denoiser returns."""
+    found = next((leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)), None)
+    if found is None:
+        raise TypeError(f"a denoiser returned no tensor but a {type(output).__name__}")
+    return found
+
+
+def relative_rms(outputs: list[Tensor], truth: list[Tensor]) -> float:
+    """RMS of the difference over a run / RMS of the truth."""
+    off = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(outputs, truth, strict=True))
+    size = sum(float(b.double().square().sum()) for b in truth)
+    return float((off / size) ** 0.5)
+
+
+@torch.no_grad()
+def _reference(model: nn.Module, schedule: hrt.Schedule, calls: list[dict[str, Any]]) -> list[Tensor]:
+    denoiser = hrt.reference(model, schedule)
+    return [first_tensor(denoiser(**call)).clone() for call in calls]

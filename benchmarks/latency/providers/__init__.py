@@ -1,0 +1,33 @@
+"""Everything that is compared, by name."""
+
+from __future__ import annotations
+
+from benchmarks.latency.providers.base import Provider
+from benchmarks.latency.providers.cache_dit import CacheDit
+from benchmarks.latency.providers.diffusers_caches import (
+    DiffusersCache,
+    FirstBlockRunner,
+    PyramidRunner,
+    TaylorSeerRunner,
+)
+from benchmarks.latency.providers.hooks import Hooks
+from benchmarks.latency.providers.ours import Backend, Lowered
+from benchmarks.latency.providers.plain import Compiled, Eager
+
+PROVIDERS: dict[str, Provider] = {
+    "eager": Eager(),
+    "compile": Compiled("torch.compile", None),
+    "reduce-overhead": Compiled("torch.compile, reduce-overhead", "reduce-overhead"),
+    "hooks": Hooks(),
+    "first-block": DiffusersCache("FirstBlockCache", FirstBlockRunner),
+    "taylorseer": DiffusersCache("TaylorSeer, lite", TaylorSeerRunner),
+    "pab": DiffusersCache("Pyramid Attention Broadcast", PyramidRunner),
+    "cache-dit-mask": CacheDit("static", compiled=False),
+    "cache-dit-mask-compile": CacheDit("static", compiled=True),
+    "cache-dit-dbcache": CacheDit("dynamic", compiled=False),
+    "cache-dit-dbcache-compile": CacheDit("dynamic", compiled=True),
+    "plain": Lowered("plain"),
+    "fused": Lowered("fused"),
+    "inductor": Lowered("inductor"),
+    "backend": Backend(),
+}

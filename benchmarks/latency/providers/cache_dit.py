@@ -1,0 +1,85 @@
+"""cache-dit (optional): its static step mask, and DBCache, which decides in every step; eager and under torch.compile.
+
+One first block is always computed, as its own headlines have it. DBCache gets the same mask with a threshold that any
+difference stays below: it computes its decision in every step, and does as much work as the schedule leaves.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from benchmarks.latency.cases import Task
+from benchmarks.latency.providers.base import CountedRunner, Role, as_bits, mask_within, one_of, probe
+
+Policy = Literal["static", "dynamic"]
+ANY_DIFFERENCE = 1e9
+
+
+@dataclass(frozen=True)
+class CacheDit:
+    """cache-dit by the policy of its cached steps."""
+
+    policy: Policy
+    compiled: bool
+    role: Role = "peer"
+
+    @property
+    def name(self) -> str:
+        """What it is."""
+        kind = {"static": "step mask", "dynamic": "DBCache"}[self.policy]
+        return f"cache-dit, {kind}{', compiled' * self.compiled}"
+
+    def applies(self, task: Task) -> str | None:
+        """Where it is installed."""
+        installed = "cache_dit" in sys.modules or importlib.util.find_spec("cache_dit") is not None
+        return None if installed else "not installed"
+
+    def prepare(self, task: Task) -> CountedRunner:
+        """The model with cache-dit's context."""
+        return CacheDitRunner(task, self.policy, compiled=self.compiled)
+
+
+class CacheDitRunner(CountedRunner):
+    """A transformer by itself in cache-dit; each run begins with a fresh context, which it would not make by itself."""
+
+    def __init__(self, task: Task, policy: Policy, *, compiled: bool) -> None:
+        cache_dit = importlib.import_module("cache_dit")
+        self._cache_dit = cache_dit
+        self._policy = policy
+        self._model = task.case.tree()
+        super().__init__(task, self._model)
+        self.computes = one_of(task.case.steps)
+        cache_dit.enable_cache(self._model, cache_config=self._config())
+        self.computes = mask_within(task, probe(self))
+        self._theory = super().theory()  # products that are compiled cannot be counted
+        if compiled:
+            self._denoise = torch.compile(self._model, dynamic=False)
+
+    def reset(self) -> None:
+        """See `Runner.reset`."""
+        self._cache_dit.refresh_context(self._model, cache_config=self._config())
+
+    def theory(self) -> float:
+        """Counted before it was compiled."""
+        return self._theory
+
+    def close(self) -> None:
+        """See `Runner.close`."""
+        self._cache_dit.disable_cache(self._model)
+
+    def _config(self) -> Any:
+        return self._cache_dit.DBCacheConfig(
+            Fn_compute_blocks=1,
+            Bn_compute_blocks=0,
+            residual_diff_threshold=ANY_DIFFERENCE,
+            enable_separate_cfg=False,
+            num_inference_steps=self.task.case.steps,
+            steps_computation_mask=as_bits(self.computes),
+            steps_computation_policy=self._policy,
+        )

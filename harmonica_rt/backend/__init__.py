@@ -1,0 +1,127 @@
+"""`torch.compile(model, backend="harmonica", options={"schedule": schedule})`.
+
+Dynamo traces the model and calls the result in its place; a plan runs behind it. Dynamo may make several graphs of one
+model (for each grad mode, for other strides of an argument), so the state of a run belongs to none of them: there is
+one session for each model and set of options, and it goes when the model does.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, TypeVar, overload
+
+from torch import fx, nn
+
+from harmonica_rt.backend.session import NAME, GraphSession, Options
+from harmonica_rt.capture.dynamo import SEE_THE_BREAK, DynamoGraph, traced_frame
+from harmonica_rt.capture.snapshot import check_capturable
+from harmonica_rt.errors import HarmonicaError, ScheduleMismatchError
+from harmonica_rt.fit import check_fit, warn_about_sampler
+from harmonica_rt.runtime.pipelines import denoiser_module, is_pipeline
+from harmonica_rt.runtime.scheduler import listener_of
+
+P = TypeVar("P")
+
+_sessions: weakref.WeakKeyDictionary[nn.Module, dict[Options, GraphSession]] = weakref.WeakKeyDictionary()
+
+
+def harmonica(graph: fx.GraphModule, example_inputs: list[Any], **given: Any) -> Callable[..., Any]:
+    """The backend: called by dynamo with each graph that it made; returns what runs in the graph's place.
+
+    Raises:
+        HarmonicaError: a bad option.
+        ScheduleMismatchError: the schedule was made for another model.
+        CaptureError: the model is in training mode, or a graph break split its sites.
+    """
+    mode = given.pop("mode", None)
+    if mode is not None or given.keys() - {"options"}:
+        raise HarmonicaError(f"backend {NAME!r} has no modes; it takes options={{...}}")
+    options = Options.of(given.get("options"))
+    frame = traced_frame(graph)
+    try:
+        check_fit(frame.model, options.schedule)
+    except ScheduleMismatchError as error:
+        raise ScheduleMismatchError(
+            f"{error}. If this is a part of the model that you compile: {SEE_THE_BREAK}"
+        ) from error
+    check_capturable(frame.model)
+    traced = DynamoGraph(graph, frame, options.schedule.sites)
+    frame.guard()
+    # Weakly: dynamo keeps what it compiled, and a session keeps the weights of its last run.
+    session = weakref.ref(_session(frame.model, options))
+
+    def planned(*values: Any) -> Any:
+        """Called by dynamo with the graph's arguments."""
+        owner = session()
+        if owner is None:
+            raise HarmonicaError("the model of this compiled graph is no more")
+        return owner.call(traced.call(values))
+
+    return planned
+
+
+def _session(model: nn.Module, options: Options) -> GraphSession:
+    of_model = _sessions.setdefault(model, {})
+    if options not in of_model:
+        of_model[options] = GraphSession(type(model).__name__, options)
+    return of_model[options]
+
+
+@overload
+def attach(compiled: nn.Module) -> GraphSession: ...
+
+
+@overload
+def attach(compiled: P) -> P: ...
+
+
+def attach(compiled: Any) -> Any:
+    """Tell where the runs of a torch.compile'd model begin and end.
+
+    Of a pipeline whose denoiser is compiled with this backend (`pipe.transformer = torch.compile(...)`, or
+    `pipe.transformer.compile(...)`), the scheduler begins the runs and counts the steps from now on, and the same
+    pipeline is returned. Of a compiled model its session is returned: each call is a step, and `reset()` begins the
+    next run. `report()` of that session tells what is computed and saved; its `detach()` undoes `attach(pipe)`.
+
+    Raises:
+        HarmonicaError: it is not compiled with this backend, or its scheduler drives another compiled model.
+        ScheduleMismatchError: the schedule was made for another model.
+    """
+    if isinstance(compiled, nn.Module):
+        return _session_of(compiled)
+    if not is_pipeline(compiled):
+        raise HarmonicaError(f"expected a compiled model or a pipeline that holds one, got a {type(compiled).__name__}")
+    session = _session_of(denoiser_module(compiled))
+    before = listener_of(compiled.scheduler)
+    if isinstance(before, GraphSession) and before is not session and before.pipeline in (None, compiled):
+        before.detach()
+    warn_about_sampler(compiled, session.schedule)
+    session.attach(compiled)
+    return compiled
+
+
+def _session_of(compiled: nn.Module) -> GraphSession:
+    model = getattr(compiled, "_orig_mod", compiled)
+    backend = _backend_of(compiled)
+    if getattr(backend, "compiler_fn", backend) is not harmonica:
+        raise HarmonicaError(
+            f"this {type(model).__name__} is not compiled with backend {NAME!r}: "
+            f'torch.compile(model, backend="{NAME}", options={{"schedule": schedule}}) does, or model.compile(...)'
+        )
+    options = Options.of(getattr(backend, "kwargs", {}).get("options"))
+    check_fit(model, options.schedule)
+    return _session(model, options)
+
+
+def _backend_of(compiled: nn.Module) -> Any:
+    """The backend with its options, as `torch.compile` wrapped it; None for a module that is not compiled."""
+    callback: Any = getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)
+    call = compiled.__dict__.get("_compiled_call_impl")
+    if callback is None and isinstance(call, FunctionType):
+        callback = inspect.getclosurevars(call).nonlocals.get("callback")
+    while hasattr(callback, "_torchdynamo_orig_backend"):
+        callback = callback._torchdynamo_orig_backend
+    return callback

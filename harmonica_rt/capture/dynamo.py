@@ -1,0 +1,272 @@
+"""What torch.compile traced, as a captured graph.
+
+Dynamo hands over a graph of torch functions whose arguments are weights and tensors of the call alike, in the order it
+met them, each with its *source*: an expression over the locals of the traced frame, as `L['self']._modules['embed']` or
+`L['kwargs']['timestep']`. Only the sources tell which module was traced, what is a weight, and which argument of the
+call a tensor is. Plain values are baked in, and guarded by dynamo.
+
+Hazard: dynamo may run one graph for many models of one class, since weights are arguments. A plan has the state of one
+model's runs, so the graph is guarded to run for the model it was made for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import itertools
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.symbolic_convert import InstructionTranslator
+
+from harmonica_rt.capture.call import Call, CallConvention
+from harmonica_rt.capture.graph import (
+    CapturedGraph,
+    export_functional,
+    find_site_outputs,
+    placeholders,
+    site_columns,
+    site_of,
+)
+from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
+
+SEE_THE_BREAK = "torch.compile(..., fullgraph=True) shows where dynamo breaks the graph, and why"
+
+_GRAPH = "torch.compile graph"  # the leaf that tells calls of one graph from those of another
+_STEP = re.compile(r"\[['\"](.*?)['\"]\]|\[(\d+)\]|\.(\w+)")
+_TABLES = frozenset(("__dict__", "_modules", "_parameters", "_buffers"))
+_unique = itertools.count()
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The call that dynamo traced.
+
+    Attributes:
+        model: the module whose weights the graph uses.
+        source: dynamo's source of it; `name` is the expression.
+        code: the traced function: the model's forward, a wrapper of it, or what is left of it after a graph break.
+    """
+
+    model: nn.Module
+    source: Any
+    name: str
+    code: CodeType
+
+    def guard(self) -> None:
+        """Let the graph run for this very model only. Called while dynamo compiles."""
+        install_guard(self.source.make_guard(GuardBuilder.ID_MATCH))
+
+
+def traced_frame(module: fx.GraphModule) -> Frame:
+    """The frame that dynamo is compiling `module` for. Called while dynamo compiles.
+
+    Raises:
+        CaptureError: the graph uses no module.
+    """
+    traced = InstructionTranslator.current_tx().output.root_tx
+    scope = {"L": traced.f_locals, "G": traced.f_globals}
+    for node in module.graph.find_nodes(op="placeholder"):
+        for source in _from_root(node.meta["grapharg"].source):
+            value = _value(_name(source), scope)
+            if isinstance(value, nn.Module):
+                return Frame(value, source, _name(source), traced.f_code)
+    detail = f"a graph of {traced.f_code.co_name} uses no weights; compile the model itself. {SEE_THE_BREAK}"
+    raise CaptureError(CaptureFailure(Obstacle.EXPORT, detail))
+
+
+@dataclass(frozen=True)
+class GraphCall(Call):
+    """A call of a dynamo graph: its `kwargs` are the tensors that the graph takes, by dotted argument path."""
+
+    graph: DynamoGraph
+    values: tuple[Any, ...]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights that came with the call, by name."""
+        return {name: self.values[index] for index, name in self.graph.weights.items()}
+
+
+class DynamoGraph:
+    """One graph of a model's forward, with its arguments told apart and its sites known.
+
+    Args:
+        module: what dynamo hands to a backend.
+        frame: from `traced_frame`.
+        sites: site paths in the model.
+
+    Attributes:
+        weights: index of the graph's argument -> its name in the model, or where it lies outside of it.
+        inputs: index of the graph's argument -> dotted argument path of the call.
+
+    Raises:
+        CaptureError: the graph is a part of the model's forward that lacks sites.
+    """
+
+    def __init__(self, module: fx.GraphModule, frame: Frame, sites: Sequence[str]) -> None:
+        self.module = module
+        self.weights: dict[int, str] = {}
+        self.inputs: dict[int, str] = {}
+        self._sites = tuple(sites)
+        self._columns = site_columns(frame.model, sites)
+        self._prefix = frame.name
+        self._arguments = _GraphArguments(frame)
+        arguments = module.graph.find_nodes(op="placeholder")
+        for index, node in enumerate(arguments):
+            source = _name(node.meta["grapharg"].source)
+            if source.startswith(frame.name):
+                self.weights[index] = _module_path(source, frame.name)
+            elif (path := self._arguments.path(source)) is not None:
+                self.inputs[index] = path
+            else:
+                self.weights[index] = source
+        self._key = _digest(module.graph, [arguments[index] for index in self.weights])
+        self._check_whole(frame)
+
+    def call(self, values: tuple[Any, ...]) -> GraphCall:
+        """The call that these arguments of the graph make."""
+        kwargs = {path: values[index] for index, path in self.inputs.items()}
+        call = self._arguments.normalise((), {**kwargs, _GRAPH: self._key})
+        return GraphCall(call.kwargs, call.leaves, call.signature, call.convention, self, values)
+
+    def capture(self, call: GraphCall) -> CapturedGraph:
+        """Capture the graph for calls with the signature of `call`.
+
+        Raises:
+            CaptureError: as `capture.graph.capture`.
+        """
+        started = time.perf_counter()
+        program = export_functional(_Replay(self.module), call.values, {})
+        _, constants, arguments = placeholders(program, len(call.values))
+        leaf = {path: index for index, path in enumerate(call.paths)}
+        return CapturedGraph(
+            graph=program.graph,
+            root=program.graph_module,
+            weights={name: self.weights[index] for name, index in arguments.items() if index in self.weights},
+            constants=constants,
+            inputs={name: leaf[self.inputs[index]] for name, index in arguments.items() if index in self.inputs},
+            out_spec=program.call_spec.out_spec,
+            sites=self._sites,
+            site_outputs=find_site_outputs(program.graph, self._sites, self._site_at),
+            seconds=time.perf_counter() - started,
+        )
+
+    def _site_at(self, path: str) -> int | None:
+        return self._columns.get(_module_path(path, self._prefix)) if path.startswith(self._prefix) else None
+
+    def _check_whole(self, frame: Frame) -> None:
+        if next(self.module.parameters(), None) is not None:
+            detail = "dynamo keeps weights inside the graph; set torch._dynamo.config.inline_inbuilt_nn_modules = True"
+            raise CaptureError(CaptureFailure(Obstacle.EXPORT, detail))
+        reason: Any = self.module.compile_subgraph_reason
+        resumed = frame.code.co_name.startswith("torch_dynamo_resume_in")
+        present = {site_of(node, self._site_at) for node in self.module.graph.nodes}
+        missing = [site for index, site in enumerate(self._sites) if index not in present]
+        if missing and (reason.graph_break or resumed):
+            shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            detail = (
+                f"a graph break cut its forward into parts, and one of them lacks {len(missing)} of "
+                f"{len(self._sites)} sites: {shown}. {SEE_THE_BREAK}"
+            )
+            raise CaptureError(CaptureFailure(Obstacle.EXPORT, detail, node=frame.code.co_name))
+
+
+class _GraphArguments(CallConvention):
+    """The model's convention for what a graph takes of a call: tensors at dotted paths, and not every argument."""
+
+    def __init__(self, frame: Frame) -> None:
+        super().__init__(frame.model)
+        self._open, self._required = True, ()
+        self._locals, self._varargs, self._varkw = inspect.getargs(frame.code)
+        # where a wrapper takes the model with its arguments, those begin one later
+        self._offset = 1 if frame.name == f"L['{self._varargs}'][0]" else 0
+
+    def path(self, source: str) -> str | None:
+        """Dotted path of the argument at `source`; None where it is no argument of the traced call."""
+        if not source.startswith("L["):
+            return None
+        head, *rest = _steps(source)
+        if head == self._varkw and rest:
+            return ".".join(rest)
+        if head == self._varargs and rest:
+            index = int(rest[0]) - self._offset
+            if index < len(self._positional):
+                return ".".join((self._positional[index], *rest[1:]))
+        elif head not in self._locals:
+            return None  # of an enclosing function
+        return ".".join((head, *rest))
+
+
+class _Replay(nn.Module):
+    """Runs a dynamo graph node by node, so that what is traced from it keeps the module of each node."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__()
+        self._interpreter = _WithoutGradMode(module)
+
+    def forward(self, *values: Any) -> Any:
+        """The graph's outputs."""
+        with fx.traceback.preserve_node_meta():
+            return self._interpreter.run(*values)
+
+
+class _WithoutGradMode(fx.Interpreter):
+    """Leaves out switches of grad mode, which would become nested regions; plans are for inference."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See `fx.Interpreter.call_function`."""
+        if target is torch._C._set_grad_enabled:
+            return None
+        return super().call_function(target, args, kwargs)
+
+
+def _from_root(source: Any) -> Iterator[Any]:
+    """The sources that a source is made of, the local or global variable first."""
+    base = getattr(source, "base", None)
+    if base is not None:
+        yield from _from_root(base)
+    yield source
+
+
+def _name(source: Any) -> str:
+    """The expression of a source: a method in older releases of torch, a property in newer ones."""
+    name = source.name
+    return str(name() if callable(name) else name)
+
+
+def _value(expression: str, scope: dict[str, Any]) -> Any:
+    """What a source's expression is worth; None where it takes functions that only guards have."""
+    try:
+        return eval(expression, dict(scope))
+    except (NameError, AttributeError, LookupError, TypeError, SyntaxError):
+        return None
+
+
+def _steps(expression: str) -> list[str]:
+    return ["".join(step) for step in _STEP.findall(expression)]
+
+
+def _module_path(expression: str, model: str) -> str:
+    """Dotted path in the model: `L['self']._modules['blocks'].0` is `blocks.0`."""
+    return ".".join(step for step in _steps(expression[len(model) :]) if step not in _TABLES)
+
+
+def _digest(graph: fx.Graph, weights: Sequence[fx.Node]) -> str:
+    """Equal for graphs that compute the same from weights of the same layout; dynamo makes one for each grad mode."""
+    if graph.find_nodes(op="get_attr"):
+        return f"graph {next(_unique)}"  # tensors and subgraphs have no text
+    layouts = [_layout(node.meta["example_value"]) for node in weights]
+    return hashlib.sha256(f"{graph}\n{layouts}".encode()).hexdigest()
+
+
+def _layout(weight: Any) -> Any:
+    if not isinstance(weight, torch.Tensor):
+        return weight
+    return (tuple(weight.shape), weight.stride(), weight.dtype, weight.device)

@@ -1,0 +1,198 @@
+"""Which run a call of a denoiser belongs to, and which of its steps.
+
+One call at a time, one run at a time. A run begins with `reset()`, or, for a pipeline's denoiser, when its scheduler
+sets timesteps; it moves on with every call, or with every scheduler step.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from harmonica_rt.capture.call import Call
+from harmonica_rt.errors import ConcurrentRunError, HarmonicaError, RunError, ScheduleMismatchError
+from harmonica_rt.runtime import scheduler as scheduler_watch
+from harmonica_rt.runtime.engine import Engine
+from harmonica_rt.runtime.run import Run, RunStats
+from harmonica_rt.schedule import Schedule
+
+log = logging.getLogger(__name__)
+
+
+class Session:
+    """The runs of one model under one schedule, over any engine.
+
+    Args:
+        model_name: its class, for messages.
+        schedule: what to reuse when.
+        engine: makes the streams of a run.
+    """
+
+    def __init__(self, model_name: str, schedule: Schedule, engine: Engine) -> None:
+        self.schedule = schedule
+        self.engine = engine
+        self.last_stats: RunStats | None = None
+        self._model_name = model_name
+        self._lock = threading.Lock()
+        self._run: Run | None = None
+        self._pipeline: weakref.ref[Any] | None = None
+        self._scheduler: Any = None
+        self._timesteps: torch.Tensor | None = None  # of the current run, on the CPU
+        self._warned_outside = False
+        self._displaced: set[int] = set()  # threads in whose pipeline run another thread began its own
+
+    def reset(self) -> None:
+        """Begin a new run: the next call is step 0. A pipeline's denoiser does it by itself."""
+        with self._exclusively():
+            self._begin()
+
+    @property
+    def stats(self) -> RunStats | None:
+        """What the current run did so far, or the last one where none is under way."""
+        return self._run.stats if self._run is not None and not self._run.untouched else self.last_stats
+
+    # ---- in a pipeline
+
+    @property
+    def pipeline(self) -> Any:
+        """The pipeline it is in; None for a model by itself, or where the pipeline is no more."""
+        return self._pipeline() if self._pipeline is not None else None
+
+    def attach(self, pipeline: Any) -> None:
+        """Let the pipeline's scheduler begin the runs and count the steps; looked up anew at every call."""
+        self._pipeline = weakref.ref(pipeline)
+        self._follow(pipeline.scheduler)
+
+    def detach(self) -> None:
+        """Leave the scheduler alone again; runs begin with `reset()`."""
+        if self._scheduler is not None and scheduler_watch.listener_of(self._scheduler) is self:
+            scheduler_watch.unwatch(self._scheduler)
+        self._pipeline = self._scheduler = self._run = None
+
+    def run_begins(self) -> None:
+        """The scheduler sets its timesteps: whatever run there was is over, finished or not."""
+        with self._exclusively():
+            self._begin()
+
+    def step_begins(self, timestep: Any) -> None:
+        """The scheduler is stepped: with the timestep of this step, and by the thread whose run it is."""
+        self._check_not_displaced()
+        run = self._run
+        if run is None or run.finished:
+            return
+        run.check_thread()
+        if run.untouched:
+            return
+        if scheduler_watch.is_another_step(timestep, self._timesteps, run.step):
+            run.failed = True
+            raise RunError(
+                f"step {run.step} was stepped with timestep {float(timestep):g}, which belongs to another step: this "
+                "run does not begin at the first step, or leaves one out (image-to-image does). A schedule is for "
+                "whole runs; uncompile the pipeline for this one"
+            )
+
+    def step_ends(self) -> None:
+        """The step is over."""
+        with self._exclusively():
+            run = self._run
+            if run is None or run.untouched or run.finished:
+                return
+            run.advance()
+            if run.finished:
+                self.last_stats, self._run = run.stats, None
+
+    # ---- inside
+
+    def _call(self, call: Call, uncached: Callable[[], Any]) -> Any:
+        """One call of the denoiser; `uncached` is what runs in its place outside of a pipeline's runs."""
+        if self._pipeline is not None:
+            return self._call_in_pipeline(call, uncached)
+        run = self._run or self._begin()
+        run.check_thread()
+        output = run.call(call)
+        run.advance()
+        return output
+
+    def _call_in_pipeline(self, call: Call, uncached: Callable[[], Any]) -> Any:
+        pipeline = self.pipeline
+        if pipeline is not None and pipeline.scheduler is not self._scheduler:
+            # Replaced since the last call (from_config makes a new object): its run has just begun.
+            self._follow(pipeline.scheduler)
+            self._begin()
+        self._check_not_displaced()
+        run = self._run
+        if run is None:
+            self._warn_outside_run()
+            return uncached()
+        run.check_thread()
+        if run.untouched:
+            self._check_steps()
+            run.key = tuple(self._timesteps.tolist()) if self._timesteps is not None else None
+        return run.call(call)
+
+    def _warn_outside_run(self) -> None:
+        if not self._warned_outside:
+            log.warning(
+                "%s was called outside a sampling run (its pipeline's scheduler set no timesteps): nothing is cached",
+                self._model_name,
+            )
+            self._warned_outside = True
+
+    def _check_steps(self) -> None:
+        timesteps = getattr(self._scheduler, "timesteps", None)
+        self._timesteps = timesteps.cpu() if isinstance(timesteps, torch.Tensor) else None
+        if timesteps is None:
+            return
+        asked, expected = len(timesteps), self.schedule.steps
+        if asked != expected:
+            name = type(self._scheduler).__name__
+            raise ScheduleMismatchError(
+                f"the schedule is for {expected} steps, the pipeline asked for {asked} ({name} counts {asked} model "
+                f"evaluations a run). Use a schedule for {asked}, or pass num_inference_steps so that {name} makes "
+                f"{expected} steps"
+            )
+
+    def _follow(self, scheduler: Any) -> None:
+        current = scheduler_watch.listener_of(scheduler)
+        if current is not None and current is not self:
+            raise HarmonicaError("this scheduler already drives another compiled model; give each pipeline its own")
+        if self._scheduler is not None and scheduler_watch.listener_of(self._scheduler) is self:
+            scheduler_watch.unwatch(self._scheduler)
+        scheduler_watch.watch(scheduler, self)
+        self._scheduler = scheduler
+
+    def _begin(self) -> Run:
+        current = threading.get_ident()
+        if self._run is not None and not self._run.untouched:
+            self.last_stats = self._run.stats
+            owner = self._run.thread
+            if self._pipeline is not None and owner is not None and owner != current:
+                self._displaced.add(owner)
+        self._displaced.discard(current)
+        self._run = Run(self.schedule, self.engine, any_thread=self._pipeline is None)
+        return self._run
+
+    def _check_not_displaced(self) -> None:
+        if threading.get_ident() in self._displaced:
+            raise ConcurrentRunError(
+                "another thread began a sampling run on this compiled model before this thread's was over. Use one "
+                "compiled model (and one pipeline) for each thread, or let the runs take turns"
+            )
+
+    @contextmanager
+    def _exclusively(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise ConcurrentRunError(
+                f"{self._model_name} is in a call in another thread. Use one compiled model (and one "
+                "pipeline) for each thread, or let the runs take turns"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()

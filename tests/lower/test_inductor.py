@@ -1,0 +1,140 @@
+"""The `inductor` lowering: one compilation for each unique region, live weights, and errors that say what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor
+from torch import Tensor, fx, nn
+from torch._dynamo.utils import counters
+
+import harmonica_rt as hrt
+from harmonica_rt import Schedule, find_sites
+from harmonica_rt.capture.call import CallConvention
+from harmonica_rt.capture.graph import capture
+from harmonica_rt.capture.roles import roles
+from harmonica_rt.errors import RegionError
+from harmonica_rt.indices import StepIndex
+from harmonica_rt.lower.inductor import CompiledRegion, InductorLowering
+from harmonica_rt.passes.regions import Region
+from harmonica_rt.plan.plan import build_plan
+from tests import tiny
+from tests.models import Stack, stack, stack_call
+from tests.passes.test_regions import dit, dit_call, random_schedule
+
+STEPS = 4
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
+    """What is given to Inductor, which is not run: a graph stands for what it would be compiled to."""
+    given: list[fx.GraphModule] = []
+
+    def compile(module: fx.GraphModule, examples: list[Tensor], options: dict[str, Any]) -> Any:
+        assert len(examples) == len(module.graph.find_nodes(op="placeholder"))
+        given.append(module)
+        return module.forward
+
+    monkeypatch.setattr(torch._inductor, "compile", compile)
+    return given
+
+
+def lowered(model: nn.Module, call: dict[str, Any], schedule: Schedule) -> InductorLowering:
+    normal = CallConvention(model).normalise((), call)
+    return InductorLowering(build_plan(capture(model, normal, schedule.sites), schedule), roles(normal))
+
+
+def test_compilations_grow_neither_with_blocks_nor_with_patterns(compilations: list[fx.GraphModule]) -> None:
+    counts, calls = set(), []
+    for layers, patterns in ((4, 8), (8, 8), (8, 3)):
+        compilations.clear()
+        model = dit(layers)
+        lowering = lowered(model, dit_call(), random_schedule(find_sites(model), patterns))
+        counts.add(len(compilations))
+        assert lowering.regions == len(compilations) <= 8
+        calls.append(sum(lowering.region_calls))
+    assert counts == {5}  # patch embedding with and without the first attention, attention, feed-forward, the tail
+    assert calls[1] > calls[0] > 5
+
+
+def test_catching_up_compiles_nothing_new(compilations: list[fx.GraphModule]) -> None:
+    model = dit(2)
+    normal = CallConvention(model).normalise((), dit_call())
+    plan = build_plan(capture(model, normal, find_sites(model)), random_schedule(find_sites(model), 4))
+    lowering = InductorLowering(plan, roles(normal))
+    before = len(compilations)
+    for step in range(2, 5):
+        graph, _ = plan.catch_up_graph(StepIndex(step))
+        lowering.program(graph)
+    assert len(compilations) == lowering.regions == before
+
+
+def run(compiled: Any, steps: int = STEPS) -> list[Tensor]:
+    compiled.reset()
+    return [compiled(**stack_call(step)) for step in range(steps)]
+
+
+def test_compiled_regions_give_what_the_model_gives_and_see_its_weights() -> None:
+    model = stack()
+    schedule = Schedule.every(2, steps=STEPS, sites=find_sites(model))
+    compiled = hrt.compile(model, schedule, lowering="inductor", strict=True, debug=True)
+    truth = hrt.reference(model, schedule)
+    counters.clear()
+
+    def agree() -> None:
+        # all outputs of a run are looked at when it is over: none may lie in a slot, which debug mode has overwritten
+        torch.testing.assert_close(run(compiled), run(truth))
+
+    agree()
+    plan = compiled.report().plans[0]
+    assert plan.regions == counters["aot_autograd"]["total"] > 0
+    assert f"{plan.regions} unique regions compiled in" in str(compiled.report())
+    assert sum(plan.region_calls) > plan.regions
+    assert 0 < plan.region_seconds < plan.lower_seconds
+    with torch.no_grad():
+        model.blocks[1].mlp[0].weight.mul_(3)  # type: ignore[index,union-attr]
+    agree()
+    model.blocks[0].mlp[2].bias = nn.Parameter(torch.ones(8))  # type: ignore[index,union-attr]
+    agree()
+    with torch.inference_mode():
+        agree()
+    assert counters["aot_autograd"]["total"] == plan.regions  # none of this compiles again
+
+
+def test_half_precision_is_within_the_measured_tolerance() -> None:
+    """Inductor rounds less often than eager PyTorch does; tests/parity has other dtypes."""
+    model = tiny.dit().transformer.to(torch.bfloat16)
+    calls = [{**dit_call(), "hidden_states": torch.randn(2, 4, 4, 4).bfloat16()} for _ in range(STEPS)]
+    assert hrt.verify(model, tiny.random_schedule(model, STEPS), calls=calls, lowering="inductor").ok
+
+
+def region(inputs: list[Tensor]) -> Region:
+    graph = fx.Graph()
+    a, b = graph.placeholder("a"), graph.placeholder("b")
+    total = graph.call_function(torch.ops.aten.add.Tensor, (a, b))
+    graph.output((graph.call_function(torch.ops.aten.exp.default, (total,)),))
+    return Region(graph, tuple(inputs), "add, exp", "add to exp")
+
+
+def test_inputs_that_lie_differently_are_laid_out_anew() -> None:
+    a, b = torch.randn(3, 5), torch.randn(5).expand(3, 5)
+    compiled = CompiledRegion(region([a, b]), "region")
+    expected = (a + b).exp()
+    for given in ((a, b), (a.t().contiguous().t(), b), (a, b.contiguous())):
+        (got,) = compiled(*given)
+        torch.testing.assert_close(got, expected)
+        assert got.stride() == expected.stride()
+
+
+def test_what_cannot_be_compiled_says_where_and_what_to_do() -> None:
+    model: Stack = stack()
+    schedule = Schedule.every(2, steps=STEPS, sites=find_sites(model))
+    compiled = hrt.compile(model, schedule, lowering="inductor", strict=True)
+    broken = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
+    with (
+        torch._inductor.config.patch(broken),
+        pytest.raises(RegionError, match=r"blocks\.0\.mlp.*no-such-compiler.*lowering='fused'"),
+    ):
+        compiled(**stack_call(0))
