@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -57,20 +58,52 @@ def listener_of(scheduler: Any) -> Listener | None:
     return found
 
 
-def is_another_step(timestep: Any, timesteps: torch.Tensor | None, step: int) -> bool:
-    """Whether a scheduler was stepped with the timestep of another step than its `step`-th. False when in doubt.
+@dataclass(frozen=True)
+class RunTimesteps:
+    """The timesteps of a run: the scheduler's own tensor `[steps]`, and a copy of it on the CPU."""
 
-    `timesteps` lie on the CPU; a timestep on a GPU is not looked at, since reading it would wait for it.
-    """
-    if timesteps is None or step >= len(timesteps):
-        return False
-    if isinstance(timestep, torch.Tensor):
-        if timestep.device.type != "cpu" or timestep.numel() != 1:
+    own: torch.Tensor
+    known: torch.Tensor
+
+    @classmethod
+    def of(cls, scheduler: Any) -> RunTimesteps | None:
+        """Of the run that `scheduler` is set for. Copying waits for a GPU, once a run. None where it tells none."""
+        own = getattr(scheduler, "timesteps", None)
+        return cls(own, own.cpu()) if isinstance(own, torch.Tensor) and own.dim() == 1 else None
+
+    @property
+    def key(self) -> tuple[float, ...]:
+        """Their values: runs of equal ones are alike."""
+        return tuple(self.known.tolist())
+
+    def belongs_to_another(self, timestep: Any, step: int) -> bool:
+        """Whether `timestep` is that of another step than this one. False when in doubt.
+
+        Reading a value on a GPU would wait for it. Pipelines step with elements of the scheduler's own tensor, though,
+        and which element one is, its address tells.
+        """
+        known = self.known
+        if step >= len(known):
             return False
-        timestep = timestep.item()
-    if not isinstance(timestep, (int, float)) or float(timesteps[step]) == timestep:
-        return False
-    return bool((timesteps == timestep).any())
+        if isinstance(timestep, torch.Tensor):
+            if timestep.numel() != 1:
+                return False
+            if timestep.device.type == "cpu":
+                timestep = timestep.item()
+            else:
+                index = self.position(timestep)
+                return index is not None and bool(known[index] != known[step])
+        if not isinstance(timestep, (int, float)) or float(known[step]) == timestep:
+            return False
+        return bool((known == timestep).any())
+
+    def position(self, timestep: torch.Tensor) -> int | None:
+        """Which element of the scheduler's tensor a tensor is; None for one with memory of its own."""
+        own = self.own
+        if timestep.dtype != own.dtype or timestep.untyped_storage().data_ptr() != own.untyped_storage().data_ptr():
+            return None
+        index, rest = divmod(int(timestep.storage_offset() - own.storage_offset()), max(own.stride(0), 1))
+        return index if rest == 0 and 0 <= index < len(own) else None
 
 
 def _original_class(cls: Any) -> Any:

@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from harmonica_rt.capture.call import Call
 from harmonica_rt.errors import ConcurrentRunError, HarmonicaError, RunError, ScheduleMismatchError
 from harmonica_rt.runtime import scheduler as scheduler_watch
 from harmonica_rt.runtime.engine import Engine
 from harmonica_rt.runtime.run import Run, RunStats
+from harmonica_rt.runtime.scheduler import RunTimesteps
 from harmonica_rt.schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ class Session:
         self._run: Run | None = None
         self._pipeline: weakref.ref[Any] | None = None
         self._scheduler: Any = None
-        self._timesteps: torch.Tensor | None = None  # of the current run, on the CPU
+        self._timesteps: RunTimesteps | None = None  # of the current run
         self._warned_outside = False
         self._displaced: set[int] = set()  # threads in whose pipeline run another thread began its own
 
@@ -89,7 +88,7 @@ class Session:
         run.check_thread()
         if run.untouched:
             return
-        if scheduler_watch.is_another_step(timestep, self._timesteps, run.step):
+        if self._timesteps is not None and self._timesteps.belongs_to_another(timestep, run.step):
             run.failed = True
             raise RunError(
                 f"step {run.step} was stepped with timestep {float(timestep):g}, which belongs to another step: this "
@@ -133,7 +132,7 @@ class Session:
         run.check_thread()
         if run.untouched:
             self._check_steps()
-            run.key = tuple(self._timesteps.tolist()) if self._timesteps is not None else None
+            run.key = self._timesteps.key if self._timesteps is not None else None
         return run.call(call)
 
     def _warn_outside_run(self) -> None:
@@ -146,7 +145,7 @@ class Session:
 
     def _check_steps(self) -> None:
         timesteps = getattr(self._scheduler, "timesteps", None)
-        self._timesteps = timesteps.cpu() if isinstance(timesteps, torch.Tensor) else None
+        self._timesteps = RunTimesteps.of(self._scheduler)
         if timesteps is None:
             return
         asked, expected = len(timesteps), self.schedule.steps
