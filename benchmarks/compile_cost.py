@@ -1,7 +1,11 @@
-"""What compiling costs: seconds and peak memory at DiT-XL/2 geometry, 20 steps with 10 distinct patterns."""
+"""What compiling costs: seconds and peak memory at DiT-XL/2 geometry, 20 steps with 10 distinct patterns.
+
+Also what the `inductor` lowering compiles of it, and what a saved plan takes to load.
+"""
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -43,6 +47,51 @@ def run(*, repeats: int, quick: bool) -> list[Row]:
             compiled.peak / loaded.peak,
             "ratio",
             target="at most 1.15",
+        ),
+        *_load_rows(case, name, model),
+        *_inductor_rows(case, name, schedule),
+    ]
+
+
+def _load_rows(case: models.Case, name: str, model: hrt.CompiledModel) -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "plan.json"
+        model.save(path)
+        size = path.stat().st_size
+        started = time.perf_counter()
+        loaded = hrt.load(path, case.model, strict=True)
+        seconds = time.perf_counter() - started
+    if len(loaded.report().plans) != 1:
+        raise ValueError(f"one plan was saved, {len(loaded.report().plans)} came back")
+    return [
+        Row("compile_cost", case.name, name, "load of the saved plan", seconds, "s"),
+        Row("compile_cost", case.name, name, "saved plan", size, "bytes"),
+    ]
+
+
+def _inductor_rows(case: models.Case, name: str, schedule: hrt.Schedule) -> list[Row]:
+    model = hrt.compile(case.model, schedule, lowering="inductor", strict=True)
+    model(**case.calls[0])
+    report = model.report().plans[0]
+    return [
+        Row("compile_cost", case.name, name, "inductor: compile", report.compile_seconds, "s"),
+        Row("compile_cost", case.name, name, "inductor: of that, regions", report.region_seconds, "s"),
+        Row(
+            "compile_cost",
+            case.name,
+            name,
+            "inductor: regions compiled",
+            report.regions,
+            "count",
+            target="at most 8",
+        ),
+        Row(
+            "compile_cost",
+            case.name,
+            name,
+            "inductor: calls of regions, all programs",
+            sum(report.region_calls),
+            "count",
         ),
     ]
 

@@ -49,7 +49,7 @@ def dit(layers: int, heads: int, head_dim: int) -> nn.Module:
 def dit_on_meta(layers: int, heads: int, head_dim: int, sample_size: int) -> nn.Module:
     """A DiT with patches of 2, without memory for its weights."""
     with torch.device("meta"):
-        return DiTTransformer2DModel(
+        model: nn.Module = DiTTransformer2DModel(
             num_attention_heads=heads,
             attention_head_dim=head_dim,
             in_channels=4,
@@ -61,6 +61,7 @@ def dit_on_meta(layers: int, heads: int, head_dim: int, sample_size: int) -> nn.
             num_embeds_ada_norm=NULL_CLASS,
             activation_fn="gelu-approximate",
         ).eval()
+    return model
 
 
 def pixart_xl(batch: int, steps: int) -> Case:
@@ -73,7 +74,7 @@ def pixart_xl(batch: int, steps: int) -> Case:
 def pixart_on_meta(sample_size: int, *, sized: bool = False) -> nn.Module:
     """PixArt-XL/2, 28 blocks of width 1152, without memory for its weights; `sized`: told its size (alpha 1024)."""
     with torch.device("meta"):
-        return PixArtTransformer2DModel(
+        model: nn.Module = PixArtTransformer2DModel(
             num_attention_heads=16,
             attention_head_dim=72,
             in_channels=4,
@@ -85,6 +86,7 @@ def pixart_on_meta(sample_size: int, *, sized: bool = False) -> nn.Module:
             caption_channels=4096,
             use_additional_conditions=sized,
         ).eval()
+    return model
 
 
 def pixart_calls(model: nn.Module, rows: int, steps: int, text_tokens: int) -> list[dict[str, Any]]:
@@ -120,7 +122,8 @@ def flux_on_meta(double: int = 19, single: int = 38) -> nn.Module:
         single: blocks of one stream.
     """
     with torch.device("meta"):
-        return FluxTransformer2DModel(num_layers=double, num_single_layers=single, guidance_embeds=True).eval()
+        model: nn.Module = FluxTransformer2DModel(num_layers=double, num_single_layers=single, guidance_embeds=True)
+    return model.eval()
 
 
 def flux_calls(model: nn.Module, rows: int, steps: int, *, side: int, text_tokens: int) -> list[dict[str, Any]]:

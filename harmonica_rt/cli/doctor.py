@@ -38,7 +38,11 @@ def doctor() -> None:
     _line("C++ ops", "built" if build.extension else f"not built: {build.reason}")
     _line("ops on CPU", "C++" if build.extension else "PyTorch reference")
     _line("ops on CUDA", "Triton" if importlib.util.find_spec("triton") else "PyTorch reference: no triton")
-    _line("lowerings", "plain (the model's own operators), fused (with the ops above)")
+    _line(
+        "lowerings",
+        "fused (with the ops above), inductor (fused, the rest compiled), plain (bit for bit)",
+    )
+    _line("CUDA graphs", "one a step program" if torch.cuda.is_available() else "none: no CUDA device")
     if not build.extension and not build.chosen:
         console.print("[yellow]the C++ ops were meant to be built; see the reason above[/]")
         raise typer.Exit(1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,10 +46,15 @@ class Session:
         self._warned_outside = False
         self._displaced: set[int] = set()  # threads in whose pipeline run another thread began its own
 
-    def reset(self) -> None:
-        """Begin a new run: the next call is step 0. A pipeline's denoiser does it by itself."""
+    def reset(self, timesteps: Sequence[float] | None = None) -> None:
+        """Begin a new run: the next call is step 0. A pipeline's denoiser does it by itself.
+
+        Args:
+            timesteps: of the run, in any scale; tells that it is like earlier runs of equal ones. On a GPU, where
+                comparing timesteps would wait for the device, only runs that say so compute timestep work beforehand.
+        """
         with self._exclusively():
-            self._begin()
+            self._begin().key = None if timesteps is None else tuple(float(value) for value in timesteps)
 
     @property
     def stats(self) -> RunStats | None:

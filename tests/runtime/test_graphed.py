@@ -154,8 +154,7 @@ class TestTimesteps:
     KEY = tuple(float(step) for step in range(STEPS))
 
     def run(self, compiled: CompiledModel, first: int = 0, key: tuple[float, ...] | None = KEY) -> list[torch.Tensor]:
-        compiled.reset()
-        compiled._run.key = key
+        compiled.reset(key)
         return [compiled(**stack_call(first + step)) for step in range(STEPS)]
 
     def test_a_wrong_timestep_is_raised_at_the_end_and_the_next_run_is_right(self, model: Stack) -> None:

@@ -29,8 +29,7 @@ def call_of(step: int) -> dict[str, torch.Tensor]:
 
 def run(compiled: Any, first: int = 0) -> list[torch.Tensor]:
     """One run, as if a scheduler drove it; every output kept as it was handed over."""
-    compiled.reset()
-    compiled._run.key = KEY
+    compiled.reset(KEY)
     return [compiled(**call_of(first + step)) for step in range(STEPS)]
 
 
@@ -68,8 +67,7 @@ def test_no_step_of_a_foreseen_run_waits_for_the_device(model: Stack) -> None:
     compiled = hrt.compile(model, schedule, graphs="on", strict=True)
     run(compiled), run(compiled)
     calls = [call_of(step) for step in range(STEPS)]
-    compiled.reset()
-    compiled._run.key = KEY
+    compiled.reset(KEY)
     compiled(**calls[0]), compiled(**calls[1])  # conditioning is told from what stays the same between these
     torch.cuda.set_sync_debug_mode("error")
     try:
