@@ -89,7 +89,7 @@ def _inductor_rows(case: models.Case, name: str, schedule: hrt.Schedule) -> list
             "compile_cost",
             case.name,
             name,
-            "inductor: calls of regions, all programs",
+            "inductor: calls of regions",
             sum(report.region_calls),
             "count",
         ),

@@ -197,7 +197,7 @@ def test_doctor_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 0
     assert torch.__version__ in result.output
     assert "none found (NVML Shared Library Not Found)" in result.output
-    assert "lowerings      plain" in result.output
+    assert "lowerings      fused" in result.output
     assert "ops on CUDA    Triton" in result.output
 
 
