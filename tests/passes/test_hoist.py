@@ -106,7 +106,7 @@ def test_the_body_keeps_what_sees_the_latents() -> None:
 def values(prologue: Prologue, model: nn.Module, captured: CapturedGraph, call: dict[str, torch.Tensor]) -> Any:
     weights = dict(model.named_parameters())
     lowered = LoweredPrologue(prologue, captured.root, STEPS)
-    stream = StreamPrologue(lowered, lambda part: part.bind(weights, captured.constants))
+    stream = StreamPrologue(lowered, lambda part: part.bind(weights, captured.constants), key=None, comparable=True)
     return stream.at(0, CallConvention(model).normalise((), call))  # type: ignore[arg-type]
 
 
