@@ -44,6 +44,7 @@ WARNINGS = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]
 INSTALL_REQUIRES = [
     "torch>=2.10",
     "diffusers>=0.36",
+    "huggingface_hub>=0.34",
     "numpy>=1.26",
     "safetensors>=0.4",
     "typer>=0.12",

@@ -136,12 +136,11 @@ def read_known(name: str) -> bytes:
     return (resources.files("harmonica_rt.schedule") / _KNOWN / f"{name}.json").read_bytes()
 
 
-def parse(data: bytes) -> ScheduleFields:
-    """The fields of a schedule file, checked for everything that `Schedule` does not check itself.
+def read_object(data: bytes, refusal: str) -> dict[str, Any]:
+    """The JSON object in `data`, read strictly.
 
     Raises:
-        ScheduleError: not UTF-8, not JSON, duplicate keys, NaN or Infinity, a format or version that is not
-            read, missing or unknown fields, wrong types, wrong lengths, entries other than 0 and 1.
+        ScheduleError: beginning with `refusal`: not UTF-8, not JSON, no object; or a key that stands twice.
     """
     try:
         document = json.loads(
@@ -151,15 +150,24 @@ def parse(data: bytes) -> ScheduleFields:
             parse_int=_int,
         )
     except UnicodeDecodeError as error:
-        raise ScheduleError(f"not a schedule file: not UTF-8 text ({error})") from error
+        raise ScheduleError(f"{refusal}: not UTF-8 text ({error})") from error
     except json.JSONDecodeError as error:
-        raise ScheduleError(
-            f"not a schedule file: not JSON, {error.msg} at line {error.lineno}, column {error.colno}"
-        ) from error
+        raise ScheduleError(f"{refusal}: not JSON, {error.msg} at line {error.lineno}, column {error.colno}") from error
     except RecursionError as error:
-        raise ScheduleError("not a schedule file: JSON nested too deep") from error
+        raise ScheduleError(f"{refusal}: JSON nested too deep") from error
     if not isinstance(document, dict):
-        raise ScheduleError(f"not a schedule file: expected a JSON object, got {_type(document)}")
+        raise ScheduleError(f"{refusal}: expected a JSON object, got {_type(document)}")
+    return document
+
+
+def parse(data: bytes) -> ScheduleFields:
+    """The fields of a schedule file, checked for everything that `Schedule` does not check itself.
+
+    Raises:
+        ScheduleError: not UTF-8, not JSON, duplicate keys, NaN or Infinity, a format or version that is not
+            read, missing or unknown fields, wrong types, wrong lengths, entries other than 0 and 1.
+    """
+    document = read_object(data, "not a schedule file")
     _check_header(document)
     _check_fields(document, "", _REQUIRED, _OPTIONAL)
     sites = check_sites(check_sequence(document["sites"], "sites"))

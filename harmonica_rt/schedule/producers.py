@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harmonica_rt.errors import ScheduleError
+from harmonica_rt.schedule.checks import check_sequence
 
 StepMask = str | Sequence[int]
 """1 = compute at this step, 0 = reuse: `"1010"` or `[1, 0, 1, 0]`."""
@@ -68,10 +69,10 @@ def step_mask(mask: StepMask | Mapping[str, StepMask], sites: Sequence[str]) -> 
             a pattern that decides no site (a typo, or hidden by an earlier one).
     """
     if not isinstance(mask, Mapping):
-        return np.repeat(_bits(mask, "mask")[:, None], len(sites), axis=1)
+        return np.repeat(mask_column(mask, "mask")[:, None], len(sites), axis=1)
     if not mask:
         raise ScheduleError("mask: expected at least one pattern, got an empty mapping")
-    columns = {pattern: _bits(bits, f"mask[{pattern!r}]") for pattern, bits in mask.items()}
+    columns = {pattern: mask_column(bits, f"mask[{pattern!r}]") for pattern, bits in mask.items()}
     lengths = {pattern: len(bits) for pattern, bits in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ScheduleError(f"mask: the masks must be equally long, one entry a step; got lengths {lengths}")
@@ -94,10 +95,11 @@ def _first_match(site: str, patterns: Mapping[str, object]) -> str:
     )
 
 
-def _bits(mask: StepMask, field: str) -> NDArray[np.bool_]:
-    entries = list(mask)
+def mask_column(mask: object, field: str) -> NDArray[np.bool_]:
+    """A step mask as bools `[steps]`, or ScheduleError naming `field`."""
+    entries = list(mask if isinstance(mask, str) else check_sequence(mask, field))
     for step, entry in enumerate(entries):
-        if not (entry in ("0", "1") if isinstance(mask, str) else entry in (0, 1)):
+        if entry not in (("0", "1") if isinstance(mask, str) else (0, 1)):
             raise ScheduleError(f"{field}: expected only 0 (reuse) and 1 (compute), got {entry!r} at step {step}")
     if not entries:
         raise ScheduleError(f"{field}: expected one entry a step, got none")

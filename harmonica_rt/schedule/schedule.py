@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from harmonica_rt.errors import ScheduleError
-from harmonica_rt.schedule import draw, format, producers, routers
+from harmonica_rt.schedule import draw, format, hub, interchange, producers, routers
 from harmonica_rt.schedule.checks import (
     check_compute,
     check_number,
@@ -24,6 +24,7 @@ from harmonica_rt.schedule.checks import (
     check_sites,
     check_timesteps,
 )
+from harmonica_rt.schedule.format import ScheduleFileNotFoundError
 from harmonica_rt.schedule.provenance import MadeBy, ModelInfo, SamplerInfo
 
 if TYPE_CHECKING:
@@ -198,6 +199,40 @@ class Schedule:
         return cls(**routers.read_router(path, sites=names, steps=steps, threshold=threshold, kind=kind))
 
     @classmethod
+    def from_smoothcache(
+        cls, path: FilePath, *, sites: Iterable[str], components: Mapping[str, str] | None = None
+    ) -> Schedule:
+        """From a schedule file of SmoothCache (arXiv 2411.10510).
+
+        A site without a list computes at every step, as it does there. `components` renames: `{"attn": "attn1", "mlp":
+        "ff"}` where a file made for a model with `attn` and `mlp` is for one whose modules are `attn1` and `ff`.
+
+        Raises:
+            ScheduleError: not such a file, or one with lists that decide no site.
+        """
+        names, source = check_sites(sites), os.fspath(path)
+        try:
+            lists = format.read_object(format.read_bytes(source), "not a schedule of SmoothCache")
+            mask = interchange.smoothcache_mask(lists, names, components or {})
+            return cls(mask, names, made_by=MadeBy("smoothcache"))
+        except ScheduleFileNotFoundError:
+            raise
+        except ScheduleError as error:
+            raise ScheduleError(f"{source}: {error}") from error
+
+    @classmethod
+    def from_pretrained(cls, repo_or_dir: FilePath, *, filename: str = hub.FILE, **download: Any) -> Schedule:
+        """From a folder that `save_pretrained` wrote, or a repository of the Hugging Face hub, `owner/name`.
+
+        `download` goes to `huggingface_hub.hf_hub_download`: `revision`, `token`, `cache_dir`, `local_files_only`, ...
+
+        Raises:
+            ScheduleFileNotFoundError: no such folder, repository or file; or neither the hub nor its cache has it.
+            ScheduleError: the file is malformed.
+        """
+        return cls.load(hub.find_file(repo_or_dir, filename, **download))
+
+    @classmethod
     def load(cls, path: FilePath) -> Schedule:
         """Read a schedule file (docs/schedule-format.md).
 
@@ -228,6 +263,59 @@ class Schedule:
     def save(self, path: FilePath) -> None:
         """Write the schedule as JSON (docs/schedule-format.md), whole or not at all."""
         format.write_atomically(os.fspath(path), format.to_text(self))
+
+    def save_pretrained(self, folder: FilePath, *, base_model: str | None = None) -> None:
+        """Write `schedule.json`, a heat map and a card (README.md) to a folder.
+
+        A card of another library, such as a model's, is left as it is. `base_model` is the hub's id of the model.
+        """
+        hub.write_folder(self, folder, base_model)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        base_model: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        message: str = "Add a cache schedule",
+    ) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face hub, in one commit.
+
+        Args:
+            repo_id: `owner/name`; made if it does not exist. The model's own repository will do.
+            base_model: the hub's id of the model, for the card.
+            private: of a new repository.
+            token: of the hub; by default the one that is logged in.
+            revision: the branch.
+            message: of the commit.
+
+        Returns:
+            The commit's URL.
+
+        Raises:
+            huggingface_hub.errors.HfHubHTTPError: the hub refuses.
+        """
+        return hub.push(
+            self, repo_id, base_model=base_model, private=private, token=token, revision=revision, message=message
+        )
+
+    def save_smoothcache(self, path: FilePath, *, components: Mapping[str, str] | None = None) -> None:
+        """Write the schedule as SmoothCache's JSON; `components` as in `from_smoothcache`.
+
+        Raises:
+            ScheduleError: two sites of the same name in blocks of the same number are reused differently.
+        """
+        format.write_atomically(os.fspath(path), interchange.smoothcache_text(self, components or {}))
+
+    def step_mask(self) -> list[int]:
+        """One entry a step, 1 = compute: cache-dit's `steps_computation_mask`; `from_mask` reads it.
+
+        Raises:
+            ScheduleError: a step computes some sites and reuses others.
+        """
+        return interchange.step_mask_of(self)
 
     def plot(self, path: FilePath | None = None) -> Figure:
         """Steps x sites as a heat map, a panel a kind of site; saved to `path` (PNG, SVG, PDF) if given."""

@@ -1,0 +1,143 @@
+"""Schedules in a folder or a repository of the Hugging Face hub: the file, its picture, and a card.
+
+`huggingface_hub` is imported by the functions that need it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harmonica_rt.errors import ScheduleError
+from harmonica_rt.schedule.format import ScheduleFileNotFoundError
+from harmonica_rt.schedule.provenance import check_mapping
+
+if TYPE_CHECKING:
+    from harmonica_rt.schedule.schedule import Schedule
+
+FILE, PICTURE, CARD = "schedule.json", "schedule.png", "README.md"
+LIBRARY = "harmonica-rt"  # `library_name` of our cards
+
+
+def find_file(repo_or_dir: str | os.PathLike[str], filename: str, **download: Any) -> str:
+    """The path of a schedule file in a folder, or in the hub's cache after a download where it is not there yet.
+
+    Args:
+        repo_or_dir: a folder, or the id of a repository, `owner/name`.
+        filename: within it.
+        download: further arguments of `huggingface_hub.hf_hub_download`: `revision`, `token`, `cache_dir`,
+            `local_files_only`, ...
+
+    Raises:
+        ScheduleFileNotFoundError: no such folder or repository, or no such file in it; or the hub is out of reach and
+            nothing is in the cache.
+    """
+    folder = Path(repo_or_dir)
+    if folder.is_dir():
+        return str(folder / filename)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        path: str = hf_hub_download(os.fspath(repo_or_dir), filename, **download)
+    except HFValidationError as error:
+        raise ScheduleFileNotFoundError(f"{repo_or_dir}: no such folder, and no repository's id: {error}") from error
+    except OSError as error:  # all that the hub refuses, and all that keeps us from it
+        raise ScheduleFileNotFoundError(f"{repo_or_dir}: no {filename} to be had: {error}") from error
+    return path
+
+
+def write_folder(schedule: Schedule, folder: str | os.PathLike[str], base_model: str | None) -> None:
+    """Write the schedule, its picture and its card; another library's card is left as it is."""
+    target = Path(folder)
+    if target.is_file():
+        raise ScheduleError(f"{target}: expected a folder, and it is a file; `save` writes single files")
+    target.mkdir(parents=True, exist_ok=True)
+    schedule.save(target / FILE)
+    schedule.plot(target / PICTURE)
+    if not (target / CARD).exists() or is_ours((target / CARD).read_text("utf-8")):
+        (target / CARD).write_text(card(schedule, base_model), "utf-8")
+
+
+def push(
+    schedule: Schedule,
+    repo_id: str,
+    *,
+    base_model: str | None,
+    private: bool | None,
+    token: str | None,
+    revision: str | None,
+    message: str,
+) -> str:
+    """Upload the schedule, its picture and its card in one commit; the URL of the commit."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(schedule, folder, base_model)
+        if api.file_exists(repo_id, CARD, revision=revision):
+            theirs = api.hf_hub_download(repo_id, CARD, revision=revision)
+            if not is_ours(Path(theirs).read_text("utf-8")):
+                (Path(folder) / CARD).unlink()
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message)
+    return str(commit.commit_url)
+
+
+def is_ours(text: str) -> bool:
+    """Whether this card is one that we wrote."""
+    from huggingface_hub import ModelCard
+
+    return bool(ModelCard(text, ignore_metadata_errors=True).data.get("library_name") == LIBRARY)
+
+
+def card(schedule: Schedule, base_model: str | None) -> str:
+    """The card in Markdown: what the schedule saves, for what it was made and how, and how to use it."""
+    from huggingface_hub import ModelCardData
+
+    header = ModelCardData(library_name=LIBRARY, base_model=base_model, tags=["diffusion", "feature-caching"])
+    kinds = [[f"`{kind}`", f"{cur:.1%}"] for kind, cur in schedule.cur_per_kind().items()]
+    figures = [
+        ["steps", str(schedule.steps)],
+        ["sites", str(len(schedule.sites))],
+        ["reused (CUR)", f"{schedule.cur:.2%}"],
+        ["different steps", str(schedule.patterns)],
+    ]
+    made_for = []
+    if schedule.model is not None:
+        fingerprint = schedule.model.config_fingerprint
+        made_for.append(
+            ["model", f"`{schedule.model.class_name}`" + (f", config `{fingerprint}`" if fingerprint else "")]
+        )
+    if schedule.sampler is not None:
+        made_for.append(["sampler", f"`{schedule.sampler.class_name}`"])
+    if schedule.guidance is not None:
+        made_for.append(["guidance", f"{schedule.guidance:g}"])
+    if schedule.made_by is not None:
+        made_for.append(["method", schedule.made_by.method])
+        parameters = check_mapping(schedule.made_by.hyper_parameters, "hyper_parameters").plain()
+        made_for += [[f"`{name}`", f"`{json.dumps(value)}`"] for name, value in sorted(parameters.items())]
+    return "\n".join(
+        [
+            f"---\n{header.to_yaml()}\n---\n",
+            "# A static cache schedule\n",
+            "Which attention and feed-forward outputs of a Diffusion Transformer to compute at every denoising step,",
+            "and which to reuse from an earlier one. harmonica-rt runs it.\n",
+            f"![Steps down, sites across; dark is computed, light is reused]({PICTURE})\n",
+            _table("figure", "", figures),
+            _table("kind of site", "reused", kinds),
+            *([_table("made", "", made_for)] if made_for else []),
+            "```python",
+            "import harmonica_rt as hrt\n",
+            'schedule = hrt.Schedule.from_pretrained("this repository or folder")',
+            "hrt.compile(pipe, schedule)",
+            "```\n",
+        ]
+    )
+
+
+def _table(left: str, right: str, rows: list[list[str]]) -> str:
+    return "\n".join(f"| {a} | {b} |" for a, b in [[left, right], ["---", "---"], *rows]) + "\n"

@@ -1,0 +1,94 @@
+"""Schedules as other tools write them: SmoothCache's JSON and cache-dit's step masks.
+
+SmoothCache (arXiv 2411.10510) keeps a list of 0 and 1 for each `component`, or for each `component-block`: 1 = compute.
+A component is the last name of a module's path and a block the name before it. The list of a block goes before that of
+its component, and a module without a list computes at every step.
+
+cache-dit's `steps_computation_mask` is one list of 0 and 1 for the whole model: 1 = compute the step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harmonica_rt.errors import ScheduleError
+from harmonica_rt.schedule.producers import mask_column
+
+if TYPE_CHECKING:
+    from harmonica_rt.schedule.schedule import Schedule
+
+
+def smoothcache_mask(
+    lists: Mapping[str, object], sites: Sequence[str], components: Mapping[str, str]
+) -> NDArray[np.bool_]:
+    """The mask `[steps, sites]` that SmoothCache's `lists` are for these sites.
+
+    Args:
+        lists: what the file holds.
+        sites: dotted module paths.
+        components: names of components in the file, and those of the model's modules where they differ.
+
+    Raises:
+        ScheduleError: something else than lists of 0 and 1 of one length, or one that decides no site.
+    """
+    columns = {key: mask_column(value, key) for key, value in lists.items()}
+    lengths = {key: len(column) for key, column in columns.items()}
+    if len(set(lengths.values())) != 1:
+        raise ScheduleError(f"expected lists of one length, one entry a step; got lengths {lengths}")
+    steps = next(iter(lengths.values()))
+    names = {ours: theirs for theirs, ours in components.items()}
+    keys = [[key for key in _keys(site, names) if key in columns] for site in sites]
+    if idle := columns.keys() - {found[0] for found in keys if found}:
+        raise ScheduleError(
+            f"the lists {sorted(idle)} decide no site: expected the last name of a site's path, as in {sites[0]!r}, "
+            f"with or without '-' and the block's number; say components={{name in the file: name in the model}} where "
+            f"they differ"
+        )
+    return np.stack([columns[found[0]] if found else np.ones(steps, np.bool_) for found in keys], axis=1)
+
+
+def smoothcache_text(schedule: Schedule, components: Mapping[str, str]) -> str:
+    """The file that SmoothCache reads: a list for a component where all its blocks agree, else one for each block."""
+    names = {ours: theirs for theirs, ours in components.items()}
+    blocks: dict[str, NDArray[np.bool_]] = {}
+    kinds: dict[str, list[str]] = {}
+    for site, column in zip(schedule.sites, schedule.compute.T, strict=True):
+        block, component = _keys(site, names)
+        if block in blocks and not np.array_equal(blocks[block], column):
+            raise ScheduleError(f"{site}: SmoothCache calls it {block!r}, and so another site that is reused otherwise")
+        blocks[block] = column
+        kinds.setdefault(component, []).append(block)
+    lists: dict[str, NDArray[np.bool_]] = {}
+    for component, of_kind in kinds.items():
+        agree = all(np.array_equal(blocks[block], blocks[of_kind[0]]) for block in of_kind)
+        lists |= {component: blocks[of_kind[0]]} if agree else {block: blocks[block] for block in of_kind}
+    lines = [f"  {json.dumps(key)}: {json.dumps(column.astype(int).tolist())}" for key, column in lists.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def step_mask_of(schedule: Schedule) -> list[int]:
+    """One 0 or 1 a step.
+
+    Raises:
+        ScheduleError: a step that computes some sites and reuses others.
+    """
+    mixed = np.flatnonzero(schedule.compute.any(axis=1) & ~schedule.compute.all(axis=1))
+    if len(mixed):
+        reused = int((~schedule.compute[mixed[0]]).sum())
+        raise ScheduleError(
+            f"step {mixed[0]} reuses {reused} of {len(schedule.sites)} sites and computes the others; a step mask "
+            f"knows whole steps only ({len(mixed)} of {schedule.steps} steps are mixed)"
+        )
+    return [int(step) for step in schedule.compute[:, 0]]
+
+
+def _keys(site: str, names: Mapping[str, str]) -> tuple[str, str]:
+    """What SmoothCache calls a site, the nearest name first."""
+    *_, block, own = ["", *site.split(".")]
+    component = names.get(own, own)
+    return f"{component}-{block}", component
