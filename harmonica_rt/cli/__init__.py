@@ -17,6 +17,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(schedule.app, name="schedule", help="Show, make, convert and draw schedule files.")
 app.command()(pipeline.demo)
 app.command()(pipeline.sites)
+app.command()(pipeline.recipes)
 app.command()(pipeline.verify)
 app.command()(pipeline.bench)
 app.command()(train)

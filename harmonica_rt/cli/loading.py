@@ -22,26 +22,51 @@ from harmonica_rt.runtime.pipelines import denoiser_module
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load_pipeline(directory: Path, dtype: str = "fp32", device: str = "cpu") -> Any:
-    """The pipeline saved in `directory`, without its own progress bar.
+def load_pipeline(
+    model: Path,
+    dtype: str = "fp32",
+    device: str = "cpu",
+    *,
+    transformer: str | None = None,
+    sampler: str | None = None,
+    sampler_arguments: Sequence[str] = (),
+) -> Any:
+    """The pipeline saved in a directory or on the hub, without its own progress bar.
+
+    Args:
+        model: the directory, or the id on the hub.
+        dtype: of all components.
+        device: where to.
+        transformer: directory or id of a denoiser in the place of the pipeline's.
+        sampler: class of a scheduler in the place of the pipeline's, with its config.
+        sampler_arguments: fields of the scheduler's config, `name=value`.
 
     Raises:
-        HarmonicaError: there is no pipeline, it cannot be loaded, or the dtype or the device is unknown.
+        HarmonicaError: there is no pipeline, it cannot be loaded, or an argument is unknown.
     """
     if dtype not in DTYPES:
         raise HarmonicaError(f"dtype {dtype} is not known; choose one of {', '.join(DTYPES)}")
     place = _device(device)
-    if not (directory / "model_index.json").is_file():
-        raise HarmonicaError(f"{directory} holds no diffusers pipeline (no model_index.json in it)")
+    if not (model / "model_index.json").is_file() and (model.exists() or len(model.parts) != 2 or model.is_absolute()):
+        raise HarmonicaError(f"{model} holds no diffusers pipeline (no model_index.json in it)")
     with nullcontext() if debugging() else _quiet():
-        from diffusers import DiffusionPipeline
+        from diffusers import AutoModel, DiffusionPipeline
 
         load: Any = DiffusionPipeline.from_pretrained
+        what = f"the pipeline in {model}"
         try:
-            pipeline = load(str(directory))
+            components = {}
+            if transformer is not None:
+                what = f"the denoiser in {transformer}"
+                within = "transformer" if not (Path(transformer) / "config.json").is_file() else None
+                components["transformer"] = AutoModel.from_pretrained(transformer, subfolder=within)
+                what = f"the pipeline in {model}"
+            pipeline = load(str(model), **components)
         # a file that is missing or damaged, contents of a wrong value or type, a class or a package that is not there
         except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
-            raise HarmonicaError(f"the pipeline in {directory} cannot be loaded: {error}") from error
+            raise HarmonicaError(f"{what} cannot be loaded: {error}") from error
+    if sampler is not None or sampler_arguments:
+        pipeline.scheduler = _scheduler(pipeline.scheduler, sampler, sampler_arguments)
     pipeline = pipeline.to(place)
     if dtype != "fp32":
         pipeline = pipeline.to(DTYPES[dtype])
@@ -49,9 +74,30 @@ def load_pipeline(directory: Path, dtype: str = "fp32", device: str = "cpu") -> 
     return pipeline
 
 
-def load_denoiser(directory: Path) -> nn.Module:
-    """The denoiser of the pipeline saved in `directory`."""
-    return denoiser_module(load_pipeline(directory))
+def _scheduler(present: Any, sampler: str | None, given: Sequence[str]) -> Any:
+    """The scheduler of the named class (default: the present one's) with the present config and the given fields."""
+    import diffusers
+
+    cls = type(present) if sampler is None else getattr(diffusers, sampler, None)
+    if not (inspect.isclass(cls) and issubclass(cls, diffusers.SchedulerMixin)):
+        raise HarmonicaError(f"--sampler {sampler}: diffusers has no such scheduler; they are named like DDIMScheduler")
+    fields = _pairs("--sampler-arg", given)
+    known = inspect.signature(cls.__init__).parameters
+    if unknown := [name for name in fields if name not in known]:
+        raise HarmonicaError(f"{cls.__name__} has no field {unknown[0]!r}; it has {', '.join(list(known)[1:])}")
+    made: Any = cls
+    try:
+        return made.from_config(present.config, **fields)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise HarmonicaError(
+            f"{cls.__name__} cannot be made of the config of {type(present).__name__}: {error} "
+            "(--sampler-arg sets fields)"
+        ) from error
+
+
+def load_denoiser(model: Path) -> nn.Module:
+    """The denoiser of a saved pipeline."""
+    return denoiser_module(load_pipeline(model))
 
 
 def call_arguments(pipeline: Any, given: Sequence[str], steps: int, guidance: float | None) -> dict[str, Any]:
@@ -68,19 +114,27 @@ def call_arguments(pipeline: Any, given: Sequence[str], steps: int, guidance: fl
         arguments["prompt"] = "a photo"
     if guidance is not None:
         arguments["guidance_scale"] = guidance
+    for name, value in _pairs("--arg", given).items():
+        if name == "generator":
+            raise HarmonicaError(f"--arg {name}: generators are made from --seed")
+        if name not in known:
+            raise HarmonicaError(f"{type(pipeline).__name__} takes no argument {name!r}; it takes {', '.join(known)}")
+        arguments[name] = value
+    return arguments
+
+
+def _pairs(option: str, given: Sequence[str]) -> dict[str, Any]:
+    """`name=value` pairs; values as JSON, else as text."""
+    pairs: dict[str, Any] = {}
     for pair in given:
         name, separator, text = pair.partition("=")
         if not separator:
-            raise HarmonicaError(f"--arg {pair}: expected name=value")
-        if name == "generator":
-            raise HarmonicaError(f"--arg {pair}: generators are made from --seed")
-        if name not in known:
-            raise HarmonicaError(f"{type(pipeline).__name__} takes no argument {name!r}; it takes {', '.join(known)}")
+            raise HarmonicaError(f"{option} {pair}: expected name=value")
         try:
-            arguments[name] = json.loads(text)
+            pairs[name] = json.loads(text)
         except json.JSONDecodeError:
-            arguments[name] = text
-    return arguments
+            pairs[name] = text
+    return pairs
 
 
 def _device(name: str) -> torch.device:

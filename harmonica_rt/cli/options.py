@@ -8,20 +8,54 @@ from typing import Any
 
 import typer
 
+from harmonica_rt.errors import HarmonicaError
+
 PICTURES = (".png", ".svg", ".pdf")
 
-MODEL: Any = typer.Argument(..., metavar="MODEL_DIR", help="A directory that a pipeline was saved in.")
+MODEL: Any = typer.Argument(
+    ..., metavar="MODEL", help="A directory that a pipeline was saved in, or its id on the Hugging Face hub."
+)
 SCHEDULE: Any = typer.Argument(..., metavar="SCHEDULE", help="A schedule file.")
 ARGUMENTS: Any = typer.Option([], "--arg", metavar="NAME=VALUE", help="An argument of the call; may be repeated.")
 GUIDANCE: Any = typer.Option(None, help="Guidance scale (default: the pipeline's own).")
 REPEATS: Any = typer.Option(5, min=1, help="Timed rounds.")
 SEED: Any = typer.Option(0, min=0, max=2**63 - 1, help="Seed of everything that is random.")
+SAMPLER: Any = typer.Option(None, help="Class of the scheduler, such as DDIMScheduler (default: the pipeline's own).")
+SAMPLER_ARGUMENTS: Any = typer.Option(
+    [], "--sampler-arg", metavar="NAME=VALUE", help="A field of the scheduler's config; may be repeated."
+)
+TRANSFORMER: Any = typer.Option(None, help="Another denoiser: a directory or an id on the hub.")
 DTYPE: Any = typer.Option("fp32", help="fp32, bf16 or fp16.")
 LOWERING: Any = typer.Option(
     "fused",
     help="fused (equal up to rounding), inductor (the same, compiled) or plain (slower, bit for bit on CPU).",
 )
 DEVICE: Any = typer.Option("cpu", help="Where to run: cpu, cuda or cuda:N.")
+
+
+def _take_recipes(ctx: typer.Context, names: list[str]) -> list[str]:
+    """Make the options of the recipes the command's defaults; of two recipes the later one wins."""
+    from harmonica_rt.recipes import read
+
+    known = {parameter.name for parameter in ctx.command.params}
+    chosen: dict[str, Any] = {}
+    for name in names:
+        recipe = read(name)
+        options = {**recipe.options, **(recipe.train if ctx.info_name == "train" else {})}
+        if unknown := sorted(set(options) - known):
+            raise HarmonicaError(f"recipe {name}: the command {ctx.info_name} has no option {', '.join(unknown)}")
+        chosen.update(options)
+    ctx.default_map = {**(ctx.default_map or {}), **chosen}
+    return names
+
+
+RECIPE: Any = typer.Option(
+    [],
+    is_eager=True,
+    callback=_take_recipes,
+    metavar="NAME|FILE",
+    help="Options of a known set-up (`harmonica-rt recipes` lists them), under those given here; may be repeated.",
+)
 
 
 def writable(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Commands that load a pipeline: `demo`, `sites`, `verify`, `bench`."""
+"""Commands around a pipeline: `demo`, `sites`, `recipes`, `verify`, `bench`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from harmonica_rt.cli.options import (
     GUIDANCE,
     LOWERING,
     MODEL,
+    RECIPE,
     REPEATS,
+    SAMPLER,
+    SAMPLER_ARGUMENTS,
     SCHEDULE,
     SEED,
+    TRANSFORMER,
     writable_picture,
 )
 from harmonica_rt.errors import HarmonicaError
@@ -109,14 +113,31 @@ def sites(
     console.print(f"[bold]{len(found)} sites of {type(denoiser).__name__}[/]: {counted}")
 
 
+def recipes() -> None:
+    """List the known set-ups that `--recipe` takes."""
+    from rich.table import Table
+
+    from harmonica_rt.recipes import known, read
+
+    table = Table("recipe", "model", "what it is")
+    for name in known():
+        recipe = read(name)
+        table.add_row(name, recipe.model or "", recipe.about)
+    console.print(table)
+
+
 def verify(
     model: Path = MODEL,
     schedule: Path = SCHEDULE,
+    recipe: list[str] = RECIPE,
     arg: list[str] = ARGUMENTS,
     guidance: float | None = GUIDANCE,
     lowering: str = LOWERING,
     seed: int = SEED,
     tolerance: str = typer.Option("auto", help="exact, measured or auto (exact for plain on CPU)."),
+    transformer: str | None = TRANSFORMER,
+    sampler: str | None = SAMPLER,
+    sampler_arg: list[str] = SAMPLER_ARGUMENTS,
     dtype: str = DTYPE,
     device: str = DEVICE,
 ) -> None:
@@ -130,7 +151,9 @@ def verify(
     if tolerance not in get_args(Tolerance):
         raise HarmonicaError(f"--tolerance {tolerance} is not known; choose one of {', '.join(get_args(Tolerance))}")
     chosen = hrt.Schedule.load(schedule)
-    pipeline = load_pipeline(model, dtype, device)
+    pipeline = load_pipeline(
+        model, dtype, device, transformer=transformer, sampler=sampler, sampler_arguments=sampler_arg
+    )
     arguments = call_arguments(pipeline, arg, chosen.steps, guidance)
     report = _checked_parity(pipeline, chosen, arguments, lowering=lowering, seed=seed, tolerance=tolerance)
     console.print(_parity_table(report))
@@ -140,11 +163,15 @@ def verify(
 def bench(
     model: Path = MODEL,
     schedule: Path = SCHEDULE,
+    recipe: list[str] = RECIPE,
     arg: list[str] = ARGUMENTS,
     guidance: float | None = GUIDANCE,
     lowering: str = LOWERING,
     repeats: int = REPEATS,
     seed: int = SEED,
+    transformer: str | None = TRANSFORMER,
+    sampler: str | None = SAMPLER,
+    sampler_arg: list[str] = SAMPLER_ARGUMENTS,
     dtype: str = DTYPE,
     device: str = DEVICE,
 ) -> None:
@@ -156,7 +183,9 @@ def bench(
     from harmonica_rt.demo.measure import compare
 
     chosen = hrt.Schedule.load(schedule)
-    pipeline = load_pipeline(model, dtype, device)
+    pipeline = load_pipeline(
+        model, dtype, device, transformer=transformer, sampler=sampler, sampler_arguments=sampler_arg
+    )
     arguments = call_arguments(pipeline, arg, chosen.steps, guidance)
 
     def generate() -> Any:

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from harmonica_rt.cli.console import console
-from harmonica_rt.cli.options import ARGUMENTS, DEVICE, DTYPE, GUIDANCE, MODEL, SEED, writable
+from harmonica_rt.cli.options import (
+    ARGUMENTS,
+    DEVICE,
+    DTYPE,
+    GUIDANCE,
+    MODEL,
+    RECIPE,
+    SAMPLER,
+    SAMPLER_ARGUMENTS,
+    SEED,
+    TRANSFORMER,
+    writable,
+)
 from harmonica_rt.errors import HarmonicaError
 
 if TYPE_CHECKING:
@@ -21,10 +33,12 @@ _HOW = "How to train"
 
 
 def train(
+    ctx: typer.Context,
     model: Path = MODEL,
     out: Path = typer.Argument(
         ..., metavar="SCHEDULE", dir_okay=False, writable=True, callback=writable, help="Where the schedule goes."
     ),
+    recipe: list[str] = RECIPE,
     steps: int = typer.Option(20, min=2, help="Denoising steps."),
     target_speedup: float | None = typer.Option(
         None, min=1.0, help="Theoretical speed-up to reach.", rich_help_panel=_HOW_MUCH
@@ -76,6 +90,9 @@ def train(
     ),
     checkpoint_every: int = typer.Option(50, min=1, help="Iterations between checkpoints.", rich_help_panel=_HOW),
     seed: int = SEED,
+    transformer: str | None = TRANSFORMER,
+    sampler: str | None = SAMPLER,
+    sampler_arg: list[str] = SAMPLER_ARGUMENTS,
     dtype: str = DTYPE,
     device: str = DEVICE,
 ) -> None:
@@ -87,7 +104,9 @@ def train(
         from harmonica_training.distributed import leave, rank
         from harmonica_training.progress import ConsoleProgress, Several, TensorBoardLog
 
-    pipeline = load_pipeline(model, dtype, _own_device(device))
+    pipeline = load_pipeline(
+        model, dtype, _own_device(device), transformer=transformer, sampler=sampler, sampler_arguments=sampler_arg
+    )
     given = call_arguments(pipeline, arg, steps, guidance)
     for name in ("num_inference_steps", "guidance_scale", "class_labels", "prompt"):
         given.pop(name, None)
@@ -98,9 +117,7 @@ def train(
     }
     config = TrainConfig(
         steps=steps,
-        target_speedup=target_speedup,
-        target_cur=target_cur,
-        beta=beta,
+        **_how_much(ctx),
         guidance=guidance,
         arguments=given,
         patterns=tuple(pattern) or None,
@@ -133,6 +150,16 @@ def train(
             _print_result(result, out)
     finally:
         leave()
+
+
+def _how_much(ctx: typer.Context) -> dict[str, Any]:
+    """How much to cache: as the command line says, and where it does not, as a recipe says."""
+    given = {
+        name: ctx.params[name] for name in ("target_speedup", "target_cur", "beta") if ctx.params[name] is not None
+    }
+    sources = {name: ctx.get_parameter_source(name) for name in given}
+    own = {name: given[name] for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    return own or given
 
 
 def _own_device(device: str) -> str:

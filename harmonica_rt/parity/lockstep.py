@@ -179,7 +179,8 @@ def _tensors(output: Any) -> list[torch.Tensor]:
 
 def _one_precision_up(model: nn.Module) -> nn.Module:
     dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
-    return copy.deepcopy(model).to(one_up(dtype)).eval()
+    # torch's own `to`: that of diffusers' models warns of casts that would make results worse
+    return nn.Module.to(copy.deepcopy(model), one_up(dtype)).eval()
 
 
 def _upcast(call: Call) -> Call:
