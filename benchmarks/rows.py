@@ -9,6 +9,7 @@ import platform
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -46,14 +47,13 @@ class Row:
 
 def machine() -> dict[str, object]:
     """Device, threads, versions and commit: recorded once for a file of rows."""
-    import diffusers
-
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_initialized() else _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
+        **{name: version(name) for name in ("diffusers", "triton", "cache-dit") if _is_installed(name)},
+        **({"cuda": torch.version.cuda} if torch.cuda.is_initialized() else {}),
         "python": platform.python_version(),
         "commit": _commit(),
     }
@@ -83,6 +83,14 @@ def show(rows: Iterable[Row]) -> None:
 def _short(row: Row) -> dict[str, object]:
     fields = {name: value for name, value in dataclasses.asdict(row).items() if value is not None}
     return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in fields.items()}
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _cpu_name() -> str:

@@ -117,28 +117,10 @@ def compile(
         SiteError: the model lacks a site, or one site lies inside another.
         HarmonicaError: an unknown lowering or graph mode, a bad limit, or a pipeline without a known denoiser.
     """
-    check_lowering(lowering)
     if verify and debug:
         raise HarmonicaError("verify reads slots after their last use, which debug overwrites; choose one of the two")
-    if max_plans < 1:
-        raise HarmonicaError(f"max_plans is {max_plans}; at least 1 plan must be kept")
-    model = _model_of(model_or_pipeline)
-    check_fit(model, schedule)
-    planned = PlannedEngine(
-        model,
-        schedule,
-        lowering=lowering,
-        strict=strict,
-        max_plans=max_plans,
-        debug=debug,
-        graphs=graphs_of(graphs),
-    )
-    compiled = CompiledModel(model, schedule, planned, verify=verify)
-    if isinstance(model_or_pipeline, nn.Module):
-        return compiled
-    warn_about_sampler(model_or_pipeline, schedule)
-    install(model_or_pipeline, compiled)
-    return model_or_pipeline
+    planned = _planned(model_or_pipeline, schedule, lowering, graphs, strict=strict, max_plans=max_plans, debug=debug)
+    return _take_over(model_or_pipeline, CompiledModel(_model_of(model_or_pipeline), schedule, planned, verify=verify))
 
 
 @overload
@@ -178,23 +160,17 @@ def load(
     Raises:
         PlanFileError: no such file, damaged, or made for another model, torch or version.
         CaptureError: the model is in training mode, or has hooks inside.
+        RegionError: Inductor cannot compile a region.
     """
     model = _model_of(model_or_pipeline)
     found = saved.read(path, model)
     kept = max(max_plans, len(found.plans))
-    result = compile(
-        model_or_pipeline, found.schedule, lowering=found.lowering, graphs=graphs, strict=strict, max_plans=kept
-    )
-    compiled: CompiledModel = result if isinstance(result, CompiledModel) else get_compiled(result)
+    planned = _planned(model_or_pipeline, found.schedule, found.lowering, graphs, strict=strict, max_plans=kept)
     try:
-        compiled._planned.restore(found.plans)
-    except (KeyError, TypeError, ValueError, AttributeError, InvariantError) as error:
-        if not isinstance(model_or_pipeline, nn.Module):
-            uncompile(model_or_pipeline)
-        if isinstance(error, PlanFileError):
-            raise
-        raise PlanFileError(f"{path}: damaged ({type(error).__name__}: {error}); save it again") from error
-    return result
+        planned.restore(found.plans)
+    except (PlanFileError, InvariantError) as error:
+        raise PlanFileError(f"{path}: {error}; save it again") from error
+    return _take_over(model_or_pipeline, CompiledModel(model, found.schedule, planned, verify=False))
 
 
 def uncompile(pipeline: P) -> P:
@@ -281,6 +257,35 @@ def verify(
     if pipeline_arguments:
         raise HarmonicaError(f"a model takes no pipeline arguments, got {', '.join(pipeline_arguments)}")
     return verify_model(model, schedule, calls, lowering=lowering, tolerance=tolerance)
+
+
+def _planned(
+    model_or_pipeline: Any,
+    schedule: Schedule,
+    lowering: str,
+    graphs: str,
+    *,
+    strict: bool,
+    max_plans: int,
+    debug: bool = False,
+) -> PlannedEngine:
+    check_lowering(lowering)
+    if max_plans < 1:
+        raise HarmonicaError(f"max_plans is {max_plans}; at least 1 plan must be kept")
+    model = _model_of(model_or_pipeline)
+    check_fit(model, schedule)
+    return PlannedEngine(
+        model, schedule, lowering=lowering, strict=strict, max_plans=max_plans, debug=debug, graphs=graphs_of(graphs)
+    )
+
+
+def _take_over(model_or_pipeline: Any, compiled: CompiledModel) -> Any:
+    """A model compiled by itself is called in the model's place; in a pipeline it takes the place."""
+    if isinstance(model_or_pipeline, nn.Module):
+        return compiled
+    warn_about_sampler(model_or_pipeline, compiled.schedule)
+    install(model_or_pipeline, compiled)
+    return model_or_pipeline
 
 
 def _model_of(model_or_pipeline: Any) -> nn.Module:

@@ -1,6 +1,7 @@
 """The file of a compiled model: its schedule and plans, so that another process need not capture and plan again.
 
-JSON without weights and without code. Compiled kernels are not in it; Triton and Inductor keep their own on disk.
+JSON without weights and without code; reading it imports and runs nothing. Compiled kernels are not in it; Triton and
+Inductor keep their own on disk.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from harmonica_rt import __version__
 from harmonica_rt.capture.digest import digest
 from harmonica_rt.errors import PlanFileError, ScheduleError
 from harmonica_rt.schedule import Schedule, format
@@ -40,6 +42,7 @@ def write(
         "format": FORMAT,
         "version": VERSION,
         "torch": torch.__version__,
+        "harmonica_rt": __version__,
         "model": digest(model),
         "lowering": lowering,
         "schedule": json.loads(format.to_text(schedule)),
@@ -66,12 +69,13 @@ def read(path: str | os.PathLike[str], model: nn.Module) -> SavedModel:
     if document.get("version") != VERSION:
         raise PlanFileError(f"{source}: version {document.get('version')!r}, this harmonica-rt reads {VERSION}")
     again = "compile the model and save it again"
-    if document.get("torch") != torch.__version__:
-        raise PlanFileError(f"{source}: made with torch {document.get('torch')}, this is {torch.__version__}; {again}")
+    for package, version in (("torch", torch.__version__), ("harmonica_rt", __version__)):
+        if document.get(package) != version:
+            raise PlanFileError(f"{source}: made with {package} {document.get(package)}, this is {version}; {again}")
     if document.get("model") != digest(model):
         raise PlanFileError(
-            f"{source}: made for another {type(model).__name__}: its class, configuration, attributes or the layout, "
-            f"dtype or device of its weights differ; {again}"
+            f"{source}: made for another {type(model).__name__}: its class or its code, configuration, attributes, or the "
+            f"layout, dtype, device or sharing of its weights differ; {again}"
         )
     try:
         schedule = Schedule(**format.parse(json.dumps(document["schedule"]).encode()))

@@ -20,7 +20,10 @@ NAME = "latency"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure latency side by side; print one table, and with --save keep rows, table and plot in results/."""
+    """Measure latency side by side; print one table, and with --save keep rows, table and plot in results/.
+
+    Rows of other cases that are there already stay.
+    """
     known = tuple(geometries())
     parser = argparse.ArgumentParser(prog="python -m benchmarks latency", description=main.__doc__)
     parser.add_argument("--models", nargs="+", choices=known, metavar="M", help=f"of {', '.join(known)}")
@@ -46,15 +49,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.steps < 2 or options.repeats < 1 or min(options.images or [1]) < 1:
         parser.error("--steps must be at least 2, --repeats and --images at least 1")
-    found = list(run(_settings(options)))
-    written = show.table(found)
-    print(written)
+    if options.quick and options.save:
+        parser.error("--quick is a trial; its rows are not for keeping")
+    path = rows.RESULTS / f"{NAME}-{torch.device(options.device).type}.json"
+    found = []
+    for row in run(_settings(options)):
+        found.append(row)
+        if options.save:
+            results.save(found, path)
+    print(show.table(found))
     if options.save:
-        device = torch.device(options.device).type
-        results.save(found, rows.RESULTS / f"{NAME}-{device}.json")
-        show.draw(found, rows.RESULTS / f"{NAME}-{device}.png")
-        (rows.RESULTS / f"{NAME}-{device}.md").write_text(f"{written}\n")
-        print(f"written to {rows.RESULTS / NAME}-{device}.json, .md and .png")
+        kept = results.read(path)
+        show.draw(kept, path.with_suffix(".png"))
+        path.with_suffix(".md").write_text(f"{show.table(kept)}\n")
+        print(f"written to {path}, .md and .png")
 
 
 def _settings(options: argparse.Namespace) -> Settings:

@@ -23,6 +23,8 @@ from benchmarks.latency.cases import Task, case_of, geometries, schedules_of
 from benchmarks.latency.measure import clock_of, seconds_of
 from benchmarks.latency.providers import PROVIDERS
 
+RECOMPILES = 256  # of one function: no peer is stopped by torch.compile's limit
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -36,6 +38,7 @@ class Spec:
     device: str
     dtype: str
     flux_blocks: tuple[int, int]
+    computes: tuple[bool, ...]  # the steps that a peer computes: to choose them takes time that is not for compiling
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,11 @@ class Alone:
 
 def measure_here(spec: Spec) -> Alone:
     """Measure in this process."""
+    torch._dynamo.config.recompile_limit = RECOMPILES
     device = torch.device(spec.device)
     geometry = geometries(spec.flux_blocks)[spec.model]
     case = case_of(geometry, spec.images, spec.steps, device, getattr(torch, spec.dtype))
-    task = Task(case, spec.schedule, schedules_of(case.model, spec.steps)[spec.schedule])
+    task = Task(case, spec.schedule, schedules_of(case.model, spec.steps)[spec.schedule], spec.computes)
     clock = clock_of(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -93,8 +97,9 @@ def _apart(spec: Spec, places: dict[str, str]) -> Alone:
 
 def main() -> None:
     """Measure what the argument says."""
-    spec = json.loads(sys.argv[1])
-    print(json.dumps(dataclasses.asdict(measure_here(Spec(**{**spec, "flux_blocks": tuple(spec["flux_blocks"])})))))
+    given = json.loads(sys.argv[1])
+    tuples = {name: tuple(given[name]) for name in ("flux_blocks", "computes")}
+    print(json.dumps(dataclasses.asdict(measure_here(Spec(**{**given, **tuples})))))
 
 
 if __name__ == "__main__":

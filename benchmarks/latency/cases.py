@@ -7,9 +7,10 @@ by another and all can run in turn.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,16 +87,25 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A case under a schedule, with its plan."""
+    """A case under a schedule.
+
+    Attributes:
+        case: the case.
+        schedule_name: for people.
+        schedule: what to reuse when.
+        peer_mask: the step mask that a peer is to follow, where it has been chosen already.
+    """
 
     case: Case
     schedule_name: str
     schedule: Schedule
-    plan: Plan = field(init=False)
+    peer_mask: tuple[bool, ...] | None = None
 
-    def __post_init__(self) -> None:
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """The plan, for its FLOPs."""
         captured = capture(self.case.model, self.case.call(), self.schedule.sites)
-        object.__setattr__(self, "plan", build_plan(captured, self.schedule))
+        return build_plan(captured, self.schedule)
 
     @property
     def theory(self) -> float:

@@ -20,8 +20,6 @@ from benchmarks.latency.providers.base import Role, Runner
 from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.parity.tolerance import Error, limit_from, one_up, same_bits
 
-CHECKED = 4  # first steps that are held against the reference
-
 
 class GateError(HarmonicaError):
     """A runner's output is not that of its schedule."""
@@ -29,7 +27,7 @@ class GateError(HarmonicaError):
 
 @dataclass(frozen=True)
 class Truth:
-    """The reference's outputs of the first steps, and how far from them a runner may be."""
+    """The reference's outputs, and those of one a precision up, which say how far off a runner may be."""
 
     expected: list[Tensor]
     higher: list[Tensor]
@@ -38,13 +36,13 @@ class Truth:
         """What held.
 
         Args:
-            outputs: of at least the first steps.
+            outputs: of all steps.
             exact: demand equal bits.
 
         Raises:
             GateError: which step is off, by how much.
         """
-        for step, (expected, higher, output) in enumerate(zip(self.expected, self.higher, outputs, strict=False)):
+        for step, (expected, higher, output) in enumerate(zip(self.expected, self.higher, outputs, strict=True)):
             if same_bits(output, expected):
                 continue
             error, limit = Error.between(output, higher), limit_from(expected, higher)
@@ -53,20 +51,17 @@ class Truth:
                     f"step {step}: off by {error.rms:.2e} (RMS), {error.largest:.2e} (largest); "
                     + ("must be equal bit for bit" if exact else f"{limit.rms:.2e} and {limit.largest:.2e} are allowed")
                 )
-        same = all(same_bits(a, b) for a, b in zip(self.expected, outputs, strict=False))
+        same = all(same_bits(a, b) for a, b in zip(self.expected, outputs, strict=True))
         return "bits equal" if same else "within tolerance"
 
 
 def truth_of(task: Task) -> Truth:
-    """Run the reference over the first steps, in the case's precision and one up."""
-    case = task.case
-    steps = min(CHECKED, case.steps)
-    schedule = hrt.Schedule.from_array(task.schedule.compute[:steps], sites=task.schedule.sites)
-    raised = one_up(case.dtype)
-    higher = pytree.tree_map_only(Tensor, lambda t: t.to(raised) if t.is_floating_point() else t, case.calls[:steps])
+    """Run the reference in the case's precision and one up."""
+    case, raised = task.case, one_up(task.case.dtype)
+    higher = pytree.tree_map_only(Tensor, lambda t: t.to(raised) if t.is_floating_point() else t, case.calls)
     return Truth(
-        _reference(case.tree(), schedule, case.calls[:steps]),
-        _reference(case.tree(raised), schedule, higher),
+        _reference(case.tree(), task.schedule, case.calls),
+        _reference(case.tree(raised), task.schedule, higher),
     )
 
 
@@ -83,10 +78,10 @@ def gate(role: Role, truth: Truth, outputs: list[Tensor], device: torch.device) 
 
 
 @torch.no_grad()
-def outputs_of(runner: Runner, steps: int | None = None) -> list[Tensor]:
-    """Outputs of the first steps of a run, of all by default."""
+def outputs_of(runner: Runner) -> list[Tensor]:
+    """Outputs of the steps of a run."""
     runner.reset()
-    return [first_tensor(runner.step(index)).clone() for index in range(steps or runner.task.case.steps)]
+    return [first_tensor(runner.step(index)).clone() for index in range(runner.task.case.steps)]
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -102,7 +102,7 @@ def open_sensor(device: torch.device) -> tuple[Sensor | None, str]:
 
 
 def summary(conditions: list[Conditions]) -> dict[str, Any]:
-    """Lowest clock, highest temperature, all reasons, and how many runs were throttled; JSON-ready."""
+    """Lowest clock and highest temperature at ends of runs, all reasons, how many runs were throttled; JSON-ready."""
     looks = [dataclasses.astuple(look)[:3] for one in conditions for look in (one.before, one.after)]
     return {
         "sm_mhz_min": min(look[0] for look in looks),

@@ -21,12 +21,12 @@ class LatencyRow:
     """One provider on one case under one schedule. Seconds, bytes, joules; ratios above 1 are faster.
 
     Attributes:
-        case, schedule, provider, role: which.
+        case, schedule, steps, provider, role: which.
         device, dtype: where.
         reason: why there are no figures; None where there are.
         gate: what held against the reference, or that nothing is demanded of it.
         difference: RMS of the difference to the uncached run's outputs / RMS of those.
-        computed_steps: steps that compute everything.
+        computes: a digit a step, 1 where it computes everything.
         theory: theoretical speed-up, FLOPs of an uncached run / FLOPs of this one.
         run, run_p20, run_p80: seconds of the denoising, median and spread.
         repeats: how many runs.
@@ -40,12 +40,13 @@ class LatencyRow:
         compile_cold, compile_warm: seconds.
         allocated, reserved: peak bytes of GPU memory.
         joules_image: energy of an image.
-        gpu: clocks, temperature and throttling over all runs, or why they are not known.
+        gpu: clocks, temperature and throttling at both ends of every run, or why they are not known.
         spoiled: runs were throttled: the figures do not count.
     """
 
     case: str
     schedule: str
+    steps: int
     provider: str
     role: Role
     device: str
@@ -53,7 +54,7 @@ class LatencyRow:
     reason: str | None = None
     gate: str | None = None
     difference: float | None = None
-    computed_steps: int | None = None
+    computes: str | None = None
     theory: float | None = None
     run: float | None = None
     run_p20: float | None = None
@@ -102,7 +103,7 @@ def measured(
     partial = tuple(not computed for computed in runner.computes)
     return dataclasses.replace(
         row,
-        computed_steps=sum(runner.computes),
+        computes="".join(str(int(computed)) for computed in runner.computes),
         run=time.p50,
         run_p20=time.p20,
         run_p80=time.p80,
@@ -123,10 +124,30 @@ def measured(
 
 
 def save(found: Iterable[LatencyRow], path: Path) -> None:
-    """Write the machine and one row a line."""
-    lines = ",\n    ".join(json.dumps(_short(row)) for row in found)
+    """Write the rows, one a line, beside those of other cases that the file has; each names its machine by number."""
+    kept = json.loads(path.read_text()) if path.exists() else {"machines": [], "rows": []}
+    machines: list[dict[str, Any]] = kept["machines"]
+    here = rows.machine()
+    if here not in machines:
+        machines.append(here)
+    new = {_key(row): row for row in ({**_short(row), "machine": machines.index(here)} for row in found)}
+    merged = {**{_key(row): row for row in kept["rows"]}, **new}
+    used = sorted({row["machine"] for row in merged.values()})
+    numbers = {old: number for number, old in enumerate(used)}
+    listed = ",\n    ".join(json.dumps(machines[old]) for old in used)
+    lines = ",\n    ".join(json.dumps({**row, "machine": numbers[row["machine"]]}) for row in merged.values())
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{{\n  "machine": {json.dumps(rows.machine())},\n  "rows": [\n    {lines}\n  ]\n}}\n')
+    path.write_text(f'{{\n  "machines": [\n    {listed}\n  ],\n  "rows": [\n    {lines}\n  ]\n}}\n')
+
+
+def read(path: Path) -> list[LatencyRow]:
+    """The rows of a file."""
+    fields = ({k: v for k, v in row.items() if k != "machine"} for row in json.loads(path.read_text())["rows"])
+    return [LatencyRow(**row) for row in fields]
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("case", "schedule", "steps", "provider", "device", "dtype"))
 
 
 def _short(row: LatencyRow) -> dict[str, Any]:

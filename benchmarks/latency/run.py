@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.latency.alone import Spec, measure_apart
+from benchmarks.latency.alone import RECOMPILES, Spec, measure_apart
 from benchmarks.latency.cases import Task, case_of, geometries, schedules_of
 from benchmarks.latency.floor import floors
-from benchmarks.latency.gate import CHECKED, Truth, gate, outputs_of, relative_rms, truth_of
+from benchmarks.latency.gate import Truth, gate, outputs_of, relative_rms, truth_of
 from benchmarks.latency.measure import clock_of, interleave
 from benchmarks.latency.nvml import open_sensor
 from benchmarks.latency.providers import PROVIDERS
@@ -24,7 +24,9 @@ from benchmarks.latency.results import LatencyRow, measured
 from harmonica_rt.errors import HarmonicaError
 
 WARM_UPS = 3  # whole runs: forecasts are made of the first, graphs recorded in those after it
-RECOMPILES = 256  # of one function: no peer is stopped by torch.compile's limit
+FAILURES = (  # of a provider; what is the code of others may fail in any way, and stands in its row
+    HarmonicaError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, StopIteration
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def measure_task(
                 try:
                     runners[name] = provider.prepare(task)
                     row = _checked(row, provider, runners[name], truth, uncached)
-                except (HarmonicaError, RuntimeError) as error:  # compilers and allocators raise the latter
+                except FAILURES as error:
                     if name == "eager":
                         raise  # all others are measured against it
                     reason = f"{type(error).__name__}: {_first_line(error)}"
@@ -143,7 +145,7 @@ def _blank(task: Task, provider: Provider) -> LatencyRow:
     case = task.case
     device = torch.cuda.get_device_name(case.device) if case.device.type == "cuda" else case.device.type
     dtype = str(case.dtype).removeprefix("torch.")
-    return LatencyRow(case.name, task.schedule_name, provider.name, provider.role, device, dtype)
+    return LatencyRow(case.name, task.schedule_name, case.steps, provider.name, provider.role, device, dtype)
 
 
 def _checked(row: LatencyRow, provider: Provider, runner: Runner, truth: Truth, uncached: list[Tensor]) -> LatencyRow:
@@ -153,7 +155,7 @@ def _checked(row: LatencyRow, provider: Provider, runner: Runner, truth: Truth, 
         GateError: its outputs are off.
     """
     device = runner.task.case.device
-    gate(provider.role, truth, outputs_of(runner, min(CHECKED, runner.task.case.steps)), device)
+    gate(provider.role, truth, outputs_of(runner), device)
     for _ in range(WARM_UPS):
         runner.run()
     outputs = outputs_of(runner)
@@ -177,11 +179,19 @@ def _with_floors(row: LatencyRow, runner: Runner, limits: Any) -> LatencyRow:
 
 
 def _alone(row: LatencyRow, provider: str, model: str, settings: Settings, images: int) -> LatencyRow:
-    if not settings.alone or row.reason is not None:
+    if not settings.alone or row.reason is not None or row.computes is None:
         return row
     dtype = str(settings.dtype).removeprefix("torch.")
     spec = Spec(
-        model, images, settings.steps, row.schedule, provider, str(settings.device), dtype, settings.flux_blocks
+        model,
+        images,
+        settings.steps,
+        row.schedule,
+        provider,
+        str(settings.device),
+        dtype,
+        settings.flux_blocks,
+        tuple(step == "1" for step in row.computes),
     )
     try:
         cold, warm = measure_apart(spec)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from harmonica_rt.errors import SignatureError
 
+_AUTOCAST_DEVICES = ("cpu", "cuda")
 _PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.memory_format)
 
 
@@ -41,6 +43,16 @@ class Signature:
     def device(self) -> torch.device:
         """Where the first tensor lies; the CPU where there is none."""
         return next((leaf[3] for leaf in self.leaves if type(leaf) is tuple), torch.device("cpu"))
+
+    @contextmanager
+    def in_its_autocast(self) -> Iterator[None]:
+        """Within this block autocast is as it was in the calls of this signature."""
+        wanted = dict(self.autocast)
+        with ExitStack() as stack:
+            for device in _AUTOCAST_DEVICES:
+                if device in wanted or torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, dtype=wanted.get(device), enabled=device in wanted))
+            yield
 
     def __str__(self) -> str:
         shapes = [
@@ -182,7 +194,7 @@ class CallConvention:
 def _autocast() -> tuple[tuple[str, torch.dtype], ...]:
     """Where autocast is on, and to what: it decides the dtypes inside the graph."""
     return tuple(
-        (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
+        (device, torch.get_autocast_dtype(device)) for device in _AUTOCAST_DEVICES if torch.is_autocast_enabled(device)
     )
 
 

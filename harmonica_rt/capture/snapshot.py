@@ -40,6 +40,7 @@ class ModelSnapshot:
         self._take_note(model)
         self._attributes = {name: plain_attributes(name, module) for name, module in self._modules.items()}
         self._layouts = {name: _metadata(tensor) for name, tensor in self.tensors.items()}
+        self._shared = shared_names(self.tensors)
 
     def difference(self, model: nn.Module) -> str | None:
         """What a plan made at this snapshot would get wrong now; None when it still holds."""
@@ -75,6 +76,8 @@ class ModelSnapshot:
         tensors = named_tensors(model)
         if tensors.keys() != self._layouts.keys():
             return f"weights were added or removed ({', '.join(sorted(tensors.keys() ^ self._layouts.keys())[:3])})"
+        if shared_names(tensors) != self._shared:
+            return "weights were tied, or are no longer"
         return self._layouts_hold(tensors)
 
 
@@ -197,6 +200,22 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def shared_names(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Of each tensor that has several names, all names but the first, with the first."""
+    first: dict[int, str] = {}
+    return {name: first[id(t)] for name, t in tensors.items() if first.setdefault(id(t), name) != name}
+
+
+def plain_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Tensors among the attributes of modules that are neither parameters nor buffers, by dotted name."""
+    return {
+        f"{path}.{name}" if path else name: value
+        for path, module in model.named_modules()
+        for name, value in module.__dict__.items()
+        if isinstance(value, torch.Tensor)
     }
 
 

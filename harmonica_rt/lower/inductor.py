@@ -3,9 +3,10 @@
 Blocks are alike, and so are step programs, so few regions are unique. Each is compiled once with all it takes as
 arguments, weights among them: those stay live, and one compiled region serves all blocks and programs.
 
-Hazard: compiled code takes the strides of its example inputs for granted, but hoisted values may come out of a batched
-pass with strides of their own, and operators may choose others than their fakes do. So each call compares, and copies
-what lies differently. Shapes and dtypes cannot differ: signatures and weights are compared before a step runs.
+Hazard: compiled code takes strides and dtypes of its example inputs for granted and reads whatever lies there. But
+hoisted values may come out of a batched pass with strides of their own, and operators may choose others than their
+fakes do; so each call compares, and copies what lies differently. A dtype that differs is an error. Shapes cannot:
+signatures and weights are compared before a step runs.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from torch import fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from harmonica_rt.capture.layout import laid_out
 from harmonica_rt.capture.roles import Role
-from harmonica_rt.errors import RegionError
+from harmonica_rt.errors import InvariantError, RegionError
 from harmonica_rt.lower.fused import FusedLowering
 from harmonica_rt.lower.plain import Program
 from harmonica_rt.passes.hoist import cut
@@ -98,22 +100,15 @@ class CompiledRegion:
     def __init__(self, region: Region, name: str) -> None:
         self.__name__ = name  # graphs call their functions by name
         self._strides = [value.stride() for value in region.inputs]
+        self._dtypes = [value.dtype for value in region.inputs]
         self._run = _compile(region)
 
     def __call__(self, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
         """Run it."""
-        return self._run(*map(_laid_out, inputs, self._strides))
-
-
-def _laid_out(value: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-    """The value with these strides, itself where it has them."""
-    if value.stride() == strides:
-        return value
-    shape = value.shape
-    for dim, stride in enumerate(strides):
-        if stride == 0:
-            value = value.narrow(dim, 0, 1)
-    return value.new_empty_strided(value.shape, strides).copy_(value).expand(shape)
+        for value, dtype in zip(inputs, self._dtypes, strict=True):
+            if value.dtype is not dtype:
+                raise InvariantError(f"{self.__name__} was compiled for {dtype} and given {value.dtype}")
+        return self._run(*map(laid_out, inputs, self._strides))
 
 
 def _compile(region: Region) -> Callable[..., Sequence[torch.Tensor]]:

@@ -15,7 +15,8 @@ from harmonica_rt.capture.call import Call, Signature
 from harmonica_rt.capture.graph import capture
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
 from harmonica_rt.capture.roles import roles
-from harmonica_rt.capture.snapshot import ModelSnapshot, check_capturable, named_tensors
+from harmonica_rt.capture.snapshot import ModelSnapshot, check_capturable, named_tensors, plain_tensors
+from harmonica_rt.errors import PlanFileError
 from harmonica_rt.plan import saved
 from harmonica_rt.plan.plan import build_plan
 from harmonica_rt.runtime.engine import RunKey, Stream
@@ -93,22 +94,31 @@ class PlannedEngine:
         """All plans as plain JSON values.
 
         Raises:
-            PlanFileError: one has no such form.
+            PlanFileError: one has no such form, or the model is not as it was when they were made.
         """
-        return [saved.encode(runtime.plan, signature, runtime.roles) for signature, runtime in self.plans.items()]
+        difference = self._snapshot.difference(self._model) if self._snapshot is not None else None
+        if difference is not None:
+            raise PlanFileError(f"the plans are of the model as it was: {difference}. Run it once more, then save")
+        attributes = plain_tensors(self._model)
+        return [
+            saved.encode(runtime.plan, signature, runtime.roles, attributes)
+            for signature, runtime in self.plans.items()
+        ]
 
     def restore(self, records: Iterable[dict[str, Any]]) -> None:
         """Keep plans that `saved` gave, for a model that is as it was then.
 
         Raises:
             CaptureError: the model is in a state that no plan can stand for.
-            PlanFileError, KeyError, TypeError, ValueError, AttributeError, InvariantError: not what `saved` gave.
+            PlanFileError, InvariantError: not what `saved` gave.
+            RegionError: Inductor cannot compile a region.
         """
         check_capturable(self._model)
         self._snapshot = ModelSnapshot(self._model)
+        attributes = plain_tensors(self._model)
         for record in records:
             started = time.perf_counter()
-            plan, signature, leaf_roles = saved.decode(record, self._schedule)
+            plan, signature, leaf_roles = saved.decode(record, self._schedule, attributes)
             self.cache.add(signature, plan, self._weights, leaf_roles, started=started)
 
     def _add_plan(self, call: Call) -> None:

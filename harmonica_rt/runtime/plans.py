@@ -85,15 +85,16 @@ class Plans:
             InvariantError: the plan breaks a rule.
         """
         check_plan(plan)
-        runtime = PlanRuntime(
-            plan,
-            weights,
-            roles,
-            lowering=self.lowering,
-            debug=self._debug,
-            pool=self._pool(signature.device),
-            measured=self._graphs is not None and self._graphs.measured,
-        )
+        with signature.in_its_autocast():
+            runtime = PlanRuntime(
+                plan,
+                weights,
+                roles,
+                lowering=self.lowering,
+                debug=self._debug,
+                pool=self._pool(signature.device),
+                measured=self._graphs is not None and self._graphs.measured,
+            )
         runtime.begin_run(self._key)
         runtime.compile_seconds = time.perf_counter() - started
         self._held[signature] = runtime

@@ -91,13 +91,13 @@ def test_rows_table_and_plot(dit: Task, tmp_path: Path, monkeypatch: pytest.Monk
         assert all(figure is not None and math.isfinite(figure) and figure > 0 for figure in figures)
         assert (row.repeats, row.gpu, row.spoiled) == (2, "not a GPU", False)
         assert row.host_step is row.allocated is row.compile_cold is None
-    assert (rows["eager"].difference, rows["eager"].theory, rows["eager"].computed_steps) == (0.0, 1.0, STEPS)
+    assert (rows["eager"].difference, rows["eager"].theory, rows["eager"].computes) == (0.0, 1.0, "1" * STEPS)
     assert rows["hooks"].gate == "bits equal"
     assert rows["fused"].gate in ("bits equal", "within tolerance")
     assert rows["hooks"].theory == pytest.approx(rows["fused"].theory, rel=1e-12)  # sites that nothing feeds but them
     assert rows["hooks"].difference == pytest.approx(rows["fused"].difference, rel=1e-3)
     assert rows["fused"].difference > 1e-6
-    assert rows["fused"].computed_steps == STEPS // 2
+    assert rows["fused"].computes == "10" * (STEPS // 2)
     assert rows["fused"].floor_full > rows["fused"].floor_partial > 0
 
     text = show.table(list(rows.values()))
@@ -107,8 +107,57 @@ def test_rows_table_and_plot(dit: Task, tmp_path: Path, monkeypatch: pytest.Monk
     kept = json.loads((tmp_path / "latency.json").read_text())
     assert [row["provider"] for row in kept["rows"]] == [PROVIDERS[name].name for name in names]
     assert kept["rows"][2]["vs_eager"] == pytest.approx(rows["hooks"].vs_eager, rel=1e-5)
+    assert results.read(tmp_path / "latency.json")[2].computes == rows["hooks"].computes
     show.draw(list(rows.values()), tmp_path / "latency.png")
     assert (tmp_path / "latency.png").stat().st_size > 1000
+
+
+def test_rows_of_other_cases_stay_and_name_their_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(case: str, run: float) -> results.LatencyRow:
+        return results.LatencyRow(case, "every(2)", STEPS, "eager", "uncached", "cpu", "float32", run=run)
+
+    path = tmp_path / "latency.json"
+    monkeypatch.setattr(results.rows, "machine", lambda: {"device": "old"})
+    results.save([row("a", 1.0), row("b", 1.0)], path)
+    monkeypatch.setattr(results.rows, "machine", lambda: {"device": "new"})
+    results.save([row("b", 2.0), row("c", 2.0)], path)
+    assert [(found.case, found.run) for found in results.read(path)] == [("a", 1.0), ("b", 2.0), ("c", 2.0)]
+    kept = json.loads(path.read_text())
+    assert [kept["machines"][found["machine"]]["device"] for found in kept["rows"]] == ["old", "new", "new"]
+    results.save([row("a", 3.0)], path)
+    assert json.loads(path.read_text())["machines"] == [{"device": "new"}]  # nothing is left of the old one
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken:
+    """A peer that fails as only the code of others can."""
+
+    name: str = "broken"
+    role: Role = "peer"
+
+    def applies(self, task: Task) -> str | None:
+        return None
+
+    def prepare(self, task: Task) -> Runner:
+        raise AssertionError("not here")
+
+
+def test_a_peer_that_fails_has_its_reason_and_the_others_go_on(dit: Task) -> None:
+    settings = dataclasses.replace(SETTINGS, repeats=1, floor=False)
+    rows = measure_task(dit, settings, {"broken": Broken(), **chosen("eager")})
+    assert rows["broken"].reason == "AssertionError: not here"
+    assert rows["eager"].run is not None
+
+
+def test_a_chosen_mask_is_not_chosen_again(flux: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("first-block", "taylorseer", "pab"):
+        first = PROVIDERS[name].prepare(flux)
+        first.close()
+        with monkeypatch.context() as patch:
+            patch.setattr(Task, "plan", None)  # neither captured nor counted
+            again = PROVIDERS[name].prepare(dataclasses.replace(flux, peer_mask=first.computes))
+            assert again.computes == first.computes
+            again.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +314,7 @@ class FakeNvml:
 
 def test_throttled_runs_spoil_a_row(dit: Task) -> None:
     runner = PROVIDERS["eager"].prepare(dit)
-    blank = results.LatencyRow("case", "every(2)", "eager", "uncached", "some GPU", "float32", theory=1.0)
+    blank = results.LatencyRow("case", "every(2)", STEPS, "eager", "uncached", "some GPU", "float32", theory=1.0)
     clock = measure.CpuClock()
 
     def row(fake: FakeNvml) -> results.LatencyRow:
@@ -372,7 +421,7 @@ def test_alone_says_what_it_found_in_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(alone, "geometries", lambda flux_blocks: {"tiny": TINY})
-    spec = alone.Spec("tiny", 1, 2, "every(2)", "eager", "cpu", "float32", (1, 1))
+    spec = alone.Spec("tiny", 1, 2, "every(2)", "eager", "cpu", "float32", (1, 1), (True, True))
     monkeypatch.setattr(sys, "argv", ["alone", json.dumps(dataclasses.asdict(spec))])
     alone.main()
     found = alone.Alone(**json.loads(capsys.readouterr().out))
@@ -384,4 +433,4 @@ def test_a_process_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     failed = SimpleNamespace(returncode=1, stdout="", stderr="long trace\nOutOfMemoryError: too much\n")
     monkeypatch.setattr("subprocess.run", lambda *_, **__: failed)
     with pytest.raises(RuntimeError, match=r"(?s)fused in a process of its own: .*OutOfMemoryError: too much"):
-        alone.measure_apart(alone.Spec("tiny", 1, 2, "every(2)", "fused", "cpu", "float32", (1, 1)))
+        alone.measure_apart(alone.Spec("tiny", 1, 2, "every(2)", "fused", "cpu", "float32", (1, 1), (True, False)))

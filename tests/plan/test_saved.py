@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,7 @@ def test_training_mode_is_refused(saved: Path) -> None:
         ({"format": "zip"}, "not a saved plan"),
         ({"version": 2}, "version 2"),
         ({"torch": "1.0"}, "made with torch 1.0"),
+        ({"harmonica_rt": "0.0"}, "made with harmonica_rt 0.0"),
         ({"plans": [{}]}, "damaged"),
         ({"schedule": {}}, "damaged"),
         ({"lowering": "none"}, "lowering"),
@@ -134,7 +137,7 @@ def test_overlapping_slots_are_found(saved: Path) -> None:
     document = json.loads(saved.read_text())
     document["plans"][0]["slot_offsets"] = [0] * len(document["plans"][0]["slot_offsets"])
     saved.write_text(json.dumps(document))
-    with pytest.raises(PlanFileError, match="damaged"):
+    with pytest.raises(PlanFileError, match="slots 0 and 1 overlap"):
         hrt.load(saved, stack())
 
 
@@ -142,3 +145,158 @@ def test_nothing_to_save_yet(tmp_path: Path) -> None:
     model = stack()
     with pytest.raises(HarmonicaError, match="no plan to save yet"):
         hrt.compile(model, random_schedule(model, STEPS)).save(tmp_path / "plan.json")
+
+
+def test_a_file_that_does_not_load_leaves_the_pipeline_plain(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    family = FAMILIES["dit"]
+    pipeline = family.build()
+    pipeline.set_progress_bar_config(disable=True)
+    hrt.compile(pipeline, random_schedule(pipeline.transformer, STEPS))
+    sample(pipeline, STEPS, **family.guided)
+    hrt.get_compiled(pipeline).save(tmp_path / "plan.json")
+    hrt.uncompile(pipeline)
+    document = json.loads((tmp_path / "plan.json").read_text())
+    document["plans"][0]["signature"]["leaves"][0]["device"] = {"device": "nowhere"}
+    (tmp_path / "plan.json").write_text(json.dumps(document))
+    with pytest.raises(PlanFileError, match="damaged"):
+        hrt.load(tmp_path / "plan.json", pipeline)
+    with pytest.raises(HarmonicaError, match="is not compiled"):
+        hrt.get_compiled(pipeline)
+
+
+def test_a_model_that_changed_since_its_last_run_is_not_saved(tmp_path: Path) -> None:
+    model = stack()
+    compiled = hrt.compile(model, random_schedule(model, STEPS), strict=True)
+    outputs(compiled)
+    model.blocks[0].mlp[1].approximate = "tanh"
+    with pytest.raises(PlanFileError, match=r"attribute approximate of blocks\.0\.mlp\.1 changed"):
+        compiled.save(tmp_path / "plan.json")
+    outputs(compiled)
+    compiled.save(tmp_path / "plan.json")
+
+
+def test_a_plan_that_was_saved_under_autocast(tmp_path: Path) -> None:
+    model = stack()
+    schedule = random_schedule(model, STEPS)
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled = hrt.compile(model, schedule, lowering="inductor", strict=True)
+        expected = outputs(compiled)
+    compiled.save(tmp_path / "plan.json")
+    loaded = hrt.load(tmp_path / "plan.json", model, strict=True)  # not under autocast
+    with torch.autocast("cpu", torch.bfloat16):
+        got = outputs(loaded)
+    assert [output.dtype for output in got] == [output.dtype for output in expected]
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert len(loaded.report().plans) == 1
+
+
+WRITTEN = """
+from collections import namedtuple
+import torch
+from torch import nn
+
+Output = namedtuple("Output", ["sample", "extra"])
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.Linear(4, 4)
+        self.mlp = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = x + self.attn(x)
+        return x + FACTOR * self.mlp(x)
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.table = torch.ones(4)
+        self.wide = torch.ones(1).expand(4)
+
+    def forward(self, input, scale=1.0):
+        for block in self.blocks:
+            input = block(input)
+        return Output(input * self.table + self.wide, min(scale, 2.0) * input)
+"""
+
+
+def written(directory: Path, monkeypatch: pytest.MonkeyPatch, factor: float = 1.0) -> Any:
+    """A model whose code is in a file of its own."""
+    directory.mkdir(exist_ok=True)
+    (directory / "written_model.py").write_text(WRITTEN.replace("FACTOR", str(factor)))
+    monkeypatch.syspath_prepend(directory)
+    monkeypatch.delitem(sys.modules, "written_model", raising=False)
+    importlib.invalidate_caches()
+    return importlib.import_module("written_model").Model().eval()
+
+
+def run_written(compiled: Any, **arguments: Any) -> list[torch.Tensor]:
+    compiled.reset()
+    return [compiled(torch.full((1, 4), 0.1 * step), **arguments).sample for step in range(STEPS)]
+
+
+def test_words_of_python_named_tuples_views_and_infinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = written(tmp_path, monkeypatch)
+    schedule = random_schedule(model, STEPS)
+    expected = run_written(hrt.reference(model, schedule), scale=float("inf"))
+    compiled = hrt.compile(model, schedule, lowering="plain", strict=True)
+    run_written(compiled, scale=float("inf"))
+    compiled.save(tmp_path / "plan.json")
+    monkeypatch.setattr(planned, "capture", None)
+    loaded = hrt.load(tmp_path / "plan.json", model, strict=True)
+    got = run_written(loaded, scale=float("inf"))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    model.table.mul_(3.0)  # plain tensors are the model's own, as without a file
+    assert not torch.equal(run_written(loaded, scale=float("inf"))[0], expected[0])
+
+
+def test_edited_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = hrt.compile(model := written(tmp_path / "a", monkeypatch), random_schedule(model, STEPS), strict=True)
+    run_written(compiled)
+    compiled.save(tmp_path / "plan.json")
+    hrt.load(tmp_path / "plan.json", written(tmp_path / "b", monkeypatch))
+    with pytest.raises(PlanFileError, match="its class or its code"):
+        hrt.load(tmp_path / "plan.json", written(tmp_path / "c", monkeypatch, factor=2.0))
+
+
+def test_weights_that_are_no_longer_tied_are_refused(tmp_path: Path) -> None:
+    def tied() -> Stack:
+        model = stack()
+        model.blocks[1].attn.weight = model.blocks[0].attn.weight
+        return model
+
+    model = tied()
+    compiled = hrt.compile(model, random_schedule(model, STEPS), strict=True)
+    outputs(compiled)
+    compiled.save(tmp_path / "plan.json")
+    hrt.load(tmp_path / "plan.json", tied())
+    with pytest.raises(PlanFileError, match="sharing of its weights"):
+        hrt.load(tmp_path / "plan.json", stack())
+    model.blocks[1].attn.weight = torch.nn.Parameter(model.blocks[1].attn.weight.detach() + 1)  # in the same process
+    for got, expected in zip(outputs(compiled), outputs(hrt.reference(model, compiled.schedule)), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_class_that_is_not_imported_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = hrt.compile(model := written(tmp_path, monkeypatch), random_schedule(model, STEPS), strict=True)
+    run_written(compiled)
+    compiled.save(tmp_path / "plan.json")
+    (tmp_path / "hostile_model.py").write_text("raise SystemExit('was run')\n")
+    text = (tmp_path / "plan.json").read_text()
+    for name in ("hostile_model", "os"):
+        (tmp_path / "plan.json").write_text(text.replace('"written_model",', f'"{name}",'))
+        with pytest.raises(PlanFileError, match=f"{name}.Output is no container that is imported here"):
+            hrt.load(tmp_path / "plan.json", model)
+
+
+@pytest.mark.parametrize("operator", ["aten.from_file.default", "aten.mul_.Tensor", "aten.sym_size.int"])
+def test_operators_that_do_more_than_compute_are_refused(saved: Path, operator: str) -> None:
+    document = json.loads(saved.read_text())
+    node = next(node for node in document["plans"][0]["graph"]["nodes"] if node["op"] == "call_function")
+    node["target"] = operator
+    saved.write_text(json.dumps(document))
+    with pytest.raises(PlanFileError, match=f"{operator} does more than to compute tensors"):
+        hrt.load(saved, stack())

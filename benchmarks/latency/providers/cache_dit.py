@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -56,8 +57,9 @@ class CacheDitRunner(CountedRunner):
         super().__init__(task, self._model)
         self.computes = one_of(task.case.steps)
         cache_dit.enable_cache(self._model, cache_config=self._config())
-        self.computes = mask_within(task, probe(self))
-        self._theory = super().theory()  # products that are compiled cannot be counted
+        self.computes = task.peer_mask or mask_within(task, probe(self))
+        # products that are compiled cannot be counted; with a mask given, they have been
+        self._theory = math.nan if task.peer_mask else super().theory()
         if compiled:
             self._denoise = torch.compile(self._model, dynamic=False)
 

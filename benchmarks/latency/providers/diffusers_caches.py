@@ -80,7 +80,7 @@ class FirstBlockRunner(CachedRunner):
         registries: Any = (getattr(module, "_diffusers_hook", None) for module in self._model.modules())
         self._leader: Any = next(hook for registry in registries if registry and (hook := registry.get_hook(LEADER)))
         self.computes = one_of(task.case.steps)
-        self.computes = mask_within(task, probe(self))
+        self.computes = task.peer_mask or mask_within(task, probe(self))
 
     def step(self, index: int) -> Any:
         """See `Runner.step`."""
@@ -100,7 +100,7 @@ class PyramidRunner(CachedRunner):
         )
         super().__init__(task, config)
         self.computes = one_of(task.case.steps)
-        self.computes = mask_within(task, probe(self))
+        self.computes = task.peer_mask or mask_within(task, probe(self))
 
     def step(self, index: int) -> Any:
         """See `Runner.step`."""
@@ -114,7 +114,11 @@ class TaylorSeerRunner(CachedRunner):
     def __init__(self, task: Task) -> None:
         steps = task.case.steps
         super().__init__(task, _taylor(1, steps))
-        needed = fewest_computed(task.plan.full_flops, probe(self), steps, task.theory)
+        needed = (
+            sum(task.peer_mask)
+            if task.peer_mask
+            else fewest_computed(task.plan.full_flops, probe(self), steps, task.theory)
+        )
         self._model.disable_cache()
         before, interval = _taylor_settings(needed, steps)
         self._model.enable_cache(_taylor(before, interval))
