@@ -20,7 +20,7 @@ METRICS = {  # field of a row -> heading, and which way is better
     "frechet_to_real": "Frechet distance to real digits, classifier features (lower is better)",
     "accuracy": "recognised as the digit asked for (higher is better)",
 }
-PLOTTED = ("psnr", "frechet_to_uncached")
+PLOTTED = {"psnr": "linear", "frechet_to_uncached": "log"}  # and on which scale
 STYLES = {20: "-o", 10: ":s"}  # by steps of the uncached run
 
 
@@ -102,11 +102,12 @@ def draw(summaries: Iterable[Summary], path: Path) -> None:
     methods = sorted({one.method for one in shown})
     figure = Figure(figsize=(11, 4.6), dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    for axis, metric in zip(figure.subplots(1, len(PLOTTED)), PLOTTED, strict=True):
+    for axis, (metric, scale) in zip(figure.subplots(1, len(PLOTTED)), PLOTTED.items(), strict=True):
         for index, method in enumerate(methods):
             for steps, style in STYLES.items():
                 _line(axis, [one for one in shown if (one.method, one.steps) == (method, steps)], metric, style, index)
-        axis.set_xlabel("theoretical speed-up")
+        axis.set_yscale(scale)
+        axis.set_xlabel("theoretical speed-up (squares: of 10 steps, else of 20)")
         axis.set_title(METRICS[metric], fontsize=9)
         axis.grid(alpha=0.3)
     handles, labels = axis.get_legend_handles_labels()
@@ -129,5 +130,5 @@ def _line(axis: Axes, points: list[Summary], metric: str, style: str, colour: in
         color=f"C{colour}",
         markersize=4,
         capsize=2,
-        label=f"{points[0].method}, {points[0].steps} steps",
+        label=points[0].method if points[0].steps == 20 else None,
     )
