@@ -74,8 +74,8 @@ def read(path: str | os.PathLike[str], model: nn.Module) -> SavedModel:
             raise PlanFileError(f"{source}: made with {package} {document.get(package)}, this is {version}; {again}")
     if document.get("model") != digest(model):
         raise PlanFileError(
-            f"{source}: made for another {type(model).__name__}: its class or its code, configuration, attributes, or the "
-            f"layout, dtype, device or sharing of its weights differ; {again}"
+            f"{source}: made for another {type(model).__name__}: its class or its code, configuration, attributes, "
+            f"or the layout, dtype, device or sharing of its weights differ; {again}"
         )
     try:
         schedule = Schedule(**format.parse(json.dumps(document["schedule"]).encode()))

@@ -44,7 +44,7 @@ class ModelSnapshot:
 
     def difference(self, model: nn.Module) -> str | None:
         """What a plan made at this snapshot would get wrong now; None when it still holds."""
-        if _untouched(self._records) and self._layouts_hold(self.tensors) is None:
+        if _untouched(self._records) and self._layouts_hold(self.tensors) is None and self._plain_layouts_hold():
             return None
         difference = self._difference(model)
         if difference is None:
@@ -55,6 +55,10 @@ class ModelSnapshot:
         """Remember every object that is looked at, so that a model nobody touched is recognised at once."""
         self.tensors = named_tensors(model)
         self._records = [record for module in self._modules.values() for record in _records_of(module)]
+        self._plain = [(tensor, _metadata(tensor)) for tensor in plain_tensors(model).values()]
+
+    def _plain_layouts_hold(self) -> bool:
+        return all(_metadata(tensor) == metadata for tensor, metadata in self._plain)
 
     def _layouts_hold(self, tensors: dict[str, torch.Tensor]) -> str | None:
         for name, tensor in tensors.items():
@@ -104,6 +108,8 @@ def _records_of(module: nn.Module) -> Iterator[_Record]:
             continue
         if isinstance(value, (dict, list, set)):
             yield _record(value)
+            if isinstance(value, dict) and name not in _LOOKED_INTO:
+                yield value, value.keys, tuple(value)
         elif _is_opened(value):
             yield _record(value.__dict__)
 

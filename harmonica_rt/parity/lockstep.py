@@ -61,6 +61,7 @@ class LockstepEngine:
         self.planned.begin_run(key)
         self.report = ParityReport(self.report.tolerance)
         if self._higher is not None:
+            self._higher = None  # before there is another copy of the model
             self._higher = ReferenceEngine(_one_precision_up(self._model), self._schedule)
 
     def new_stream(self, call: Call) -> Stream:

@@ -18,7 +18,7 @@ def obstacle(step: StepGraph) -> str | None:
     """
     devices = {device for node in step.graph.nodes if (device := _device(node)) is not None}
     for node in step.graph.nodes:
-        reason = _reason(node, devices)
+        reason = None if _is_number(node, step) else _reason(node, devices)
         if reason is not None:
             return f"{node.name} ({node.target}) {reason}"
     return None
@@ -26,7 +26,7 @@ def obstacle(step: StepGraph) -> str | None:
 
 def _reason(node: fx.Node, devices: set[torch.device]) -> str | None:
     device = _device(node)
-    if len(devices) > 1 and device is not None and device.type == "cpu" and not _is_scalar(node):
+    if len(devices) > 1 and device is not None and device.type == "cpu":
         return "lies on the CPU, other values do not"
     tags: Any = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else ()
     if torch.Tag.data_dependent_output in tags:
@@ -43,10 +43,11 @@ def _device(node: fx.Node) -> torch.device | None:
     return value.device if isinstance(value, torch.Tensor) else None
 
 
-def _is_scalar(node: fx.Node) -> bool:
-    """A CPU value of no dimensions is a number to a kernel, read when it is recorded; it must be a constant."""
+def _is_number(node: fx.Node, step: StepGraph) -> bool:
+    """A constant of no dimensions on the CPU is a number to a kernel, which is read when the graph is recorded."""
     value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.dim() == 0 and node.op == "get_attr"
+    is_constant = node.op == "placeholder" and node.name in step.constants
+    return is_constant and isinstance(value, torch.Tensor) and value.dim() == 0
 
 
 def _indexes_by_position(node: fx.Node) -> bool:

@@ -87,7 +87,12 @@ def plan_prologue(
     late = {node for nodes in captured.site_outputs for node in nodes}
     bound = bindings(captured.graph, captured.inputs, roles, {*captured.weights, *captured.constants}, late)
     nodes = {node.name: node for node in captured.graph.nodes}
-    stay = {name for name, node in nodes.items() if not isinstance(node.meta.get("val"), torch.Tensor)}
+    held = {*captured.weights, *captured.constants}  # a view of one costs nothing in the body, and a copy before it
+    stay = {
+        name
+        for name, node in nodes.items()
+        if not isinstance(node.meta.get("val"), torch.Tensor) or _owner(node).name in held
+    }
     while True:
         names = _frontier(steps, {name: bound[node] for name, node in nodes.items()}, stay)
         groups: dict[fx.Node, list[str]] = {}

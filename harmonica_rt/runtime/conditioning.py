@@ -93,10 +93,10 @@ class _Held:
         return True
 
     def same(self, tensor: torch.Tensor) -> bool:
-        if self.recognises(tensor):
-            return True
         if self._copy is not None:
             return torch.equal(self._copy, tensor)
+        if self.recognises(tensor):
+            return True
         return self.tensor._version == self._version and torch.equal(self.tensor, tensor)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from harmonica_rt.capture.call import Call
 from harmonica_rt.capture.roles import Role
@@ -20,7 +22,9 @@ from harmonica_rt.runtime.buffers import SlotBuffers
 from harmonica_rt.runtime.engine import RunKey
 from harmonica_rt.runtime.graphed import GraphedPrograms
 from harmonica_rt.runtime.graphs import Pool
-from harmonica_rt.runtime.prologue import HoistedMemory, LoweredPart, LoweredPrologue, StreamPrologue
+from harmonica_rt.runtime.prologue import ForecastKey, HoistedMemory, LoweredPart, LoweredPrologue, StreamPrologue
+
+log = logging.getLogger(__name__)
 
 Weights = Callable[[], Mapping[str, torch.Tensor]]
 
@@ -53,6 +57,9 @@ class PlanRuntime:
         self.plan = plan
         self.roles = tuple(leaf_roles)
         self.debug = debug
+        if pool is not None and any(map(is_traceable_wrapper_subclass, weights().values())):
+            log.info("no graphs: weights are tensors made of others (quantised?), which are not seen to be replaced")
+            pool = None
         self.pool = pool
         self.key: RunKey | None = None  # of the current run
         self._measured = measured
@@ -72,7 +79,7 @@ class PlanRuntime:
         self._bound: dict[Program | LoweredPart, tuple[Any, ...]] = {}
         self._free: list[_Memory] = []
         self._lent: list[_Memory] = []
-        self._addresses: tuple[int, ...] = ()
+        self._addresses: tuple[Any, ...] = ()
         offsets = [slot.offset for slot in plan.table.slots]
         keys = [(s.program, *(offsets[slot] for slot in (*s.reads, *s.writes))) for s in plan.steps]
         distinct = {key: number for number, key in enumerate(dict.fromkeys(keys))}
@@ -95,10 +102,13 @@ class PlanRuntime:
         return sum(memory.buffers.nbytes for memory in (*self._free, *self._lent))
 
     def begin_run(self, key: RunKey | None = None) -> None:
-        """Take back all arenas; fetch the weights anew at their first use."""
+        """Take back all arenas, to be lent in the same order again; fetch the weights anew at their first use."""
         self.key = key
-        self._free, self._lent = [*self._lent, *self._free], []
+        self._free, self._lent = [*self._free, *reversed(self._lent)], []
         self._weights_checked = False
+        if self._fetch_weights() is not self._weights:
+            self._weights = {}  # or a plan that is not used again would keep weights that were replaced
+            self._bound.clear()
 
     def new_stream(self) -> PlanStream:
         """A stream with an arena of its own, the one that was taken back first."""
@@ -109,14 +119,19 @@ class PlanRuntime:
             if self.pool is not None:
                 graphs, hoisted = GraphedPrograms(self.pool, measured=self._measured), HoistedMemory()
             memory = _Memory(SlotBuffers(self.plan), graphs, hoisted)
+        order = len(self._lent)
         self._lent.append(memory)
         if self.debug:
             memory.buffers.poison_all()
-        prologue = (
-            StreamPrologue(self._prologue, self.bound, key=self.key, comparable=self._comparable, memory=memory.hoisted)
-            if self._prologue is not None
-            else None
-        )
+        prologue = None
+        if self._prologue is not None:
+            prologue = StreamPrologue(
+                self._prologue,
+                self.bound,
+                key=ForecastKey(self.key, order),
+                comparable=self._comparable,
+                memory=memory.hoisted,
+            )
         return PlanStream(self, memory, prologue)
 
     def program(self, index: ProgramId) -> Program:
@@ -151,10 +166,15 @@ class PlanRuntime:
             self._bound.clear()
         if self.pool is None:
             return
-        addresses = tuple(tensor.data_ptr() for tensor in weights.values())
-        if addresses != self._addresses:
-            for graphs in self.graphs:
-                graphs.forget()
+        constants = self.plan.captured.constants.values()
+        addresses = (
+            *(tensor.data_ptr() for tensor in weights.values()),
+            # numbers on the CPU are read when a graph is recorded
+            *((c.data_ptr(), c._version if c.device.type == "cpu" else 0) for c in constants),
+        )
+        moved = bool(self._addresses) and addresses != self._addresses
+        for graphs in self.graphs:
+            graphs.begin_run(moved=moved)
         self._addresses = addresses
 
 

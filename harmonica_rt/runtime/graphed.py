@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ log = logging.getLogger(__name__)
 
 PAYS = 0.98  # share of the time of plain launches that a graph may take to be kept
 ROUNDS = 3  # of the measurement; the best counts
+MOVES = 3  # runs in a row with weights elsewhere, after which recording them anew is given up
+RESTLESS = "weights lie elsewhere in every run (is offloading on?)"
 
 
 class GraphedPrograms:
@@ -36,6 +39,7 @@ class GraphedPrograms:
         self._measured = measured
         self._warm: set[int] = set()
         self._graphs: dict[int, Graph] = {}
+        self._moves = 0  # runs in a row
         self._leaves = StaticTensors()
 
     def __len__(self) -> int:
@@ -47,9 +51,13 @@ class GraphedPrograms:
         """Bytes of the static tensors; the pool counts its own."""
         return self._leaves.nbytes
 
-    def forget(self) -> None:
-        """Drop all graphs: something that they hold the address of was replaced."""
-        self._graphs.clear()
+    def begin_run(self, *, moved: bool) -> None:
+        """A run begins; with `moved`, something that graphs hold the address of was replaced, and they are dropped."""
+        self._moves = self._moves + 1 if moved else 0
+        if moved:
+            self._graphs.clear()
+        else:
+            self.refusals = {program: reason for program, reason in self.refusals.items() if reason is not RESTLESS}
 
     def run(
         self,
@@ -77,19 +85,25 @@ class GraphedPrograms:
         fixed = [self._leaves.tensors.get(str(index)) for index in range(len(leaves))]
         given = [hoisted[name] for name in program.step.hoisted]
         body = functools.partial(program, bound, fixed, *slots, given)
+        if self._moves >= MOVES:
+            self.refusals.setdefault(program, RESTLESS)
         if program in self.refusals:
             return body()
         if place not in self._warm:
             self._warm.add(place)
             reason = obstacle(program.step)
-            return self._pool.warm_up(body) if reason is None else self._refuse(program, reason, body)
+            if reason is not None:
+                return self._refuse(program, reason, body)
+            with _casting_anew():
+                return self._pool.warm_up(body)
         reason = self._record(place, body)
         return copies(self._graphs[place].replay()) if reason is None else self._refuse(program, reason, body)
 
     def _record(self, place: int, body: Body) -> str | None:
         """Record `body`, or say why not."""
         try:
-            graph = self._pool.record(body)
+            with _casting_anew():
+                graph = self._pool.record(body)
         except RuntimeError as error:
             return f"it cannot be recorded: {str(error).partition(chr(10))[0]}"
         if self._measured:
@@ -103,3 +117,14 @@ class GraphedPrograms:
         log.info("a step program runs without a graph: %s", reason)
         self.refusals[program] = reason
         return body()
+
+
+@contextmanager
+def _casting_anew() -> Iterator[None]:
+    """Within this block autocast keeps no casts of weights: a graph would hold one's address, and not the cast."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)

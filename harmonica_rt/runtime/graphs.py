@@ -83,6 +83,7 @@ class CudaPool:
         self._device = device
         self._handle = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
+        self._anchor: Graph | None = None  # a pool is freed with its last graph, and its handle is no good from then on
 
     def warm_up(self, body: Body) -> tuple[Any, ...]:
         """See `Pool.warm_up`: on the stream that records, because libraries keep workspaces for each stream."""
@@ -95,20 +96,13 @@ class CudaPool:
 
     def record(self, body: Body) -> Graph:
         """See `Pool.record`."""
-        graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
         before = torch.cuda.memory_reserved(self._device)
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
-            try:
-                outputs = body()
-            except BaseException:
-                with contextlib.suppress(RuntimeError):  # says once more that the recording failed
-                    graph.capture_end()
-                raise
-            graph.capture_end()
+        if self._anchor is None:
+            self._anchor = self._recorded(lambda: (torch.zeros(1, device=self._device),))
+        graph = self._recorded(body)
         self.nbytes += torch.cuda.memory_reserved(self._device) - before
-        return _CudaGraph(graph, outputs)
+        return graph
 
     def seconds(self, run: Callable[[], object]) -> float:
         """See `Pool.seconds`."""
@@ -117,6 +111,19 @@ class CudaPool:
         run()
         torch.cuda.synchronize(self._device)
         return time.perf_counter() - started
+
+    def _recorded(self, body: Body) -> Graph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            try:
+                graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
+                outputs = body()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # says once more that the recording failed
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        return _CudaGraph(graph, outputs)
 
 
 class _CudaGraph:

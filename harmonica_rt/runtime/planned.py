@@ -33,6 +33,21 @@ class FallbackWarning(UserWarning):
     """A model could not be captured and runs eagerly with the same schedule: same images, less speed."""
 
 
+class LiveWeights:
+    """The parameters and buffers of a model by name, as its snapshot last saw them.
+
+    Plans hold this in the place of the engine that holds them, so that they are freed with it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.snapshot: ModelSnapshot | None = None
+        self._model = model
+
+    def __call__(self) -> dict[str, torch.Tensor]:
+        """The same mapping as long as no tensor was replaced."""
+        return self.snapshot.tensors if self.snapshot is not None else named_tensors(self._model)
+
+
 class PlannedEngine:
     """Captures and plans at the first call of each signature; runs the reference where that is not possible.
 
@@ -63,7 +78,7 @@ class PlannedEngine:
         self._model = model
         self._schedule = schedule
         self._strict = strict
-        self._snapshot: ModelSnapshot | None = None
+        self._weights = LiveWeights(model)
         self._reference = ReferenceEngine(model, schedule)
 
     @property
@@ -73,12 +88,12 @@ class PlannedEngine:
 
     def begin_run(self, key: RunKey | None = None) -> None:
         """Drop plans that the model has outgrown; fetch its weights anew."""
-        difference = self._snapshot.difference(self._model) if self._snapshot is not None else None
+        difference = self._difference()
         if difference is not None:
             log.warning("%s was captured again: %s", type(self._model).__name__, difference)
             self.cache.clear()
             self.failures.clear()
-            self._snapshot = None
+            self._weights.snapshot = None
         self.cache.begin_run(key)
 
     def new_stream(self, call: Call) -> Stream:
@@ -96,7 +111,7 @@ class PlannedEngine:
         Raises:
             PlanFileError: one has no such form, or the model is not as it was when they were made.
         """
-        difference = self._snapshot.difference(self._model) if self._snapshot is not None else None
+        difference = self._difference()
         if difference is not None:
             raise PlanFileError(f"the plans are of the model as it was: {difference}. Run it once more, then save")
         attributes = plain_tensors(self._model)
@@ -114,7 +129,7 @@ class PlannedEngine:
             RegionError: Inductor cannot compile a region.
         """
         check_capturable(self._model)
-        self._snapshot = ModelSnapshot(self._model)
+        self._weights.snapshot = ModelSnapshot(self._model)
         attributes = plain_tensors(self._model)
         for record in records:
             started = time.perf_counter()
@@ -123,8 +138,8 @@ class PlannedEngine:
 
     def _add_plan(self, call: Call) -> None:
         started = time.perf_counter()
-        if self._snapshot is None:
-            self._snapshot = ModelSnapshot(self._model)
+        if self._weights.snapshot is None:
+            self._weights.snapshot = ModelSnapshot(self._model)
         name = type(self._model).__name__
         try:
             captured = capture(self._model, call, self._schedule.sites)
@@ -140,5 +155,6 @@ class PlannedEngine:
         plan = build_plan(captured, self._schedule)
         self.cache.add(call.signature, plan, self._weights, roles(call), started=started)
 
-    def _weights(self) -> dict[str, torch.Tensor]:
-        return self._snapshot.tensors if self._snapshot is not None else named_tensors(self._model)
+    def _difference(self) -> str | None:
+        snapshot = self._weights.snapshot
+        return snapshot.difference(self._model) if snapshot is not None else None

@@ -4,7 +4,8 @@ What timesteps a model is given is known only when it is called: pipelines scale
 scheduler. So every run writes down those it is given, and they are the forecast for later runs of the same scheduler
 timesteps. Without a forecast each step computes its own values. Where a comparison is free (on a CPU), each step
 compares, and one that was foreseen wrongly computes its own. Elsewhere reading a value would make the host wait for the
-device, so a run compares once, when it ends, and is an error if it was not what was foreseen.
+device, so a stream that begins with the run is held to its forecast when it ends, and is an error if it was not what
+was foreseen; any other stream computes its own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -26,10 +27,22 @@ from harmonica_rt.runtime.static import StaticRows, StaticTensors
 
 log = logging.getLogger(__name__)
 
-MAX_FORECASTS = 8  # kept; the one unused longest goes first
+MAX_FORECASTS = 16  # kept; the one unused longest goes first
 
 Timesteps = tuple[torch.Tensor, ...]  # one for each timestep argument
 Values = list[torch.Tensor]
+
+
+class ForecastKey(NamedTuple):
+    """What streams are foreseen alike.
+
+    Attributes:
+        run: the timesteps of the run's scheduler; None where none drives it.
+        order: of the stream among those of its plan: a model may be called twice a step with other timesteps.
+    """
+
+    run: RunKey | None
+    order: int
 
 
 class LoweredPart:
@@ -59,15 +72,19 @@ class LoweredPrologue:
         self.once = LoweredPart(prologue.once, root)
         self.each = LoweredPart(prologue.each, root)
         self.steps = steps
-        self._forecasts: OrderedDict[RunKey | None, Timesteps] = OrderedDict()
+        self._forecasts: OrderedDict[ForecastKey, Timesteps] = OrderedDict()
         self._batches = True
 
-    def forecast(self, key: RunKey | None) -> Timesteps | None:
-        """The model's timesteps in a run of these scheduler timesteps, `[steps, ...]` each; None where not known."""
+    def forecast(self, key: ForecastKey) -> Timesteps | None:
+        """The model's timesteps in such a stream, `[steps, ...]` each; None where not known."""
         return self._forecasts.get(key)
 
-    def learn(self, key: RunKey | None, timesteps: Timesteps) -> None:
-        """Keep the timesteps of a run as the forecast for the next."""
+    def forget(self, key: ForecastKey) -> None:
+        """A forecast was wrong."""
+        self._forecasts.pop(key, None)
+
+    def learn(self, key: ForecastKey, timesteps: Timesteps) -> None:
+        """Keep the timesteps of a stream as the forecast for the next."""
         self._forecasts[key] = timesteps
         self._forecasts.move_to_end(key)
         while len(self._forecasts) > MAX_FORECASTS:
@@ -141,9 +158,9 @@ class StreamPrologue:
     Args:
         lowered: the prologue.
         bind: gives the weights and constants of a part, as the model holds them in this run.
-        key: the timesteps of the run's scheduler; None where none drives it.
+        key: what it is foreseen by.
         comparable: whether timesteps can be compared at every step without waiting. Where they cannot, a run without
-            a key is foreseen by nobody.
+            scheduler timesteps is foreseen by nobody.
         memory: where the values are put for graphs to find; None hands them over as they are.
     """
 
@@ -152,7 +169,7 @@ class StreamPrologue:
         lowered: LoweredPrologue,
         bind: Callable[[LoweredPart], tuple[Any, ...]],
         *,
-        key: RunKey | None,
+        key: ForecastKey,
         comparable: bool,
         memory: HoistedMemory | None = None,
     ) -> None:
@@ -161,7 +178,7 @@ class StreamPrologue:
         self._bind = bind
         self._key = key
         self._comparable = comparable
-        self._foreseen = lowered.forecast(key) if comparable or key is not None else None
+        self._foreseen = lowered.forecast(key) if comparable or key.run is not None else None
         self._given_timesteps: Timesteps | None = None
         self._visited: list[int] = []
         self._trusted = False  # some step took its values from the forecast, unseen
@@ -171,7 +188,8 @@ class StreamPrologue:
         """The next call is of another request."""
         self._once: dict[str, torch.Tensor] | None = None
         self._given: Values = []
-        self._steps: tuple[torch.Tensor, ...] | None = None  # `[steps, ...]` each
+        self._all_known = False  # the values of all steps
+        self._steps: tuple[torch.Tensor, ...] = ()  # they, `[steps, ...]` each, where no memory holds them
 
     def at(self, step: StepIndex, call: Call) -> dict[str, torch.Tensor]:
         """The hoisted values in `step` by name."""
@@ -180,17 +198,21 @@ class StreamPrologue:
         if self._once is None:
             self._once = self._run_once(leaves)
             self._given = [self._once[name] for name in each.given]
-            if each.results and self._foreseen is not None:
-                self._steps = lowered.in_steps(self._foreseen, self._bind(lowered.each), leaves, self._given)
+            steps = None
+            if each.results and self._foreseen is not None and (step == 0 or self._comparable):
+                steps = lowered.in_steps(self._foreseen, self._bind(lowered.each), leaves, self._given)
+            self._all_known = steps is not None
             if self._memory is not None:
-                self._memory.begin(self._once, each.results, self._steps)
+                self._memory.begin(self._once, each.results, steps)
+            elif steps is not None:
+                self._steps = steps
         if not each.results:
             return self._once if self._memory is None else self._memory.tensors
         timesteps = tuple(leaves[index] for index in lowered.prologue.timesteps)
         self._write_down(step, timesteps)
-        if self._steps is not None and self._comparable and not self._is_foreseen(step, timesteps):
-            self._steps = None
-        if self._steps is not None:
+        if self._all_known and self._comparable and not self._is_foreseen(step, timesteps):
+            self._all_known, self._steps = False, ()
+        if self._all_known:
             self._trusted = not self._comparable
             if self._memory is not None:
                 return self._memory.select(step)
@@ -210,16 +232,20 @@ class StreamPrologue:
         given, foreseen = self._given_timesteps, self._foreseen
         if given is None:
             return
-        if len(self._visited) == self._lowered.steps:
-            self._lowered.learn(self._key, given)
+        wrong = False
         if self._trusted and foreseen is not None:
             rows = torch.tensor(self._visited, device=given[0].device)
-            if not all(torch.equal(a[rows], b[rows]) for a, b in zip(foreseen, given, strict=True)):
-                raise RunError(
-                    "this run came with other timesteps than the last one of the same scheduler timesteps, and was "
-                    "computed with those: its result is wrong, the next run will be right. A step was left out or "
-                    "repeated, or the pipeline changes timesteps from run to run"
-                )
+            wrong = not all(torch.equal(a[rows], b[rows]) for a, b in zip(foreseen, given, strict=True))
+        if wrong:
+            self._lowered.forget(self._key)
+        if len(self._visited) == self._lowered.steps:
+            self._lowered.learn(self._key, given)
+        if wrong:
+            raise RunError(
+                "this run came with other timesteps than the last one of the same scheduler timesteps, and was "
+                "computed with those: its result is wrong, the next run will be right. A step was left out or "
+                "repeated, or the pipeline changes timesteps from run to run"
+            )
 
     def _run_once(self, leaves: Sequence[Any]) -> dict[str, torch.Tensor]:
         once = self._lowered.once

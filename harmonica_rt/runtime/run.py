@@ -166,10 +166,23 @@ class Run:
         """
         self.step = StepIndex(self.step + 1)
         self._calls_in_step = 0
-        if self.finished:
-            for state in self._streams:
-                state.conditioning.end()
-                state.stream.end()
+        if self.finished and (errors := self._end()):
+            raise errors[0]
+
+    def abandon(self) -> None:
+        """Another run begins before this one is over. Nobody waits for its result; what was wrong with it is logged."""
+        for error in self._end():
+            log.warning("a run that was not finished: %s", error)
+
+    def _end(self) -> list[RunError]:
+        """Every stream is over, also where another one turns out wrong: each learns from the run."""
+        errors = []
+        for end in (end for state in self._streams for end in (state.conditioning.end, state.stream.end)):
+            try:
+                end()
+            except RunError as error:
+                errors.append(error)
+        return errors
 
     def _call(self, call: Call) -> object:
         if self.untouched:

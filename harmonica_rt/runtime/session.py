@@ -175,6 +175,8 @@ class Session:
         current = threading.get_ident()
         if self._run is not None and not self._run.untouched:
             self.last_stats = self._run.stats
+            if not self._run.finished:
+                self._run.abandon()
             owner = self._run.thread
             if self._pipeline is not None and owner is not None and owner != current:
                 self._displaced.add(owner)

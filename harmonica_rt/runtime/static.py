@@ -8,6 +8,8 @@ import torch
 
 ALIGNMENT = 64  # bytes
 
+_Kind = tuple[torch.dtype, torch.device]
+
 
 class StaticTensors:
     """One tensor at a fixed address for each name, laid out as the first value that came under it."""
@@ -38,25 +40,29 @@ class StaticRows:
     """Values that are other ones in every step, packed, so that one copy a dtype brings in those of a step.
 
     Args:
-        examples: the values of one step, whose layout all steps have.
+        examples: the values of one step, whose layout all steps have. Views of one tensor share its place.
     """
 
     def __init__(self, examples: Mapping[str, torch.Tensor]) -> None:
-        self._places: dict[str, tuple[torch.dtype, int]] = {}  # name -> dtype, first element
-        sizes: dict[torch.dtype, int] = {}
+        owners: dict[tuple[_Kind, int], list[str]] = {}
         for name, value in examples.items():
-            start = sizes.get(value.dtype, 0)
-            self._places[name] = (value.dtype, start)
-            unit = ALIGNMENT // value.dtype.itemsize
-            sizes[value.dtype] = start + -(-_extent(value) // unit) * unit
-        device = next(iter(examples.values())).device
+            owners.setdefault((_kind(value), value.untyped_storage().data_ptr()), []).append(name)
+        self._places: dict[str, tuple[_Kind, int]] = {}  # name -> kind, first element
+        sizes: dict[_Kind, int] = {}
+        for (kind, _), names in owners.items():
+            start, unit = sizes.get(kind, 0), ALIGNMENT // kind[0].itemsize
+            first = min(int(examples[name].storage_offset()) for name in names)
+            last = max(int(examples[name].storage_offset()) + _extent(examples[name]) for name in names)
+            for name in names:
+                self._places[name] = (kind, start + int(examples[name].storage_offset()) - first)
+            sizes[kind] = start + -(-(last - first) // unit) * unit
         with torch.inference_mode(False), torch.no_grad():
-            self._row = {dtype: torch.empty(size, dtype=dtype, device=device) for dtype, size in sizes.items()}
+            self._row = {kind: torch.empty(size, dtype=kind[0], device=kind[1]) for kind, size in sizes.items()}
             self.tensors = {
-                name: self._row[dtype].as_strided(examples[name].shape, examples[name].stride(), start)
-                for name, (dtype, start) in self._places.items()
+                name: self._row[kind].as_strided(examples[name].shape, examples[name].stride(), start)
+                for name, (kind, start) in self._places.items()
             }
-        self._table: dict[torch.dtype, torch.Tensor] = {}
+        self._table: dict[_Kind, torch.Tensor] = {}
 
     @property
     def nbytes(self) -> int:
@@ -66,8 +72,8 @@ class StaticRows:
     def put(self, values: Mapping[str, torch.Tensor]) -> None:
         """Bring in the values of a step as they are."""
         names = list(values)
-        for dtype in self._row:
-            chosen = [name for name in names if self._places[name][0] is dtype]
+        for kind in self._row:
+            chosen = [name for name in names if self._places[name][0] == kind]
             targets = [self.tensors[name] for name in chosen]
             torch._foreach_copy_(
                 [distinct(target) for target in targets],
@@ -77,20 +83,20 @@ class StaticRows:
     def tabulate(self, names: Sequence[str], stacked: Sequence[torch.Tensor]) -> None:
         """Keep the values of all steps, `[steps, ...]` each, for `select`."""
         steps = stacked[0].shape[0]
-        for dtype, row in self._row.items():
-            if dtype not in self._table or self._table[dtype].shape[0] != steps:
+        for kind, row in self._row.items():
+            if kind not in self._table or self._table[kind].shape[0] != steps:
                 with torch.inference_mode(False), torch.no_grad():
-                    self._table[dtype] = row.new_empty((steps, row.numel()))
+                    self._table[kind] = row.new_empty((steps, row.numel()))
         for name, values in zip(names, stacked, strict=True):
-            dtype, start = self._places[name]
-            table, one = self._table[dtype], self.tensors[name]
+            kind, start = self._places[name]
+            table, one = self._table[kind], self.tensors[name]
             column = table.as_strided((steps, *one.shape), (table.shape[1], *one.stride()), start)
             distinct(column).copy_(distinct(values, column))
 
     def select(self, step: int) -> None:
         """Bring in the values of a step of the table."""
-        for dtype, row in self._row.items():
-            row.copy_(self._table[dtype][step])
+        for kind, row in self._row.items():
+            row.copy_(self._table[kind][step])
 
 
 def distinct(tensor: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
@@ -100,6 +106,10 @@ def distinct(tensor: torch.Tensor, like: torch.Tensor | None = None) -> torch.Te
         if stride == 0 and n > 1:
             tensor = tensor.narrow(dim, 0, 1)
     return tensor
+
+
+def _kind(value: torch.Tensor) -> _Kind:
+    return value.dtype, value.device
 
 
 def _empty(value: torch.Tensor) -> torch.Tensor:

@@ -184,6 +184,28 @@ class TestSnapshot:
         model.embed.scaling["default"] = 0.5
         assert snapshot.difference(model) == "attribute scaling of embed changed"
 
+    def test_a_renamed_key_is_told(self) -> None:
+        model = stack()
+        value = object()
+        model.embed.scaling = {"default": value}
+        snapshot = ModelSnapshot(model)
+        del model.embed.scaling["default"]
+        model.embed.scaling["other"] = value
+        assert snapshot.difference(model) == "attribute scaling of embed changed"
+
+    def test_a_plain_tensor_of_another_layout_is_told(self) -> None:
+        model = stack()
+        model.embed.table = torch.zeros(4)
+        snapshot = ModelSnapshot(model)
+        model.embed.table.data = torch.zeros(4, dtype=torch.float64)
+        assert snapshot.difference(model) == "attribute table of embed changed"
+
+    def test_weights_that_are_tied_are_told(self) -> None:
+        model = stack()
+        snapshot = ModelSnapshot(model)
+        model.blocks[1].attn.weight = model.blocks[0].attn.weight
+        assert snapshot.difference(model) == "weights were tied, or are no longer"
+
     def test_a_new_hook_is_told(self) -> None:
         model = stack()
         snapshot = ModelSnapshot(model)

@@ -17,7 +17,7 @@ from harmonica_rt.passes.binding import Binding, bindings
 from harmonica_rt.passes.hoist import Prologue, cut, plan_prologue
 from harmonica_rt.passes.specialise import StepGraph
 from harmonica_rt.plan.plan import Plan, build_plan
-from harmonica_rt.runtime.prologue import LoweredPrologue, StreamPrologue
+from harmonica_rt.runtime.prologue import ForecastKey, LoweredPrologue, StreamPrologue
 from harmonica_rt.schedule import Schedule
 
 SITES = ("attn", "cross", "time")
@@ -106,7 +106,9 @@ def test_the_body_keeps_what_sees_the_latents() -> None:
 def values(prologue: Prologue, model: nn.Module, captured: CapturedGraph, call: dict[str, torch.Tensor]) -> Any:
     weights = dict(model.named_parameters())
     lowered = LoweredPrologue(prologue, captured.root, STEPS)
-    stream = StreamPrologue(lowered, lambda part: part.bind(weights, captured.constants), key=None, comparable=True)
+    stream = StreamPrologue(
+        lowered, lambda part: part.bind(weights, captured.constants), key=ForecastKey(None, 0), comparable=True
+    )
     return stream.at(0, CallConvention(model).normalise((), call))  # type: ignore[arg-type]
 
 
@@ -151,3 +153,24 @@ def test_a_reused_site_takes_its_inputs_with_it() -> None:
     full, reused = (cut(plan.programs[plan.steps[step].program], prologue.names) for step in (2, 1))
     assert len(reused.hoisted) < len(full.hoisted)  # shift and scale of the attention that is left out
     assert set(reused.hoisted) < set(full.hoisted)
+
+
+class Transposed(nn.Module):
+    """Uses a weight through a view of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.Linear(8, 8)
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.attn(latents) @ self.weight.T
+
+
+def test_views_of_weights_stay_in_the_body() -> None:
+    model = Transposed().eval()
+    call = CallConvention(model).normalise((), {"latents": torch.randn(2, 4, 8)})
+    plan = build_plan(capture(model, call, ["attn"]), Schedule.every(2, steps=4, sites=["attn"]))
+    prologue = plan_prologue(plan.captured, plan.programs, roles(call), 4)
+    assert prologue.names == ()
+    assert prologue.nbytes == 0

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from typing import Any
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 import harmonica_rt as hrt
 from harmonica_rt.api import CompiledModel
 from harmonica_rt.errors import RunError
+from harmonica_rt.passes.capturable import obstacle
+from harmonica_rt.runtime import graphed
 from harmonica_rt.runtime.planned import PlannedEngine
 from harmonica_rt.schedule import Schedule
 from tests.models import Stack, stack, stack_call
@@ -146,6 +151,117 @@ def test_the_node_that_a_graph_cannot_hold_is_named(kind: type[Stack], reason: s
     assert pool.warmed == pool.recorded == 0
     for found in runtime.graphs[0].refusals.values():
         assert re.search(reason, found)
+
+
+def test_weights_are_cast_anew_in_every_replay(model: Stack) -> None:
+    schedule = random_schedule(model, STEPS, seed=1)
+    pool = StandInPool()
+    compiled, truth = compiled_with(model, schedule, pool), hrt.reference(model, schedule)
+    seen: list[bool] = []
+    record = pool.record
+    pool.record = lambda body: (seen.append(torch.is_autocast_cache_enabled()), record(body))[1]  # type: ignore[method-assign]
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            got, expected = outputs(compiled), outputs(truth)
+            assert torch.is_autocast_cache_enabled()
+        assert all(torch.allclose(a, b, rtol=2e-2, atol=2e-2) for a, b in zip(got, expected, strict=True))
+    assert seen == [False] * pool.recorded != []
+
+
+def test_weights_that_move_in_every_run_are_recorded_no_more(model: Stack) -> None:
+    schedule = random_schedule(model, STEPS, seed=1)
+    pool = StandInPool()
+    compiled, truth = compiled_with(model, schedule, pool), hrt.reference(model, schedule)
+    weight = model.blocks[0].mlp[0].weight
+    for _ in range(graphed.MOVES + 2):
+        assert close(outputs(compiled), outputs(truth))
+        recorded = pool.recorded
+        weight.data = weight.data.clone()
+    assert close(outputs(compiled), outputs(truth))
+    assert pool.recorded == recorded
+    assert set(compiled.report().graphs.refusals) == {graphed.RESTLESS}
+    assert close(outputs(compiled), outputs(truth))  # they stayed
+    assert pool.recorded > recorded
+    assert not compiled.report().graphs.refusals
+
+
+class Doubling(Stack):
+    """With a number that is made while tracing, and one that is an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = torch.tensor(2.0)
+
+    def forward(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return super().forward(latents, timestep) * self.factor
+
+
+def test_a_number_that_was_read_in_recording_is_read_anew_where_it_changed() -> None:
+    torch.manual_seed(0)
+    model = Doubling().eval()
+    schedule = random_schedule(model, STEPS, seed=1)
+    pool = StandInPool()
+    compiled, truth = compiled_with(model, schedule, pool), hrt.reference(model, schedule)
+    outputs(compiled), outputs(compiled)
+    recorded = pool.recorded
+    model.factor.mul_(3.0)
+    assert close(outputs(compiled), outputs(truth))
+    assert pool.recorded == 2 * recorded
+    (runtime,) = compiled._planned.plans.values()
+    step = runtime.program(runtime.plan.steps[0].program).step
+    node = next(node for node in step.graph.nodes if node.name in step.constants)
+    other = next(node for node in step.graph.nodes if node.op == "call_function")
+    other.meta["val"] = other.meta["val"].to("meta")  # another device
+    assert obstacle(step) != f"{node.name} ({node.target}) lies on the CPU, other values do not"
+
+
+def test_weights_made_of_other_tensors_are_not_recorded() -> None:
+    model = stack()
+    wrapped = TwoTensor(torch.randn(8, 8), torch.randn(8, 8))
+    model.blocks[0].attn.weight = torch.nn.Parameter(wrapped, requires_grad=False)
+    pool = StandInPool()
+    compiled = compiled_with(model, random_schedule(model, STEPS, seed=1), pool)
+    for _ in range(3):
+        outputs(compiled)
+    assert pool.warmed == pool.recorded == 0
+
+
+def test_streams_find_their_own_memory_again(model: Stack) -> None:
+    compiled = compiled_with(model, random_schedule(model, STEPS, seed=1), StandInPool())
+    outputs(compiled)
+    (runtime,) = compiled._planned.plans.values()
+    runtime.begin_run()
+    first, second, third = (runtime.new_stream().buffers for _ in range(3))
+    for _ in range(2):
+        runtime.begin_run()
+        assert runtime.new_stream().buffers is first
+    runtime.begin_run()
+    assert [runtime.new_stream().buffers for _ in range(3)] == [first, second, third]
+
+
+def test_a_compiled_model_is_freed_with_its_memory(model: Stack) -> None:
+    compiled = hrt.compile(model, random_schedule(model, STEPS, seed=1), strict=True)
+    outputs(compiled)
+    (runtime,) = compiled._planned.plans.values()
+    held = weakref.ref(runtime)
+    gc.disable()
+    try:
+        del compiled, runtime
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+def test_a_plan_lets_go_of_weights_that_were_replaced(model: Stack) -> None:
+    compiled = hrt.compile(model, random_schedule(model, STEPS, seed=1), strict=True)
+    outputs(compiled)
+    compiled.reset()
+    compiled(**stack_call(0, tokens=6))  # a plan that is not used again
+    old = weakref.ref(model.blocks[0].attn.weight)
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    outputs(compiled)
+    gc.collect()
+    assert old() is None
 
 
 class TestTimesteps:

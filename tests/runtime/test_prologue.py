@@ -10,9 +10,12 @@ from torch import nn
 
 import harmonica_rt as hrt
 from harmonica_rt.api import CompiledModel
+from harmonica_rt.capture.call import CallConvention
 from harmonica_rt.errors import RunError
+from harmonica_rt.indices import StepIndex
 from harmonica_rt.runtime import conditioning
-from harmonica_rt.runtime.prologue import LoweredPrologue
+from harmonica_rt.runtime.prologue import ForecastKey, LoweredPrologue, StreamPrologue
+from harmonica_rt.runtime.static import StaticRows
 from tests.passes.test_hoist import SITES, STEPS, Conditioned, call_of
 
 
@@ -137,3 +140,75 @@ def test_in_inference_mode(model: Conditioned) -> None:
         with torch.inference_mode():
             check_run(compiled, CALLS)
         check_run(compiled, CALLS)
+
+
+def foreseen(model: Conditioned) -> tuple[LoweredPrologue, Any]:
+    """The prologue of a plan that has seen a run of `CALLS`, and how it binds weights."""
+    compiled = compiled_for(model)
+    check_run(compiled, CALLS)
+    (runtime,) = compiled._planned.plans.values()
+    assert runtime._prologue is not None
+    known = runtime._prologue.forecast(ForecastKey(None, 0))
+    assert known is not None
+    runtime._prologue.learn(KEY, known)
+    return runtime._prologue, runtime.bound
+
+
+KEY = ForecastKey((3.0, 2.0, 1.0, 0.0), 0)
+
+
+def hoisted_at(step: int, given: dict[str, torch.Tensor], lowered: LoweredPrologue, bind: Any) -> Any:
+    """Hoisted values of a stream whose first call this is, where nobody compares."""
+    stream = StreamPrologue(lowered, bind, key=KEY, comparable=False)
+    model = Conditioned()
+    return stream, stream.at(StepIndex(step), CallConvention(model).normalise((), given))
+
+
+def test_a_stream_that_does_not_begin_with_the_run_is_not_foreseen(model: Conditioned) -> None:
+    lowered, bind = foreseen(model)
+    late = {**CALLS[2], "timestep": CALLS[2]["timestep"] + 7.0}
+    _, at_first = hoisted_at(0, {**CALLS[0], "timestep": CALLS[0]["timestep"] + 7.0}, lowered, bind)
+    _, as_foreseen = hoisted_at(0, CALLS[0], lowered, bind)
+    assert all(torch.equal(at_first[name], as_foreseen[name]) for name in as_foreseen)  # trusted: raised at the end
+    _, own = hoisted_at(2, late, lowered, bind)
+    _, usual = hoisted_at(2, CALLS[2], lowered, bind)
+    assert any(not torch.equal(own[name], usual[name]) for name in usual)
+
+
+def test_a_forecast_that_was_wrong_is_forgotten(model: Conditioned) -> None:
+    lowered, bind = foreseen(model)
+    stream, _ = hoisted_at(0, {**CALLS[0], "timestep": CALLS[0]["timestep"] + 7.0}, lowered, bind)
+    with pytest.raises(RunError, match="the next run will be right"):
+        stream.end()
+    assert lowered.forecast(KEY) is None
+    assert lowered.forecast(ForecastKey(None, 0)) is not None  # another one
+
+
+def test_in_inference_mode_a_buffer_that_is_written_in_every_step(
+    model: Conditioned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conditioning, "_is_read_at_once", lambda tensor: False)
+    compiled = compiled_for(model)
+    truth = hrt.reference(model, compiled.schedule)
+    with torch.inference_mode():
+        timestep = CALLS[0]["timestep"].clone()
+        for _ in range(2):
+            compiled.reset(), truth.reset()
+            for call in CALLS:
+                timestep.copy_(call["timestep"])
+                torch.testing.assert_close(compiled(**{**call, "timestep": timestep}), truth(**call))
+
+
+def test_views_of_one_tensor_take_its_bytes_once() -> None:
+    whole = torch.randn(4, 6 * 16)
+    examples = {f"part{i}": part for i, part in enumerate(whole.chunk(6, dim=1))} | {"other": torch.randn(3).double()}
+    rows = StaticRows(examples)
+    assert sum(row.nbytes for row in rows._row.values()) == whole.nbytes + 64
+    steps = {name: torch.stack([value + step for step in range(3)]) for name, value in examples.items()}
+    rows.tabulate(list(steps), list(steps.values()))
+    for step in (2, 0, 1):
+        rows.select(step)
+        assert all(torch.equal(rows.tensors[name], steps[name][step]) for name in steps)
+    rows.put(examples)
+    assert all(torch.equal(rows.tensors[name], value) for name, value in examples.items())
+    assert all(rows.tensors[name].stride() == value.stride() for name, value in examples.items())
