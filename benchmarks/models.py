@@ -126,6 +126,22 @@ def flux_on_meta(double: int = 19, single: int = 38) -> nn.Module:
     return model.eval()
 
 
+def flux_small_on_meta() -> nn.Module:
+    """Flux with an eighth of its width and few blocks, for a CPU."""
+    with torch.device("meta"):
+        model: nn.Module = FluxTransformer2DModel(
+            num_layers=3,
+            num_single_layers=6,
+            num_attention_heads=6,
+            attention_head_dim=64,
+            joint_attention_dim=512,
+            pooled_projection_dim=256,
+            axes_dims_rope=(8, 28, 28),
+            guidance_embeds=True,
+        )
+    return model.eval()
+
+
 def flux_calls(model: nn.Module, rows: int, steps: int, *, side: int, text_tokens: int) -> list[dict[str, Any]]:
     """One call for each step of flow matching, `side` x `side` image tokens."""
     config: Any = model.config

@@ -15,7 +15,8 @@ from benchmarks.latency.run import Settings, run
 
 SCHEDULES = ("every(2)", "released", "learned")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-ON_CPU = ("eager", "hooks", "fused")  # what `make bench` has time for
+SMALL = ("bundled", "dit-12x384", "flux-small")  # for a CPU
+ON_CPU = ("eager", "hooks", "first-block", "taylorseer", "pab", "fused")  # what `make bench` has time for
 NAME = "latency"
 
 
@@ -68,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _settings(options: argparse.Namespace) -> Settings:
     device = torch.device(options.device)
     gpu = device.type == "cuda"
-    small = ("bundled",)
-    large = tuple(name for name in geometries() if name not in ("bundled", "dit-12x384"))
+    small = ("bundled",) if options.quick else ("bundled", "flux-small")
+    large = tuple(name for name in geometries() if name not in SMALL)
     providers = tuple(options.providers or (PROVIDERS if gpu else ON_CPU))
     return Settings(
         models=tuple(options.models or (large if gpu and not options.quick else small)),

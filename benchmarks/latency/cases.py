@@ -136,6 +136,11 @@ def geometries(flux_blocks: tuple[int, int] = (19, 38)) -> dict[str, Geometry]:
         "pixart-512": of_pixart("PixArt-alpha 512", 512, 120),
         "pixart-1024": of_pixart("PixArt-alpha 1024", 1024, 120, sized=True),
         "pixart-sigma-2048": of_pixart("PixArt-Sigma 2048", 2048, 300),
+        "flux-small": Geometry(
+            "small Flux (3 + 6 blocks, width 384), 256 tokens",
+            models.flux_small_on_meta,
+            lambda model, images, steps: models.flux_calls(model, images, steps, side=16, text_tokens=64),
+        ),
         "flux-1024": Geometry(
             f"Flux-dev-like 1024 ({double} + {single} blocks)",
             lambda: models.flux_on_meta(double, single),
