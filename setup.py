@@ -199,7 +199,13 @@ setup(
     packages=[package for name, root in ROOTS.items() for package in find_packages(root, include=[name, f"{name}.*"])],
     package_dir=package_dirs(),
     package_data={
-        "harmonica_rt": ["py.typed", "demo/digits-dit/**/*", "demo/digits-dit/*", "schedule/known/*.json", "recipes/*.json"],
+        "harmonica_rt": [
+            "py.typed",
+            "demo/digits-dit/**/*",
+            "demo/digits-dit/*",
+            "schedule/known/*.json",
+            "recipes/*.json",
+        ],
         "harmonica_kernels": ["py.typed"],
         "harmonica_training": ["py.typed"],
     },
