@@ -18,7 +18,7 @@ import harmonica_rt as hrt
 from benchmarks.latency.cases import Task
 from benchmarks.latency.providers.base import Role, Runner
 from harmonica_rt.errors import HarmonicaError
-from harmonica_rt.parity.tolerance import Error, limit_from, one_up, same_bits
+from harmonica_rt.parity.tolerance import Allowance, Error, one_up, same_bits
 
 
 class GateError(HarmonicaError):
@@ -42,10 +42,13 @@ class Truth:
         Raises:
             GateError: which step is off, by how much.
         """
+        allowance = Allowance()
+        for expected, higher in zip(self.expected, self.higher, strict=True):
+            allowance.learn(expected, higher)
         for step, (expected, higher, output) in enumerate(zip(self.expected, self.higher, outputs, strict=True)):
             if same_bits(output, expected):
                 continue
-            error, limit = Error.between(output, higher), limit_from(expected, higher)
+            error, limit = Error.between(output, higher), allowance.limit(expected, higher)
             if exact or not error.within(limit):
                 raise GateError(
                     f"step {step}: off by {error.rms:.2e} (RMS), {error.largest:.2e} (largest); "

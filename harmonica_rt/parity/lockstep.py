@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -19,7 +21,7 @@ from harmonica_rt.indices import SiteIndex, SiteOutput, StepIndex
 from harmonica_rt.lower import EXACT
 from harmonica_rt.lower.plain import Program
 from harmonica_rt.parity.report import ParityError, ParityReport, StepParity
-from harmonica_rt.parity.tolerance import NONE, Error, limit_from, one_up, same_bits
+from harmonica_rt.parity.tolerance import NONE, Allowance, Error, limit_from, one_up, same_bits
 from harmonica_rt.passes.specialise import Pattern, specialise
 from harmonica_rt.runtime.engine import RunKey, Stream
 from harmonica_rt.runtime.execution import PlanStream
@@ -78,6 +80,7 @@ class _LockstepStream:
         self._reference = reference
         self._planned = planned
         self._higher = higher
+        self._allowances: defaultdict[int, Allowance] = defaultdict(Allowance)  # by output
 
     def begin(self) -> None:
         """See `Stream.begin`."""
@@ -94,7 +97,8 @@ class _LockstepStream:
         expected = self._reference.run(step, call, catch_up=catch_up)
         got = self._planned.run(step, call, catch_up=catch_up)
         truth = self._higher.run(step, _upcast(call), catch_up=catch_up) if self._higher is not None else None
-        parity = _compare(step, _tensors(expected), _tensors(got), _tensors(truth) if truth is not None else None)
+        higher = _tensors(truth) if truth is not None else None
+        parity = _compare(step, _tensors(expected), _tensors(got), higher, self._allowances)
         if not parity.ok and isinstance(self._planned, PlanStream):
             site = _first_divergent_site(self._planned, self._reference, self._higher, step, call, catch_up)
             parity = dataclasses.replace(parity, site=site)
@@ -106,7 +110,11 @@ class _LockstepStream:
 
 
 def _compare(
-    step: int, expected: list[torch.Tensor], got: list[torch.Tensor], truth: list[torch.Tensor] | None
+    step: int,
+    expected: list[torch.Tensor],
+    got: list[torch.Tensor],
+    truth: list[torch.Tensor] | None,
+    allowances: Mapping[int, Allowance],
 ) -> StepParity:
     """The worst of all output tensors."""
     if len(expected) != len(got) or any(a.shape != b.shape for a, b in zip(expected, got, strict=False)):
@@ -116,7 +124,7 @@ def _compare(
         errors = [Error.between(b, a) for a, b in zip(expected, got, strict=True)]
         return StepParity(step, _worst(errors), NONE, same, ok=same)
     errors = [Error.between(b, t) for b, t in zip(got, truth, strict=True)]
-    limits = [limit_from(a, t) for a, t in zip(expected, truth, strict=True)]
+    limits = [allowances[i].limit(a, t) for i, (a, t) in enumerate(zip(expected, truth, strict=True))]
     ok = all(error.within(limit) for error, limit in zip(errors, limits, strict=True))
     return StepParity(step, _worst(errors), _worst(limits), same, ok)
 

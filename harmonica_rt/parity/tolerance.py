@@ -3,6 +3,10 @@
 Exact: equal bit for bit. That is what `plain` must be on CPU. Measured: against the reference run one precision up
 (fp64 for fp32, fp32 for half), the compiled output's error, RMS and largest, may be at most twice that of the eager
 model in the same dtype, with a floor of one ulp.
+
+Hazard: the largest of a few hundred heavy-tailed errors is a matter of luck. Of 300 calls of the bundled model (2 x 512
+values each), the eager model with its samples taken one by one was beyond twice its own largest error in 3, its RMS
+within 1.4 times. So how far the largest stands out from the RMS is learned from all calls of a run, not from one.
 """
 
 from __future__ import annotations
@@ -50,14 +54,33 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().view(as_int), b.contiguous().view(as_int))
 
 
+class Allowance:
+    """What is allowed of one output of a run's calls, learned from the eager model's errors in them."""
+
+    def __init__(self) -> None:
+        self._peak = 0.0  # the largest of a call's eager errors / their RMS, at most so far
+
+    def learn(self, eager: torch.Tensor, higher: torch.Tensor) -> Error:
+        """The error of the eager output, which the limits of this and later calls take account of."""
+        error = Error.between(eager, higher)
+        if error.rms > 0:
+            self._peak = max(self._peak, error.largest / error.rms)
+        return error
+
+    def limit(self, eager: torch.Tensor, higher: torch.Tensor) -> Error:
+        """The error allowed of an output whose eager version is `eager` and whose truth is `higher`."""
+        error = self.learn(eager, higher)
+        truth = higher.detach().to(torch.float64)
+        ulp = torch.finfo(eager.dtype).eps if eager.dtype.is_floating_point else 0.0
+        size_rms = float(truth.square().mean().sqrt()) if truth.numel() else 0.0
+        size_largest = float(truth.abs().max()) if truth.numel() else 0.0
+        largest = self._peak * error.rms if error.rms < torch.inf else torch.inf
+        return Error(max(FACTOR * error.rms, ulp * size_rms), max(FACTOR * largest, ulp * size_largest))
+
+
 def limit_from(eager: torch.Tensor, higher: torch.Tensor) -> Error:
-    """The largest error allowed of an output whose eager version is `eager` and whose truth is `higher`."""
-    error = Error.between(eager, higher)
-    truth = higher.detach().to(torch.float64)
-    ulp = torch.finfo(eager.dtype).eps if eager.dtype.is_floating_point else 0.0
-    size_rms = float(truth.square().mean().sqrt()) if truth.numel() else 0.0
-    size_largest = float(truth.abs().max()) if truth.numel() else 0.0
-    return Error(max(FACTOR * error.rms, ulp * size_rms), max(FACTOR * error.largest, ulp * size_largest))
+    """The error allowed where there is one call to learn from."""
+    return Allowance().limit(eager, higher)
 
 
 def one_up(dtype: torch.dtype) -> torch.dtype:

@@ -12,7 +12,7 @@ import harmonica_rt as hrt
 from harmonica_rt import Schedule, find_sites
 from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.lower import LOWERINGS, plain
-from harmonica_rt.parity.tolerance import Error, limit_from, same_bits
+from harmonica_rt.parity.tolerance import Allowance, Error, limit_from, same_bits
 from tests.models import stack, stack_call
 
 STEPS = 4
@@ -143,3 +143,34 @@ class TestTolerance:
         assert exact.largest == pytest.approx(2.0 * 2**-23)
         off = limit_from(truth.float() + 0.25, truth)
         assert off.largest == pytest.approx(0.5)
+
+    def test_how_far_the_largest_stands_out_is_learned_from_all_calls(self) -> None:
+        truth, even = torch.zeros(100, dtype=torch.float64), torch.full((100,), 1e-3)
+        peaked = even.clone()
+        peaked[7] = 8e-3
+        allowance = Allowance()
+        assert allowance.limit(even, truth).largest == pytest.approx(2e-3)  # nothing stands out yet
+        first = allowance.limit(peaked, truth)
+        assert first.largest == pytest.approx(2 * 8e-3)
+        peak = 8e-3 / Error.between(peaked, truth).rms
+        later = allowance.limit(even, truth)
+        assert later.largest == pytest.approx(2 * peak * 1e-3)
+        assert later.rms == pytest.approx(2e-3)  # which no other call changes
+
+    def test_one_wrong_value_is_still_seen(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        allowance = Allowance()
+        for _ in range(20):
+            truth = torch.randn(1000, generator=generator, dtype=torch.float64)
+            limit = allowance.limit(truth.float() + 1e-6 * torch.randn(1000, generator=generator), truth)
+        wrong = truth.float()
+        wrong[3] += 1e-5
+        error = Error.between(wrong, truth)
+        assert error.rms < limit.rms
+        assert not error.within(limit)
+
+    def test_an_error_without_end_is_allowed_only_where_eager_has_one(self) -> None:
+        allowance, truth = Allowance(), torch.ones(4, dtype=torch.float64)
+        nan = torch.tensor([1.0, 1.0, 1.0, float("nan")])
+        assert allowance.limit(nan, truth).largest == float("inf")
+        assert not Error.between(nan, truth).within(allowance.limit(torch.ones(4), truth))
