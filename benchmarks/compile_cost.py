@@ -75,7 +75,7 @@ def _inductor_rows(case: models.Case, name: str, schedule: hrt.Schedule) -> list
     report = model.report().plans[0]
     return [
         Row("compile_cost", case.name, name, "inductor: compile", report.compile_seconds, "s"),
-        Row("compile_cost", case.name, name, "inductor: of that, regions", report.region_seconds, "s"),
+        Row("compile_cost", case.name, name, "inductor: of that, Inductor's", report.region_seconds, "s"),
         Row(
             "compile_cost",
             case.name,

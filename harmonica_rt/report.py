@@ -51,7 +51,9 @@ class PlanReport:
         reasons: why it was left, with how many each, over all programs.
         regions: number of unique regions, each compiled once; 0 where the lowering compiles none.
         region_calls: how many each step program calls; empty where the lowering compiles none.
-        region_seconds: what compiling them took, part of `lower_seconds` (but for what catching up asked for later).
+        region_seconds: what compiling took, part of `lower_seconds` (but for what catching up asked for later).
+        whole: how many step programs were compiled whole as well, and how many of those measured faster so; None where
+            the lowering compiles nothing.
     """
 
     signature: str
@@ -75,6 +77,7 @@ class PlanReport:
     regions: int
     region_calls: tuple[int, ...]
     region_seconds: float
+    whole: tuple[int, int] | None
 
     @classmethod
     def of(
@@ -117,6 +120,7 @@ class PlanReport:
             regions=inductor.regions if inductor else 0,
             region_calls=inductor.region_calls if inductor else (),
             region_seconds=inductor.seconds if inductor else 0.0,
+            whole=_whole(inductor) if inductor else None,
         )
 
 
@@ -232,6 +236,11 @@ class Report:
         return "\n".join(lines)
 
 
+def _whole(lowered: InductorLowering) -> tuple[int, int]:
+    choices = lowered.choices
+    return len(choices), sum(choice.chosen is choice.second for choice in choices)
+
+
 def _plan_lines(plan: PlanReport) -> list[str]:
     lines = [
         f"plan for {plan.signature}",
@@ -255,6 +264,9 @@ def _plan_lines(plan: PlanReport) -> list[str]:
             f"  {plan.regions} unique regions compiled in {plan.region_seconds:.2f} s, called "
             f"{sum(plan.region_calls)} times by {plan.programs} programs"
         )
+    if plan.whole and plan.whole[0]:
+        compiled, faster = plan.whole
+        lines.append(f"  {compiled} of the programs compiled whole as well, {faster} of them faster so")
     lines.append("  step  computed  reused  stored  program     GFLOP")
     for step in plan.steps:
         lines.append(

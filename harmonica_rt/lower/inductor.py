@@ -1,39 +1,34 @@
-"""The `inductor` lowering: `fused`, with all between the harmonica ops compiled by Inductor, region by region.
+"""The `inductor` lowering: `fused`, with the rest compiled by Inductor, region by region, and whole where that wins.
 
 Blocks are alike, and so are step programs, so few regions are unique. Each is compiled once with all it takes as
 arguments, weights among them: those stay live, and one compiled region serves all blocks and programs.
 
-Hazard: compiled code takes strides and dtypes of its example inputs for granted and reads whatever lies there. But
-hoisted values may come out of a batched pass with strides of their own, and operators may choose others than their
-fakes do; so each call compares, and copies what lies differently. A dtype that differs is an error. Shapes cannot:
-signatures and weights are compared before a step runs.
+A step program compiled in one piece has fewer launches and more to fuse, but what that takes grows with blocks and
+patterns. So it is done only where all step programs together are hardly more than the largest one (a schedule of few
+patterns, most of them cheap) and not too large; then the first call of each measures both, and the faster one stays.
 """
 
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import torch
-from torch import fx, nn
-from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch import nn
 
-from harmonica_rt.capture.layout import laid_out
 from harmonica_rt.capture.roles import Role
-from harmonica_rt.errors import InvariantError, RegionError
+from harmonica_rt.lower import plain
+from harmonica_rt.lower.compiled import CompiledRegion
+from harmonica_rt.lower.faster import Faster
 from harmonica_rt.lower.fused import FusedLowering
 from harmonica_rt.lower.plain import Program
 from harmonica_rt.passes.hoist import cut
-from harmonica_rt.passes.regions import Region, divide, sections
+from harmonica_rt.passes.regions import Region, divide, operators, sections, whole
 from harmonica_rt.passes.specialise import StepGraph
 from harmonica_rt.plan.plan import Plan
 
-# Whatever the user's settings: weights stay arguments, graphs are recorded by the runtime, nothing is tuned by timing.
-# Layouts are compared here already.
-OPTIONS = {"freezing": False, "triton.cudagraphs": False, "max_autotune": False, "size_asserts": False}
+# When step programs are compiled whole as well. On 2 CPU cores 1000 operators take about half a minute.
+MOST_OPERATORS = 1000  # of all of them
+MOST_OF_LARGEST = 1.25  # all of them, in operators of the largest
 
 
 class InductorLowering(FusedLowering):
@@ -52,6 +47,8 @@ class InductorLowering(FusedLowering):
         self._compiled: dict[str, CompiledRegion] = {}
         self.seconds = 0.0  # that compiling took
         super().__init__(plan, roles)
+        if _compile_whole([operators(program.step) for program in self.programs]):
+            self.programs = [self._or_whole(program) for program in self.programs]
 
     @property
     def regions(self) -> int:
@@ -61,11 +58,26 @@ class InductorLowering(FusedLowering):
     @property
     def region_calls(self) -> tuple[int, ...]:
         """Number of calls of regions in each program."""
-        return tuple(program.calls for program in self.programs if isinstance(program, RegionProgram))
+        programs = (program.first if isinstance(program, Faster) else program for program in self.programs)
+        return tuple(program.calls for program in programs if isinstance(program, RegionProgram))
+
+    @property
+    def choices(self) -> tuple[Faster, ...]:
+        """The programs that were compiled whole as well."""
+        return tuple(program for program in self.programs if isinstance(program, Faster))
 
     def _program(self, step: StepGraph) -> Program:
         body = cut(step, self._hoisted)
         return RegionProgram(body, divide(body, self._sections, self._compile), self._root)
+
+    def _or_whole(self, program: Program) -> Program:
+        region = whole(program.step, plain.with_stores(program.step, direct=False))
+        if region is None:
+            return program
+        started = time.perf_counter()
+        compiled = WholeProgram(program.step, region)
+        self.seconds += time.perf_counter() - started
+        return Faster(program, compiled)
 
     def _compile(self, region: Region) -> CompiledRegion:
         if region.key not in self._compiled:
@@ -90,52 +102,20 @@ class RegionProgram(Program):
         self.calls = sum(isinstance(node.target, CompiledRegion) for node in divided.graph.nodes)
 
 
-class CompiledRegion:
-    """A region, compiled; called with its inputs, it returns its results.
+class WholeProgram(Program):
+    """A step graph in one piece, stores included.
 
-    Raises:
-        RegionError: it cannot be compiled.
+    Args:
+        step: the step graph.
+        region: all of it, with an argument more for each store.
     """
 
-    def __init__(self, region: Region, name: str) -> None:
-        self.__name__ = name  # graphs call their functions by name
-        self._strides = [value.stride() for value in region.inputs]
-        self._dtypes = [value.dtype for value in region.inputs]
-        self._run = _compile(region)
-
-    def __call__(self, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Run it."""
-        for value, dtype in zip(inputs, self._dtypes, strict=True):
-            if value.dtype is not dtype:
-                raise InvariantError(f"{self.__name__} was compiled for {dtype} and given {value.dtype}")
-        return self._run(*map(laid_out, inputs, self._strides))
+    def __init__(self, step: StepGraph, region: Region) -> None:
+        self.step = step
+        compiled = CompiledRegion(region, "whole", written=len(step.stored_nodes))
+        self._run = lambda *inputs: tuple(compiled(*inputs))
 
 
-def _compile(region: Region) -> Callable[..., Sequence[torch.Tensor]]:
-    import torch._inductor  # heavy, and only for who asks for it
-
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(region.graph, {}))  # Inductor may change what it is given
-    with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*torch.jit.*")  # torch's own use
-        warnings.filterwarnings("ignore", message=".*TensorFloat32.*")  # asks for less precision than the reference has
-        with FakeTensorMode(shape_env=ShapeEnv()):  # without a shape_env nothing is kept on disk
-            examples: list[Any] = [
-                torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-                for value in region.inputs
-            ]
-        try:
-            compiled: Callable[..., Sequence[torch.Tensor]] = torch._inductor.compile(
-                fx.GraphModule({}, graph, "Region"), examples, OPTIONS
-            )
-        except RuntimeError as error:
-            raise RegionError(
-                f"Inductor cannot compile {region.place}: {_reason(error)}. Use lowering='fused', it compiles nothing"
-            ) from error
-    return compiled
-
-
-def _reason(error: RuntimeError) -> str:
-    """The first line of a message, and the operator that it names further down, if any."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
-    return ", ".join((lines[0], *(line for line in lines[1:] if line.startswith("target:"))))
+def _compile_whole(sizes: Sequence[int]) -> bool:
+    """Whether programs of so many operators each are compiled whole as well."""
+    return sum(sizes) <= min(MOST_OPERATORS, MOST_OF_LARGEST * max(sizes, default=0))

@@ -44,7 +44,7 @@ class Program:
 
     def __init__(self, step: StepGraph, root: nn.Module, *, direct: bool = False) -> None:
         self.step = step
-        graph = _with_stores(step, direct=direct)
+        graph = with_stores(step, direct=direct)
         self._run: Callable[..., tuple[Any, ...]] = fx.GraphModule(root, graph, "StepProgram").forward
 
     def bind(self, weights: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
@@ -75,7 +75,7 @@ class Program:
         return self._run(*bound, *(leaves[index] for index in self.step.inputs), *hoisted, *reads, *writes)
 
 
-def _with_stores(step: StepGraph, *, direct: bool) -> fx.Graph:
+def with_stores(step: StepGraph, *, direct: bool) -> fx.Graph:
     """A copy of the step graph with one more placeholder for each store, and a copy into it after the value."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}

@@ -17,6 +17,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -98,6 +99,30 @@ def divide(
     return divided
 
 
+def whole(step: StepGraph, graph: fx.Graph) -> Region | None:
+    """All of a step graph as one region, or None where something in it cannot be compiled.
+
+    Args:
+        step: the step graph.
+        graph: the same with a placeholder more for each stored value, which it is copied into.
+    """
+    operators = [node for node in step.graph.nodes if node.op not in ("placeholder", "output")]
+    outputs: Any = step.graph.output_node().args[0]
+    results, stored = outputs
+    if not all(map(_can_compile_within, operators)) or not all(isinstance(node, fx.Node) for node in results):
+        return None
+    arguments = step.graph.find_nodes(op="placeholder")
+    values = tuple(node.meta["val"] for node in (*arguments, *stored))
+    if any(stride == 0 and n > 1 for node in stored for n, stride in _dims(node)):
+        return None  # what is written into has an address for each element
+    return Region(graph, values, str(graph), f"a step program of {len(operators)} operators")
+
+
+def operators(step: StepGraph) -> int:
+    """Number of operators of a step graph; views are none."""
+    return sum(_is_work(node) and not _is_view(node) for node in step.graph.nodes if node.op == "call_function")
+
+
 def _groups(graph: fx.Graph, sections: Mapping[str, int]) -> Iterator[list[fx.Node]]:
     """All operators but views, in order; those that may be compiled together in one list."""
     group: list[fx.Node] = []
@@ -131,6 +156,21 @@ def _can_compile(node: fx.Node) -> bool:
     values = [node.meta.get("val"), *(source.meta.get("val") for source in node.all_input_nodes)]
     leaves = [leaf for value in values for leaf in (value if isinstance(value, (list, tuple)) else [value])]
     return all(isinstance(leaf, FakeTensor) for leaf in leaves)  # no numbers, no subclasses with kernels of their own
+
+
+def _can_compile_within(node: fx.Node) -> bool:
+    """Whether a node may be part of what is compiled whole: harmonica operators are called from there."""
+    if node.op != "call_function":
+        return False
+    target = node.target
+    if target is operator.getitem or (isinstance(target, torch._ops.OpOverload) and target.namespace == "harmonica"):
+        return True
+    return _can_compile(node)
+
+
+def _dims(node: fx.Node) -> Iterator[tuple[int, int]]:
+    value = node.meta["val"]
+    return zip(value.shape, value.stride(), strict=True)
 
 
 def _is_view(node: fx.Node) -> bool:

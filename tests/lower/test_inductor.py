@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._inductor
@@ -17,8 +18,12 @@ from harmonica_rt.capture.graph import capture
 from harmonica_rt.capture.roles import roles
 from harmonica_rt.errors import RegionError
 from harmonica_rt.indices import StepIndex
-from harmonica_rt.lower.inductor import CompiledRegion, InductorLowering
-from harmonica_rt.passes.regions import Region
+from harmonica_rt.lower import inductor
+from harmonica_rt.lower.compiled import CompiledRegion
+from harmonica_rt.lower.faster import ROUNDS, Faster
+from harmonica_rt.lower.inductor import InductorLowering
+from harmonica_rt.lower.plain import Program
+from harmonica_rt.passes.regions import Region, operators
 from harmonica_rt.plan.plan import build_plan
 from tests import tiny
 from tests.models import Stack, stack, stack_call
@@ -59,6 +64,65 @@ def test_compilations_grow_neither_with_blocks_nor_with_patterns(compilations: l
     assert calls[1] > calls[0] > 5
 
 
+def test_few_patterns_that_cost_little_are_compiled_whole_too(compilations: list[fx.GraphModule]) -> None:
+    model = dit(4)
+    sites = find_sites(model)
+    lowering = lowered(model, dit_call(), Schedule.every(2, steps=STEPS, sites=sites))
+    assert len(lowering.choices) == len(lowering.programs) == 2
+    assert len(compilations) == lowering.regions + 2
+    stored = [len(program.step.stored_nodes) for program in lowering.programs]
+    copies = [len(graph.graph.find_nodes(op="call_method", target="copy_")) for graph in compilations[-2:]]
+    assert copies == stored == [len(sites), 0]
+    compilations.clear()
+    half = np.arange(len(sites)) % 2 == 0
+    mixed = Schedule.from_array(np.stack([half | True, half, ~half, half]), sites=sites)
+    assert not lowered(model, dit_call(), mixed).choices  # together they are more than one and a quarter
+
+
+def test_large_programs_are_not_compiled_whole(
+    compilations: list[fx.GraphModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = dit(4)
+    schedule = Schedule.every(2, steps=STEPS, sites=find_sites(model))
+    sizes = [operators(program.step) for program in lowered(model, dit_call(), schedule).programs]
+    monkeypatch.setattr(inductor, "MOST_OPERATORS", sum(sizes))
+    assert lowered(model, dit_call(), schedule).choices
+    monkeypatch.setattr(inductor, "MOST_OPERATORS", sum(sizes) - 1)
+    assert not lowered(model, dit_call(), schedule).choices
+
+
+def test_the_first_call_measures_and_the_faster_program_stays() -> None:
+    calls: list[str] = []
+
+    class Named(Program):
+        def __init__(self, name: str) -> None:
+            self.name, self.step = name, step
+
+        def __call__(self, *arguments: Any) -> tuple[Any, ...]:
+            calls.append(self.name)
+            return (self.name, *arguments)
+
+    step: Any = object()
+    times = iter([0.0, 3.0, 0.0, 2.0] * (ROUNDS - 1) + [0.0, 1.0, 0.0, 5.0])
+    faster = Faster(Named("regions"), Named("whole"), clock=lambda: next(times))
+    got = [faster((), [], [], [])[0] for _ in range(3)]
+    assert got == ["regions"] * 3  # 1 s at best, the other takes 2 s
+    assert faster.seconds == (1.0, 2.0)
+    assert calls == ["regions", "whole"] * (1 + ROUNDS) + ["regions"] * 3
+    slower = Faster(Named("regions"), Named("whole"), clock=iter([0.0, 3.0, 0.0, 2.0] * ROUNDS).__next__)
+    assert slower((), [], [], [])[0] == "whole"
+
+
+@pytest.mark.parametrize("which", ["first", "second"], ids=["regions", "whole"])
+def test_both_give_what_the_model_gives(monkeypatch: pytest.MonkeyPatch, which: str) -> None:
+    monkeypatch.setattr(Faster, "_measured", lambda self, arguments: getattr(self, which))
+    model = stack()
+    schedule = Schedule.every(2, steps=STEPS, sites=find_sites(model))
+    compiled = hrt.compile(model, schedule, lowering="inductor", strict=True, debug=True)
+    torch.testing.assert_close(run(compiled), run(hrt.reference(model, schedule)))
+    assert compiled.report().plans[0].whole == (2, 2 if which == "second" else 0)
+
+
 def test_catching_up_compiles_nothing_new(compilations: list[fx.GraphModule]) -> None:
     model = dit(2)
     normal = CallConvention(model).normalise((), dit_call())
@@ -89,8 +153,11 @@ def test_compiled_regions_give_what_the_model_gives_and_see_its_weights() -> Non
 
     agree()
     plan = compiled.report().plans[0]
-    assert plan.regions == counters["aot_autograd"]["total"] > 0
+    assert plan.whole is not None
+    total = plan.regions + plan.whole[0]
+    assert total == counters["aot_autograd"]["total"] > plan.regions > 0
     assert f"{plan.regions} unique regions compiled in" in str(compiled.report())
+    assert "2 of the programs compiled whole as well" in str(compiled.report())
     assert sum(plan.region_calls) > plan.regions
     assert 0 < plan.region_seconds < plan.lower_seconds
     with torch.no_grad():
@@ -100,7 +167,7 @@ def test_compiled_regions_give_what_the_model_gives_and_see_its_weights() -> Non
     agree()
     with torch.inference_mode():
         agree()
-    assert counters["aot_autograd"]["total"] == plan.regions  # none of this compiles again
+    assert counters["aot_autograd"]["total"] == total  # none of this compiles again
 
 
 def test_half_precision_is_within_the_measured_tolerance() -> None:

@@ -204,7 +204,7 @@ def test_models_take_no_pipeline_arguments() -> None:
 def test_a_program_with_a_changed_operator_names_the_site(monkeypatch: pytest.MonkeyPatch) -> None:
     from harmonica_rt.lower import plain
 
-    original = plain._with_stores
+    original = plain.with_stores
 
     def without_gelu(step: Any, **options: Any) -> fx.Graph:
         graph = original(step, **options)
@@ -214,7 +214,7 @@ def test_a_program_with_a_changed_operator_names_the_site(monkeypatch: pytest.Mo
         return graph
 
     model = stack()
-    monkeypatch.setattr(plain, "_with_stores", lambda step, **o: (original if step.reads else without_gelu)(step, **o))
+    monkeypatch.setattr(plain, "with_stores", lambda step, **o: (original if step.reads else without_gelu)(step, **o))
     with pytest.raises(hrt.ParityError) as error:
         hrt.verify(
             model,

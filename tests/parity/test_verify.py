@@ -27,7 +27,7 @@ def calls(dtype: torch.dtype = torch.float32, tokens: int = 4) -> list[dict[str,
 
 def spoil(monkeypatch: pytest.MonkeyPatch, weight: str, factor: float) -> None:
     """Let every lowered program scale the result of the linear layer with this weight."""
-    original = plain._with_stores
+    original = plain.with_stores
 
     def spoiled(step: Any, **options: Any) -> fx.Graph:
         graph = original(step, **options)
@@ -39,7 +39,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, weight: str, factor: float) -> None:
                 node.replace_all_uses_with(scaled, delete_user_cb=lambda user, scaled=scaled: user is not scaled)
         return graph
 
-    monkeypatch.setattr(plain, "_with_stores", spoiled)
+    monkeypatch.setattr(plain, "with_stores", spoiled)
 
 
 def test_plain_is_exact() -> None:

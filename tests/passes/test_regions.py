@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,10 @@ from harmonica_rt import Schedule, find_sites
 from harmonica_rt.capture.call import CallConvention
 from harmonica_rt.capture.graph import capture
 from harmonica_rt.capture.roles import roles
+from harmonica_rt.lower.plain import with_stores
 from harmonica_rt.passes.fuse import fuse
 from harmonica_rt.passes.hoist import cut, plan_prologue
-from harmonica_rt.passes.regions import Region, divide, sections
+from harmonica_rt.passes.regions import Region, divide, sections, whole
 from harmonica_rt.passes.specialise import StepGraph
 from harmonica_rt.plan.plan import Plan, build_plan
 from tests import tiny
@@ -195,3 +196,46 @@ def test_the_key_tells_what_differs() -> None:
     assert key(2.0, x) != key(2, x)  # a whole number promotes otherwise
     assert key(2.0, x) != key(2.0, torch.randn(5, 4))
     assert key(2.0, x) != key(2.0, torch.randn(4, 4).t())
+
+
+class Adding(nn.Module):
+    """A block whose site is what a function makes of its input."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Module()])
+        self.blocks[0].attn = Applied(function)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.blocks[0].attn(x)
+
+
+class Applied(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    ("function", "compiles"),
+    [
+        (torch.exp, True),
+        (lambda x: x + torch.rand_like(x), False),  # a compiler draws other numbers
+        (
+            lambda x: x[:, :1].exp().expand_as(x),
+            False,
+        ),  # the slot of an expanded value has fewer addresses than elements
+    ],
+    ids=["ordinary", "random", "expanded"],
+)
+def test_what_can_be_compiled_whole(function: Callable[[Tensor], Tensor], compiles: bool) -> None:
+    model = Adding(function).eval()
+    schedule = Schedule.every(2, steps=2, sites=["blocks.0.attn"])
+    _, (step, _) = bodies(model, {"x": torch.randn(2, 3)}, schedule)
+    region = whole(step, with_stores(step, direct=False))
+    assert (region is not None) == compiles
+    if region is not None:
+        assert len(region.inputs) == len(region.graph.find_nodes(op="placeholder")) == 2  # x, and the slot

@@ -1,0 +1,68 @@
+"""Two programs of one step graph: the first call measures both, and the faster one stays.
+
+Running a program again is safe within a step: it writes the same slots with the same values up to rounding, and reads
+none that it writes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from harmonica_rt.lower.plain import Program
+
+ROUNDS = 3  # of the measurement, in turn; the best of each counts
+
+
+class Faster(Program):
+    """The faster of two programs.
+
+    Attributes:
+        first, second: the programs.
+        chosen: one of them; None before the first call.
+        seconds: what each took; None before the first call.
+    """
+
+    def __init__(self, first: Program, second: Program, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.step = first.step
+        self.first, self.second = first, second
+        self.chosen: Program | None = None
+        self.seconds: tuple[float, float] | None = None
+        self._clock = clock
+
+    def __call__(
+        self,
+        bound: tuple[Any, ...],
+        leaves: Sequence[Any],
+        reads: Sequence[torch.Tensor],
+        writes: Sequence[torch.Tensor],
+        hoisted: Sequence[torch.Tensor] = (),
+    ) -> tuple[Any, ...]:
+        """See `Program.__call__`."""
+        arguments = bound, leaves, reads, writes, hoisted
+        if self.chosen is None:
+            self.chosen = self._measured(arguments)
+        return self.chosen(*arguments)
+
+    def _measured(self, arguments: tuple[Any, ...]) -> Program:
+        for program in (self.first, self.second):
+            program(*arguments)  # warm
+        rounds = [[self._time(program, arguments) for program in (self.first, self.second)] for _ in range(ROUNDS)]
+        a, b = (min(seconds) for seconds in zip(*rounds, strict=True))
+        self.seconds = a, b
+        return self.first if a <= b else self.second
+
+    def _time(self, program: Program, arguments: tuple[Any, ...]) -> float:
+        _wait()
+        started = self._clock()
+        program(*arguments)
+        _wait()
+        return self._clock() - started
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
