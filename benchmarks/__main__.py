@@ -14,6 +14,7 @@ BENCHMARKS = (
     "speedup",
     "end_to_end",
     "latency",
+    "host_path",
     "compile_cost",
     "slot_memory",
     "training_cost",

@@ -1,0 +1,103 @@
+"""What the host does for a step whose work is one graph: seconds from the call of the model to its return.
+
+On a GPU that time is hidden while the device is busy, and is what is waited for where it is not. Here graphs launch
+nothing: a stand-in hands out what it recorded. The model has DiT-XL/2's 28 blocks and 56 sites at a width of 16, so that
+copies of inputs and outputs, which a GPU makes by itself, take next to nothing. Beside it stands the least that any
+host path must do, in C++ or not: copy the latents to their fixed place, replay, copy the output for the caller.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import harmonica_rt as hrt
+from benchmarks import models, schedules
+from benchmarks.rows import Row
+from benchmarks.timing import Spread
+from harmonica_rt.api import CompiledModel
+from harmonica_rt.runtime.graphs import Body, Graphs, copies
+from harmonica_rt.runtime.planned import PlannedEngine
+
+STEPS = 20
+RUNS = 50  # in each repeat
+
+
+class IdleGraph:
+    """A graph that launches nothing."""
+
+    def __init__(self, outputs: tuple[Any, ...]) -> None:
+        self._outputs = outputs
+
+    def replay(self) -> tuple[Any, ...]:
+        """What was recorded."""
+        return self._outputs
+
+
+class IdlePool:
+    """Records by running once."""
+
+    nbytes = 0
+
+    def warm_up(self, body: Body) -> tuple[Any, ...]:
+        """Run it."""
+        return body()
+
+    def record(self, body: Body) -> IdleGraph:
+        """Run it, and keep what it gave."""
+        return IdleGraph(body())
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """Only asked where graphs are kept by measurement."""
+        return _seconds(run)
+
+
+def run(*, repeats: int, quick: bool) -> list[Row]:
+    """Seconds a step, of the compiled model and of the least there is."""
+    runs, layers = (2, 4) if quick else (RUNS, 28)
+    model = models.dit(layers=layers, heads=2, head_dim=8)
+    calls = models.dit_calls(model, 2, STEPS)
+    schedule = schedules.ten_patterns(hrt.find_sites(model), STEPS)
+    graphs = Graphs(lambda device: IdlePool(), measured=False)
+    engine = PlannedEngine(model, schedule, lowering="fused", strict=True, max_plans=1, debug=False, graphs=graphs)
+    compiled = CompiledModel(model, schedule, engine, verify=False)
+    timesteps = [float(call["timestep"][0]) for call in calls]
+
+    def ours() -> list[float]:
+        compiled.reset(timesteps)
+        return [_seconds(lambda call=call: compiled(**call)) for call in calls]  # type: ignore[misc]
+
+    latents = torch.empty_like(calls[0]["hidden_states"])
+    graph = IdleGraph((torch.zeros_like(latents),))
+
+    def least() -> list[float]:
+        return [_seconds(lambda call=call: _least(latents, call, graph)) for call in calls]  # type: ignore[misc]
+
+    with torch.no_grad():
+        for _ in range(4):  # forecasts are made, graphs recorded
+            ours()
+        found: dict[str, list[float]] = {"compiled model": [], "copies and replay alone": []}
+        for _ in range(repeats):
+            for name, provider in zip(found, (ours, least), strict=True):
+                samples = sorted(second for _ in range(runs) for second in provider()[1:])
+                found[name].append(samples[len(samples) // 2])
+    spreads = {name: Spread.of(samples) for name, samples in found.items()}
+    case = f"DiT, {layers} blocks of width 16, batch 2"
+    return [
+        Row("host_path", case, "10 patterns", f"host, a step: {name}", s.p50, "s", s.p20, s.p80, repeats)
+        for name, s in spreads.items()
+    ]
+
+
+def _least(latents: torch.Tensor, call: dict[str, Any], graph: IdleGraph) -> tuple[Any, ...]:
+    latents.copy_(call["hidden_states"])
+    return copies(graph.replay())
+
+
+def _seconds(step: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
