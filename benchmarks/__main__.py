@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME ...] [--repeats N] [--quick] [--save]`."""
+"""`python -m benchmarks [NAME ...] [--repeats N] [--only TEXT] [--quick] [--save]`."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)} (default: all)")
     parser.add_argument("--repeats", type=int, default=7, help="interleaved rounds of each timing (default: 7)")
     parser.add_argument("--quick", action="store_true", help="smaller models and fewer steps: does it run at all?")
+    parser.add_argument("--only", default="", metavar="TEXT", help="of end_to_end, the cases whose name holds this")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/NAME.json")
     options = parser.parse_args()
     unknown = [name for name in options.names if name not in BENCHMARKS]
@@ -44,6 +45,8 @@ def main() -> None:
     if options.repeats < 1:
         parser.error("--repeats must be at least 1")
     names = options.names or list(BENCHMARKS)
+    if options.only and names != ["end_to_end"]:
+        parser.error("--only goes with end_to_end alone")
     shared = [argument for argument in sys.argv[1:] if argument not in BENCHMARKS]
     if len(names) > 1:  # each in a process of its own, so that none measures another's memory
         sys.exit(max(subprocess.call([sys.executable, "-m", "benchmarks", name, *shared]) for name in names))
@@ -51,7 +54,9 @@ def main() -> None:
         importlib.import_module(f"benchmarks.{names[0]}.__main__").main(shared)
         return
     for name in names:
-        measured = importlib.import_module(f"benchmarks.{name}").run(repeats=options.repeats, quick=options.quick)
+        only = {"only": options.only} if options.only else {}
+        benchmark = importlib.import_module(f"benchmarks.{name}")
+        measured = benchmark.run(repeats=options.repeats, quick=options.quick, **only)
         rows.show(measured)
         if options.save:
             print(f"written to {rows.save(name, measured)}")

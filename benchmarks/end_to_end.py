@@ -28,15 +28,21 @@ CHECKED = 4  # steps held against the reference
 LOWERINGS = ("plain", HOISTED, "fused")  # each adds one thing: graphs, the prologue, fused ops
 
 
-def run(*, repeats: int, quick: bool) -> list[Row]:
-    """The bundled model at batch 1 and 8, and PixArt-XL and DiT-XL/2 geometry."""
+def run(*, repeats: int, quick: bool, only: str = "") -> list[Row]:
+    """The bundled model at batch 1 and 8, and PixArt-XL and DiT-XL/2 geometry; those whose name holds `only`."""
     if quick:
         return _case(models.bundled(1, 4), repeats, "at least 1.35")
-    rows = _case(models.bundled(1, STEPS), repeats, "at least 1.35")
-    rows += _case(models.bundled(8, STEPS), repeats, "at least 1.10")
     few = min(repeats, 3)  # minutes each
-    rows += _case(models.pixart_xl(2, STEPS), few, "at least 1.08")
-    return rows + _case(models.dit_xl_2(2, STEPS), few, "at least 1.02")
+    cases: dict[str, tuple[Callable[[], models.Case], int, str]] = {
+        "bundled, batch 1": (lambda: models.bundled(1, STEPS), repeats, "at least 1.35"),
+        "bundled, batch 8": (lambda: models.bundled(8, STEPS), repeats, "at least 1.10"),
+        "PixArt-XL": (lambda: models.pixart_xl(2, STEPS), few, "at least 1.08"),
+        "DiT-XL": (lambda: models.dit_xl_2(2, STEPS), few, "at least 1.02"),
+    }
+    chosen = [case for name, case in cases.items() if only in name]
+    if not chosen:
+        raise ValueError(f"no case's name holds {only!r}; there are {', '.join(cases)}")
+    return [row for build, rounds, target in chosen for row in _case(build(), rounds, target)]
 
 
 def _case(case: models.Case, repeats: int, target: str) -> list[Row]:

@@ -7,10 +7,11 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,7 +47,7 @@ class Row:
 
 
 def machine() -> dict[str, object]:
-    """Device, threads, versions and commit: recorded once for a file of rows."""
+    """Device, threads, versions and commit."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_initialized() else _cpu_name(),
         "cores": os.cpu_count(),
@@ -60,12 +61,31 @@ def machine() -> dict[str, object]:
 
 
 def save(name: str, rows: Iterable[Row]) -> Path:
-    """Write `results/NAME.json`: the machine, then one row a line, so that two runs can be diffed."""
-    lines = [json.dumps(_short(row)) for row in rows]
+    """Write `results/NAME.json`, in the place of earlier rows of the same cases."""
     path = RESULTS / f"{name}.json"
-    body = ",\n    ".join(lines)
-    path.write_text(f'{{\n  "machine": {json.dumps(machine())},\n  "rows": [\n    {body}\n  ]\n}}\n')
+    merge(path, [short(row) for row in rows], ("case",))
     return path
+
+
+def merge(path: Path, new: Sequence[Mapping[str, Any]], key: Sequence[str]) -> None:
+    """Write rows, one a line so that two runs can be diffed, beside those that the file has of others.
+
+    The file lists machines; each row has the number of the one that it was measured on.
+
+    Args:
+        path: of the file.
+        new: the rows, measured here and now.
+        key: fields; a row that is there is replaced where a new one has the same values in all of them.
+    """
+    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"machines": [], "rows": []}
+    replaced = {tuple(row[name] for name in key) for row in new}
+    old = [row for row in kept["rows"] if tuple(row[name] for name in key) not in replaced]
+    machines = [kept["machines"][row["machine"]] for row in old] + [machine()] * len(new)
+    listed = [one for index, one in enumerate(machines) if one not in machines[:index]]
+    rows = [{**row, "machine": listed.index(one)} for row, one in zip([*old, *new], machines, strict=True)]
+    parts = (",\n    ".join(map(json.dumps, part)) for part in (listed, rows))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('{{\n  "machines": [\n    {}\n  ],\n  "rows": [\n    {}\n  ]\n}}\n'.format(*parts))
 
 
 def show(rows: Iterable[Row]) -> None:
@@ -80,7 +100,8 @@ def show(rows: Iterable[Row]) -> None:
     Console(width=150).print(table)
 
 
-def _short(row: Row) -> dict[str, object]:
+def short(row: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are not None; numbers with six digits."""
     fields = {name: value for name, value in dataclasses.asdict(row).items() if value is not None}
     return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in fields.items()}
 

@@ -124,35 +124,14 @@ def measured(
 
 
 def save(found: Iterable[LatencyRow], path: Path) -> None:
-    """Write the rows, one a line, beside those of other cases that the file has; each names its machine by number."""
-    kept = json.loads(path.read_text()) if path.exists() else {"machines": [], "rows": []}
-    machines: list[dict[str, Any]] = kept["machines"]
-    here = rows.machine()
-    if here not in machines:
-        machines.append(here)
-    new = {_key(row): row for row in ({**_short(row), "machine": machines.index(here)} for row in found)}
-    merged = {**{_key(row): row for row in kept["rows"]}, **new}
-    used = sorted({row["machine"] for row in merged.values()})
-    numbers = {old: number for number, old in enumerate(used)}
-    listed = ",\n    ".join(json.dumps(machines[old]) for old in used)
-    lines = ",\n    ".join(json.dumps({**row, "machine": numbers[row["machine"]]}) for row in merged.values())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{{\n  "machines": [\n    {listed}\n  ],\n  "rows": [\n    {lines}\n  ]\n}}\n')
+    """Write the rows beside those of other cases, schedules and providers that the file has."""
+    rows.merge(path, [rows.short(row) for row in found], ("case", "schedule", "steps", "provider", "device", "dtype"))
 
 
 def read(path: Path) -> list[LatencyRow]:
     """The rows of a file."""
     fields = ({k: v for k, v in row.items() if k != "machine"} for row in json.loads(path.read_text())["rows"])
     return [LatencyRow(**row) for row in fields]
-
-
-def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("case", "schedule", "steps", "provider", "device", "dtype"))
-
-
-def _short(row: LatencyRow) -> dict[str, Any]:
-    fields = {name: value for name, value in dataclasses.asdict(row).items() if value is not None}
-    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in fields.items()}
 
 
 def _ratios(base: Samples, mine: Samples) -> Spread:

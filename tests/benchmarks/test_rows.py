@@ -31,9 +31,26 @@ def test_rows_are_one_line_each_and_say_where(tmp_path: Path, monkeypatch: pytes
             "unit": "ratio",
             "repeats": 1,
             "target": "at least 1",
+            "machine": 0,
         }
     ]
-    assert kept["machine"]["torch"] == torch.__version__
+    assert kept["machines"][0]["torch"] == torch.__version__
+
+
+def test_rows_of_other_cases_stay_with_their_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+
+    def save(device: str, *found: tuple[str, str, float]) -> None:
+        monkeypatch.setattr(rows, "machine", lambda: {"device": device})
+        rows.save("some", [Row("some", case, "every(2)", metric, value, "s") for case, metric, value in found])
+
+    save("old", ("a", "run", 1.0), ("a", "step", 2.0), ("b", "run", 3.0))
+    save("new", ("a", "run", 4.0))
+    kept = json.loads((tmp_path / "some.json").read_text())
+    found = [(kept["machines"][row["machine"]]["device"], row["case"], row["value"]) for row in kept["rows"]]
+    assert found == [("old", "b", 3.0), ("new", "a", 4.0)]
+    save("new", ("b", "run", 5.0))
+    assert json.loads((tmp_path / "some.json").read_text())["machines"] == [{"device": "new"}]
 
 
 def test_rounds_are_interleaved_after_a_warm_up() -> None:
