@@ -2,8 +2,8 @@
 
 On a GPU that time is hidden while the device is busy, and is what is waited for where it is not. Here graphs launch
 nothing: a stand-in hands out what it recorded. The model has DiT-XL/2's 28 blocks and 56 sites at a width of 16, so
-that copies of inputs and outputs, which a GPU makes by itself, take next to nothing. Beside it stands the least that any
-host path must do, in C++ or not: copy the latents to their fixed place, replay, copy the output for the caller.
+that copies of inputs and outputs, which a GPU makes by itself, take next to nothing. Beside it stands the least that
+any host path must do, in C++ or not: copy the latents to their fixed place, replay, copy the output for the caller.
 """
 
 from __future__ import annotations
