@@ -1,7 +1,8 @@
-"""The CPU's residual_reuse ops: share of copy bandwidth, and speed against eager and compiled PyTorch.
+"""The residual_reuse ops: share of copy bandwidth, and speed against eager and compiled PyTorch.
 
-2048 rows of 1152, gates [B, 1, D] cut from one tensor as adaLN makes them. Each round takes other tensors in turn, so
-that none is in the cache. Results are compared with the reference first: no figure is given for a wrong one.
+Gates are [B, 1, D], cut from one tensor as adaLN makes them. Each call takes other tensors in turn, so that none is in
+the cache. On a GPU the calls of a turn are one CUDA graph, so that no launch is measured. Results are compared with the
+reference first: no figure is given for a wrong one.
 """
 
 from __future__ import annotations
@@ -9,24 +10,29 @@ from __future__ import annotations
 import ctypes
 import itertools
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.latency.measure import CudaClock
 from benchmarks.rows import Row
 from benchmarks.timing import Spread, interleaved
-from harmonica_kernels import residual_reuse, residual_reuse_norm_modulate
+from harmonica_kernels import gated_residual, residual_reuse, residual_reuse_norm_modulate
 from harmonica_kernels.residual_reuse.reference import residual_sum
 
-BATCH, TOKENS, WIDTH = 2, 1024, 1152
+SHAPES = {  # batch, tokens, width
+    "cpu": [(2, 1024, 1152)],
+    "cuda": [(16, 1024, 1152), (8, 4096, 3072)],
+}
 COLD_BYTES = 128 << 20  # of arguments in turn: more than last-level caches hold
 
 
 class Arguments(NamedTuple):
-    """Of both ops; scale and shift of the second only."""
+    """Of all ops; scale and shift of the last only."""
 
     x: Tensor
     caches: list[Tensor]
@@ -35,103 +41,128 @@ class Arguments(NamedTuple):
     shift: Tensor
 
 
+Provider = Callable[[Arguments], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op and what it is measured against.
+
+    Attributes:
+        name: of the op.
+        run: the op.
+        reference: its definition, for Inductor to compile.
+        eager: what a model does in its place.
+        tensors: of the size of x that it must move, for a number of caches.
+        passes: that eager PyTorch moves.
+        targets: share of copy bandwidth that is asked for, by device.
+    """
+
+    name: str
+    run: Provider
+    reference: Provider
+    eager: Provider
+    tensors: Callable[[int], int]
+    passes: Callable[[int], int]
+    targets: dict[str, str] = field(default_factory=dict)
+
+
 def run(*, repeats: int, quick: bool) -> list[Row]:
-    """Measure both ops in fp32 and bf16 for 1, 2, 4 and 8 caches."""
-    _keep_freed_pages()
+    """Measure every op for 1, 2, 4 and 8 caches: on a GPU in bf16, elsewhere on the CPU in fp32 and bf16."""
+    counts = (1, 8) if quick else (1, 2, 4, 8)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shapes = SHAPES[device.type]
+    dtypes = [torch.bfloat16] if device.type == "cuda" else [torch.float32, torch.bfloat16]
+    if device.type == "cpu":
+        _keep_freed_pages()
     rows: list[Row] = []
-    for dtype, count in itertools.product((torch.float32, torch.bfloat16), (1, 8) if quick else (1, 2, 4, 8)):
-        rows += _residual_reuse(dtype, count, repeats)
-        rows += _norm_modulate(dtype, count, repeats)
+    for shape, dtype, count, op in itertools.product(shapes, dtypes, counts, OPS):
+        if op.name != "gated_residual" or count == 1:
+            rows += _compare(op, shape, dtype, device, count, repeats)
     return rows
 
 
 @torch.no_grad()
-def _residual_reuse(dtype: torch.dtype, count: int, repeats: int) -> list[Row]:
-    def op(a: Arguments) -> tuple[Tensor, ...]:
-        return (residual_reuse(a.x, a.caches, a.gates),)
-
-    def reference(a: Arguments) -> tuple[Tensor, ...]:
-        return (residual_sum(a.x, a.caches, a.gates).to(dtype),)
-
-    def eager(a: Arguments) -> tuple[Tensor, ...]:
-        return (_eager_sum(a),)
-
-    # Op by op, a cache is read and its product written (2 tensors of traffic), then product and sum are read and the
-    # new sum is written (3 more): 5 K against the K + 2 of one pass.
-    bound = 5 * count / (count + 2)
-    return _compare("residual_reuse", dtype, count, repeats, (op, reference, eager), count + 2, bound, "at least 0.85")
-
-
-@torch.no_grad()
-def _norm_modulate(dtype: torch.dtype, count: int, repeats: int) -> list[Row]:
-    def op(a: Arguments) -> tuple[Tensor, ...]:
-        return residual_reuse_norm_modulate(a.x, a.caches, a.gates, scale=a.scale, shift=a.shift)
-
-    def reference(a: Arguments) -> tuple[Tensor, ...]:
-        hidden = residual_sum(a.x, a.caches, a.gates)
-        normed = functional.layer_norm(hidden, (WIDTH,))
-        return hidden.to(dtype), (normed * (1 + a.scale.to(hidden.dtype)) + a.shift.to(hidden.dtype)).to(dtype)
-
-    def eager(a: Arguments) -> tuple[Tensor, ...]:
-        hidden = _eager_sum(a)
-        return hidden, functional.layer_norm(hidden, (WIDTH,)) * (1 + a.scale) + a.shift
-
-    # The norm, the product and the sum each read and write a tensor more.
-    bound = (5 * count + 6) / (count + 3)
-    return _compare(
-        "residual_reuse_norm_modulate", dtype, count, repeats, (op, reference, eager), count + 3, bound, "at least 0.7"
-    )
-
-
 def _compare(
-    name: str,
-    dtype: torch.dtype,
-    count: int,
-    repeats: int,
-    providers: tuple[Callable[[Arguments], tuple[Tensor, ...]], ...],
-    tensors: int,
-    bound: float,
-    target: str,
+    op: Op, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, count: int, repeats: int
 ) -> list[Row]:
-    op, reference, eager = providers
-    compiled = torch.compile(reference, fullgraph=True, dynamic=False)
-    size = dtype.itemsize * BATCH * TOKENS * WIDTH
-    in_turn = [_draw(dtype, count) for _ in range(1 + COLD_BYTES // (size * (count + 1)))]
+    size, tensors = dtype.itemsize * shape[0] * shape[1] * shape[2], op.tensors(count)
+    in_turn = [_draw(shape, dtype, device, count) for _ in range(1 + COLD_BYTES // (size * (count + 1)))]
+    compiled = torch.compile(op.reference, fullgraph=True, dynamic=False)
     tolerance = 16 * torch.finfo(dtype).eps
-    for provider in (op, compiled):
-        torch.testing.assert_close(provider(in_turn[0]), reference(in_turn[0]), rtol=tolerance, atol=tolerance)
+    for provider in (op.run, compiled):
+        torch.testing.assert_close(provider(in_turn[0]), op.reference(in_turn[0]), rtol=tolerance, atol=tolerance)
 
-    halves = [(torch.ones(tensors * size // 2, dtype=torch.uint8), torch.empty(tensors * size // 2, dtype=torch.uint8))]
-    while len(halves) * tensors * size < COLD_BYTES:
-        halves.append((halves[0][0].clone(), halves[0][1].clone()))
-    copies = itertools.cycle(halves)
+    half = torch.ones(tensors * size // 2, dtype=torch.uint8, device=device)
+    halves = [(half.clone(), half.clone()) for _ in range(1 + COLD_BYTES // (tensors * size))]
+    calls: dict[str, list[Callable[[], object]]] = {
+        "copy": [lambda s=s, d=d: d.copy_(s) for s, d in halves],  # type: ignore[misc]
+        **{
+            name: [lambda p=provider, a=arguments: p(a) for arguments in in_turn]  # type: ignore[misc]
+            for name, provider in (("op", op.run), ("eager", op.eager), ("compiled", compiled))
+        },
+    }
+    seconds = _graphed(calls, repeats) if device.type == "cuda" else _in_turn(calls, repeats)
 
-    def copy() -> None:
-        source, destination = next(copies)
-        destination.copy_(source)
-
-    def cold(provider: Callable[[Arguments], tuple[Tensor, ...]]) -> Callable[[], None]:
-        arguments: Iterator[Arguments] = itertools.cycle(in_turn)
-
-        def call() -> None:
-            provider(next(arguments))
-
-        return call
-
-    seconds = interleaved({"copy": copy, "op": cold(op), "eager": cold(eager), "compiled": cold(compiled)}, repeats)
-
-    case = f"{name}, {BATCH * TOKENS} x {WIDTH} {str(dtype).removeprefix('torch.')}, K = {count}"
+    rows_of_x = f"{shape[0] * shape[1]} x {shape[2]} {str(dtype).removeprefix('torch.')}"
+    where = "" if device.type == "cpu" else f", {torch.cuda.get_device_name()}"
+    case = f"{op.name}, {rows_of_x}, K = {count}{where}"
     took = Spread.of(seconds["op"])
     rows = [Row("kernels", case, "none", "op", took.p50, "s", took.p20, took.p80, repeats)]
+    against_compiled = "at least 0.95" if device.type == "cpu" else "at least 1.0"
     figures = [
-        ("bandwidth / copy bandwidth", "copy", 1.0, target),
-        ("speed against eager / traffic bound", "eager", bound, None),
-        ("speed against the compiled reference", "compiled", 1.0, "at least 0.95"),
+        ("bandwidth / copy bandwidth", "copy", 1.0, op.targets.get(device.type)),
+        ("speed against eager / traffic bound", "eager", op.passes(count) / tensors, "at least 0.8"),
+        ("speed against the compiled reference", "compiled", 1.0, against_compiled),
     ]
     for metric, other, divisor, wanted in figures:
         ratio = Spread.of([a / b / divisor for a, b in zip(seconds[other], seconds["op"], strict=True)])
         rows.append(Row("kernels", case, "none", metric, ratio.p50, "ratio", ratio.p20, ratio.p80, repeats, wanted))
     return rows
+
+
+def _in_turn(calls: dict[str, list[Callable[[], object]]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of a call of each provider in each round; every call is the next of its turn."""
+    turns = {name: itertools.cycle(each) for name, each in calls.items()}
+    return interleaved({name: lambda turn=turn: next(turn)() for name, turn in turns.items()}, repeats)  # type: ignore[misc]
+
+
+def _graphed(calls: dict[str, list[Callable[[], object]]], repeats: int) -> dict[str, list[float]]:
+    """The same on a GPU: seconds of a whole turn, recorded as one graph, over its number of calls."""
+    graphs = {}
+    for name, each in calls.items():
+        for call in each:
+            call()  # compiles, and fills the allocator's cache
+        torch.cuda.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            for call in each:
+                call()
+    clock = CudaClock()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for graph in graphs.values():
+        graph.replay()
+    for _ in range(repeats):
+        for name, graph in graphs.items():
+            started = clock.mark()
+            graph.replay()
+            ended = clock.mark()
+            clock.wait()
+            seconds[name].append(clock.between(started, ended) / len(calls[name]))
+    return seconds
+
+
+def _norm_modulate(hidden: Tensor, a: Arguments) -> Tensor:
+    return functional.layer_norm(hidden, hidden.shape[-1:]) * (1 + a.scale.to(hidden.dtype)) + a.shift.to(hidden.dtype)
+
+
+def _summed(a: Arguments) -> tuple[Tensor, ...]:
+    return (residual_sum(a.x, a.caches, a.gates).to(a.x.dtype),)
+
+
+def _summed_and_normed(a: Arguments) -> tuple[Tensor, ...]:
+    hidden = residual_sum(a.x, a.caches, a.gates)
+    return hidden.to(a.x.dtype), _norm_modulate(hidden, a).to(a.x.dtype)
 
 
 def _eager_sum(a: Arguments) -> Tensor:
@@ -141,9 +172,49 @@ def _eager_sum(a: Arguments) -> Tensor:
     return total
 
 
-def _draw(dtype: torch.dtype, count: int) -> Arguments:
-    x, *caches = (torch.randn(BATCH, TOKENS, WIDTH).to(dtype) for _ in range(count + 1))
-    scale, shift, *gates = torch.randn(BATCH, 1, (count + 2) * WIDTH).to(dtype).chunk(count + 2, dim=-1)
+def _eager_sum_and_norm(a: Arguments) -> tuple[Tensor, ...]:
+    hidden = _eager_sum(a)
+    return hidden, _norm_modulate(hidden, a)
+
+
+# Op by op, a cache is read and its product written (2 tensors of traffic), then product and sum are read and the new
+# sum is written (3 more); the norm, the product and the sum behind it each read and write a tensor more.
+OPS = (
+    Op(
+        "gated_residual",
+        lambda a: (gated_residual(a.x, a.caches[0], a.gates[0]),),
+        _summed,
+        lambda a: (_eager_sum(a),),
+        tensors=lambda count: 3,
+        passes=lambda count: 5,
+        targets={"cpu": "at least 0.85", "cuda": "at least 0.9"},
+    ),
+    Op(
+        "residual_reuse",
+        lambda a: (residual_reuse(a.x, a.caches, a.gates),),
+        _summed,
+        lambda a: (_eager_sum(a),),
+        tensors=lambda count: count + 2,
+        passes=lambda count: 5 * count,
+        targets={"cpu": "at least 0.85", "cuda": "at least 0.9"},
+    ),
+    Op(
+        "residual_reuse_norm_modulate",
+        lambda a: residual_reuse_norm_modulate(a.x, a.caches, a.gates, scale=a.scale, shift=a.shift),
+        _summed_and_normed,
+        _eager_sum_and_norm,
+        tensors=lambda count: count + 3,
+        passes=lambda count: 5 * count + 6,
+        targets={"cpu": "at least 0.7", "cuda": "at least 0.9"},
+    ),
+)
+
+
+def _draw(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, count: int) -> Arguments:
+    batch, _, width = shape
+    x, *caches = (torch.randn(shape, device=device).to(dtype) for _ in range(count + 1))
+    chunks = torch.randn(batch, 1, (count + 2) * width, device=device).to(dtype).chunk(count + 2, dim=-1)
+    scale, shift, *gates = chunks
     return Arguments(x, caches, gates, scale, shift)
 
 
