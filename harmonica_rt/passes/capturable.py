@@ -1,4 +1,4 @@
-"""What keeps a step graph from being recorded as a CUDA graph."""
+"""What keeps a step graph, or a part of the prologue, from being recorded as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from harmonica_rt.passes.hoist import Part
 from harmonica_rt.passes.specialise import StepGraph
 
 
-def obstacle(step: StepGraph) -> str | None:
+def obstacle(step: StepGraph | Part) -> str | None:
     """The first node that a CUDA graph cannot hold, and why; None where there is none.
 
     A graph replays the same launches with the same addresses: nothing in it may wait for a value, have a size that
@@ -43,7 +44,7 @@ def _device(node: fx.Node) -> torch.device | None:
     return value.device if isinstance(value, torch.Tensor) else None
 
 
-def _is_number(node: fx.Node, step: StepGraph) -> bool:
+def _is_number(node: fx.Node, step: StepGraph | Part) -> bool:
     """A constant of no dimensions on the CPU is a number to a kernel, which is read when the graph is recorded."""
     value = node.meta.get("val")
     is_constant = node.op == "placeholder" and node.name in step.constants

@@ -131,6 +131,7 @@ class PlanRuntime:
                 key=ForecastKey(self.key, order),
                 comparable=self._comparable,
                 memory=memory.hoisted,
+                graphs=memory.graphs,
             )
         return PlanStream(self, memory, prologue)
 

@@ -1,10 +1,10 @@
-"""Step programs as graphs: one for each program and place of its slots, of one stream."""
+"""Step programs as graphs, one for each program and place of its slots, and the prologue as one; of one stream."""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from harmonica_rt.lower.plain import Program
 from harmonica_rt.passes.capturable import obstacle
 from harmonica_rt.runtime.graphs import Body, Graph, Pool, copies
+from harmonica_rt.runtime.prologue import LoweredPrologue
 from harmonica_rt.runtime.static import StaticTensors
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ RESTLESS = "weights lie elsewhere in every run (is offloading on?)"
 class GraphedPrograms:
     """The graphs of one stream and the static tensors that they read.
 
-    A program runs plainly at its first use, which warms it up, is recorded at its second, and replayed from then on.
+    A body runs plainly at its first use, which warms it up, is recorded at its second, and replayed from then on.
 
     Args:
         pool: records.
@@ -34,13 +35,14 @@ class GraphedPrograms:
     """
 
     def __init__(self, pool: Pool, *, measured: bool) -> None:
-        self.refusals: dict[Program, str] = {}  # programs that run plainly, and why
+        self.refusals: dict[Hashable, str] = {}  # what runs plainly (programs, the prologue), and why
         self._pool = pool
         self._measured = measured
-        self._warm: set[int] = set()
-        self._graphs: dict[int, Graph] = {}
+        self._warm: set[Hashable] = set()
+        self._graphs: dict[Hashable, Graph] = {}  # of places, and of the prologue
         self._moves = 0  # runs in a row
         self._leaves = StaticTensors()
+        self._request = StaticTensors()
 
     def __len__(self) -> int:
         """Number of graphs."""
@@ -49,7 +51,7 @@ class GraphedPrograms:
     @property
     def nbytes(self) -> int:
         """Bytes of the static tensors; the pool counts its own."""
-        return self._leaves.nbytes
+        return self._leaves.nbytes + self._request.nbytes
 
     def begin_run(self, *, moved: bool) -> None:
         """A run begins; with `moved`, something that graphs hold the address of was replaced, and they are dropped."""
@@ -57,7 +59,7 @@ class GraphedPrograms:
         if moved:
             self._graphs.clear()
         else:
-            self.refusals = {program: reason for program, reason in self.refusals.items() if reason is not RESTLESS}
+            self.refusals = {whose: reason for whose, reason in self.refusals.items() if reason is not RESTLESS}
 
     def run(
         self,
@@ -85,21 +87,61 @@ class GraphedPrograms:
         fixed = [self._leaves.tensors.get(str(index)) for index in range(len(leaves))]
         given = [hoisted[name] for name in program.step.hoisted]
         body = functools.partial(program, bound, fixed, *slots, given)
+        return self._warm_up_or_record(place, program, body, lambda: obstacle(program.step))
+
+    def run_prologue(
+        self,
+        prologue: LoweredPrologue,
+        leaves: Sequence[Any],
+        foreseen: Sequence[torch.Tensor],
+        body: Callable[[Sequence[Any], Sequence[torch.Tensor]], None],
+    ) -> None:
+        """Run the prologue of all steps.
+
+        Args:
+            prologue: the prologue.
+            leaves: of the call; those that it reads are copied to where its graph reads them.
+            foreseen: the timesteps of all steps, one tensor for each timestep argument; copied likewise.
+            body: computes the values, of such leaves and timesteps, and leaves them at fixed addresses. The first time
+                those are made, so it runs once before it is warmed up.
+        """
+        indices = {*prologue.once.part.inputs, *prologue.each.part.inputs} - {*prologue.prologue.timesteps}
+        timesteps = {f"timesteps {number}": values for number, values in enumerate(foreseen)}
+        self._request.put({**{str(index): leaves[index] for index in indices}, **timesteps})
+        graph = self._graphs.get(prologue)
+        if graph is not None:
+            graph.replay()
+            return
+        tensors = self._request.tensors
+        fixed = [tensors[str(index)] if index in indices else None for index in range(len(leaves))]
+
+        def fill() -> tuple[Any, ...]:
+            body(fixed, [tensors[name] for name in timesteps])
+            return ()
+
+        if prologue not in self._warm:
+            fill()
+        parts = (prologue.once.part, prologue.each.part)
+        self._warm_up_or_record(prologue, prologue, fill, lambda: next(filter(None, map(obstacle, parts)), None))
+
+    def _warm_up_or_record(
+        self, key: Hashable, whose: Hashable, body: Body, find_obstacle: Callable[[], str | None]
+    ) -> tuple[Any, ...]:
         if self._moves >= MOVES:
-            self.refusals.setdefault(program, RESTLESS)
-        if program in self.refusals:
+            self.refusals.setdefault(whose, RESTLESS)
+        if whose in self.refusals:
             return body()
-        if place not in self._warm:
-            self._warm.add(place)
-            reason = obstacle(program.step)
+        if key not in self._warm:
+            self._warm.add(key)
+            reason = find_obstacle()
             if reason is not None:
-                return self._refuse(program, reason, body)
+                return self._refuse(whose, reason, body)
             with _casting_anew():
                 return self._pool.warm_up(body)
-        reason = self._record(place, body)
-        return copies(self._graphs[place].replay()) if reason is None else self._refuse(program, reason, body)
+        reason = self._record(key, body)
+        return copies(self._graphs[key].replay()) if reason is None else self._refuse(whose, reason, body)
 
-    def _record(self, place: int, body: Body) -> str | None:
+    def _record(self, key: Hashable, body: Body) -> str | None:
         """Record `body`, or say why not."""
         try:
             with _casting_anew():
@@ -110,12 +152,13 @@ class GraphedPrograms:
             plain, replayed = (min(self._pool.seconds(run) for _ in range(ROUNDS)) for run in (body, graph.replay))
             if replayed > PAYS * plain:
                 return f"a graph does not pay: {replayed * 1e3:.2f} ms, plain launches take {plain * 1e3:.2f} ms"
-        self._graphs[place] = graph
+        self._graphs[key] = graph
         return None
 
-    def _refuse(self, program: Program, reason: str, body: Body) -> tuple[Any, ...]:
-        log.info("a step program runs without a graph: %s", reason)
-        self.refusals[program] = reason
+    def _refuse(self, whose: Hashable, reason: str, body: Body) -> tuple[Any, ...]:
+        what = "the prologue" if isinstance(whose, LoweredPrologue) else "a step program"
+        log.info("%s runs without a graph: %s", what, reason)
+        self.refusals[whose] = reason
         return body()
 
 

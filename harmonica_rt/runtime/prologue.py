@@ -10,10 +10,11 @@ was foreseen; any other stream computes its own.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import fx, nn
@@ -72,8 +73,8 @@ class LoweredPrologue:
         self.once = LoweredPart(prologue.once, root)
         self.each = LoweredPart(prologue.each, root)
         self.steps = steps
+        self.batches = True  # until an operator turns out to have no batching rule
         self._forecasts: OrderedDict[ForecastKey, Timesteps] = OrderedDict()
-        self._batches = True
 
     def forecast(self, key: ForecastKey) -> Timesteps | None:
         """The model's timesteps in such a stream, `[steps, ...]` each; None where not known."""
@@ -90,11 +91,20 @@ class LoweredPrologue:
         while len(self._forecasts) > MAX_FORECASTS:
             self._forecasts.popitem(last=False)
 
+    def of_request(self, bound: tuple[Any, ...], leaves: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """The values of a request by name."""
+        inputs = [leaves[index] for index in self.once.part.inputs]
+        return dict(zip(self.once.part.results, self.once.run(*bound, *inputs), strict=True))
+
+    def given(self, of_request: Mapping[str, torch.Tensor]) -> Values:
+        """Those that the timestep part takes."""
+        return [of_request[name] for name in self.each.part.given]
+
     def in_steps(
-        self, foreseen: Timesteps, bound: tuple[Any, ...], leaves: Sequence[Any], given: Values
+        self, foreseen: Sequence[torch.Tensor], bound: tuple[Any, ...], leaves: Sequence[Any], given: Values
     ) -> tuple[torch.Tensor, ...] | None:
         """The values of every step of a forecast, `[steps, ...]` each; None where the graph cannot be batched."""
-        if not self._batches:
+        if not self.batches:
             return None
         part = self.each.part
         stacked = dict(zip(self.prologue.timesteps, foreseen, strict=True))
@@ -106,10 +116,23 @@ class LoweredPrologue:
         )
         try:
             return tuple(torch.vmap(self.each.run, in_dims=dims)(*bound, *inputs, *given))
-        except (RuntimeError, NotImplementedError) as error:  # an operator without a batching rule
+        except (RuntimeError, NotImplementedError) as error:
             log.info("timestep-only values are computed step by step: %s", str(error).partition("\n")[0])
-            self._batches = False
+            self.batches = False
             return None
+
+
+class PrologueGraphs(Protocol):
+    """Runs a prologue as a graph."""
+
+    def run_prologue(
+        self,
+        prologue: LoweredPrologue,
+        leaves: Sequence[Any],
+        foreseen: Sequence[torch.Tensor],
+        body: Callable[[Sequence[Any], Sequence[torch.Tensor]], None],
+    ) -> None:
+        """Have `body` compute the values of all steps, or replay what it did."""
 
 
 class HoistedMemory:
@@ -162,6 +185,7 @@ class StreamPrologue:
         comparable: whether timesteps can be compared at every step without waiting. Where they cannot, a run without
             scheduler timesteps is foreseen by nobody.
         memory: where the values are put for graphs to find; None hands them over as they are.
+        graphs: record the prologue itself, too; None runs it launch by launch.
     """
 
     def __init__(
@@ -172,9 +196,11 @@ class StreamPrologue:
         key: ForecastKey,
         comparable: bool,
         memory: HoistedMemory | None = None,
+        graphs: PrologueGraphs | None = None,
     ) -> None:
         self._lowered = lowered
         self._memory = memory
+        self._graphs = graphs
         self._bind = bind
         self._key = key
         self._comparable = comparable
@@ -196,16 +222,9 @@ class StreamPrologue:
         lowered, leaves = self._lowered, call.leaves
         each = lowered.each.part
         if self._once is None:
-            self._once = self._run_once(leaves)
-            self._given = [self._once[name] for name in each.given]
-            steps = None
-            if each.results and self._foreseen is not None and (step == 0 or self._comparable):
-                steps = lowered.in_steps(self._foreseen, self._bind(lowered.each), leaves, self._given)
-            self._all_known = steps is not None
-            if self._memory is not None:
-                self._memory.begin(self._once, each.results, steps)
-            elif steps is not None:
-                self._steps = steps
+            foreseen = self._foreseen if each.results and (step == 0 or self._comparable) else None
+            self._compute(leaves, foreseen)
+        assert self._once is not None
         if not each.results:
             return self._once if self._memory is None else self._memory.tensors
         timesteps = tuple(leaves[index] for index in lowered.prologue.timesteps)
@@ -247,10 +266,25 @@ class StreamPrologue:
                 "repeated, or the pipeline changes timesteps from run to run"
             )
 
-    def _run_once(self, leaves: Sequence[Any]) -> dict[str, torch.Tensor]:
-        once = self._lowered.once
-        inputs = [leaves[index] for index in once.part.inputs]
-        return dict(zip(once.part.results, once.run(*self._bind(once), *inputs), strict=True))
+    def _compute(self, leaves: Sequence[Any], foreseen: Timesteps | None) -> None:
+        """The values of a request; those of all its steps too, where their timesteps are foreseen."""
+        lowered, memory = self._lowered, self._memory
+        once = self._bind(lowered.once)  # first: where weights lie elsewhere, graphs are dropped now
+        if memory is not None and self._graphs is not None and foreseen is not None and lowered.batches:
+            body = functools.partial(_fill, lowered, memory, once, self._bind(lowered.each))
+            self._graphs.run_prologue(lowered, leaves, foreseen, body)
+            self._once, self._all_known = memory.tensors, lowered.batches
+            self._given = [memory.tensors[name] for name in lowered.each.part.given]
+            return
+        self._once = lowered.of_request(once, leaves)
+        self._given, steps = lowered.given(self._once), None
+        if foreseen is not None:
+            steps = lowered.in_steps(foreseen, self._bind(lowered.each), leaves, self._given)
+        self._all_known = steps is not None
+        if memory is not None:
+            memory.begin(self._once, lowered.each.part.results, steps)
+        elif steps is not None:
+            self._steps = steps
 
     def _write_down(self, step: StepIndex, timesteps: Timesteps) -> None:
         if self._given_timesteps is None:
@@ -263,3 +297,18 @@ class StreamPrologue:
     def _is_foreseen(self, step: StepIndex, timesteps: Timesteps) -> bool:
         foreseen = self._foreseen
         return foreseen is not None and all(torch.equal(a[step], b) for a, b in zip(foreseen, timesteps, strict=True))
+
+
+def _fill(
+    lowered: LoweredPrologue,
+    memory: HoistedMemory,
+    once: tuple[Any, ...],
+    each: tuple[Any, ...],
+    leaves: Sequence[Any],
+    foreseen: Sequence[torch.Tensor],
+) -> None:
+    """What a graph of the prologue holds: all values of a run, with these weights and constants, into memory."""
+    of_request = lowered.of_request(once, leaves)
+    memory.begin(
+        of_request, lowered.each.part.results, lowered.in_steps(foreseen, each, leaves, lowered.given(of_request))
+    )
