@@ -116,4 +116,17 @@ HARMONICA_ALWAYS_INLINE void store_pair(Planes row, int64_t pair, Pair values) {
 }
 HARMONICA_ALWAYS_INLINE void store_first(Planes row, int64_t pair, float value) { row.first[pair] = value; }
 
+struct RoundedAndExact {
+  BFloat16* rounded;
+  Planes exact;
+};
+HARMONICA_ALWAYS_INLINE void store_pair(RoundedAndExact row, int64_t pair, Pair values) {
+  store_pair(row.rounded, pair, values);
+  store_pair(row.exact, pair, values);
+}
+HARMONICA_ALWAYS_INLINE void store_first(RoundedAndExact row, int64_t pair, float value) {
+  store_first(row.rounded, pair, value);
+  store_first(row.exact, pair, value);
+}
+
 }  // namespace harmonica

@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -38,56 +39,77 @@ struct Sums {
 };
 
 // Sums of row[i] - centre and of its square, in 32 lanes whatever the machine: no lane adds up many numbers.
-template <bool with_squares, typename Acc>
-HARMONICA_ALWAYS_INLINE Sums<Acc> lane_sums(const Acc* row, Acc centre, int64_t n) {
+template <typename Acc>
+HARMONICA_ALWAYS_INLINE Sums<Acc> sums_around(Acc centre, const Acc* row, int64_t n) {
   typedef Acc Vector __attribute__((vector_size(32)));
   constexpr int64_t width = sizeof(Vector) / sizeof(Acc), vectors = 32 / width;
-  struct Lanes {
-    Vector plain, squares;
-  } lanes[vectors];
-  for (Lanes& some : lanes) some.plain = some.squares = Vector{};
+  Vector plain[vectors] = {}, squares[vectors] = {};
   int64_t i = 0;
   for (; i + 32 <= n; i += 32)
     for (int64_t v = 0; v < vectors; ++v) {
       Vector values;
       std::memcpy(&values, row + i + v * width, sizeof(values));
       values -= centre;
-      lanes[v].plain += values;
-      if (with_squares) lanes[v].squares += values * values;
+      plain[v] += values;
+      squares[v] += values * values;
     }
+  for (; i < n; i += width) {
+    Vector values = Vector{} + centre;  // lanes beyond the row add nothing
+    std::memcpy(&values, row + i, std::min(width, n - i) * sizeof(Acc));
+    values -= centre;
+    plain[0] += values;
+    squares[0] += values * values;
+  }
   for (int64_t v = 1; v < vectors; ++v) {
-    lanes[0].plain += lanes[v].plain;
-    lanes[0].squares += lanes[v].squares;
+    plain[0] += plain[v];
+    squares[0] += squares[v];
   }
   Sums<Acc> sums;
   for (int64_t lane = 0; lane < width; ++lane) {
-    sums.plain += lanes[0].plain[lane];
-    sums.squares += lanes[0].squares[lane];
-  }
-  for (; i < n; ++i) {
-    const Acc value = row[i] - centre;
-    sums.plain += value;
-    sums.squares += value * value;
+    sums.plain += plain[0][lane];
+    sums.squares += squares[0][lane];
   }
   return sums;
 }
 
+template <typename Acc>
+struct Moments {
+  Acc mean, inverse_deviation;
+};
+
+// One pass is enough where the mean is nearer to zero than the numbers are to the mean: the mean square less the square
+// of the mean then loses a bit at most. Elsewhere a second one goes around that mean, and says by how much the first
+// missed it.
+template <typename Acc>
+HARMONICA_ALWAYS_INLINE Moments<Acc> moments_of(const Acc* row, int64_t n, bool rms, double eps) {
+  Sums<Acc> sums = sums_around(Acc(0), row, n);
+  Acc mean = rms ? Acc(0) : sums.plain / Acc(n);
+  Acc variance = sums.squares / Acc(n) - mean * mean;
+  const bool is_enough = rms || (mean * mean < variance && std::isfinite(variance));
+  if (!is_enough) {
+    sums = sums_around(mean, row, n);
+    const Acc missed = sums.plain / Acc(n);
+    mean += missed;
+    variance = sums.squares / Acc(n) - missed * missed;
+  }
+  return {mean, Acc(1 / std::sqrt(double(variance) + eps))};
+}
+
 // A multiversioned function may not be a template, hence one overload per element type.
-#define HARMONICA_SUMS(T)                                                                                        \
-  HARMONICA_MULTIVERSION T sum(const T* row, int64_t n) { return lane_sums<false>(row, T(0), n).plain; }         \
-  HARMONICA_MULTIVERSION Sums<T> sums_around(const T* row, T centre, int64_t n) {                                \
-    return lane_sums<true>(row, centre, n);                                                                      \
+#define HARMONICA_MOMENTS(T)                                                                            \
+  HARMONICA_MULTIVERSION Moments<T> moments(const T* row, int64_t n, bool rms, double eps) {            \
+    return moments_of(row, n, rms, eps);                                                                \
   }
 #define HARMONICA_NORMALISE(T)                                                                                     \
   HARMONICA_MULTIVERSION void normalise(T* HARMONICA_RESTRICT out, const T* in, const T* factor, const T* offset,  \
                                         T mean, T inverse_deviation, int64_t n) {                                  \
     for (int64_t i = 0; i < n; ++i) out[i] = (in[i] - mean) * inverse_deviation * factor[i] + offset[i];           \
   }
-HARMONICA_SUMS(float)
-HARMONICA_SUMS(double)
+HARMONICA_MOMENTS(float)
+HARMONICA_MOMENTS(double)
 HARMONICA_NORMALISE(float)
 HARMONICA_NORMALISE(double)
-#undef HARMONICA_SUMS
+#undef HARMONICA_MOMENTS
 #undef HARMONICA_NORMALISE
 
 HARMONICA_MULTIVERSION void normalise(BFloat16* out, const float* in, const float* factor, const float* offset,
@@ -99,27 +121,6 @@ HARMONICA_MULTIVERSION void normalise(BFloat16* out, const float* in, const floa
 #pragma GCC ivdep
   for (int64_t pair = 0; pair < n / 2; ++pair) store_pair(out, pair, {at(pair), at(second + pair)});
   if (n % 2 == 1) store_first(out, n / 2, at(n / 2));
-}
-
-HARMONICA_MULTIVERSION void narrow(BFloat16* out, Planes in, int64_t n) {
-#pragma GCC ivdep
-  for (int64_t pair = 0; pair < n / 2; ++pair) store_pair(out, pair, load_pair(in, pair));
-  if (n % 2 == 1) store_first(out, n / 2, load_first(in, n / 2));
-}
-
-template <typename Acc>
-struct Moments {
-  Acc mean, inverse_deviation;
-};
-
-// The second pass also says by how much the first one missed the mean, which counts where the mean is far from zero.
-template <typename Acc>
-Moments<Acc> moments(const Acc* row, int64_t n, bool rms, double eps) {
-  const Acc centre = rms ? Acc(0) : sum(row, n) / Acc(n);
-  const Sums<Acc> around = sums_around(row, centre, n);
-  const Acc missed = rms ? Acc(0) : around.plain / Acc(n);
-  const Acc variance = around.squares / Acc(n) - missed * missed;
-  return {centre + missed, Acc(1 / std::sqrt(double(variance) + eps))};
 }
 
 // Where the operands of an iterator over the rows are, by number; 0 (which is hidden) stands for one that is absent.
@@ -139,15 +140,6 @@ struct Norm {
 int64_t bytes_along_row(const at::Tensor& t) {
   const bool is_one_number = t.dim() == 0 || t.size(-1) == 1;
   return is_one_number ? 0 : t.stride(-1) * t.element_size();
-}
-
-template <typename T, typename Acc>
-auto cursor(Acc* row, int64_t n) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    return planes(row, n);
-  } else {
-    return row;
-  }
 }
 
 // Where scale, shift or bias is absent, it is 0; where weight is, it is 1.
@@ -176,8 +168,14 @@ void run(at::TensorIterator& iter, const Operands& operands, const Norm& norm) {
   const int64_t n = norm.width;
 
   const auto loop = [&](char** data, const int64_t* strides, int64_t rows) {
-    std::vector<Acc> buffer(4 * n);
-    Acc *const factor = buffer.data(), *const offset = factor + n, *const wide = offset + n, *sum = wide + n;
+    // Vectors of 64 bytes that cross cache lines take twice as long.
+    constexpr int64_t line = 64, numbers = line / sizeof(Acc);
+    const int64_t padded = (n + numbers - 1) / numbers * numbers;
+    std::vector<Acc> buffer(4 * padded + numbers);
+    void* start = buffer.data();
+    size_t space = buffer.size() * sizeof(Acc);
+    Acc* const factor = static_cast<Acc*>(std::align(line, 4 * padded * sizeof(Acc), start, space));
+    Acc *const offset = factor + padded, *const wide = offset + padded, *sum = wide + padded;
     const bool is_one_modulation = (!operands.scale || strides[operands.scale] == 0) &&
                                    (!operands.shift || strides[operands.shift] == 0);
     c10::SmallVector<Term<T>, 16> terms(count);
@@ -186,9 +184,16 @@ void run(at::TensorIterator& iter, const Operands& operands, const Norm& norm) {
       const auto operand = [&](size_t i) { return i == 0 ? Strided<T>{} : Strided<T>{at(i), operands.stride[i]}; };
       for (size_t k = 0; k < count; ++k) terms[k] = {operand(3 + k), operand(operands.gates[k])};
       T *const hidden = reinterpret_cast<T*>(at(0)), *const out = reinterpret_cast<T*>(at(1));
-      if constexpr (std::is_same_v<T, Acc>) sum = hidden;
-      residual_sum(cursor<T>(sum, n), operand(2), terms.data(), int64_t(count), n);
-      if constexpr (!std::is_same_v<T, Acc>) narrow(hidden, cursor<T>(sum, n), n);
+      // Written once the sums are known, fetched while they are made.
+      for (int64_t i = 0; i < n; i += line / int64_t(sizeof(T))) __builtin_prefetch(out + i, 1);
+      const auto add_up = [&](auto to) { residual_sum(to, operand(2), terms.data(), int64_t(count), n); };
+      if constexpr (std::is_same_v<T, BFloat16>) {
+        add_up(RoundedAndExact{hidden, planes(sum, n)});
+      } else {
+        if constexpr (std::is_same_v<T, Acc>) sum = hidden;
+        add_up(sum);
+      }
+      if constexpr (std::is_same_v<T, Float16>) narrow(hidden, sum, n);
       const Moments<Acc> of_row = moments(sum, n, norm.rms, norm.eps);
       if (row == 0 || !is_one_modulation)
         modulation(factor, offset, weight, bias, operand(operands.scale), operand(operands.shift), n);

@@ -26,8 +26,8 @@ struct Term {
   Strided<T> gate;  // without data: 1
 };
 
-// T: float, double, BFloat16, Float16. Out: a pointer to T, or to the type of the arithmetic where the sum is not to be
-// rounded; Planes for that of BFloat16.
+// T: float, double, BFloat16, Float16. Out: a pointer to T; where the sum is needed unrounded, RoundedAndExact for
+// BFloat16, a pointer to float for Float16.
 template <typename T, typename Out>
 void residual_sum(Out out, Strided<T> x, const Term<T>* terms, int64_t count, int64_t n);
 

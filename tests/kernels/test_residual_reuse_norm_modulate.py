@@ -169,10 +169,11 @@ def test_statistics_are_of_the_unrounded_hidden(implementation: Callable[..., tu
     torch.testing.assert_close(out.float(), functional.layer_norm(cache.float(), (64,)), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("mean", [1, 3, 1000])
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-def test_mean_far_from_zero(dtype: torch.dtype) -> None:
+def test_mean_far_from_zero(dtype: torch.dtype, mean: float) -> None:
     arguments = draw((2, 5, 1152), dtype)
-    arguments = arguments._replace(x=arguments.x + 1000)
+    arguments = arguments._replace(x=arguments.x + mean)
     assert_in_tolerance(arguments, residual_reuse_norm_modulate(*arguments), rms=False)
 
 
