@@ -24,9 +24,12 @@ from benchmarks.timing import Spread, interleaved
 from harmonica_kernels import gated_residual, residual_reuse, residual_reuse_norm_modulate
 from harmonica_kernels.residual_reuse.reference import residual_sum
 
-SHAPES = {  # batch, tokens, width
-    "cpu": [(2, 1024, 1152)],
-    "cuda": [(16, 1024, 1152), (8, 4096, 3072)],
+# Batch, tokens, width. On the CPU first few rows, of which eager PyTorch keeps what it makes in
+# between in the cache, then tensors of 27 MiB, which it does not (and which glibc can be told to keep: 32 MiB at most).
+SHAPES = {
+    ("cpu", torch.float32): [(2, 1024, 1152), (6, 1024, 1152)],
+    ("cpu", torch.bfloat16): [(2, 1024, 1152), (12, 1024, 1152)],
+    ("cuda", torch.bfloat16): [(16, 1024, 1152), (8, 4096, 3072)],
 }
 COLD_BYTES = 128 << 20  # of arguments in turn: more than last-level caches hold
 
@@ -56,6 +59,7 @@ class Op:
         tensors: of the size of x that it must move, for a number of caches.
         passes: that eager PyTorch moves.
         targets: share of copy bandwidth that is asked for, by device.
+        against_eager: share of the traffic bound that is asked for.
     """
 
     name: str
@@ -65,18 +69,18 @@ class Op:
     tensors: Callable[[int], int]
     passes: Callable[[int], int]
     targets: dict[str, str] = field(default_factory=dict)
+    against_eager: str | None = None
 
 
 def run(*, repeats: int, quick: bool) -> list[Row]:
     """Measure every op for 1, 2, 4 and 8 caches: on a GPU in bf16, elsewhere on the CPU in fp32 and bf16."""
     counts = (1, 8) if quick else (1, 2, 4, 8)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shapes = SHAPES[device.type]
-    dtypes = [torch.bfloat16] if device.type == "cuda" else [torch.float32, torch.bfloat16]
+    cases = [(shape, dtype) for (where, dtype), shapes in SHAPES.items() if where == device.type for shape in shapes]
     if device.type == "cpu":
         _keep_freed_pages()
     rows: list[Row] = []
-    for shape, dtype, count, op in itertools.product(shapes, dtypes, counts, OPS):
+    for (shape, dtype), count, op in itertools.product(cases, counts, OPS):
         if op.name != "gated_residual" or count == 1:
             rows += _compare(op, shape, dtype, device, count, repeats)
     return rows
@@ -112,7 +116,7 @@ def _compare(
     against_compiled = "at least 0.95" if device.type == "cpu" else "at least 1.0"
     figures = [
         ("bandwidth / copy bandwidth", "copy", 1.0, op.targets.get(device.type)),
-        ("speed against eager / traffic bound", "eager", op.passes(count) / tensors, "at least 0.8"),
+        ("speed against eager / traffic bound", "eager", op.passes(count) / tensors, op.against_eager),
         ("speed against the compiled reference", "compiled", 1.0, against_compiled),
     ]
     for metric, other, divisor, wanted in figures:
@@ -197,6 +201,7 @@ OPS = (
         tensors=lambda count: count + 2,
         passes=lambda count: 5 * count,
         targets={"cpu": "at least 0.85", "cuda": "at least 0.9"},
+        against_eager="at least 0.8",
     ),
     Op(
         "residual_reuse_norm_modulate",

@@ -7,6 +7,8 @@
 // TensorIterator broadcasts the gate, merges dimensions and splits the work over ATen's thread pool. The inner
 // loops are plain C++ that the compiler vectorises, once per instruction set (fp16: see float16.h).
 
+#include "gated_residual.h"
+
 #include <ATen/Functions.h>
 #include <ATen/TensorIterator.h>
 #include <ATen/core/Tensor.h>
@@ -110,6 +112,8 @@ at::Tensor by_reference(const at::Tensor& x, const at::Tensor& y, const std::opt
   return op.call(x, y, gate);
 }
 
+}  // namespace
+
 at::Tensor gated_residual(const at::Tensor& x, const at::Tensor& y, const std::optional<at::Tensor>& gate) {
   if (!is_known(x) || !has_shape_of(x, y) || !broadcasts_to(x, gate)) return by_reference(x, y, gate);
   at::Tensor out = at::empty(x.sizes(), x.options());
@@ -128,8 +132,6 @@ at::Tensor gated_residual(const at::Tensor& x, const at::Tensor& y, const std::o
   }
   return out;
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(harmonica, CPU, m) { m.impl("gated_residual", gated_residual); }
 

@@ -1,0 +1,12 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace harmonica {
+
+// x + gate * y, or x + y; what the loops do not take goes to the reference.
+at::Tensor gated_residual(const at::Tensor& x, const at::Tensor& y, const std::optional<at::Tensor>& gate);
+
+}  // namespace harmonica
