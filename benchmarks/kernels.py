@@ -92,6 +92,7 @@ def _compare(
 ) -> list[Row]:
     size, tensors = dtype.itemsize * shape[0] * shape[1] * shape[2], op.tensors(count)
     in_turn = [_draw(shape, dtype, device, count) for _ in range(1 + COLD_BYTES // (size * (count + 1)))]
+    torch.compiler.reset()  # what was compiled for other sizes counts towards a limit
     compiled = torch.compile(op.reference, fullgraph=True, dynamic=False)
     tolerance = 16 * torch.finfo(dtype).eps
     for provider in (op.run, compiled):
