@@ -20,6 +20,7 @@ from harmonica_rt.capture.call import Call
 from harmonica_rt.indices import SiteIndex, SiteOutput, StepIndex
 from harmonica_rt.lower import EXACT
 from harmonica_rt.lower.plain import Program
+from harmonica_rt.parity.promoted import Promoted
 from harmonica_rt.parity.report import ParityError, ParityReport, StepParity
 from harmonica_rt.parity.tolerance import NONE, Allowance, Error, limit_from, one_up, same_bits
 from harmonica_rt.passes.specialise import Pattern, specialise
@@ -57,6 +58,7 @@ class LockstepEngine:
         self._schedule = schedule
         self._reference = ReferenceEngine(model, schedule)
         self._higher = ReferenceEngine(_one_precision_up(model), schedule) if tolerance == "measured" else None
+        self.dtype = _dtype_of(model)
 
     def begin_run(self, key: RunKey | None = None) -> None:
         """A run begins for all engines, with a report of its own."""
@@ -96,7 +98,7 @@ class _LockstepStream:
         """Run all of them; what the reference gave."""
         expected = self._reference.run(step, call, catch_up=catch_up)
         got = self._planned.run(step, call, catch_up=catch_up)
-        truth = self._higher.run(step, _upcast(call), catch_up=catch_up) if self._higher is not None else None
+        truth = self._run_higher(step, call, catch_up)
         higher = _tensors(truth) if truth is not None else None
         parity = _compare(step, _tensors(expected), _tensors(got), higher, self._allowances)
         if not parity.ok and isinstance(self._planned, PlanStream):
@@ -107,6 +109,12 @@ class _LockstepStream:
         if not parity.ok and self._engine.raise_at_once:
             raise ParityError(report)
         return expected
+
+    def _run_higher(self, step: StepIndex, call: Call, catch_up: bool) -> Any:
+        if self._higher is None:
+            return None
+        with Promoted(self._engine.dtype, one_up(self._engine.dtype)):
+            return self._higher.run(step, _upcast(call), catch_up=catch_up)
 
 
 def _compare(
@@ -186,10 +194,13 @@ def _tensors(output: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
+
+
 def _one_precision_up(model: nn.Module) -> nn.Module:
-    dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
     # torch's own `to`: that of diffusers' models warns of casts that would make results worse
-    return nn.Module.to(copy.deepcopy(model), one_up(dtype)).eval()
+    return nn.Module.to(copy.deepcopy(model), one_up(_dtype_of(model))).eval()
 
 
 def _upcast(call: Call) -> Call:

@@ -2,7 +2,9 @@
 
 The rule: in every `ModuleList` of alike blocks, the direct children that are attention or feed-forward layers. A block
 that runs both side by side and joins them in one projection (Flux single blocks) has that projection as its only site,
-because a site that feeds nothing but another site would be cached for nothing.
+because a site that feeds nothing but another site would be cached for nothing. A block that is its own feed-forward
+layer (it holds the projection up and the one down) has the projection down as a site. A block made of blocks (HiDream
+wraps each, Kandinsky 6 joins one for video and one for audio, T5 lists its sub-layers) has the sites of those.
 
 Sites are named here because their names are part of the contract between training and runtime. Importing the contract
 must stay light, so torch is imported by the functions that ask for a module's class.
@@ -22,8 +24,14 @@ if TYPE_CHECKING:
 _ATTENTION_NAME = re.compile(r"^((self|cross|joint|spatial|temporal)_)?(attn|attention)(_?\w+)?$")
 _FEED_FORWARD_NAME = re.compile(r"^(ff|ffn|mlp|feed_?forward)(_?\w+)?$")
 _ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
-_FEED_FORWARD_CLASS = re.compile(r"feed_?forward|mlp|ffn", re.IGNORECASE)
-_NORM = re.compile(r"norm|modulation|scale_shift", re.IGNORECASE)
+# T5 calls it dense-activation-dense, AlphaFold and its like a transition
+_FEED_FORWARD_CLASS = re.compile(r"feed_?forward|mlp|ffn|dense\w*dense|transition", re.IGNORECASE)
+_NORM = re.compile(r"norm|modulation|scale_shift|ada_?ln", re.IGNORECASE)
+_UP_AND_DOWN = {
+    "up_proj": "down_proj",
+    "ff_in": "ff_out",
+    "proj_mlp": "proj_out",
+}  # a feed-forward layer in a block itself
 
 
 def find_sites(model: nn.Module, patterns: Sequence[str] | None = None) -> list[str]:
@@ -37,7 +45,7 @@ def find_sites(model: nn.Module, patterns: Sequence[str] | None = None) -> list[
     Raises:
         SiteError: nothing was found, a pattern matches nothing, or one site would lie inside another.
     """
-    sites = list(_by_rule(model)) if patterns is None else _by_globs(model, patterns)
+    sites = list(dict.fromkeys(_by_rule(model))) if patterns is None else _by_globs(model, patterns)
     if not sites:
         raise SiteError(
             f"no sites were found in {type(model).__name__}: it has no ModuleList of alike blocks with attention or "
@@ -84,23 +92,33 @@ def _by_rule(model: nn.Module) -> Iterator[str]:
         for index, block in enumerate(blocks):
             if first_places[id(block)] != index:
                 continue  # one block in several places is one set of sites, which run several times
-            for child in _block_sites(block):
-                yield f"{path}.{index}.{child}"
+            if any(_is_attention(name.rpartition(".")[2], module) for name, module in block.named_modules()):
+                yield from (f"{path}.{index}.{site}" for site in _block_sites(block))
 
 
 def _block_sites(block: nn.Module) -> list[str]:
+    from torch import nn
+
     children = dict(block.named_children())
     attention = [name for name, child in children.items() if _is_attention(name, child)]
     feed_forward = [name for name, child in children.items() if _is_feed_forward(name, child)]
-    if not attention:
-        return []
-    if not feed_forward and "proj_mlp" in children and "proj_out" in children:
-        return ["proj_out"]
-    return [name for name in children if name in attention or name in feed_forward]
+    if not feed_forward:
+        feed_forward = [down for up, down in _UP_AND_DOWN.items() if up in children and down in children]
+        if "proj_out" in feed_forward:
+            attention = []
+    sites = []
+    for name, child in children.items():
+        if name in attention or name in feed_forward:
+            sites.append(name)
+        elif isinstance(child, nn.ModuleList):
+            sites += [f"{name}.{index}.{site}" for index, part in enumerate(child) for site in _block_sites(part)]
+        elif any(_is_attention(*grandchild) for grandchild in child.named_children()):
+            sites += [f"{name}.{site}" for site in _block_sites(child)]
+    return sites
 
 
 def _is_attention(name: str, module: nn.Module) -> bool:
-    if _NORM.search(name) or _NORM.search(type(module).__name__):
+    if not _has_weights(module) or _NORM.search(name) or _NORM.search(type(module).__name__):
         return False
     return bool(_ATTENTION_NAME.match(name) or _ATTENTION_CLASS.search(type(module).__name__))
 
@@ -108,9 +126,16 @@ def _is_attention(name: str, module: nn.Module) -> bool:
 def _is_feed_forward(name: str, module: nn.Module) -> bool:
     from torch import nn
 
-    if _NORM.search(name) or _NORM.search(type(module).__name__) or isinstance(module, nn.Linear):
+    if not _has_weights(module) or isinstance(module, nn.Linear):
+        return False
+    if _NORM.search(name) or _NORM.search(type(module).__name__):
         return False
     return bool(_FEED_FORWARD_NAME.match(name) or _FEED_FORWARD_CLASS.search(type(module).__name__))
+
+
+def _has_weights(module: nn.Module) -> bool:
+    """An activation (`mlp_act`) has none, and is no sub-layer."""
+    return next(module.parameters(), None) is not None
 
 
 def _by_globs(model: nn.Module, patterns: Sequence[str]) -> list[str]:

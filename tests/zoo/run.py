@@ -1,0 +1,57 @@
+"""Run one class of the zoo: compiled in two lowerings, each held against the reference."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+import harmonica_rt as hrt
+from harmonica_rt.parity.report import ParityReport
+from harmonica_rt.report import Report
+from tests.tiny import random_schedule, randomised
+from tests.zoo.entry import TINY, Entry, calls_of, model_of
+
+STEPS = 6
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one class.
+
+    Attributes:
+        schedule: a random one, about half of it reused.
+        plain: parity of the lowering `plain`.
+        fused: report of the lowering `fused` after two runs, both checked step by step.
+    """
+
+    schedule: hrt.Schedule
+    plain: ParityReport
+    fused: Report
+
+    @property
+    def kinds(self) -> list[str]:
+        """The sites without the numbers of their blocks."""
+        return list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", site) for site in self.schedule.sites))
+
+
+def run(name: str, entry: Entry) -> Outcome:
+    """Check one class at its tiny size.
+
+    Raises:
+        SiteError: no site was found.
+        CaptureError, SignatureError: it cannot be compiled.
+        ParityError: it computes something else than the reference.
+    """
+    torch.manual_seed(0)
+    model = randomised(model_of(name, entry.config))
+    schedule = random_schedule(model, STEPS)
+    calls = calls_of(entry, model, TINY, STEPS)
+    plain = hrt.verify(model, schedule, calls=calls, lowering="plain")
+    fused = hrt.compile(model, schedule, lowering="fused", strict=True, verify=True)
+    for _ in range(2):  # what timesteps there are is known in the second run, which computes them ahead
+        fused.reset()
+        for call in calls:
+            fused(**call)
+    return Outcome(schedule, plain, fused.report())

@@ -1,0 +1,35 @@
+"""The zoo: every transformer class that diffusers exports, one entry each."""
+
+from __future__ import annotations
+
+import inspect
+
+import diffusers
+
+from tests.zoo.entry import Entry
+from tests.zoo.images import IMAGES
+from tests.zoo.others import OTHERS
+from tests.zoo.videos import VIDEOS
+
+ZOO: dict[str, Entry] = dict(sorted({**IMAGES, **VIDEOS, **OTHERS}.items()))
+
+NO_DENOISER = {
+    "HunyuanDiT2DControlNetModel": "a ControlNet: its outputs feed a transformer's blocks",
+    "HunyuanDiT2DMultiControlNetModel": "a ControlNet: its outputs feed a transformer's blocks",
+    "LongCatAudioDiTVae": "an autoencoder",
+    "MiniMaxMusic3RVQDepthDecoder": "decodes tokens one after the other, without timesteps",
+}
+
+
+def exported() -> list[str]:
+    """Classes of models exported by diffusers that are transformers by their names or by where they are defined."""
+    found = []
+    for name in dir(diffusers):
+        if name.startswith("_"):
+            continue
+        value = getattr(diffusers, name)
+        if not (inspect.isclass(value) and issubclass(value, diffusers.ModelMixin)):
+            continue
+        if "Transformer" in name or "DiT" in name or ".transformers." in value.__module__:
+            found.append(name)
+    return found

@@ -1,0 +1,39 @@
+"""Every transformer class that diffusers exports, compiled: equal to the reference, with the CUR asked for."""
+
+from __future__ import annotations
+
+import pytest
+
+from harmonica_rt.capture.reasons import CaptureError
+from tests.zoo.run import run
+from tests.zoo.table import NO_DENOISER, ZOO, exported
+
+WORKS = [name for name, entry in ZOO.items() if entry.failure is None]
+FAILS = [name for name in ZOO if name not in WORKS]
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_compiled_equals_the_reference(name: str) -> None:
+    outcome = run(name, ZOO[name])
+    assert outcome.plain.tolerance == "exact"
+    assert all(step.same_bits for step in outcome.plain.steps)
+    assert outcome.plain.trajectory_same_bits
+    assert 0.3 < outcome.schedule.cur < 0.6
+    assert outcome.fused.last_cur == outcome.schedule.cur
+    assert outcome.fused.last_catch_ups == ()
+    assert outcome.fused.fallbacks == ()
+    assert outcome.fused.plans[0].theoretical_speedup > 1
+
+
+@pytest.mark.parametrize("name", FAILS)
+def test_exceptions_fail_as_they_say(name: str) -> None:
+    expected = ZOO[name].failure
+    assert expected is not None
+    with pytest.raises(expected.error, match=expected.message) as raised:
+        run(name, ZOO[name])
+    if isinstance(raised.value, CaptureError):
+        assert raised.value.failure.obstacle is expected.obstacle
+
+
+def test_the_table_covers_what_diffusers_exports() -> None:
+    assert sorted([*ZOO, *NO_DENOISER]) == sorted(exported())
