@@ -23,7 +23,8 @@ from harmonica_rt import Schedule, find_sites
 def randomised(model: Any) -> Any:
     """Normal weights everywhere, adaLN gates included; eval mode."""
     for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.1)
+        if parameter.numel():  # torch warns of those without elements
+            nn.init.normal_(parameter, std=0.1)
     return model.eval()
 
 

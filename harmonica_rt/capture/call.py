@@ -26,18 +26,22 @@ _PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, t
 
 @dataclass(frozen=True)
 class Signature:
-    """What a plan is specialised for. Equal signatures share a plan."""
+    """What a plan is specialised for. Equal signatures share a plan.
+
+    `read` holds values of the request that the model reads, in the signature of a plan; a call's has none.
+    """
 
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]
     autocast: tuple[tuple[str, torch.dtype], ...] = ()
+    read: tuple[tuple[Any, ...], ...] = ()
 
     def __hash__(self) -> int:
         return self._hash
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.spec, self.leaves, self.autocast))
+        return hash((self.spec, self.leaves, self.autocast, self.read))
 
     @property
     def device(self) -> torch.device:

@@ -15,8 +15,10 @@ import operator
 import re
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -26,7 +28,9 @@ from torch.utils import _pytree as pytree
 
 from harmonica_rt.capture.call import Call
 from harmonica_rt.capture.forward import only_own_forward
+from harmonica_rt.capture.reads import Reading, RequestReads, reads_of
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
+from harmonica_rt.capture.roles import roles
 from harmonica_rt.capture.snapshot import check_capturable
 from harmonica_rt.indices import SiteIndex
 
@@ -47,6 +51,7 @@ class CapturedGraph:
         sites: site paths, as in the schedule.
         site_outputs: for each site its output nodes, in graph order; none for a site that does not run in this call.
         seconds: wall time the capture took.
+        reads: values of the request that the graph was made for; None where it holds for all.
     """
 
     graph: fx.Graph
@@ -58,6 +63,7 @@ class CapturedGraph:
     sites: tuple[str, ...]
     site_outputs: tuple[tuple[fx.Node, ...], ...]
     seconds: float
+    reads: RequestReads | None = None
 
     @functools.cached_property
     def output(self) -> fx.Node:
@@ -77,8 +83,14 @@ def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph
     """
     check_capturable(model)
     started = time.perf_counter()
-    program = _export(model, call, sites)
+    program, values = _export(model, call, sites)
     weights, constants, inputs = placeholders(program, len(call.leaves))
+    out_spec, reads = program.call_spec.out_spec, None
+    if values is not None:
+        out_spec = out_spec.child(0)
+        read = _drop_outputs(program.graph, len(values))
+        reads = reads_of(program, read, values, inputs, constants, roles(call))
+        program.graph.eliminate_dead_code()
     columns = site_columns(model, sites)
     return CapturedGraph(
         graph=program.graph,
@@ -86,10 +98,11 @@ def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph
         weights=weights,
         constants=constants,
         inputs=inputs,
-        out_spec=program.call_spec.out_spec,
+        out_spec=out_spec,
         sites=tuple(sites),
         site_outputs=find_site_outputs(program.graph, sites, lambda path: columns.get(_without_call_suffix(path))),
         seconds=time.perf_counter() - started,
+        reads=reads,
     )
 
 
@@ -98,14 +111,95 @@ def is_mutating(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _export(model: nn.Module, call: Call, sites: Sequence[str]) -> torch.export.ExportedProgram:
+def _export(
+    model: nn.Module, call: Call, sites: Sequence[str]
+) -> tuple[torch.export.ExportedProgram, list[torch.Tensor] | None]:
+    """The traced model; and where its outputs are its own and, beside them, what it read: the values of that.
+
+    A model that cannot be traced may be once it has run: it then has made the tables that it makes at its first call,
+    and what it reads is known.
+    """
     hooks = [model.get_submodule(site).register_forward_hook(check_site_result, with_kwargs=True) for site in sites]
     try:
         with only_own_forward(model):
-            return export_functional(model, (), call.kwargs)
+            try:
+                with attributes_kept(model):
+                    return export_functional(model, (), call.kwargs), None
+            except CaptureError as error:
+                if error.failure.obstacle is not Obstacle.EXPORT or _has_no_values(model, call):
+                    raise
+                before = _identities(model)
+                values = _values_read(model, call)
+                if not values and _identities(model) == before:
+                    raise
+            with attributes_kept(model):
+                model.forward = _that_reads(model.forward, Reading(values))
+                return export_functional(model, (), call.kwargs), values
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Undo what happens to attributes within this block: tracing would leave tensors without values in them."""
+    before = [(held, dict(held)) for held in _attributes(model)]
+    try:
+        yield
+    finally:
+        for held, attributes in before:
+            for name in [name for name in held if name not in attributes]:
+                del held[name]
+            held.update((name, value) for name, value in attributes.items() if held.get(name) is not value)
+
+
+def _attributes(model: nn.Module) -> list[dict[str, Any]]:
+    """The attributes of all modules, and of the plain objects that they hold (some make tables of rotations there)."""
+    found = [module.__dict__ for module in model.modules()]
+    plain = {id(value): value for attributes in found for value in attributes.values() if _is_plain_object(value)}
+    return [*found, *(value.__dict__ for value in plain.values())]
+
+
+def _is_plain_object(value: Any) -> bool:
+    kinds = (nn.Module, torch.Tensor, type, FunctionType, MethodType, ModuleType)
+    return isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, kinds)
+
+
+def _identities(model: nn.Module) -> list[dict[str, int]]:
+    return [{name: id(value) for name, value in attributes.items()} for attributes in _attributes(model)]
+
+
+def _has_no_values(model: nn.Module, call: Call) -> bool:
+    tensors = (*model.parameters(), *(leaf for leaf in call.leaves if isinstance(leaf, torch.Tensor)))
+    return any(tensor.device.type == "meta" for tensor in tensors)
+
+
+def _values_read(model: nn.Module, call: Call) -> list[torch.Tensor]:
+    """What the model reads of tensors in this call, found by running it."""
+    with torch.no_grad(), Reading() as reading:
+        model(**call.kwargs)
+    return reading.values
+
+
+def _that_reads(forward: Callable[..., Any], reading: Reading) -> Callable[..., Any]:
+    """`forward`, its reads answered and returned beside its result."""
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with reading:
+            output = forward(*args, **kwargs)
+        return output, reading.all_tensors()
+
+    return run
+
+
+def _drop_outputs(graph: fx.Graph, count: int) -> list[fx.Node]:
+    """Take the last `count` outputs from a graph."""
+    output = graph.output_node()
+    flat: Any = output.args[0]
+    kept = len(flat) - count
+    output.args = (flat[:kept],)
+    return list(flat[kept:])
 
 
 def export_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:

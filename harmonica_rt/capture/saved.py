@@ -38,8 +38,13 @@ def encode(captured: CapturedGraph, attributes: Mapping[str, torch.Tensor]) -> d
 
     Raises:
         PlanFileError: it holds something that has no such form: a nested region, a function that is no registered
-            operator, a large constant.
+            operator, a large constant, values of the request that the model reads.
     """
+    if captured.reads is not None:
+        raise PlanFileError(
+            "the model reads values of its request (the length of a prompt, say), and this plan holds for those of "
+            "one: it cannot be saved"
+        )
     names = {id(tensor): name for name, tensor in attributes.items()}
     return {
         "nodes": [_encode_node(node) for node in captured.graph.nodes],

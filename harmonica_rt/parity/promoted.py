@@ -22,10 +22,15 @@ class Promoted(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, low: torch.dtype, high: torch.dtype) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._dtypes = {low: high}
         if low in _COMPLEX:
             self._dtypes[_COMPLEX[low]] = _COMPLEX[high]
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """So that flex attention, which compiles itself also where nobody asked, goes ahead within it."""
+        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See `TorchDispatchMode`. Operators that write in place are left to write where they were told to."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 import warnings
@@ -13,10 +14,12 @@ from torch import nn
 
 from harmonica_rt.capture.call import Call, Signature
 from harmonica_rt.capture.graph import capture
+from harmonica_rt.capture.reads import RequestReads
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
 from harmonica_rt.capture.roles import roles
 from harmonica_rt.capture.snapshot import ModelSnapshot, check_capturable, named_tensors, plain_tensors
 from harmonica_rt.errors import PlanFileError
+from harmonica_rt.indices import StepIndex
 from harmonica_rt.plan import saved
 from harmonica_rt.plan.plan import build_plan
 from harmonica_rt.runtime.engine import RunKey, Stream
@@ -46,6 +49,33 @@ class LiveWeights:
     def __call__(self) -> dict[str, torch.Tensor]:
         """The same mapping as long as no tensor was replaced."""
         return self.snapshot.tensors if self.snapshot is not None else named_tensors(self._model)
+
+
+class ReadingStream:
+    """A stream over plans that hold only for what the model reads of the request they were made for."""
+
+    def __init__(self, engine: PlannedEngine, stream: Stream, reads: RequestReads) -> None:
+        self._engine = engine
+        self._stream = stream
+        self._reads: RequestReads | None = reads
+        self._begun = False
+
+    def begin(self) -> None:
+        """See `Stream.begin`."""
+        self._stream.begin()
+        self._begun = True
+
+    def end(self) -> None:
+        """See `Stream.end`."""
+        self._stream.end()
+
+    def run(self, step: StepIndex, call: Call, *, catch_up: bool) -> Any:
+        """See `Stream.run`."""
+        if self._begun and self._reads is not None and not self._reads.hold(call.leaves):
+            self._stream.end()
+            self._stream, self._reads = self._engine.stream_for(call)
+        self._begun = False
+        return self._stream.run(step, call, catch_up=catch_up)
 
 
 class PlannedEngine:
@@ -98,12 +128,29 @@ class PlannedEngine:
 
     def new_stream(self, call: Call) -> Stream:
         """A stream over the plan for the signature of `call`, captured now if there is none."""
+        stream, reads = self.stream_for(call)
+        return stream if reads is None else ReadingStream(self, stream, reads)
+
+    def stream_for(self, call: Call) -> tuple[Stream, RequestReads | None]:
+        """A stream for `call`, and the values of its request that it holds for; None where it holds for all."""
+        found = None
+        if call.signature not in self.failures:
+            found = self._planned_for(call) or self._add_plan(call)
+        if found is None:
+            return self._reference.new_stream(call), None
+        return found.new_stream(), found.plan.captured.reads
+
+    def _planned_for(self, call: Call) -> PlanRuntime | None:
+        """The plan for the signature of `call`, and for what the model reads of its request."""
         signature = call.signature
-        if signature not in self.cache and signature not in self.failures:
-            self._add_plan(call)
-        if signature in self.failures:
-            return self._reference.new_stream(call)
-        return self.cache[signature].new_stream()
+        if signature in self.cache:
+            return self.cache[signature]
+        for held, runtime in self.plans.items():
+            if held.read and dataclasses.replace(held, read=()) == signature:
+                reads = runtime.plan.captured.reads
+                if reads is not None and reads.hold(call.leaves):
+                    return self.cache[held]
+        return None
 
     def saved(self) -> list[dict[str, Any]]:
         """All plans as plain JSON values.
@@ -136,10 +183,8 @@ class PlannedEngine:
             plan, signature, leaf_roles = saved.decode(record, self._schedule, attributes)
             self.cache.add(signature, plan, self._weights, leaf_roles, started=started)
 
-    def _add_plan(self, call: Call) -> None:
+    def _add_plan(self, call: Call) -> PlanRuntime | None:
         started = time.perf_counter()
-        if self._weights.snapshot is None:
-            self._weights.snapshot = ModelSnapshot(self._model)
         name = type(self._model).__name__
         try:
             captured = capture(self._model, call, self._schedule.sites)
@@ -151,9 +196,15 @@ class PlannedEngine:
             message = f"{name} runs without a compiled plan, eagerly with the same schedule. {error.failure}"
             log.warning("%s", message)
             warnings.warn(message, FallbackWarning, stacklevel=2)
-            return
+            return None
+        finally:
+            if self._weights.snapshot is None:  # after the capture: a model may make tables when it first runs
+                self._weights.snapshot = ModelSnapshot(self._model)
+        signature = call.signature
+        if captured.reads is not None:
+            signature = dataclasses.replace(signature, read=captured.reads.key)
         plan = build_plan(captured, self._schedule)
-        self.cache.add(call.signature, plan, self._weights, roles(call), started=started)
+        return self.cache.add(signature, plan, self._weights, roles(call), started=started)
 
     def _difference(self) -> str | None:
         snapshot = self._weights.snapshot

@@ -24,10 +24,8 @@ NO_DENOISER = {
 def exported() -> list[str]:
     """Classes of models exported by diffusers that are transformers by their names or by where they are defined."""
     found = []
-    for name in dir(diffusers):
-        if name.startswith("_"):
-            continue
-        value = getattr(diffusers, name)
+    for name in sorted({*dir(diffusers)} & {*dir(diffusers.models)}):
+        value = getattr(diffusers.models, name)
         if not (inspect.isclass(value) and issubclass(value, diffusers.ModelMixin)):
             continue
         if "Transformer" in name or "DiT" in name or ".transformers." in value.__module__:

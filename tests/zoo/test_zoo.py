@@ -8,6 +8,13 @@ from harmonica_rt.capture.reasons import CaptureError
 from tests.zoo.run import run
 from tests.zoo.table import NO_DENOISER, ZOO, exported
 
+pytestmark = [
+    # models of diffusers that call what diffusers is about to rename
+    pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in version 1.0.0:FutureWarning"),
+    # Mochi switches autocast off with a dtype that no CPU has it for
+    pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype is not supported:UserWarning"),
+]
+
 WORKS = [name for name, entry in ZOO.items() if entry.failure is None]
 FAILS = [name for name in ZOO if name not in WORKS]
 
@@ -19,7 +26,7 @@ def test_compiled_equals_the_reference(name: str) -> None:
     assert all(step.same_bits for step in outcome.plain.steps)
     assert outcome.plain.trajectory_same_bits
     assert 0.3 < outcome.schedule.cur < 0.6
-    assert outcome.fused.last_cur == outcome.schedule.cur
+    assert outcome.fused.last_cur == pytest.approx(outcome.schedule.cur, abs=1e-9)
     assert outcome.fused.last_catch_ups == ()
     assert outcome.fused.fallbacks == ()
     assert outcome.fused.plans[0].theoretical_speedup > 1

@@ -186,11 +186,6 @@ VIDEOS: dict[str, Entry] = {
             "image_embeds": normal(s.batch, 2, c.image_embed_dim),
         },
         size=VIDEO,
-        failure=Failure(
-            "data-dependent expression",
-            "whether there is an image is read from its embeddings, and prompts are reordered by masks",
-            "take both as arguments",
-        ),
     ),
     "HunyuanVideoFramepackTransformer3DModel": Entry(
         {**HUNYUAN, "num_single_layers": 2, "pooled_projection_dim": 8, "has_image_proj": True, "image_proj_dim": 8}
@@ -213,11 +208,6 @@ VIDEOS: dict[str, Entry] = {
         },
         size=VIDEO,
         real={"has_image_proj": True, "has_clean_x_embedder": True},
-        failure=Failure(
-            "data-dependent expression",
-            "lengths of prompts are read from the mask",
-            "mask the prompt by comparison with a range",
-        ),
     ),
     "HunyuanVideoTransformer3DModel": Entry(
         {**HUNYUAN, "num_single_layers": 2, "pooled_projection_dim": 8},

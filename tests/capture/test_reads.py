@@ -1,0 +1,195 @@
+"""Models that read values of their request while they run: lengths in masks, flags, lists."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import harmonica_rt as hrt
+from harmonica_rt.capture.reasons import CaptureError, Obstacle
+from tests.models import SITES, Block, Stack
+
+STEPS = 4
+
+
+class Reader(Stack):
+    """A `Stack` whose latents get a mean over as much of the prompt as `read` says: `prompt` [B, L, D]."""
+
+    def forward(self, latents: torch.Tensor, timestep: torch.Tensor, prompt: torch.Tensor, mask: torch.Tensor) -> Any:
+        """Returns [B, N, D]."""
+        if mask.sum() > 100:  # tracing stops here, whatever it makes of the rest
+            latents = -latents
+        return super().forward(latents + self.read(prompt, mask).mean(dim=-2, keepdim=True), timestep)
+
+    def read(self, prompt: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """A part of the prompt: [B, L, D] or [L, D]."""
+        raise NotImplementedError
+
+
+class Item(Reader):
+    def read(self, prompt: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return prompt[:, : mask.sum(dim=1).max().item()]
+
+
+class Length(Reader):
+    def read(self, prompt: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return prompt[:, : mask.sum(dim=1).max()]
+
+
+class List(Reader):
+    def read(self, prompt: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return torch.cat([row[:length] for row, length in zip(prompt, mask.sum(dim=1).tolist(), strict=True)])
+
+
+class Array(Reader):
+    def read(self, prompt: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return prompt[:, : int(mask.sum(dim=1).numpy().max())]
+
+
+class Flag(Reader):
+    def read(self, prompt: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return -prompt if torch.all(mask == 1) else prompt
+
+
+class Mask(Reader):
+    def read(self, prompt: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return prompt[mask.bool()]
+
+
+class Places(Reader):
+    def read(self, prompt: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        rows, columns = mask.nonzero(as_tuple=True)
+        return prompt[rows, columns] + torch.stack(torch.where(mask), 1).sum() + mask.nonzero().sum()
+
+
+class Repeated(Reader):
+    def read(self, prompt: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return prompt.repeat_interleave(mask[0] + 1, dim=1)
+
+
+class Written(Reader):
+    def read(self, prompt: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        kept = torch.zeros_like(prompt)
+        kept[mask.bool()] = prompt[mask.bool()] * 2
+        return kept
+
+
+READERS = [Item, Length, List, Array, Flag, Mask, Places, Repeated, Written]
+
+
+def reader(kind: type[Reader]) -> Reader:
+    torch.manual_seed(0)
+    return kind().eval()
+
+
+def schedule(model: nn.Module) -> hrt.Schedule:
+    return hrt.Schedule.every(2, steps=STEPS, sites=hrt.find_sites(model, SITES))
+
+
+def call(step: int, length: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    mask = (torch.arange(5) < length).long().repeat(2, 1)
+    later = torch.Generator().manual_seed(step)
+    return {
+        "latents": torch.randn(2, 4, 8, generator=later),
+        "timestep": torch.full((2,), 1.0 - step / 10),
+        "prompt": torch.randn(2, 5, 8, generator=generator),
+        "mask": mask,
+    }
+
+
+def run(model: Any, lengths: list[int]) -> list[torch.Tensor]:
+    return [model(**call(step, length)) for step, length in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_every_request_gets_the_graph_of_its_values(kind: type[Reader]) -> None:
+    model = reader(kind)
+    compiled = hrt.compile(model, schedule(model), lowering="plain", strict=True)
+    for length in (3, 5, 3):
+        truth = hrt.reference(model, schedule(model))
+        compiled.reset()
+        for got, expected in zip(run(compiled, [length] * STEPS), run(truth, [length] * STEPS), strict=True):
+            assert torch.equal(got, expected)
+    assert len(compiled.report().plans) == 2
+
+
+def test_a_request_that_changes_in_mid_run_changes_the_graph() -> None:
+    model = reader(Item)
+    compiled = hrt.compile(model, schedule(model), lowering="plain", strict=True)
+    got = run(compiled, [3, 3, 5, 5])
+    assert compiled.report().last_catch_ups == ()
+    compiled.reset()
+    again = run(compiled, [3, 5, 5, 3])
+    assert compiled.report().last_catch_ups == (1, 3)
+    for outputs, lengths in ((got, [3, 3, 5, 5]), (again, [3, 5, 5, 3])):
+        for step in (0, 2):  # computed in full, whatever the request
+            assert torch.equal(outputs[step], model(**call(step, lengths[step])))
+    assert torch.equal(again[1], model(**call(1, 5)))
+    assert torch.equal(again[3], model(**call(3, 3)))
+
+
+def test_fused_holds_for_models_that_read() -> None:
+    model = reader(List)
+    calls = [call(step, 3) for step in range(STEPS)]
+    assert hrt.verify(model, schedule(model), calls=calls, lowering="fused").ok
+
+
+class ReadsLatents(Stack):
+    """Asks for the sign of its latents."""
+
+    def forward(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """Returns [B, N, D]."""
+        return super().forward(-latents if latents.sum() < 0 else latents, timestep)
+
+
+def test_what_is_read_of_the_latents_is_no_static_plan() -> None:
+    model = ReadsLatents().eval()
+    compiled = hrt.compile(model, schedule(model), strict=True)
+    with pytest.raises(CaptureError, match="reads a value that depends on latents") as raised:
+        compiled(latents=torch.ones(2, 4, 8), timestep=torch.ones(2))
+    assert raised.value.failure.obstacle is Obstacle.EXPORT
+
+
+class Table:
+    """Makes its table when it is first asked for."""
+
+    def __init__(self) -> None:
+        self.table: torch.Tensor | None = None
+
+    def __call__(self) -> torch.Tensor:
+        if self.table is None:
+            self.table = torch.arange(8).float()
+        return self.table
+
+
+class Lazy(nn.Module):
+    """Blocks that make tables at their first call, in the module and in an object that it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(8) for _ in range(2))
+        self.own: torch.Tensor | None = None
+        self.held = Table()
+
+    def forward(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """`latents` [B, N, 8], `timestep` [B]."""
+        if self.own is None:
+            self.own = torch.arange(8).float() / 8
+        for block in self.blocks:
+            latents = block(latents + self.own + self.held(), timestep[:, None, None])
+        return latents
+
+
+def test_tracing_leaves_no_tensors_without_values_in_the_model() -> None:
+    model = Lazy().eval()
+    sites = schedule(model)
+    calls = [{"latents": torch.randn(1, 3, 8), "timestep": torch.full((1,), 1.0 - step)} for step in range(STEPS)]
+    compiled = hrt.compile(model, sites, lowering="plain", strict=True)
+    got = [compiled(**each) for each in calls]
+    assert type(model.own) is type(model.held.table) is torch.Tensor
+    truth = hrt.reference(model, sites)
+    assert all(torch.equal(a, truth(**each)) for a, each in zip(got, calls, strict=True))
