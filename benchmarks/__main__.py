@@ -17,6 +17,7 @@ BENCHMARKS = (
     "host_path",
     "compile_cost",
     "slot_memory",
+    "zoo",
     "training_cost",
     "time_to_quality",
 )

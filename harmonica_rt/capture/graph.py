@@ -124,7 +124,9 @@ def _export(
         with only_own_forward(model):
             try:
                 with attributes_kept(model):
-                    return export_functional(model, (), call.kwargs), None
+                    program = export_functional(model, (), call.kwargs)
+                check_sizes(program.graph)
+                return program, None
             except CaptureError as error:
                 if error.failure.obstacle is not Obstacle.EXPORT or _has_no_values(model, call):
                     raise
@@ -134,10 +136,27 @@ def _export(
                     raise
             with attributes_kept(model):
                 model.forward = _that_reads(model.forward, Reading(values))
-                return export_functional(model, (), call.kwargs), values
+                program = export_functional(model, (), call.kwargs)
+            check_sizes(program.graph)
+            return program, values
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def check_sizes(graph: fx.Graph) -> None:
+    """Raise CaptureError where a value has a size that depends on values: its memory could not be planned."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and not all(isinstance(size, int) for size in value.shape):
+            raise CaptureError(
+                CaptureFailure(
+                    Obstacle.EXPORT,
+                    f"{list(value.shape)} is a data-dependent size",
+                    node=node.name,
+                    stack=node.meta.get("stack_trace"),
+                )
+            )
 
 
 @contextmanager

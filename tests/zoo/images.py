@@ -181,7 +181,7 @@ IMAGES: dict[str, Entry] = {
         failure=Failure(
             r"data-dependent expression",
             "which expert gets how many tokens is read from the latents",
-            "send tokens to experts with a grouped product in the place of a loop over counts",
+            "send tokens to experts by a grouped product, not a loop over counts (diffusers #11477, open)",
         ),
     ),
     "HunyuanDiT2DModel": Entry(
@@ -300,7 +300,7 @@ IMAGES: dict[str, Entry] = {
         real={"num_kv_heads": 8},
     ),
     "NucleusMoEImageTransformer2DModel": Entry(
-        {**HEADS, **AXES, "in_channels": 4, "num_layers": 4, "joint_attention_dim": 12, "mlp_ratio": 2.0}
+        {**HEADS, **AXES, "in_channels": 4, "num_layers": 4, "joint_attention_dim": 12, "mlp_ratio": 6.0}
         | {"num_experts": 4, "moe_intermediate_dim": 16, "capacity_factors": 2.0},
         lambda c, s: {
             "hidden_states": latents(s.batch, s.packed, c.in_channels),

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
+from torch import nn
 
 import harmonica_rt as hrt
+from harmonica_rt.capture import graph
+from harmonica_rt.capture.call import Call, Signature
+from harmonica_rt.capture.graph import CapturedGraph
 from harmonica_rt.parity.report import ParityReport
 from harmonica_rt.report import Report
+from harmonica_rt.runtime import planned
 from tests.tiny import random_schedule, randomised
 from tests.zoo.entry import TINY, Entry, calls_of, model_of
 
@@ -48,10 +56,25 @@ def run(name: str, entry: Entry) -> Outcome:
     model = randomised(model_of(name, entry.config))
     schedule = random_schedule(model, STEPS)
     calls = calls_of(entry, model, TINY, STEPS)
-    plain = hrt.verify(model, schedule, calls=calls, lowering="plain")
-    fused = hrt.compile(model, schedule, lowering="fused", strict=True, verify=True)
-    for _ in range(2):  # what timesteps there are is known in the second run, which computes them ahead
-        fused.reset()
-        for call in calls:
-            fused(**call)
+    with captured_once():
+        plain = hrt.verify(model, schedule, calls=calls, lowering="plain")
+        fused = hrt.compile(model, schedule, lowering="fused", strict=True, verify=True)
+        for _ in range(2):  # what timesteps there are is known in the second run, which computes them ahead
+            fused.reset()
+            for call in calls:
+                fused(**call)
     return Outcome(schedule, plain, fused.report())
+
+
+@contextmanager
+def captured_once() -> Iterator[None]:
+    """Within this block one graph serves all lowerings of a signature: tracing takes longer than all else together."""
+    graphs: dict[Signature, CapturedGraph] = {}
+
+    def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph:
+        if call.signature not in graphs:
+            graphs[call.signature] = graph.capture(model, call, sites)
+        return graphs[call.signature]
+
+    with mock.patch.object(planned, "capture", capture):
+        yield

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from harmonica_rt.capture.reasons import CaptureError
@@ -40,6 +43,12 @@ def test_exceptions_fail_as_they_say(name: str) -> None:
         run(name, ZOO[name])
     if isinstance(raised.value, CaptureError):
         assert raised.value.failure.obstacle is expected.obstacle
+
+
+def test_the_page_lists_what_the_table_holds() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "zoo.md").read_text()
+    listed = dict(re.findall(r"^\| `(\w+)` \|[^|]*\| (yes|no)", page, re.MULTILINE))
+    assert listed == {name: "yes" if entry.failure is None else "no" for name, entry in ZOO.items()}
 
 
 def test_the_table_covers_what_diffusers_exports() -> None:

@@ -413,7 +413,7 @@ VIDEOS: dict[str, Entry] = {
         failure=Failure(
             "object of type WanAnimate2KVCache",
             "keys and values of the reference pass live in an object that the call changes",
-            "take and return them as tensors",
+            "take and return them as tensors (it came with diffusers #14413; no thread about it was found)",
             obstacle=None,
         ),
     ),

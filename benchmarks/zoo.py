@@ -1,0 +1,137 @@
+"""Seconds to compile every transformer class of diffusers at its published geometry, lowering `fused`, without weights.
+
+Models and calls lie on the meta device: compiling looks at no value. A class whose call reads values (lengths in masks)
+cannot be traced there; its row counts it. `python -m benchmarks.zoo` writes docs/zoo.md: what works, at tiny sizes,
+with the seconds of the last saved benchmark.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import harmonica_rt as hrt
+from benchmarks.rows import RESULTS, Row
+from harmonica_rt.capture.call import CallConvention
+from harmonica_rt.capture.graph import capture
+from harmonica_rt.capture.reasons import CaptureError
+from harmonica_rt.capture.roles import roles
+from harmonica_rt.lower import lower
+from harmonica_rt.plan.invariants import check_plan
+from harmonica_rt.plan.plan import build_plan
+from tests.zoo.entry import Entry, calls_of, model_of
+from tests.zoo.run import STEPS
+from tests.zoo.run import run as run_tiny
+from tests.zoo.table import NO_DENOISER, ZOO
+
+PAGE = Path(__file__).parent.parent / "docs" / "zoo.md"
+QUICK = ("DiTTransformer2DModel", "FluxTransformer2DModel")
+
+
+def run(*, repeats: int, quick: bool) -> list[Row]:
+    """One compile of each class that can be compiled."""
+    del repeats  # a second compile in one process finds torch's caches warm
+    names = [name for name, entry in ZOO.items() if entry.failure is None and (name in QUICK or not quick)]
+    return [row for name in names for row in _rows(name, ZOO[name])]
+
+
+def _rows(name: str, entry: Entry) -> list[Row]:
+    with torch.device("meta"):
+        model = model_of(name, entry.real)
+    billions = sum(parameter.numel() for parameter in model.parameters()) / 1e9
+    case = f"{name}, {billions:.1f} G parameters"
+    try:
+        seconds = compile_seconds(model, entry)
+    except CaptureError as error:
+        print(f"{name}: {error.failure.detail}")
+        return [Row("zoo", case, "every(2), 20 steps", "needs values", 1, "count")]
+    parts = [Row("zoo", case, "every(2), 20 steps", part, value, "s") for part, value in seconds.items()]
+    total = Row("zoo", case, "every(2), 20 steps", "compile", sum(seconds.values()), "s", target="at most 60")
+    return [total, *parts]
+
+
+def compile_seconds(model: nn.Module, entry: Entry) -> dict[str, float]:
+    """Seconds of each part of a compile, for 20 steps of which every second one reuses all sites.
+
+    Raises:
+        CaptureError: the model cannot be captured without values.
+    """
+    kwargs: dict[str, Any] = calls_of(entry, model, entry.size, 1)[0]
+    call = CallConvention(model).normalise((), pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), kwargs))
+    schedule = hrt.Schedule.every(2, steps=20, sites=hrt.find_sites(model))
+    times = [time.perf_counter()]
+    captured = capture(model, call, schedule.sites)
+    times.append(time.perf_counter())
+    plan = build_plan(captured, schedule)
+    check_plan(plan)
+    times.append(time.perf_counter())
+    lower("fused", plan, roles(call))
+    times.append(time.perf_counter())
+    spans = [end - start for start, end in itertools.pairwise(times)]
+    return dict(zip(("capture", "plan", "lower"), spans, strict=True))
+
+
+def page() -> str:
+    """The text of docs/zoo.md, from running every class at its tiny size."""
+    seconds = _saved_seconds()
+    lines, works = [], 0
+    for name, entry in ZOO.items():
+        if entry.failure is not None:
+            lines.append(f"| `{name}` | | no: {entry.failure.why}. Upstream: {entry.failure.upstream} | | | |")
+            continue
+        outcome = run_tiny(name, entry)
+        works += 1
+        plan = outcome.fused.plans[0]
+        kinds = ", ".join(f"`{kind}`" for kind in outcome.kinds)
+        lines.append(
+            f"| `{name}` | {kinds} | yes | {outcome.schedule.cur:.0%} | {plan.theoretical_speedup:.2f}x | "
+            f"{seconds.get(name, '')} |"
+        )
+        print(lines[-1], flush=True)
+    others = "\n".join(f"- `{name}`: {reason}." for name, reason in NO_DENOISER.items())
+    return f"""# The zoo
+
+{works} of the {len(ZOO)} transformer classes that diffusers exports are captured and compiled. Each is tried by the
+tests as a model of two or so blocks with random weights and a random schedule of {STEPS} steps: `plain` equals
+the reference bit for bit on CPU, `fused` is within the measured tolerance, and what is reused is what the
+schedule asked for. CUR and theoretical speed-up are those of that schedule and that tiny model. Seconds are those
+of a compile at the published geometry on the meta device (`python -m benchmarks zoo`); a call that reads values
+(lengths of prompts, in masks) can only be traced where there are some, and has none here.
+
+Written by `python -m benchmarks.zoo`.
+
+| class | sites | compiled | CUR | theoretical | seconds to compile |
+| --- | --- | --- | --- | --- | --- |
+{chr(10).join(lines)}
+
+Not counted, because they denoise nothing:
+
+{others}
+"""
+
+
+def _saved_seconds() -> dict[str, str]:
+    path = RESULTS / "zoo.json"
+    if not path.exists():
+        return {}
+    rows = json.loads(path.read_text())["rows"]
+    return {row["case"].partition(",")[0]: f"{row['value']:.0f}" for row in rows if row["metric"] == "compile"}
+
+
+def main() -> None:
+    """Write docs/zoo.md."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of diffusers' own names
+        PAGE.write_text(page())
+
+
+if __name__ == "__main__":
+    main()
