@@ -64,7 +64,7 @@ class Reading(TorchFunctionMode):
     def __enter__(self) -> Reading:
         """The values are answered from the first one on."""
         self.tensors = []
-        for kind in _TRACED:  # their own take a list apart into items
+        for kind in (kind for kind in _TRACED if "tolist" in kind.__dict__):  # their own take a list apart into items
             self._own_lists[kind] = kind.__dict__["tolist"]
             kind.tolist = torch.Tensor.tolist
         super().__enter__()  # type: ignore[no-untyped-call]

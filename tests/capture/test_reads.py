@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 import harmonica_rt as hrt
 from harmonica_rt.capture.reasons import CaptureError, Obstacle
+from harmonica_rt.errors import PlanFileError
 from tests.models import SITES, Block, Stack
 
 STEPS = 4
@@ -136,6 +138,14 @@ def test_fused_holds_for_models_that_read() -> None:
     model = reader(List)
     calls = [call(step, 3) for step in range(STEPS)]
     assert hrt.verify(model, schedule(model), calls=calls, lowering="fused").ok
+
+
+def test_a_plan_for_values_of_one_request_is_not_saved(tmp_path: Path) -> None:
+    model = reader(Item)
+    compiled = hrt.compile(model, schedule(model), strict=True)
+    compiled(**call(0, 3))
+    with pytest.raises(PlanFileError, match="reads values of its request"):
+        compiled.save(tmp_path / "plan.json")
 
 
 class ReadsLatents(Stack):

@@ -6,7 +6,7 @@ from torch import nn
 from harmonica_rt import find_sites
 from harmonica_rt.errors import SiteError
 from harmonica_rt.schedule.sites import check_sites
-from tests.models import SITES, stack
+from tests.models import SITES, Block, stack
 
 
 class FluxLikeBlock(nn.Module):
@@ -63,3 +63,61 @@ def test_nested_sites_are_refused() -> None:
 def test_missing_sites_are_named() -> None:
     with pytest.raises(SiteError, match=r"Stack has no module blocks\.7\.attn"):
         check_sites(stack(), ["blocks.0.attn", "blocks.7.attn"])
+
+
+class Wrapper(nn.Module):
+    """A block that is nothing but another block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block(8)
+
+
+class Listed(nn.Module):
+    """A block that lists its sub-layers, each with its norm, as T5 does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        attention = nn.ModuleDict({"norm": nn.LayerNorm(8), "attention": nn.Linear(8, 8)})
+        feed_forward = nn.ModuleDict({"norm": nn.LayerNorm(8), "mlp": nn.Sequential(nn.Linear(8, 8))})
+        self.layer = nn.ModuleList([attention, feed_forward])
+
+
+class Inline(nn.Module):
+    """A block that is its own feed-forward layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.Linear(8, 8)
+        self.up_proj = nn.Linear(8, 16)
+        self.mlp_act = nn.GELU()
+        self.down_proj = nn.Linear(16, 8)
+
+
+class Modulated(nn.Module):
+    """A block with an adaLN that is an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.Linear(8, 8)
+        self.adaln_mlp = nn.Sequential(nn.Linear(8, 8))
+
+
+@pytest.mark.parametrize(
+    ("block", "sites"),
+    [
+        (Wrapper, ["block.attn", "block.mlp"]),
+        (Listed, ["layer.0.attention", "layer.1.mlp"]),
+        (Inline, ["attention", "down_proj"]),
+        (Modulated, ["attn"]),
+    ],
+)
+def test_sites_of_a_block(block: type[nn.Module], sites: list[str]) -> None:
+    model = nn.ModuleDict({"blocks": nn.ModuleList([block(), block()])})
+    assert find_sites(model) == [f"blocks.{index}.{site}" for index in range(2) for site in sites]
+
+
+def test_a_list_without_attention_has_no_sites() -> None:
+    model = nn.ModuleDict({"blocks": nn.ModuleList(nn.ModuleDict({"mlp": nn.Linear(8, 8)}) for _ in range(2))})
+    with pytest.raises(SiteError, match="no sites were found"):
+        find_sites(model)
