@@ -15,7 +15,7 @@ import operator
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType, MethodType, ModuleType
@@ -35,6 +35,14 @@ from harmonica_rt.capture.snapshot import check_capturable
 from harmonica_rt.indices import SiteIndex
 
 log = logging.getLogger(__name__)
+
+_PRODUCTS = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum"),
+        *("scaled_dot_product_attention", "convolution", "conv1d", "conv2d", "conv3d"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,7 @@ def _export(
             try:
                 with attributes_kept(model):
                     program = export_functional(model, (), call.kwargs)
-                check_sizes(program.graph)
+                check_sizes(program.graph, site_columns(model, sites))
                 return program, None
             except CaptureError as error:
                 if error.failure.obstacle is not Obstacle.EXPORT or _has_no_values(model, call):
@@ -137,26 +145,32 @@ def _export(
             with attributes_kept(model):
                 model.forward = _that_reads(model.forward, Reading(values))
                 program = export_functional(model, (), call.kwargs)
-            check_sizes(program.graph)
+            check_sizes(program.graph, site_columns(model, sites))
             return program, values
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def check_sizes(graph: fx.Graph) -> None:
-    """Raise CaptureError where a value has a size that depends on values: its memory could not be planned."""
+def check_sizes(graph: fx.Graph, columns: Mapping[str, int]) -> None:
+    """Raise CaptureError where memory or FLOPs cannot be known: a size that depends on values, in a site or a product.
+
+    Elsewhere such a size does no harm: it never reaches a slot.
+    """
     for node in graph.nodes:
         value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and not all(isinstance(size, int) for size in value.shape):
+        if not isinstance(value, torch.Tensor) or all(isinstance(size, int) for size in value.shape):
+            continue
+        if site_of(node, lambda path: columns.get(_without_call_suffix(path))) is not None or _is_product(node):
+            shape = "x".join(map(str, value.shape))
+            detail = f"the size {shape} depends on values (a data-dependent expression)"
             raise CaptureError(
-                CaptureFailure(
-                    Obstacle.EXPORT,
-                    f"{list(value.shape)} is a data-dependent size",
-                    node=node.name,
-                    stack=node.meta.get("stack_trace"),
-                )
+                CaptureFailure(Obstacle.EXPORT, detail, node=node.name, stack=node.meta.get("stack_trace"))
             )
+
+
+def _is_product(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket._qualified_op_name in _PRODUCTS
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from harmonica_rt.capture.call import Call
 
 _REQUEST = re.compile(
     r"encoder|prompt|class|label|pooled|text|caption|embeds|context|mask|_ids$|guidance|resolution|aspect_ratio|rotary"
-    r"|^y$|^cond",
+    r"|^y$|^cond|^prior",
     re.IGNORECASE,
 )
 _TIMESTEP = re.compile(r"^(timesteps?|t|sigma)$", re.IGNORECASE)
