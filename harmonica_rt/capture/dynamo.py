@@ -27,9 +27,9 @@ from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from harmonica_rt.capture.call import Call, CallConvention
+from harmonica_rt.capture.export import export_functional
 from harmonica_rt.capture.graph import (
     CapturedGraph,
-    export_functional,
     find_site_outputs,
     placeholders,
     site_columns,

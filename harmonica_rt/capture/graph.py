@@ -14,19 +14,17 @@ import logging
 import operator
 import re
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
+from torch.export.graph_signature import InputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
 from harmonica_rt.capture.call import Call
+from harmonica_rt.capture.export import attributes_kept, export_functional, identities
 from harmonica_rt.capture.forward import only_own_forward
 from harmonica_rt.capture.reads import Reading, RequestReads, reads_of
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
@@ -114,11 +112,6 @@ def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph
     )
 
 
-def is_mutating(node: fx.Node) -> bool:
-    """Whether the node's operator writes to one of its arguments."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
 def _export(
     model: nn.Module, call: Call, sites: Sequence[str]
 ) -> tuple[torch.export.ExportedProgram, list[torch.Tensor] | None]:
@@ -138,9 +131,9 @@ def _export(
             except CaptureError as error:
                 if error.failure.obstacle is not Obstacle.EXPORT or _has_no_values(model, call):
                     raise
-                before = _identities(model)
+                before = identities(model)
                 values = _values_read(model, call)
-                if not values and _identities(model) == before:
+                if not values and identities(model) == before:
                     raise
             with attributes_kept(model):
                 model.forward = _that_reads(model.forward, Reading(values))
@@ -171,35 +164,6 @@ def check_sizes(graph: fx.Graph, columns: Mapping[str, int]) -> None:
 
 def _is_product(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket._qualified_op_name in _PRODUCTS
-
-
-@contextmanager
-def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Undo what happens to attributes within this block: tracing would leave tensors without values in them."""
-    before = [(held, dict(held)) for held in _attributes(model)]
-    try:
-        yield
-    finally:
-        for held, attributes in before:
-            for name in [name for name in held if name not in attributes]:
-                del held[name]
-            held.update((name, value) for name, value in attributes.items() if held.get(name) is not value)
-
-
-def _attributes(model: nn.Module) -> list[dict[str, Any]]:
-    """The attributes of all modules, and of the plain objects that they hold (some make tables of rotations there)."""
-    found = [module.__dict__ for module in model.modules()]
-    plain = {id(value): value for attributes in found for value in attributes.values() if _is_plain_object(value)}
-    return [*found, *(value.__dict__ for value in plain.values())]
-
-
-def _is_plain_object(value: Any) -> bool:
-    kinds = (nn.Module, torch.Tensor, type, FunctionType, MethodType, ModuleType)
-    return isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, kinds)
-
-
-def _identities(model: nn.Module) -> list[dict[str, int]]:
-    return [{name: id(value) for name, value in attributes.items()} for attributes in _attributes(model)]
 
 
 def _has_no_values(model: nn.Module, call: Call) -> bool:
@@ -235,31 +199,6 @@ def _drop_outputs(graph: fx.Graph, count: int) -> list[fx.Node]:
     return list(flat[kept:])
 
 
-def export_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
-    """Trace `module` for these arguments; no node of the graph mutates anything or changes nothing.
-
-    Raises:
-        CaptureError: it cannot be traced, or is not a function of its arguments.
-    """
-    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
-        # Raised inside torch.export by torch's own use of its deprecated names.
-        warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
-        args, kwargs = pytree.tree_map_only(torch.Tensor, _as_ordinary, (args, kwargs))
-        try:
-            program = torch.export.export(module, args, kwargs, strict=False)
-            if any(is_mutating(node) for node in program.graph.nodes):
-                program = program.run_decompositions({})
-        except CaptureError:
-            raise
-        except Exception as error:  # torch.export raises a dozen unrelated types; each becomes a reason, none is lost
-            raise CaptureError(
-                CaptureFailure(Obstacle.EXPORT, f"{type(error).__name__}: {_first_line(error)}", stack=_where(error))
-            ) from error
-    _check_functional_signature(program)
-    remove_identities(program.graph)
-    return program
-
-
 def check_site_result(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     """A forward hook: a site that hands one of its inputs on unchanged cannot be replaced by what it gave before.
 
@@ -275,28 +214,6 @@ def check_site_result(module: nn.Module, args: Any, kwargs: Any, output: Any) ->
                 node=type(module).__name__,
             )
         )
-
-
-def _as_ordinary(tensor: torch.Tensor) -> torch.Tensor:
-    """Inference tensors cannot be traced; an ordinary one of the same layout can."""
-    return torch.empty_like(tensor).copy_(tensor) if tensor.is_inference() else tensor.detach()
-
-
-def _check_functional_signature(program: torch.export.ExportedProgram) -> None:
-    for spec in program.graph_signature.output_specs:
-        if spec.kind in (
-            OutputKind.BUFFER_MUTATION,
-            OutputKind.USER_INPUT_MUTATION,
-            OutputKind.PARAMETER_MUTATION,
-        ):
-            raise CaptureError(CaptureFailure(Obstacle.MUTATION, f"it writes to {spec.target}"))
-        if spec.kind is OutputKind.USER_OUTPUT and not isinstance(spec.arg, (TensorArgument, ConstantArgument)):
-            raise CaptureError(CaptureFailure(Obstacle.OUTPUT, f"{type(spec.arg).__name__} among the outputs"))
-    for node in program.graph.nodes:
-        if is_mutating(node):
-            raise CaptureError(
-                CaptureFailure(Obstacle.MUTATION, f"{node.target}", node=node.name, stack=node.meta.get("stack_trace"))
-            )
 
 
 def placeholders(
@@ -321,41 +238,6 @@ def placeholders(
     if leaf != leaves:
         raise CaptureError(CaptureFailure(Obstacle.EXPORT, f"the graph takes {leaf} inputs, the call has {leaves}"))
     return weights, constants, inputs
-
-
-def remove_identities(graph: fx.Graph) -> None:
-    """Drop what changes nothing in a functional graph: metadata asserts, clones, inactive dropout, division by one.
-
-    Ensures: the same values bit for bit. A clone only matters where something is written in place later, and nothing
-    is. (Signatures are compared before every call, so the asserts cannot fire.)
-    """
-    for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            graph.erase_node(node)
-        elif _is_identity(node):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-
-
-def _is_identity(node: fx.Node) -> bool:
-    target, args = node.target, node.args
-    if target is torch.ops.aten.clone.default:
-        return _same_layout(node)
-    if target is torch.ops.aten.dropout.default:
-        return args[2] is False
-    if target in (torch.ops.aten.div.Tensor, torch.ops.aten.mul.Tensor):
-        return isinstance(args[1], (int, float)) and args[1] == 1 and _same_layout(node)
-    return False
-
-
-def _same_layout(node: fx.Node) -> bool:
-    source = node.args[0]
-    if not isinstance(source, fx.Node):
-        return False
-    a, b = node.meta["val"], source.meta["val"]
-    return bool(a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride())
 
 
 def site_columns(model: nn.Module, sites: Sequence[str]) -> dict[str, int]:
@@ -423,18 +305,3 @@ def site_of(node: fx.Node, index_of: Callable[[str], int | None]) -> int | None:
 def _without_call_suffix(path: str) -> str:
     """`blocks.0.attn@1` marks the second call of a module that runs twice in one forward."""
     return re.sub(r"@\d+", "", path)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), "no message")
-
-
-def _where(error: BaseException) -> str | None:
-    """The innermost frame of the model's own code, outside torch."""
-    place, trace = None, error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        if "/torch/" not in code.co_filename and "harmonica_rt" not in code.co_filename:
-            place = f"  in {code.co_name}, {code.co_filename.rpartition('/')[2]}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return place
