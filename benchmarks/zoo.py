@@ -11,6 +11,7 @@ import itertools
 import json
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,23 +80,19 @@ def compile_seconds(model: nn.Module, entry: Entry) -> dict[str, float]:
     return dict(zip(("capture", "plan", "lower"), spans, strict=True))
 
 
-def page() -> str:
-    """The text of docs/zoo.md, from running every class at its tiny size."""
-    seconds = _saved_seconds()
-    lines, works = [], 0
-    for name, entry in ZOO.items():
-        if entry.failure is not None:
-            lines.append(f"| `{name}` | | no: {entry.failure.why}. Upstream: {entry.failure.upstream} | | | |")
-            continue
-        outcome = run_tiny(name, entry)
-        works += 1
-        plan = outcome.fused.plans[0]
-        kinds = ", ".join(f"`{kind}`" for kind in outcome.kinds)
-        lines.append(
-            f"| `{name}` | {kinds} | yes | {outcome.schedule.cur:.0%} | {plan.theoretical_speedup:.2f}x | "
-            f"{seconds.get(name, '')} |"
-        )
-        print(lines[-1], flush=True)
+def line(name: str, entry: Entry, seconds: str) -> str:
+    """The line of one class in the table, from running it at its tiny size."""
+    if entry.failure is not None:
+        return f"| `{name}` | | no: {entry.failure.why}. Upstream: {entry.failure.upstream} | | | |"
+    outcome = run_tiny(name, entry)
+    kinds = ", ".join(f"`{kind}`" for kind in outcome.kinds)
+    speedup = outcome.fused.plans[0].theoretical_speedup
+    return f"| `{name}` | {kinds} | yes | {outcome.schedule.cur:.0%} | {speedup:.2f}x | {seconds} |"
+
+
+def page(lines: Sequence[str]) -> str:
+    """The text of docs/zoo.md."""
+    works = sum(entry.failure is None for entry in ZOO.values())
     others = "\n".join(f"- `{name}`: {reason}." for name, reason in NO_DENOISER.items())
     return f"""# The zoo
 
@@ -130,7 +127,12 @@ def main() -> None:
     """Write docs/zoo.md."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of diffusers' own names
-        PAGE.write_text(page())
+        seconds = _saved_seconds()
+        lines = []
+        for name, entry in ZOO.items():
+            lines.append(line(name, entry, seconds.get(name, "")))
+            print(lines[-1], flush=True)
+        PAGE.write_text(page(lines))
 
 
 if __name__ == "__main__":

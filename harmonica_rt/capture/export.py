@@ -32,6 +32,8 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
             for name in [name for name in held if name not in attributes]:
                 del held[name]
             held.update((name, value) for name, value in attributes.items() if held.get(name) is not value)
+        for cached in {value for kind in map(type, model.modules()) for value in vars(kind).values() if _caches(value)}:
+            cached.cache_clear()
 
 
 def _attributes(model: nn.Module) -> list[dict[str, Any]]:
@@ -39,6 +41,11 @@ def _attributes(model: nn.Module) -> list[dict[str, Any]]:
     found = [module.__dict__ for module in model.modules()]
     plain = {id(value): value for attributes in found for value in attributes.values() if _is_plain_object(value)}
     return [*found, *(value.__dict__ for value in plain.values())]
+
+
+def _caches(value: Any) -> bool:
+    """Whether a method keeps what it returned, as `functools.lru_cache` makes it."""
+    return callable(getattr(value, "cache_clear", None))
 
 
 def _is_plain_object(value: Any) -> bool:
