@@ -165,6 +165,7 @@ class Report:
         last_calls: denoiser calls of the last (or current) run.
         last_cur: share of entries that the last run really reused; None before the first run.
         last_catch_ups: steps of the last run that were computed in full because a stream lacked features.
+        last_first: the step of the schedule that the last run began with: image-to-image leaves out those before it.
         cache_bytes: bytes of all arenas held now.
         graphs: CUDA graphs; None where there are none.
     """
@@ -178,6 +179,7 @@ class Report:
     last_catch_ups: tuple[int, ...]
     cache_bytes: int
     graphs: GraphReport | None = None
+    last_first: int = 0
 
     @classmethod
     def of(
@@ -208,6 +210,7 @@ class Report:
             last_catch_ups=tuple(stats.catch_ups) if stats is not None else (),
             cache_bytes=sum(runtime.cache_bytes for runtime in plans.held.values()),
             graphs=GraphReport.of(plans) if plans.pool_bytes is not None else None,
+            last_first=stats.first if stats is not None else 0,
         )
 
     @property
@@ -231,6 +234,8 @@ class Report:
                 f"last run: {self.last_calls} calls, {self.last_cur:.2%} of entries reused{nothing}; "
                 f"cache {_mib(self.cache_bytes)}"
             )
+        if self.last_first:
+            lines.append(f"it began at step {self.last_first} of the schedule: the steps before were left out")
         if self.last_catch_ups:
             lines.append(f"steps computed in full to catch up: {', '.join(map(str, self.last_catch_ups))}")
         return "\n".join(lines)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from harmonica_rt.capture.call import Call
 from harmonica_rt.indices import StepIndex
 
-RunKey = tuple[float, ...]
+
+class RunKey(NamedTuple):
+    """What makes two runs alike.
+
+    Attributes:
+        timesteps: one a step of the schedule, as the scheduler that drives the run has them.
+        first: the step that the run begins with; image-to-image leaves out those before it.
+    """
+
+    timesteps: tuple[float, ...]
+    first: StepIndex = StepIndex(0)
 
 
 class Stream(Protocol):
@@ -37,7 +47,7 @@ class Engine(Protocol):
         """A sampling run begins: all streams of the last one are over.
 
         Args:
-            key: the timesteps of the scheduler that drives it: runs of one key are alike. None where none drives it.
+            key: runs of one key are alike. None where no scheduler drives it.
         """
 
     def new_stream(self, call: Call) -> Stream:

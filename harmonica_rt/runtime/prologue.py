@@ -38,7 +38,7 @@ class ForecastKey(NamedTuple):
     """What streams are foreseen alike.
 
     Attributes:
-        run: the timesteps of the run's scheduler; None where none drives it.
+        run: of the run; None where no scheduler drives it.
         order: of the stream among those of its plan: a model may be called twice a step with other timesteps.
     """
 
@@ -207,6 +207,7 @@ class StreamPrologue:
         self._foreseen = lowered.forecast(key) if comparable or key.run is not None else None
         self._given_timesteps: Timesteps | None = None
         self._visited: list[int] = []
+        self._first = key.run.first if key.run is not None else StepIndex(0)
         self._trusted = False  # some step took its values from the forecast, unseen
         self.begin()
 
@@ -222,7 +223,7 @@ class StreamPrologue:
         lowered, leaves = self._lowered, call.leaves
         each = lowered.each.part
         if self._once is None:
-            foreseen = self._foreseen if each.results and (step == 0 or self._comparable) else None
+            foreseen = self._foreseen if each.results and (step == self._first or self._comparable) else None
             self._compute(leaves, foreseen)
         assert self._once is not None
         if not each.results:
@@ -257,7 +258,7 @@ class StreamPrologue:
             wrong = not all(torch.equal(a[rows], b[rows]) for a, b in zip(foreseen, given, strict=True))
         if wrong:
             self._lowered.forget(self._key)
-        if len(self._visited) == self._lowered.steps:
+        if len(self._visited) == self._lowered.steps - self._first:
             self._lowered.learn(self._key, given)
         if wrong:
             raise RunError(
@@ -290,6 +291,8 @@ class StreamPrologue:
         if self._given_timesteps is None:
             with torch.inference_mode(False):
                 self._given_timesteps = tuple(t.new_empty((self._lowered.steps, *t.shape)) for t in timesteps)
+            for log_, timestep in zip(self._given_timesteps, timesteps, strict=True):
+                log_[:step] = timestep  # steps that are left out are computed along: anything that the model takes
         for log_, timestep in zip(self._given_timesteps, timesteps, strict=True):
             log_[step].copy_(timestep)
         self._visited.append(step)

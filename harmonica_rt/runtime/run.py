@@ -33,12 +33,13 @@ MAX_IDLE_STREAMS = 3  # kept in case their conditioning comes back; each has slo
 
 @dataclass
 class RunStats:
-    """What one run did, counted as it went."""
+    """What one run did, counted as it went; `first` is the step that it began with."""
 
     calls: int = 0
     entries: int = 0
     reused: int = 0
     catch_ups: list[int] = field(default_factory=list)
+    first: int = 0
 
 
 class _StreamState:
@@ -120,7 +121,17 @@ class Run:
         self._calls_in_step = 0
         self.thread = None if any_thread else threading.get_ident()
         self._timesteps = TimestepOrder()
-        self.key: RunKey | None = None  # the timesteps of the scheduler that drives it
+        self.key: RunKey | None = None  # of the scheduler that drives it
+
+    @property
+    def first(self) -> StepIndex:
+        """The step that it begins with."""
+        return StepIndex(self.stats.first)
+
+    def begin_at(self, step: StepIndex) -> None:
+        """The steps before this one are left out. Before the first call only."""
+        self.step = step
+        self.stats.first = step
 
     @property
     def untouched(self) -> bool:

@@ -60,16 +60,21 @@ def listener_of(scheduler: Any) -> Listener | None:
 
 @dataclass(frozen=True)
 class RunTimesteps:
-    """The timesteps of a run: the scheduler's own tensor `[steps]`, and a copy of it on the CPU."""
+    """The timesteps of a run: the scheduler's own tensor `[steps]` (or its end), and a copy of it on the CPU."""
 
     own: torch.Tensor
     known: torch.Tensor
 
     @classmethod
-    def of(cls, scheduler: Any) -> RunTimesteps | None:
-        """Of the run that `scheduler` is set for. Copying waits for a GPU, once a run. None where it tells none."""
+    def of(cls, scheduler: Any, first: int = 0) -> RunTimesteps | None:
+        """Those from index `first` on that `scheduler` is set for; None where it tells none.
+
+        Copying waits for a GPU, once a run.
+        """
         own = getattr(scheduler, "timesteps", None)
-        return cls(own, own.cpu()) if isinstance(own, torch.Tensor) and own.dim() == 1 else None
+        if not isinstance(own, torch.Tensor) or own.dim() != 1:
+            return None
+        return cls(own[first:], own[first:].cpu())
 
     @property
     def key(self) -> tuple[float, ...]:
@@ -104,6 +109,11 @@ class RunTimesteps:
             return None
         index, rest = divmod(int(timestep.storage_offset() - own.storage_offset()), max(own.stride(0), 1))
         return index if rest == 0 and 0 <= index < len(own) else None
+
+
+def steps_left_out(scheduler: Any) -> int:
+    """How many of its first steps the run leaves out, as image-to-image tells its scheduler with `set_begin_index`."""
+    return int(getattr(scheduler, "begin_index", None) or 0)
 
 
 def _original_class(cls: Any) -> Any:

@@ -16,7 +16,8 @@ from typing import Any
 from harmonica_rt.capture.call import Call
 from harmonica_rt.errors import ConcurrentRunError, HarmonicaError, RunError, ScheduleMismatchError
 from harmonica_rt.runtime import scheduler as scheduler_watch
-from harmonica_rt.runtime.engine import Engine
+from harmonica_rt.indices import StepIndex
+from harmonica_rt.runtime.engine import Engine, RunKey
 from harmonica_rt.runtime.run import Run, RunStats
 from harmonica_rt.runtime.scheduler import RunTimesteps
 from harmonica_rt.schedule import Schedule
@@ -54,7 +55,7 @@ class Session:
                 comparing timesteps would wait for the device, only runs that say so compute timestep work beforehand.
         """
         with self._exclusively():
-            self._begin().key = None if timesteps is None else tuple(float(value) for value in timesteps)
+            self._begin().key = None if timesteps is None else RunKey(tuple(float(value) for value in timesteps))
 
     @property
     def stats(self) -> RunStats | None:
@@ -97,8 +98,9 @@ class Session:
             run.failed = True
             raise RunError(
                 f"step {run.step} was stepped with timestep {float(timestep):g}, which belongs to another step: this "
-                "run does not begin at the first step, or leaves one out (image-to-image does). A schedule is for "
-                "whole runs; uncompile the pipeline for this one"
+                "run leaves steps out, and its scheduler was not told. Where image-to-image begins at step k, call "
+                "scheduler.set_begin_index(k) before the first step; with a scheduler that has none, or for a run that "
+                "leaves out steps in its midst, uncompile the pipeline"
             )
 
     def step_ends(self) -> None:
@@ -136,8 +138,7 @@ class Session:
             return uncached()
         run.check_thread()
         if run.untouched:
-            self._check_steps()
-            run.key = self._timesteps.key if self._timesteps is not None else None
+            self._set_out(run)
         return run.call(call)
 
     def _warn_outside_run(self) -> None:
@@ -148,19 +149,39 @@ class Session:
             )
             self._warned_outside = True
 
-    def _check_steps(self) -> None:
+    def _set_out(self, run: Run) -> None:
+        """Before the first call of a run: which steps of the schedule are its own, and what timesteps they have.
+
+        A run that leaves out its first steps goes by the last rows of a schedule for all steps, or by a schedule for
+        those that are left.
+        """
         timesteps = getattr(self._scheduler, "timesteps", None)
-        self._timesteps = RunTimesteps.of(self._scheduler)
         if timesteps is None:
+            self._timesteps = None
             return
         asked, expected = len(timesteps), self.schedule.steps
-        if asked != expected:
-            name = type(self._scheduler).__name__
-            raise ScheduleMismatchError(
-                f"the schedule is for {expected} steps, the pipeline asked for {asked} ({name} counts {asked} model "
-                f"evaluations a run). Use a schedule for {asked}, or pass num_inference_steps so that {name} makes "
-                f"{expected} steps"
+        left_out = scheduler_watch.steps_left_out(self._scheduler)
+        whole = expected == asked
+        if not whole and expected != asked - left_out:
+            raise ScheduleMismatchError(self._mismatch(asked, left_out))
+        run.begin_at(StepIndex(left_out if whole else 0))
+        self._timesteps = RunTimesteps.of(self._scheduler, 0 if whole else left_out)
+        run.key = RunKey(self._timesteps.key, run.first) if self._timesteps is not None else None
+
+    def _mismatch(self, asked: int, left_out: int) -> str:
+        expected, name = self.schedule.steps, type(self._scheduler).__name__
+        if left_out:
+            left = asked - left_out
+            return (
+                f"the schedule is for {expected} steps, the pipeline asked for {asked} and runs the last {left} of them "
+                f"({name} counts model evaluations). Use a schedule for {asked}, of which the last {left} steps are "
+                f"used, or one for {left}"
             )
+        return (
+            f"the schedule is for {expected} steps, the pipeline asked for {asked} ({name} counts {asked} model "
+            f"evaluations a run). Use a schedule for {asked}, or pass num_inference_steps so that {name} makes "
+            f"{expected} steps"
+        )
 
     def _follow(self, scheduler: Any) -> None:
         current = scheduler_watch.listener_of(scheduler)

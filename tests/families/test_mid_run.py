@@ -1,134 +1,36 @@
-"""Callbacks that change a run in its midst, held against hooks written here, which share nothing with the package."""
+"""Callbacks that change a run in its midst, held against an independent truth."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from numpy.typing import NDArray
 
-import harmonica_rt as hrt
-from harmonica_rt import Schedule
-from harmonica_rt.lower import EXACT
-from tests.tiny import Family, families, random_schedule, sample
+from harmonica_rt import Schedule, find_sites
+from tests.tiny import families, random_schedule, sample
+from tests.truth import Pair, pair
 
 STEPS = 6
 SD3, FLUX = families()["sd3"], families()["flux"]
 
 
-class Truth:
-    """Runs a plain pipeline under a schedule with forward hooks.
-
-    Features belong to the prompt a call is for. A call reuses nothing unless everything it would reuse is there, as
-    new as the schedule says.
-    """
-
-    def __init__(self, pipeline: Any, schedule: Schedule) -> None:
-        self._pipeline = pipeline
-        self._schedule = schedule
-        self._step = 0
-        self._features: dict[Any, dict[str, tuple[int, Any]]] = {}
-        self._held: dict[str, tuple[int, Any]] = {}
-        self._reused: set[str] = set()
-        self.computed_in_full: list[int] = []
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        model, scheduler = self._pipeline.transformer, self._pipeline.scheduler
-        original = scheduler.step
-
-        @functools.wraps(original)
-        def step(*args: Any, **kwargs: Any) -> Any:
-            self._step += 1
-            return original(*args, **kwargs)
-
-        scheduler.step = step
-        hooks = [model.register_forward_pre_hook(self._call_begins, with_kwargs=True)]
-        for site in self._schedule.sites:
-            hook = functools.partial(self._site_ran, site)
-            hooks.append(model.get_submodule(site).register_forward_hook(hook))
-        try:
-            yield
-        finally:
-            del scheduler.step
-            for handle in hooks:
-                handle.remove()
-
-    def _call_begins(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        prompt = kwargs["encoder_hidden_states"]
-        self._held = self._features.setdefault((tuple(prompt.shape), float(prompt.double().sum())), {})
-        rows = self._schedule.compute[: self._step + 1]
-        sources = {
-            site: int(np.flatnonzero(rows[:, column])[-1])
-            for column, site in enumerate(self._schedule.sites)
-            if not rows[-1, column]
-        }
-        fresh = all(site in self._held and self._held[site][0] >= source for site, source in sources.items())
-        self._reused = set(sources) if fresh else set()
-        if not fresh:
-            self.computed_in_full.append(self._step)
-
-    def _site_ran(self, site: str, module: Any, args: Any, output: Any) -> Any:
-        if site in self._reused:
-            return self._held[site][1]
-        kept = tuple(o.clone() for o in output) if isinstance(output, tuple) else output.clone()
-        self._held[site] = (self._step, kept)
-        return None
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two pipelines with the same weights: one plain, one compiled once for all tests."""
-
-    plain: Any
-    compiled: Any
-    schedule: Schedule
-    lowering: str
-
-    def same(self, got: NDArray[Any], expected: NDArray[Any]) -> bool:
-        """Equal bit for bit, or up to the rounding of a few steps where the lowering rounds otherwise."""
-        if self.lowering in EXACT:
-            return np.array_equal(got, expected)
-        return got.shape == expected.shape and np.abs(got - expected).max() < 1e-5 * np.abs(expected).max()
-
-    def run(self, call: dict[str, Any]) -> tuple[Truth, NDArray[Any], NDArray[Any], Any]:
-        """The truth and its images, the compiled pipeline's images and report."""
-        truth = Truth(self.plain, self.schedule)
-        with truth.running():
-            expected = sample(self.plain, STEPS, **call)
-        got = sample(self.compiled, STEPS, **call)
-        return truth, expected, got, hrt.get_compiled(self.compiled).report()
-
-
-def pair(family: Family, which: str, lowering: str) -> Pair:
-    pipelines = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        pipelines.append(family.build())
-        pipelines[-1].set_progress_bar_config(disable=True)
-    plain, compiled = pipelines
-    schedule = random_schedule(plain.transformer, STEPS, seed=4)
+def schedule_of(which: str, model: Any) -> Schedule:
     if which == "every third":
-        schedule = Schedule.every(3, steps=STEPS, sites=schedule.sites)
-    return Pair(plain, hrt.compile(compiled, schedule, lowering=lowering, strict=True, debug=True), schedule, lowering)
+        return Schedule.every(3, steps=STEPS, sites=find_sites(model))
+    return random_schedule(model, STEPS, seed=4)
 
 
 @pytest.fixture(
     scope="module", params=[("every third", "plain"), ("random", "plain"), ("random", "fused")], ids=" ".join
 )
 def sd3(request: pytest.FixtureRequest) -> Pair:
-    return pair(SD3, *request.param)
+    which, lowering = request.param
+    return pair(SD3.build, lambda model: schedule_of(which, model), lowering)
 
 
 @pytest.fixture(scope="module", params=("plain", "fused"))
 def flux(request: pytest.FixtureRequest) -> Pair:
-    return pair(FLUX, "random", request.param)
+    return pair(FLUX.build, lambda model: schedule_of("random", model), request.param)
 
 
 def test_an_undisturbed_run(sd3: Pair) -> None:
