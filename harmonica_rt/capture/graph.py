@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from harmonica_rt.capture.call import Call
 from harmonica_rt.capture.export import attributes_kept, export_functional, identities
 from harmonica_rt.capture.forward import only_own_forward
+from harmonica_rt.capture.inference import check_draws_nothing
 from harmonica_rt.capture.reads import Reading, RequestReads, reads_of
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
 from harmonica_rt.capture.roles import roles
@@ -90,6 +91,7 @@ def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph
     check_capturable(model)
     started = time.perf_counter()
     program, values = _export(model, call, sites)
+    check_draws_nothing(program.graph, model)
     weights, constants, inputs = placeholders(program, len(call.leaves))
     out_spec, reads = program.call_spec.out_spec, None
     if values is not None:

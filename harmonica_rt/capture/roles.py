@@ -3,7 +3,8 @@
 Nothing in a call says which tensors change from step to step. Names do, across diffusers: the latents come first, the
 timestep is called so, and what the request brings (prompt embeddings, class labels, masks, position ids, guidance)
 has one of a few words in its name. Any other argument is taken to change in every step. The guess is never trusted: a
-run compares, at every step, what it takes for unchanged.
+run compares, at every step, what it takes for unchanged. What a ControlNet adds is made anew in every step from the
+latents, so it is as free to change as they are, also where it is zero for the first steps.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ _REQUEST = re.compile(
     r"|^y$|^cond|^prior",
     re.IGNORECASE,
 )
+_RESIDUAL = re.compile(r"controlnet|additional_residual", re.IGNORECASE)
 _TIMESTEP = re.compile(r"^(timesteps?|t|sigma)$", re.IGNORECASE)
 
 
@@ -36,7 +38,12 @@ def roles(call: Call) -> tuple[Role, ...]:
 
 def is_request(path: str) -> bool:
     """Whether an argument's name says that it stays the same over a run."""
-    return _REQUEST.search(path) is not None
+    return _REQUEST.search(path) is not None and not is_residual(path)
+
+
+def is_residual(path: str) -> bool:
+    """Whether an argument's name says that it is what another model makes of the latents in every step."""
+    return _RESIDUAL.search(path) is not None
 
 
 def _role(path: str, first: str | None) -> Role:

@@ -121,11 +121,9 @@ def _record(container: Any) -> _Record:
 
 def check_capturable(model: nn.Module) -> None:
     """Raise CaptureError where the model is in a state that no static graph can stand for."""
+    if model.training:
+        raise CaptureError(CaptureFailure(Obstacle.TRAINING, "call model.eval() first", node=type(model).__name__))
     for name, module in model.named_modules():
-        if module.training:
-            raise CaptureError(
-                CaptureFailure(Obstacle.TRAINING, "call model.eval() first", node=name or type(model).__name__)
-            )
         if name and (hooks := _hooks_of(module)):
             raise CaptureError(CaptureFailure(Obstacle.HOOKS, f"{hooks} on {type(module).__name__}", node=name))
 

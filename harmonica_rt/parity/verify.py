@@ -46,7 +46,10 @@ def verify_pipeline(
     def generate(engine: Engine) -> Any:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
-        with temporarily(pipeline, Denoiser(model, schedule, engine)):
+        gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        # some pipelines draw from torch's own generator, also where they are given another one
+        with torch.random.fork_rng(gpus), temporarily(pipeline, Denoiser(model, schedule, engine)):
+            torch.manual_seed(seed)
             return _generate(pipeline, seed, arguments)
 
     expected = _checked_runs(lockstep, lambda: generate(lockstep))

@@ -3,7 +3,7 @@
 A pipeline may swap the prompt in mid-run, or stop calling for the unconditional half, so that the k-th call of a step
 is suddenly another one. Reusing features across such a change gives a wrong image without an error. So every stream
 remembers the inputs that do not change from step to step: those whose name says so (prompt embeddings, class labels,
-masks), and those seen unchanged between its first two calls. Identity and version are compared first, values only
+masks), and those seen unchanged between its first two calls, but for a ControlNet's residuals. Identity and version are compared first, values only
 where those differ; a tensor written through `.data` keeps both, so that is not seen. Inference tensors have no version:
 on a CPU their values are compared, elsewhere that would make the host wait at every step, so the same tensor is taken
 for unchanged, compared on the device, and the verdict read when the run ends.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from harmonica_rt.capture.call import Call
-from harmonica_rt.capture.roles import is_request
+from harmonica_rt.capture.roles import is_request, is_residual
 from harmonica_rt.errors import RunError
 
 
@@ -26,7 +26,7 @@ class Conditioning:
         self._held = {
             index: _Held(leaf)
             for index, (path, leaf) in enumerate(zip(call.paths, call.leaves, strict=True))
-            if isinstance(leaf, torch.Tensor) and path != latents
+            if isinstance(leaf, torch.Tensor) and path != latents and not is_residual(path)
         }
         self._paths = call.paths
         self._required = frozenset(index for index in self._held if is_request(call.paths[index]))

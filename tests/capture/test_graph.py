@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from harmonica_rt.capture.export import is_mutating
 from harmonica_rt.capture.graph import CapturedGraph, capture
 from harmonica_rt.capture.reasons import CaptureError, Obstacle
 from harmonica_rt.capture.snapshot import ModelSnapshot
+from harmonica_rt.indices import SiteIndex
 from tests.models import stack, stack_call
 
 
@@ -128,6 +130,25 @@ def test_what_cannot_be_captured_says_why(model: nn.Module, obstacle: Obstacle) 
         captured_of(model, ["linear"], x=torch.randn(3, 4))
     assert error.value.failure.obstacle is obstacle
     assert obstacle.value in str(error.value)
+
+
+class Attends(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+@pytest.mark.parametrize("left_in_training", ["linear", "attend", "drop"])
+def test_modules_left_in_training_mode(left_in_training: str) -> None:
+    """A LoRA's layers are: what counts is whether something is drawn."""
+    layers = {"linear": nn.Linear(4, 4), "attend": Attends(), "drop": nn.Dropout(0.5)}
+    model = nn.Sequential(OrderedDict(layers)).eval()
+    model.get_submodule(left_in_training).train()
+    call = CallConvention(model).normalise((torch.randn(1, 2, 4),), {})
+    if left_in_training == "drop":
+        with pytest.raises(CaptureError, match=r"training mode: call model\.eval\(\) first \(at drop\)"):
+            capture(model, call, ["linear"])
+    else:
+        assert len(capture(model, call, ["linear"]).outputs_of(SiteIndex(0))) == 1
 
 
 def test_hooks_inside_are_an_obstacle_that_names_the_module() -> None:

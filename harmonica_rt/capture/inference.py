@@ -1,0 +1,38 @@
+"""Modules that were left in training mode: allowed where they compute what they do in evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
+
+_SWITCHES = ("p", "dropout_p", "drop_p", "train", "training")  # without which nothing is drawn
+
+
+def check_draws_nothing(graph: fx.Graph, model: nn.Module) -> None:
+    """Raise CaptureError where a module left in training mode draws random numbers.
+
+    In an evaluated model such modules are common: a LoRA's layers stay as they were made. Most compute the same in both
+    modes; those that train statistics change buffers, which is an obstacle of its own.
+    """
+    training = {name for name, module in model.named_modules() if module.training}
+    for node in graph.nodes if training else ():
+        if draws_numbers(node):
+            paths = [path.partition("@")[0] for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+            if paths and paths[-1] in training:
+                raise CaptureError(CaptureFailure(Obstacle.TRAINING, "call model.eval() first", node=paths[-1]))
+
+
+def draws_numbers(node: fx.Node) -> bool:
+    """Whether the node's operator draws random numbers; attention and dropout do only with a probability."""
+    target: Any = node.target
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    arguments = target._schema.arguments
+    given = {argument.name: argument.default_value for argument in arguments}
+    given.update(zip((argument.name for argument in arguments), node.args, strict=False))
+    given.update(node.kwargs)
+    return all(given.get(name, True) for name in _SWITCHES)
