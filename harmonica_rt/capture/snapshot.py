@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from harmonica_rt.capture.forward import own_forward
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
@@ -100,6 +101,9 @@ def _untouched(records: list[_Record]) -> bool:
 def _records_of(module: nn.Module) -> Iterator[_Record]:
     """Of a module's own attributes and of every container or object among them, as deep as `plain_attributes` looks."""
     yield _record(module.__dict__)
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if is_traceable_wrapper_subclass(tensor):
+            yield _record(_Parts(tensor))
     registry = module.__dict__.get("_diffusers_hook")
     if registry is not None:
         yield _record(registry.hooks)
@@ -200,11 +204,40 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters and buffers by dotted name, shared ones under each of their names."""
-    return {
+    """All parameters and buffers by dotted name, shared ones under each of their names.
+
+    One that is made of others (a quantised weight) comes with those, under the names that torch.export has for them.
+    """
+    found = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
+    for name, tensor in list(found.items()):
+        path, _, own = name.rpartition(".")
+        for index, inner in enumerate(_inner_tensors(tensor)):
+            found[f"{path}{'.' if path else ''}parametrizations.{own}.original{index}"] = inner
+    return found
+
+
+def _inner_tensors(tensor: Any) -> list[torch.Tensor]:
+    """What a tensor is made of, down to plain ones, in the order of torch.export; nothing for a plain one."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return []
+    parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    return [inner for part in parts for inner in (_inner_tensors(part) or [part])]
+
+
+class _Parts:
+    """The tensors that a weight is made of now; `module.to()` puts others into the same weight."""
+
+    def __init__(self, tensor: Any) -> None:
+        self._tensor = tensor
+
+    def __len__(self) -> int:
+        return len(_inner_tensors(self._tensor))
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(_inner_tensors(self._tensor))
 
 
 def shared_names(tensors: dict[str, torch.Tensor]) -> dict[str, str]:

@@ -28,7 +28,8 @@ def call_with_hooks(
     if registry is not None and registry.hooks:
         raise HarmonicaError(
             f"{type(model).__name__} carries the diffusers hooks {', '.join(registry.hooks)}, which take the place of "
-            "its forward. Disable them (disable_cache(), for a cache) or uncompile the model"
+            "its forward. Disable them (disable_cache(), for a cache; for group offloading, let the pipeline move the "
+            "whole model with enable_model_cpu_offload() instead) or uncompile the model"
         )
     name = forward_attribute(model)
     if name == "forward" and not _has_hooks(model):

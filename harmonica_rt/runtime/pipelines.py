@@ -46,37 +46,51 @@ def installed(module: nn.Module) -> Denoiser | None:
 
 
 def install(pipeline: Any, denoiser: Denoiser) -> None:
-    """Let `denoiser` take over the call of the pipeline's module, and follow the pipeline's scheduler."""
+    """Let `denoiser` take over the call of the pipeline's module, and follow the pipeline's scheduler.
+
+    Where another one had the call, in this pipeline or in others with the same module, it takes over in all of them.
+    """
     before = installed(denoiser.model)
     current = listener_of(pipeline.scheduler)
     if current is not None and current is not before and _left_over(pipeline) is None:
         raise HarmonicaError("this scheduler already drives another compiled model; give each pipeline its own")
+    sharing = [other for other in before.pipelines if denoiser_module(other) is denoiser.model] if before else []
     uninstall(pipeline)
-    denoiser.attach(pipeline)
+    for one in (*sharing, pipeline):
+        denoiser.attach(one)
     denoiser.model._compiled_call_impl = denoiser
 
 
 def uninstall(pipeline: Any) -> None:
-    """Give the pipeline its plain module and scheduler back; nothing happens where nothing was installed."""
-    for before in (installed(denoiser_module(pipeline)), _left_over(pipeline)):
-        if before is not None:
-            before.detach()
-            if installed(before.model) is before:
-                del before.model._compiled_call_impl
+    """Give the pipeline its plain module and scheduler back, and with it all that share the module.
+
+    Nothing happens where nothing was installed.
+    """
+    left_over = _left_over(pipeline)
+    if left_over is not None:
+        left_over.leave(pipeline)
+    for before in (installed(denoiser_module(pipeline)), left_over):
+        if before is None or (before is left_over and before.pipelines and before.model is not denoiser_module(pipeline)):
+            continue
+        before.detach()
+        if installed(before.model) is before:
+            del before.model._compiled_call_impl
 
 
 def _left_over(pipeline: Any) -> Denoiser | None:
     """A denoiser that follows this pipeline's scheduler though its module was replaced, or its pipeline is no more."""
     listener = listener_of(pipeline.scheduler)
-    if isinstance(listener, Denoiser) and listener.pipeline in (None, pipeline):
-        return listener
-    return None
+    if not isinstance(listener, Denoiser):
+        return None
+    followed = listener.pipelines
+    return listener if not followed or any(one is pipeline for one in followed) else None
 
 
 @contextmanager
 def temporarily(pipeline: Any, denoiser: Denoiser | None) -> Iterator[None]:
     """Within this block `denoiser` (None: the plain module) runs in the pipeline; after it, what ran before."""
     before = installed(denoiser_module(pipeline))
+    followed = before.pipelines if before is not None else []
     if denoiser is None:
         uninstall(pipeline)
     else:
@@ -87,3 +101,5 @@ def temporarily(pipeline: Any, denoiser: Denoiser | None) -> Iterator[None]:
         uninstall(pipeline)
         if before is not None:
             install(pipeline, before)
+            for other in followed:
+                before.attach(other)

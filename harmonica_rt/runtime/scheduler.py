@@ -21,13 +21,13 @@ from harmonica_rt.errors import HarmonicaError
 class Listener(Protocol):
     """What a watched scheduler tells."""
 
-    def run_begins(self) -> None:
+    def run_begins(self, scheduler: Any) -> None:
         """`set_timesteps` is about to be called."""
 
-    def step_begins(self, timestep: Any) -> None:
+    def step_begins(self, scheduler: Any, timestep: Any) -> None:
         """`step` is about to be called with this timestep. May raise to prevent it."""
 
-    def step_ends(self) -> None:
+    def step_ends(self, scheduler: Any) -> None:
         """`step` returned."""
 
 
@@ -156,9 +156,9 @@ def _watched_step(cls: Any) -> Callable[..., Any]:
         listener = listener_of(self)
         if listener is None:
             return cls.step(self, model_output, timestep, *args, **kwargs)
-        listener.step_begins(timestep)
+        listener.step_begins(self, timestep)
         result = cls.step(self, model_output, timestep, *args, **kwargs)
-        listener.step_ends()
+        listener.step_ends(self)
         return result
 
     return step
@@ -169,7 +169,7 @@ def _watched_set_timesteps(cls: Any) -> Callable[..., Any]:
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         listener = listener_of(self)
         if listener is not None:
-            listener.run_begins()
+            listener.run_begins(self)
         return cls.set_timesteps(self, *args, **kwargs)
 
     return set_timesteps

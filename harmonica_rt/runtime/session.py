@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import logging
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from harmonica_rt.capture.call import Call
-from harmonica_rt.errors import ConcurrentRunError, HarmonicaError, RunError, ScheduleMismatchError
-from harmonica_rt.runtime import scheduler as scheduler_watch
+from harmonica_rt.errors import ConcurrentRunError, RunError, ScheduleMismatchError
 from harmonica_rt.indices import StepIndex
 from harmonica_rt.runtime.engine import Engine, RunKey
+from harmonica_rt.runtime.following import Following
 from harmonica_rt.runtime.run import Run, RunStats
-from harmonica_rt.runtime.scheduler import RunTimesteps
+from harmonica_rt.runtime.scheduler import RunTimesteps, steps_left_out
 from harmonica_rt.schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -41,8 +40,8 @@ class Session:
         self._model_name = model_name
         self._lock = threading.Lock()
         self._run: Run | None = None
-        self._pipeline: weakref.ref[Any] | None = None
-        self._scheduler: Any = None
+        self._following = Following(self)
+        self._scheduler: Any = None  # of the current run
         self._timesteps: RunTimesteps | None = None  # of the current run
         self._warned_outside = False
         self._displaced: set[int] = set()  # threads in whose pipeline run another thread began its own
@@ -65,31 +64,37 @@ class Session:
     # ---- in a pipeline
 
     @property
-    def pipeline(self) -> Any:
-        """The pipeline it is in; None for a model by itself, or where the pipeline is no more."""
-        return self._pipeline() if self._pipeline is not None else None
+    def pipelines(self) -> list[Any]:
+        """The pipelines it is in; none for a model by itself, or where they are no more."""
+        return self._following.pipelines
 
     def attach(self, pipeline: Any) -> None:
-        """Let the pipeline's scheduler begin the runs and count the steps; looked up anew at every call."""
-        self._pipeline = weakref.ref(pipeline)
-        self._follow(pipeline.scheduler)
+        """Let the pipeline's scheduler begin the runs and count the steps; looked up anew at every call.
+
+        There may be several pipelines; then the scheduler whose run began last drives it.
+        """
+        self._following.add(pipeline)
+
+    def leave(self, pipeline: Any) -> None:
+        """Follow this pipeline's scheduler no more."""
+        self._following.leave(pipeline)
 
     def detach(self) -> None:
-        """Leave the scheduler alone again; runs begin with `reset()`."""
-        if self._scheduler is not None and scheduler_watch.listener_of(self._scheduler) is self:
-            scheduler_watch.unwatch(self._scheduler)
-        self._pipeline = self._scheduler = self._run = None
+        """Leave all schedulers alone again; runs begin with `reset()`."""
+        self._following.release()
+        self._scheduler = self._run = None
 
-    def run_begins(self) -> None:
-        """The scheduler sets its timesteps: whatever run there was is over, finished or not."""
+    def run_begins(self, scheduler: Any) -> None:
+        """A scheduler sets its timesteps: whatever run there was is over, finished or not."""
         with self._exclusively():
             self._begin()
+            self._scheduler = scheduler
 
-    def step_begins(self, timestep: Any) -> None:
+    def step_begins(self, scheduler: Any, timestep: Any) -> None:
         """The scheduler is stepped: with the timestep of this step, and by the thread whose run it is."""
         self._check_not_displaced()
         run = self._run
-        if run is None or run.finished:
+        if run is None or run.finished or scheduler is not self._scheduler:
             return
         run.check_thread()
         if run.untouched:
@@ -103,11 +108,11 @@ class Session:
                 "leaves out steps in its midst, uncompile the pipeline"
             )
 
-    def step_ends(self) -> None:
+    def step_ends(self, scheduler: Any) -> None:
         """The step is over."""
         with self._exclusively():
             run = self._run
-            if run is None or run.untouched or run.finished:
+            if run is None or run.untouched or run.finished or scheduler is not self._scheduler:
                 return
             run.advance()
             if run.finished:
@@ -117,7 +122,7 @@ class Session:
 
     def _call(self, call: Call, uncached: Callable[[], Any]) -> Any:
         """One call of the denoiser; `uncached` is what runs in its place outside of a pipeline's runs."""
-        if self._pipeline is not None:
+        if self._following:
             return self._call_in_pipeline(call, uncached)
         run = self._run or self._begin()
         run.check_thread()
@@ -126,14 +131,13 @@ class Session:
         return output
 
     def _call_in_pipeline(self, call: Call, uncached: Callable[[], Any]) -> Any:
-        pipeline = self.pipeline
-        if pipeline is not None and pipeline.scheduler is not self._scheduler:
-            # Replaced since the last call (from_config makes a new object): its run has just begun.
-            self._follow(pipeline.scheduler)
+        replaced = self._following.replaced()
+        if replaced is not None:
             self._begin()
+            self._scheduler = replaced
         self._check_not_displaced()
         run = self._run
-        if run is None:
+        if run is None or self._following.is_called_by_another():
             self._warn_outside_run()
             return uncached()
         run.check_thread()
@@ -144,7 +148,8 @@ class Session:
     def _warn_outside_run(self) -> None:
         if not self._warned_outside:
             log.warning(
-                "%s was called outside a sampling run (its pipeline's scheduler set no timesteps): nothing is cached",
+                "%s was called outside a sampling run (its pipeline's scheduler set no timesteps, or is that of a "
+                "pipeline that was not compiled): nothing is cached",
                 self._model_name,
             )
             self._warned_outside = True
@@ -160,7 +165,7 @@ class Session:
             self._timesteps = None
             return
         asked, expected = len(timesteps), self.schedule.steps
-        left_out = scheduler_watch.steps_left_out(self._scheduler)
+        left_out = steps_left_out(self._scheduler)
         whole = expected == asked
         if not whole and expected != asked - left_out:
             raise ScheduleMismatchError(self._mismatch(asked, left_out))
@@ -183,15 +188,6 @@ class Session:
             f"{expected} steps"
         )
 
-    def _follow(self, scheduler: Any) -> None:
-        current = scheduler_watch.listener_of(scheduler)
-        if current is not None and current is not self:
-            raise HarmonicaError("this scheduler already drives another compiled model; give each pipeline its own")
-        if self._scheduler is not None and scheduler_watch.listener_of(self._scheduler) is self:
-            scheduler_watch.unwatch(self._scheduler)
-        scheduler_watch.watch(scheduler, self)
-        self._scheduler = scheduler
-
     def _begin(self) -> Run:
         current = threading.get_ident()
         if self._run is not None and not self._run.untouched:
@@ -199,10 +195,10 @@ class Session:
             if not self._run.finished:
                 self._run.abandon()
             owner = self._run.thread
-            if self._pipeline is not None and owner is not None and owner != current:
+            if self._following and owner is not None and owner != current:
                 self._displaced.add(owner)
         self._displaced.discard(current)
-        self._run = Run(self.schedule, self.engine, any_thread=self._pipeline is None)
+        self._run = Run(self.schedule, self.engine, any_thread=not self._following)
         return self._run
 
     def _check_not_displaced(self) -> None:

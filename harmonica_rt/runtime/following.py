@@ -1,0 +1,115 @@
+"""The pipelines that a denoiser is in, and the schedulers that drive it through them.
+
+Several pipelines may share one denoiser, with one scheduler (`from_pipe` makes such) or with one each. The schedulers of
+those that were compiled are watched. A pipeline that was not, with a scheduler of its own, calls the denoiser all the
+same; its calls belong to no run, least of all to one of another pipeline that was broken off. Nothing in a call says who
+made it, so the stack is asked.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from harmonica_rt.errors import HarmonicaError
+from harmonica_rt.runtime.scheduler import Listener, listener_of, unwatch, watch
+
+_FRAMES = 32  # between a pipeline and what it calls there are about ten, with hooks some more
+
+
+@dataclass
+class _Followed:
+    pipeline: weakref.ref[Any]
+    scheduler: Any
+
+
+class Following:
+    """What one listener follows."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = weakref.ref(listener)
+        self._followed: list[_Followed] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._followed)
+
+    @property
+    def pipelines(self) -> list[Any]:
+        """Those that are still alive."""
+        return [pipeline for one in self._followed if (pipeline := one.pipeline()) is not None]
+
+    def add(self, pipeline: Any) -> None:
+        """Follow the scheduler of a pipeline from now on.
+
+        Raises:
+            HarmonicaError: it drives another compiled model.
+        """
+        if not any(one.pipeline() is pipeline for one in self._followed):
+            self._watch(pipeline.scheduler)
+            self._followed.append(_Followed(weakref.ref(pipeline), pipeline.scheduler))
+
+    def leave(self, pipeline: Any) -> None:
+        """Follow it no more."""
+        left = [one for one in self._followed if one.pipeline() is pipeline]
+        self._followed = [one for one in self._followed if one not in left]
+        for one in left:
+            self._release(one.scheduler)
+
+    def release(self) -> None:
+        """Leave all schedulers alone again."""
+        schedulers, self._followed = [one.scheduler for one in self._followed], []
+        for scheduler in schedulers:
+            self._release(scheduler)
+
+    def replaced(self) -> Any | None:
+        """Follow a scheduler that took the place of another one since the last look (`from_config` makes a new object).
+
+        Returns it: its run has begun unseen.
+        """
+        found = None
+        for one in self._followed:
+            pipeline = one.pipeline()
+            if pipeline is None or pipeline.scheduler is one.scheduler:
+                continue
+            before, found = one.scheduler, pipeline.scheduler
+            self._watch(found)
+            one.scheduler = found
+            self._release(before)
+        return found
+
+    def is_called_by_another(self) -> bool:
+        """Whether the call under way comes from a pipeline whose scheduler is not followed."""
+        caller = _calling_pipeline()
+        return caller is not None and all(caller.scheduler is not one.scheduler for one in self._followed)
+
+    def _watch(self, scheduler: Any) -> None:
+        listener, current = self._listener(), listener_of(scheduler)
+        if listener is None or current is listener:
+            return
+        if current is not None:
+            raise HarmonicaError("this scheduler already drives another compiled model; give each pipeline its own")
+        watch(scheduler, listener)
+
+    def _release(self, scheduler: Any) -> None:
+        if all(one.scheduler is not scheduler for one in self._followed):
+            listener = listener_of(scheduler)
+            if listener is not None and listener is self._listener():
+                unwatch(scheduler)
+
+
+def _calling_pipeline() -> Any | None:
+    """The innermost pipeline whose call is on the stack; None for a loop of one's own."""
+    frame = sys._getframe(1)
+    for _ in range(_FRAMES):
+        if frame.f_code.co_name == "__call__" and frame.f_code.co_varnames[:1] == ("self",):
+            caller = frame.f_locals["self"]
+            if not isinstance(caller, nn.Module) and hasattr(caller, "scheduler"):
+                return caller
+        if frame.f_back is None:
+            return None
+        frame = frame.f_back
+    return None

@@ -1,0 +1,90 @@
+"""Quantised weights: captured, or run without a plan and the reason said."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+import harmonica_rt as hrt
+from tests.quantised import Int8Weight, WithBuffers, WithState, quantise, quantised, with_tensor_subclass
+from tests.tiny import families, random_schedule, sample
+from tests.truth import pair
+
+STEPS = 5
+FLUX = families()["flux"]
+CALL = FLUX.unguided
+
+
+def build(layer: Any) -> Any:
+    pipeline = FLUX.build()
+    quantise(pipeline.transformer, layer, "transformer_blocks")
+    return pipeline
+
+
+@pytest.mark.parametrize("lowering", ["plain", "fused"])
+@pytest.mark.parametrize("layer", [with_tensor_subclass, WithBuffers], ids=["tensor subclass", "buffers"])
+def test_captured(layer: Any, lowering: str) -> None:
+    made = pair(lambda: build(layer), lambda model: random_schedule(model, STEPS, seed=9), lowering)
+    for _ in range(2):
+        report = made.check(CALL)
+    assert len(report.plans) == 1
+
+
+def test_a_weight_that_was_replaced_is_seen() -> None:
+    made = pair(lambda: build(with_tensor_subclass), lambda model: random_schedule(model, STEPS, seed=9), "fused")
+    layers = [pipeline.transformer.single_transformer_blocks[0].proj_out for pipeline in (made.plain, made.compiled)]
+    images = [made.run(CALL)[2]]
+    for layer in layers:
+        layer.weight.values_int8.neg_()
+    images.append(made.run(CALL)[2])
+    made.check(CALL)
+    for layer in layers:  # as module.to() does: the same Parameter, of other tensors
+        other = with_tensor_subclass(torch.nn.utils.skip_init(torch.nn.Linear, *layer.weight.shape[::-1]))
+        other.weight.values_int8.fill_(3)
+        other.weight.scale.fill_(0.01)
+        torch.utils.swap_tensors(layer.weight, other.weight)
+    images.append(made.run(CALL)[2])
+    made.check(CALL)
+    for layer in layers:
+        layer.weight = torch.nn.Parameter(
+            Int8Weight(layer.weight.values_int8 + 5, layer.weight.scale), requires_grad=False
+        )
+    images.append(made.run(CALL)[2])
+    made.check(CALL)
+    assert not any(made.same(a, b) for a, b in itertools.pairwise(images))
+
+
+@pytest.mark.parametrize("lowering", ["plain", "fused"])
+def test_quantised_after_compiling(lowering: str, caplog: pytest.LogCaptureFixture) -> None:
+    made = pair(FLUX.build, lambda model: random_schedule(model, STEPS, seed=9), lowering)
+    before = made.run(CALL)[2]
+    for pipeline in (made.plain, made.compiled):
+        quantise(pipeline.transformer, with_tensor_subclass, "transformer_blocks")
+    made.check(CALL)
+    assert not made.same(made.run(CALL)[2], before)
+    assert any("captured again" in line for line in caplog.messages)
+
+
+def test_what_no_graph_can_hold_runs_without_a_plan() -> None:
+    torch.manual_seed(0)
+    pipeline = build(WithState)
+    pipeline.set_progress_bar_config(disable=True)
+    schedule = random_schedule(pipeline.transformer, STEPS, seed=9)
+    hrt.reference(pipeline, schedule)
+    expected = sample(pipeline, STEPS, **CALL)
+    hrt.compile(pipeline, schedule, lowering="fused")
+    with pytest.warns(hrt.FallbackWarning, match="cannot be traced into one graph"):
+        got = sample(pipeline, STEPS, **CALL)
+    assert (got == expected).all()
+    report = hrt.get_compiled(pipeline).report()
+    assert report.last_cur == pytest.approx(schedule.cur)
+    assert "NOT COMPILED" in str(report)
+
+
+def test_quantised_is_near_what_it_was() -> None:
+    weight = torch.randn(6, 4)
+    values, scale = quantised(weight)
+    assert (values * scale - weight).abs().max() < weight.abs().max() / 100
