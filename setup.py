@@ -63,6 +63,7 @@ EXTRAS = {
         "scikit-learn>=1.4",
         "tensorboard>=2.16",
         "torchmetrics>=1.4",
+        "peft>=0.17",
         "pytest>=8",
         "pytest-xdist>=3.5",
         "hypothesis>=6.100",

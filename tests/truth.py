@@ -23,8 +23,8 @@ from tests.tiny import sample
 class Truth:
     """Runs a plain pipeline under a schedule with forward hooks.
 
-    Features belong to the prompt a call is for, and to the arguments that it has. A call reuses nothing unless everything it would reuse is there, as
-    new as the schedule says. The run begins at step `first`.
+    Features belong to the prompt a call is for, and to the arguments that it has. A call reuses nothing unless
+    everything it would reuse is there, as new as the schedule says. The run begins at step `first`.
     """
 
     def __init__(self, pipeline: Any, schedule: Schedule, first: int = 0) -> None:
@@ -118,15 +118,15 @@ class Pair:
         return truth, expected, got, hrt.get_compiled(self.compiled).report()
 
     def check(self, call: dict[str, Any], *, asked: int | None = None, first: int = 0) -> Report:
-        """Images are the truth's, with as much reused, and differ from those without a schedule."""
+        """Images are the truth's, with as much reused, and something is."""
         truth, expected, got, report = self.run(call, asked=asked, first=first)
         assert self.same(got, expected)
-        assert not np.array_equal(expected, _seeded_sample(self.plain, asked or self.schedule.steps, **call))
         assert list(report.last_catch_ups) == truth.computed_in_full
         assert report.last_calls == truth.calls
         assert report.last_first == first
         assert report.last_cur == pytest.approx(truth.reused / (truth.calls * len(self.schedule.sites)))
         assert report.cached
+        assert truth.reused > 0
         assert report.fallbacks == ()
         return report
 

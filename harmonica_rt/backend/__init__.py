@@ -96,8 +96,10 @@ def attach(compiled: Any) -> Any:
         raise HarmonicaError(f"expected a compiled model or a pipeline that holds one, got a {type(compiled).__name__}")
     session = _session_of(denoiser_module(compiled))
     before = listener_of(compiled.scheduler)
-    if isinstance(before, GraphSession) and before is not session and before.pipeline in (None, compiled):
-        before.detach()
+    if isinstance(before, GraphSession) and before is not session:
+        before.leave(compiled)
+        if not before.pipelines:
+            before.detach()
     warn_about_sampler(compiled, session.schedule)
     session.attach(compiled)
     return compiled

@@ -3,10 +3,10 @@
 A pipeline may swap the prompt in mid-run, or stop calling for the unconditional half, so that the k-th call of a step
 is suddenly another one. Reusing features across such a change gives a wrong image without an error. So every stream
 remembers the inputs that do not change from step to step: those whose name says so (prompt embeddings, class labels,
-masks), and those seen unchanged between its first two calls, but for a ControlNet's residuals. Identity and version are compared first, values only
-where those differ; a tensor written through `.data` keeps both, so that is not seen. Inference tensors have no version:
-on a CPU their values are compared, elsewhere that would make the host wait at every step, so the same tensor is taken
-for unchanged, compared on the device, and the verdict read when the run ends.
+masks), and those seen unchanged between its first two calls, but for a ControlNet's residuals. Identity and version are
+compared first, values only where those differ; a tensor written through `.data` keeps both, so that is not seen.
+Inference tensors have no version: on a CPU their values are compared, elsewhere that would make the host wait at every
+step, so the same tensor is taken for unchanged, compared on the device, and the verdict read when the run ends.
 """
 
 from __future__ import annotations

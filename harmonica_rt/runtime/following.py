@@ -1,9 +1,9 @@
 """The pipelines that a denoiser is in, and the schedulers that drive it through them.
 
-Several pipelines may share one denoiser, with one scheduler (`from_pipe` makes such) or with one each. The schedulers of
-those that were compiled are watched. A pipeline that was not, with a scheduler of its own, calls the denoiser all the
-same; its calls belong to no run, least of all to one of another pipeline that was broken off. Nothing in a call says who
-made it, so the stack is asked.
+Several pipelines may share one denoiser, with one scheduler (`from_pipe` makes such) or with one each. The schedulers
+of those that were compiled are watched. A pipeline that was not, with a scheduler of its own, calls the denoiser all
+the same; its calls belong to no run, least of all to one of another pipeline that was broken off. Nothing in a call
+says who made it, so the stack is asked.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ def _calling_pipeline() -> Any | None:
     for _ in range(_FRAMES):
         if frame.f_code.co_name == "__call__" and frame.f_code.co_varnames[:1] == ("self",):
             caller = frame.f_locals["self"]
-            if not isinstance(caller, nn.Module) and hasattr(caller, "scheduler"):
+            scheduler = None if isinstance(caller, nn.Module) else getattr(caller, "scheduler", None)
+            if callable(getattr(scheduler, "set_timesteps", None)):
                 return caller
         if frame.f_back is None:
             return None

@@ -66,11 +66,11 @@ def uninstall(pipeline: Any) -> None:
 
     Nothing happens where nothing was installed.
     """
-    left_over = _left_over(pipeline)
+    module, left_over = denoiser_module(pipeline), _left_over(pipeline)
     if left_over is not None:
         left_over.leave(pipeline)
-    for before in (installed(denoiser_module(pipeline)), left_over):
-        if before is None or (before is left_over and before.pipelines and before.model is not denoiser_module(pipeline)):
+    for before in (installed(module), left_over):
+        if before is None or (before.model is not module and before.pipelines):  # others still run it
             continue
         before.detach()
         if installed(before.model) is before:

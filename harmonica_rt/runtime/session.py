@@ -178,9 +178,9 @@ class Session:
         if left_out:
             left = asked - left_out
             return (
-                f"the schedule is for {expected} steps, the pipeline asked for {asked} and runs the last {left} of them "
-                f"({name} counts model evaluations). Use a schedule for {asked}, of which the last {left} steps are "
-                f"used, or one for {left}"
+                f"the schedule is for {expected} steps, the pipeline asked for {asked} and runs the last {left} of "
+                f"them ({name} counts model evaluations). Use a schedule for {asked}, of which the last {left} steps "
+                f"are used, or one for {left}"
             )
         return (
             f"the schedule is for {expected} steps, the pipeline asked for {asked} ({name} counts {asked} model "

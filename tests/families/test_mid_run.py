@@ -89,6 +89,21 @@ def test_a_new_size_and_a_new_number_of_images(flux: Pair, change: dict[str, int
     assert truth.computed_in_full == list(report.last_catch_ups) == []
 
 
+@pytest.mark.parametrize("step", [0, 3])
+def test_an_interrupted_run_leaves_the_next_one_right(sd3: Pair, step: int) -> None:
+    def stop(pipe: Any, now: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = now >= step
+        return {}
+
+    _, shorter, cut, report = sd3.run({**SD3.guided, "callback_on_step_end": stop})
+    assert sd3.same(cut, shorter)
+    assert report.last_calls == step + 1
+    truth, expected, got, report = sd3.run(SD3.guided)
+    assert sd3.same(got, expected)
+    assert not sd3.same(got, cut)
+    assert truth.computed_in_full == list(report.last_catch_ups) == []
+
+
 def test_a_callback_that_raises_leaves_the_next_run_right(sd3: Pair) -> None:
     def stop(pipe: Any, now: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if now == 2:

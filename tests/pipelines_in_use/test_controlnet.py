@@ -70,7 +70,7 @@ def way(request: pytest.FixtureRequest) -> tuple[Pair, dict[str, Any]]:
     return pair(build, schedule_for, lowering), {**call, "control_image": IMAGE, "controlnet_conditioning_scale": 1.0}
 
 
-@pytest.mark.parametrize("spans", [(0.0, 1.0), (0.5, 1.0), (0.0, 0.4)], ids=["all steps", "late", "early"])
+@pytest.mark.parametrize("spans", [(0.0, 1.0), (0.5, 0.8)], ids=["all steps", "some"])
 def test_residuals_belong_to_the_steps(way: tuple[Pair, dict[str, Any]], spans: tuple[float, float]) -> None:
     """Before and after its span the pipeline passes zeros: the same values in one step after the other."""
     made, call = way

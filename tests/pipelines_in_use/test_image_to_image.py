@@ -48,15 +48,13 @@ def way(request: pytest.FixtureRequest) -> tuple[Pair, dict[str, Any]]:
     return made, {**call, **extra}
 
 
-@pytest.mark.parametrize(("strength", "first"), [(1.0, 0), (0.6, 4), (0.35, 6)])
-def test_the_last_rows_of_the_schedule_are_used(
-    way: tuple[Pair, dict[str, Any]], strength: float, first: int
-) -> None:
+@pytest.mark.parametrize(("strength", "first"), [(0.6, 4), (0.35, 6)])
+def test_the_last_rows_of_the_schedule_are_used(way: tuple[Pair, dict[str, Any]], strength: float, first: int) -> None:
     made, call = way
-    for _ in range(2):  # the second run computes timestep work beforehand
+    for _ in range(1 if made.lowering == "plain" else 2):  # the second run computes timestep work beforehand
         report = made.check({**call, "strength": strength}, first=first)
-    assert set(report.last_catch_ups) == ({first} if first else set())
-    assert ("began at step" in str(report)) is (first > 0)
+    assert set(report.last_catch_ups) == {first}
+    assert "began at step" in str(report)
 
 
 @pytest.fixture

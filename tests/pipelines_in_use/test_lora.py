@@ -1,4 +1,4 @@
-"""LoRA after compiling: loaded, scaled, fused, switched off, swapped, removed. Never stale, and each change is logged."""
+"""LoRA after compiling: loaded, scaled, fused, switched off, swapped, removed. Never stale, each change logged."""
 
 from __future__ import annotations
 
@@ -65,9 +65,7 @@ TURNS: dict[str, tuple[Callable[[Any], Any], bool, bool]] = {
     "switch off": (lambda p: p.disable_lora(), True, True),
     "switch on": (lambda p: p.enable_lora(), True, True),
     "delete": (lambda p: p.delete_adapters("b"), True, True),
-    "swap": (
-        lambda p: p.load_lora_weights(dict(weights("b")), adapter_name="a", hotswap=True), False, True
-    ),
+    "swap": (lambda p: p.load_lora_weights(dict(weights("b")), adapter_name="a", hotswap=True), False, True),
     "unload": (lambda p: p.unload_lora_weights(), True, True),
 }
 

@@ -158,9 +158,7 @@ def test_to_another_dtype_and_back(
 
 
 def _in(dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        name: value.to(dtype) if isinstance(value, torch.Tensor) else value for name, value in SD3.guided.items()
-    }
+    return {name: value.to(dtype) if isinstance(value, torch.Tensor) else value for name, value in SD3.guided.items()}
 
 
 @pytest.mark.gpu

@@ -33,4 +33,3 @@ def test_sizes_take_turns(max_plans: int, caplog: pytest.LogCaptureFixture) -> N
     made = sum("planned" in line for line in caplog.messages)
     dropped = sum("dropped the plan" in line for line in caplog.messages)
     assert (made, dropped) == ((5, 3) if max_plans == 2 else (3, 0))
-
