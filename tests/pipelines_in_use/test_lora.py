@@ -54,26 +54,34 @@ def weights(which: str) -> dict[str, torch.Tensor]:
     return lora({"a": 1, "b": 2}[which])
 
 
-# what is done; whether it is more than other values in the same weights; whether images should differ for it
-TURNS: dict[str, tuple[Callable[[Any], Any], bool, bool]] = {
-    "load one": (load("a"), True, True),
-    "scale it": (lambda p: p.set_adapters("a", 0.5), True, True),
-    "load another": (load("b"), True, False),
-    "use both": (lambda p: p.set_adapters(["a", "b"], [0.3, 0.7]), True, True),
-    "fuse": (lambda p: p.fuse_lora(), True, False),
-    "unfuse": (lambda p: p.unfuse_lora(), True, False),
-    "switch off": (lambda p: p.disable_lora(), True, True),
-    "switch on": (lambda p: p.enable_lora(), True, True),
-    "delete": (lambda p: p.delete_adapters("b"), True, True),
-    "swap": (lambda p: p.load_lora_weights(dict(weights("b")), adapter_name="a", hotswap=True), False, True),
-    "unload": (lambda p: p.unload_lora_weights(), True, True),
+def use_both(pipeline: Any) -> None:
+    load("b")(pipeline)
+    pipeline.set_adapters(["a", "b"], [0.3, 0.7])
+
+
+def switch_on_and_swap(pipeline: Any) -> None:
+    pipeline.enable_lora()
+    pipeline.delete_adapters("b")
+    pipeline.load_lora_weights(dict(weights("b")), adapter_name="a", hotswap=True)
+
+
+# what is done, and whether images differ for it by more than rounding
+TURNS: dict[str, tuple[Callable[[Any], Any], bool]] = {
+    "load one": (load("a"), True),
+    "scale it": (lambda p: p.set_adapters("a", 0.5), True),
+    "load another and use both": (use_both, True),
+    "fuse": (lambda p: p.fuse_lora(), False),
+    "unfuse": (lambda p: p.unfuse_lora(), False),
+    "switch off": (lambda p: p.disable_lora(), True),
+    "switch on, delete and swap": (switch_on_and_swap, True),
+    "unload": (lambda p: p.unload_lora_weights(), True),
 }
 
 
 def test_everything_in_turn(caplog: pytest.LogCaptureFixture) -> None:
     made = compiled("plain")
     before = made.run(CALL)[2]
-    for turn, (what, structural, differs) in TURNS.items():
+    for turn, (what, differs) in TURNS.items():
         caplog.clear()
         change(made, what)
         _, expected, got, report = made.run(CALL)
@@ -81,7 +89,7 @@ def test_everything_in_turn(caplog: pytest.LogCaptureFixture) -> None:
         assert not (differs and made.same(got, before)), turn
         assert report.last_cur == pytest.approx(made.schedule.cur)
         assert len(report.plans) == 1
-        assert any("captured again" in line for line in caplog.messages) is structural, turn
+        assert any("captured again" in line for line in caplog.messages), turn
         before = got
 
 
@@ -89,12 +97,13 @@ def test_a_scale_in_the_call() -> None:
     made = compiled("plain")
     change(made, load("a"))
     images = []
-    for scale in (0.3, 1.0, 0.3):
+    for scale in (0.3, 1.0):
         call = {**CALL, "joint_attention_kwargs": {"scale": scale}}
-        made.check(call)
-        images.append(made.run(call)[2])
-    assert made.same(images[0], images[2])
-    assert not made.same(images[0], images[1])
+        _, expected, got, report = made.run(call)
+        assert made.same(got, expected)
+        images.append(got)
+    assert not made.same(*images)
+    assert len(report.plans) == 2
 
 
 def test_fused_into_the_weights_and_unloaded() -> None:
@@ -108,8 +117,9 @@ def test_fused_into_the_weights_and_unloaded() -> None:
         pipeline.unload_lora_weights()
 
     change(made, fuse)
-    made.check(CALL)
-    assert not made.same(made.run(CALL)[2], before)
+    _, expected, got, _ = made.run(CALL)
+    assert made.same(got, expected)
+    assert not made.same(got, before)
 
 
 def test_a_hot_swap_between_ranks(caplog: pytest.LogCaptureFixture) -> None:
@@ -125,6 +135,7 @@ def test_a_hot_swap_between_ranks(caplog: pytest.LogCaptureFixture) -> None:
     first = made.run(CALL)[2]
     wide = lora(3, rank=4)
     change(made, lambda p: p.load_lora_weights(dict(wide), adapter_name="a", hotswap=True))
-    made.check(CALL)
-    assert not made.same(made.run(CALL)[2], first)
+    _, expected, got, _ = made.run(CALL)
+    assert made.same(got, expected)
+    assert not made.same(got, first)
     assert not any("captured again" in line for line in caplog.messages)

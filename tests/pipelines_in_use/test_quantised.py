@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import harmonica_rt as hrt
 from tests.quantised import Int8Weight, WithBuffers, WithState, quantise, quantised, with_tensor_subclass
@@ -24,32 +26,37 @@ def build(layer: Any) -> Any:
     return pipeline
 
 
-@pytest.mark.parametrize("lowering", ["plain", "fused"])
-@pytest.mark.parametrize("layer", [with_tensor_subclass, WithBuffers], ids=["tensor subclass", "buffers"])
+@pytest.mark.parametrize(
+    ("layer", "lowering"),
+    [(with_tensor_subclass, "plain"), (with_tensor_subclass, "fused"), (WithBuffers, "fused")],
+    ids=["tensor subclass, plain", "tensor subclass, fused", "buffers, fused"],
+)
 def test_captured(layer: Any, lowering: str) -> None:
     made = pair(lambda: build(layer), lambda model: random_schedule(model, STEPS, seed=9), lowering)
     report = made.check(CALL)
     assert len(report.plans) == 1
 
 
+def replacement(weight: Any) -> Int8Weight:
+    return Int8Weight(weight.values_int8 + 5, weight.scale)
+
+
 def test_a_weight_that_was_replaced_is_seen() -> None:
     made = pair(lambda: build(with_tensor_subclass), lambda model: random_schedule(model, STEPS, seed=9), "fused")
     layers = [pipeline.transformer.single_transformer_blocks[0].proj_out for pipeline in (made.plain, made.compiled)]
+    changes: list[Callable[[Any], object]] = [
+        lambda layer: layer.weight.values_int8.neg_(),
+        # the same Parameter, made of another tensor
+        lambda layer: setattr(layer.weight, "values_int8", torch.full_like(layer.weight.values_int8, 3)),
+        lambda layer: setattr(layer, "weight", nn.Parameter(replacement(layer.weight), requires_grad=False)),
+    ]
     images = [made.run(CALL)[2]]
-    for layer in layers:
-        layer.weight.values_int8.neg_()
-    images.append(made.run(CALL)[2])
-    made.check(CALL)
-    for layer in layers:  # the same Parameter, made of another tensor
-        layer.weight.values_int8 = torch.full_like(layer.weight.values_int8, 3)
-    images.append(made.run(CALL)[2])
-    made.check(CALL)
-    for layer in layers:
-        layer.weight = torch.nn.Parameter(
-            Int8Weight(layer.weight.values_int8 + 5, layer.weight.scale), requires_grad=False
-        )
-    images.append(made.run(CALL)[2])
-    made.check(CALL)
+    for change in changes:
+        for layer in layers:
+            change(layer)
+        _, expected, got, _ = made.run(CALL)
+        assert made.same(got, expected)
+        images.append(got)
     assert not any(made.same(a, b) for a, b in itertools.pairwise(images))
 
 
