@@ -13,8 +13,6 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.runtime.scheduler import Listener, listener_of, unwatch, watch
 
@@ -81,11 +79,6 @@ class Following:
             self._release(before)
         return found
 
-    def is_called_by_another(self) -> bool:
-        """Whether the call under way comes from a pipeline whose scheduler is not followed."""
-        caller = _calling_pipeline()
-        return caller is not None and all(caller.scheduler is not one.scheduler for one in self._followed)
-
     def _watch(self, scheduler: Any) -> None:
         listener, current = self._listener(), listener_of(scheduler)
         if listener is None or current is listener:
@@ -101,15 +94,15 @@ class Following:
                 unwatch(scheduler)
 
 
-def _calling_pipeline() -> Any | None:
-    """The innermost pipeline whose call is on the stack; None for a loop of one's own."""
+def calling_scheduler() -> Any | None:
+    """The scheduler of the pipeline that makes the call under way; None for a loop of one's own."""
     frame = sys._getframe(1)
     for _ in range(_FRAMES):
         if frame.f_code.co_name == "__call__" and frame.f_code.co_varnames[:1] == ("self",):
             caller = frame.f_locals["self"]
-            scheduler = None if isinstance(caller, nn.Module) else getattr(caller, "scheduler", None)
+            scheduler = getattr(caller, "__dict__", {}).get("scheduler")
             if callable(getattr(scheduler, "set_timesteps", None)):
-                return caller
+                return scheduler
         if frame.f_back is None:
             return None
         frame = frame.f_back

@@ -16,7 +16,7 @@ from harmonica_rt.capture.call import Call
 from harmonica_rt.errors import ConcurrentRunError, RunError, ScheduleMismatchError
 from harmonica_rt.indices import StepIndex
 from harmonica_rt.runtime.engine import Engine, RunKey
-from harmonica_rt.runtime.following import Following
+from harmonica_rt.runtime.following import Following, calling_scheduler
 from harmonica_rt.runtime.run import Run, RunStats
 from harmonica_rt.runtime.scheduler import RunTimesteps, steps_left_out
 from harmonica_rt.schedule import Schedule
@@ -131,13 +131,13 @@ class Session:
         return output
 
     def _call_in_pipeline(self, call: Call, uncached: Callable[[], Any]) -> Any:
-        replaced = self._following.replaced()
-        if replaced is not None:
+        caller, replaced = calling_scheduler(), self._following.replaced()
+        if replaced is not None and (caller is None or caller is replaced):
             self._begin()
             self._scheduler = replaced
         self._check_not_displaced()
         run = self._run
-        if run is None or self._following.is_called_by_another():
+        if run is None or (caller is not None and caller is not self._scheduler):
             self._warn_outside_run()
             return uncached()
         run.check_thread()

@@ -110,6 +110,48 @@ def test_a_run_of_one_that_was_interrupted_is_not_gone_on_with_by_the_other(pipe
     assert np.array_equal(sample(pipeline, STEPS, **SD3.guided), whole)
 
 
+def test_a_scheduler_that_was_replaced_in_one_does_not_break_into_a_run_of_the_other(
+    pipeline: Any, schedule: Schedule
+) -> None:
+    other = quiet(
+        d.StableDiffusion3Img2ImgPipeline(
+            **{**pipeline.components, "scheduler": d.FlowMatchEulerDiscreteScheduler(shift=2.0)}
+        )
+    )
+    whole, image = references(pipeline, other, schedule)
+    hrt.compile(pipeline, schedule, lowering="plain", strict=True, debug=True)
+    hrt.compile(other, schedule, lowering="plain", strict=True, debug=True)
+    other.scheduler = d.FlowMatchEulerDiscreteScheduler.from_config(other.scheduler.config)
+    assert np.array_equal(sample(pipeline, STEPS, **SD3.guided), whole)
+    assert hrt.get_compiled(pipeline).report().last_cur == pytest.approx(schedule.cur)
+    assert np.array_equal(sample(other, STEPS, **SD3.guided, **IMAGE), image)
+    assert hrt.get_compiled(pipeline).report().last_first == 3
+
+
+def test_a_callback_that_runs_the_other_pipeline(pipeline: Any, schedule: Schedule) -> None:
+    """The outer run is over with it: its other steps are computed plainly, not with what the inner one stored."""
+    other = quiet(
+        d.StableDiffusion3Img2ImgPipeline(
+            **{**pipeline.components, "scheduler": d.FlowMatchEulerDiscreteScheduler(shift=2.0)}
+        )
+    )
+    nothing = Schedule.all_compute(steps=STEPS, sites=schedule.sites)
+    by_half = Schedule.from_array(
+        np.where(np.arange(STEPS)[:, None] < 3, schedule.compute, nothing.compute), sites=schedule.sites
+    )
+    hrt.reference(pipeline, by_half)
+    expected = sample(pipeline, STEPS, **SD3.guided)
+    hrt.compile(pipeline, schedule, lowering="plain", strict=True, debug=True)
+    hrt.compile(other, schedule, lowering="plain", strict=True, debug=True)
+
+    def preview(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 2:
+            interrupted(other, 1, **SD3.guided, **IMAGE)
+        return {}
+
+    assert np.array_equal(sample(pipeline, STEPS, callback_on_step_end=preview, **SD3.guided), expected)
+
+
 @pytest.mark.parametrize("stopped", [False, True], ids=["after a whole run", "after an interrupted one"])
 def test_a_pipeline_that_was_not_compiled_runs_plainly(
     pipeline: Any, schedule: Schedule, stopped: bool, caplog: pytest.LogCaptureFixture
