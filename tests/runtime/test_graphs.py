@@ -255,13 +255,30 @@ def test_training_mode_after_compiling_is_an_error() -> None:
     model = stack()
     compiled = hrt.compile(model, Schedule.every(2, steps=2, sites=hrt.find_sites(model)))
     compiled(**stack_call(0))
-    model.blocks[0].train()
+    model.train()
     compiled.reset()
     with pytest.raises(hrt.CaptureError, match="training mode"):
         compiled(**stack_call(0))
     model.eval()
     compiled.reset()
     assert torch.equal(compiled(**stack_call(0)), model(**stack_call(0)))
+
+
+def test_a_layer_left_in_training_mode_is_seen(caplog: pytest.LogCaptureFixture) -> None:
+    """It computes the same as long as nothing is drawn in it."""
+    model = stack()
+    model.blocks[0].drop = nn.Dropout(0.5).eval()
+    model.blocks[0].register_module("attn", nn.Sequential(model.blocks[0].attn, model.blocks[0].drop))
+    compiled = hrt.compile(model, Schedule.every(2, steps=2, sites=hrt.find_sites(model)), lowering="plain")
+    compiled(**stack_call(0))
+    model.blocks[1].train()
+    compiled.reset()
+    assert torch.equal(compiled(**stack_call(0)), model(**stack_call(0)))
+    assert any("attribute training of blocks.1 changed" in line for line in caplog.messages)
+    model.blocks[0].drop.train()
+    compiled.reset()
+    with pytest.raises(hrt.CaptureError, match=r"training mode: call model\.eval\(\) first \(at blocks\.0\."):
+        compiled(**stack_call(0))
 
 
 def test_sites_by_globs() -> None:

@@ -95,14 +95,18 @@ def test_a_pipeline_made_from_a_compiled_one_shares_its_denoiser() -> None:
     torch.manual_seed(0)
     pipeline = family.build()
     pipeline.set_progress_bar_config(disable=True)
-    hrt.compile(pipeline, random_schedule(pipeline.transformer, STEPS), lowering="plain", strict=True)
+    schedule = random_schedule(pipeline.transformer, STEPS)
+    hrt.compile(pipeline, schedule, lowering="plain", strict=True)
     expected = sample(pipeline, STEPS, **family.unguided)
     image_to_image = d.FluxImg2ImgPipeline(**pipeline.components)
     image_to_image.set_progress_bar_config(disable=True)
-    call = {**family.unguided, "image": torch.rand(1, 3, 8, 8), "num_inference_steps": STEPS}
-    with pytest.raises(RunError, match="does not begin at the first step"):
-        image_to_image(strength=0.5, **call)
+    call = {**family.unguided, "image": torch.rand(1, 3, 8, 8)}
+    got = sample(image_to_image, STEPS, strength=0.5, **call)
+    report = hrt.get_compiled(image_to_image).report()
+    assert (report.last_first, report.last_calls) == (STEPS // 2, STEPS - STEPS // 2)
     assert np.array_equal(sample(pipeline, STEPS, **family.unguided), expected)
+    hrt.reference(image_to_image, schedule)
+    assert np.array_equal(sample(image_to_image, STEPS, strength=0.5, **call), got)
 
 
 def test_a_loop_that_leaves_a_step_out_is_an_error(pipeline: Any, schedule: Schedule) -> None:

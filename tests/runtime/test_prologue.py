@@ -14,6 +14,7 @@ from harmonica_rt.capture.call import CallConvention
 from harmonica_rt.errors import RunError
 from harmonica_rt.indices import StepIndex
 from harmonica_rt.runtime import conditioning
+from harmonica_rt.runtime.engine import RunKey
 from harmonica_rt.runtime.prologue import ForecastKey, LoweredPrologue, StreamPrologue
 from harmonica_rt.runtime.static import StaticRows
 from tests.passes.test_hoist import SITES, STEPS, Conditioned, call_of
@@ -154,12 +155,15 @@ def foreseen(model: Conditioned) -> tuple[LoweredPrologue, Any]:
     return runtime._prologue, runtime.bound
 
 
-KEY = ForecastKey((3.0, 2.0, 1.0, 0.0), 0)
+KEY = ForecastKey(RunKey((3.0, 2.0, 1.0, 0.0)), 0)
+LATE = ForecastKey(RunKey((3.0, 2.0, 1.0, 0.0), StepIndex(2)), 0)
 
 
-def hoisted_at(step: int, given: dict[str, torch.Tensor], lowered: LoweredPrologue, bind: Any) -> Any:
+def hoisted_at(
+    step: int, given: dict[str, torch.Tensor], lowered: LoweredPrologue, bind: Any, key: ForecastKey = KEY
+) -> Any:
     """Hoisted values of a stream whose first call this is, where nobody compares."""
-    stream = StreamPrologue(lowered, bind, key=KEY, comparable=False)
+    stream = StreamPrologue(lowered, bind, key=key, comparable=False)
     model = Conditioned()
     return stream, stream.at(StepIndex(step), CallConvention(model).normalise((), given))
 
@@ -173,6 +177,22 @@ def test_a_stream_that_does_not_begin_with_the_run_is_not_foreseen(model: Condit
     _, own = hoisted_at(2, late, lowered, bind)
     _, usual = hoisted_at(2, CALLS[2], lowered, bind)
     assert any(not torch.equal(own[name], usual[name]) for name in usual)
+
+
+def test_a_run_that_leaves_out_its_first_steps_is_foreseen_by_others_that_do(model: Conditioned) -> None:
+    lowered, bind = foreseen(model)
+    stream, own = hoisted_at(2, CALLS[2], lowered, bind, LATE)
+    stream.at(StepIndex(3), CallConvention(Conditioned()).normalise((), CALLS[3]))
+    assert lowered.forecast(LATE) is None
+    stream.end()
+    assert lowered.forecast(LATE) is not None
+    wrong = {**CALLS[2], "timestep": CALLS[2]["timestep"] + 7.0}
+    stream, as_foreseen = hoisted_at(2, wrong, lowered, bind, LATE)
+    for name in own:
+        torch.testing.assert_close(own[name], as_foreseen[name])
+    with pytest.raises(RunError, match="the next run will be right"):
+        stream.end()
+    assert lowered.forecast(KEY) is not None
 
 
 def test_a_forecast_that_was_wrong_is_forgotten(model: Conditioned) -> None:
