@@ -79,7 +79,7 @@ def export_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
                 CaptureFailure(Obstacle.EXPORT, f"{type(error).__name__}: {_first_line(error)}", stack=_where(error))
             ) from error
     _check_functional_signature(program)
-    removeidentities(program.graph)
+    remove_identities(program.graph)
     return program
 
 
@@ -105,7 +105,7 @@ def _check_functional_signature(program: torch.export.ExportedProgram) -> None:
             )
 
 
-def removeidentities(graph: fx.Graph) -> None:
+def remove_identities(graph: fx.Graph) -> None:
     """Drop what changes nothing in a functional graph: metadata asserts, clones, inactive dropout, division by one.
 
     Ensures: the same values bit for bit. A clone only matters where something is written in place later, and nothing
