@@ -41,6 +41,7 @@ class IdlePool:
     """Records by running once."""
 
     nbytes = 0
+    device = torch.device("cpu")
 
     def warm_up(self, body: Body) -> tuple[Any, ...]:
         """Run it."""

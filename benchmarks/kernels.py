@@ -134,15 +134,14 @@ def _in_turn(calls: dict[str, list[Callable[[], object]]], repeats: int) -> dict
 
 def _graphed(calls: dict[str, list[Callable[[], object]]], repeats: int) -> dict[str, list[float]]:
     """The same on a GPU: seconds of a whole turn, recorded as one graph, over its number of calls."""
-    graphs = {}
+    graphs, kept = {}, []  # results stay until all is recorded, or every call would write where the last one did
     for name, each in calls.items():
         for call in each:
             call()  # compiles, and fills the allocator's cache
         torch.cuda.synchronize()
         graphs[name] = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graphs[name]):
-            for call in each:
-                call()
+            kept.append([call() for call in each])
     clock = CudaClock()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for graph in graphs.values():

@@ -129,10 +129,10 @@ class GraphReport:
     """CUDA graphs of all plans.
 
     Attributes:
-        recorded: number of graphs.
+        recorded: number of graphs, of step programs and prologues.
         pool_bytes: what they reserved for values between their inputs and outputs, shared by all.
         static_bytes: of the tensors that inputs are copied into.
-        refusals: why step programs run without one, with how many each.
+        refusals: why step programs and prologues run without one, with how many each.
     """
 
     recorded: int

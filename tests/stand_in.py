@@ -24,6 +24,7 @@ class StandInPool:
 
     def __init__(self, clock: list[float] | None = None, *, refuse: bool = False) -> None:
         self.nbytes = 0
+        self.device = torch.device("cpu")
         self.warmed = self.recorded = self.replayed = 0
         self._clock = clock or []
         self._refuse = refuse

@@ -28,13 +28,9 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from harmonica_rt.capture.call import Call, CallConvention
 from harmonica_rt.capture.export import export_functional
-from harmonica_rt.capture.graph import (
-    CapturedGraph,
-    find_site_outputs,
-    placeholders,
-    site_columns,
-    site_of,
-)
+from harmonica_rt.capture.graph import CapturedGraph, placeholders
+from harmonica_rt.capture.inference import check_draws_nothing, modes_of
+from harmonica_rt.capture.marking import find_site_outputs, site_columns, site_of
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
 
 SEE_THE_BREAK = "torch.compile(..., fullgraph=True) shows where dynamo breaks the graph, and why"
@@ -115,6 +111,7 @@ class DynamoGraph:
         self.weights: dict[int, str] = {}
         self.inputs: dict[int, str] = {}
         self._sites = tuple(sites)
+        self._modes = modes_of(frame.model)
         self._columns = site_columns(frame.model, sites)
         self._prefix = frame.name
         self._arguments = _GraphArguments(frame)
@@ -144,6 +141,7 @@ class DynamoGraph:
         """
         started = time.perf_counter()
         program = export_functional(_Replay(self.module), call.values, {})
+        check_draws_nothing(program.graph, self._modes)
         _, constants, arguments = placeholders(program, len(call.values))
         leaf = {path: index for index, path in enumerate(call.paths)}
         return CapturedGraph(

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import functools
 import logging
-import operator
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +24,14 @@ from torch.utils import _pytree as pytree
 from harmonica_rt.capture.call import Call
 from harmonica_rt.capture.export import attributes_kept, export_functional, identities
 from harmonica_rt.capture.forward import only_own_forward
-from harmonica_rt.capture.inference import check_draws_nothing
+from harmonica_rt.capture.inference import check_draws_nothing, modes_of
+from harmonica_rt.capture.marking import (
+    check_site_result,
+    check_sizes,
+    find_site_outputs,
+    site_columns,
+    without_call_suffix,
+)
 from harmonica_rt.capture.reads import Reading, RequestReads, reads_of
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
 from harmonica_rt.capture.roles import roles
@@ -34,14 +39,6 @@ from harmonica_rt.capture.snapshot import check_capturable
 from harmonica_rt.indices import SiteIndex
 
 log = logging.getLogger(__name__)
-
-_PRODUCTS = frozenset(
-    f"aten::{name}"
-    for name in (
-        *("linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum"),
-        *("scaled_dot_product_attention", "convolution", "conv1d", "conv2d", "conv3d"),
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph
     check_capturable(model)
     started = time.perf_counter()
     program, values = _export(model, call, sites)
-    check_draws_nothing(program.graph, model)
+    check_draws_nothing(program.graph, modes_of(model))
     weights, constants, inputs = placeholders(program, len(call.leaves))
     out_spec, reads = program.call_spec.out_spec, None
     if values is not None:
@@ -108,7 +105,7 @@ def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph
         inputs=inputs,
         out_spec=out_spec,
         sites=tuple(sites),
-        site_outputs=find_site_outputs(program.graph, sites, lambda path: columns.get(_without_call_suffix(path))),
+        site_outputs=find_site_outputs(program.graph, sites, lambda path: columns.get(without_call_suffix(path))),
         seconds=time.perf_counter() - started,
         reads=reads,
     )
@@ -147,27 +144,6 @@ def _export(
             hook.remove()
 
 
-def check_sizes(graph: fx.Graph, columns: Mapping[str, int]) -> None:
-    """Raise CaptureError where memory or FLOPs cannot be known: a size that depends on values, in a site or a product.
-
-    Elsewhere such a size does no harm: it never reaches a slot.
-    """
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if not isinstance(value, torch.Tensor) or all(isinstance(size, int) for size in value.shape):
-            continue
-        if site_of(node, lambda path: columns.get(_without_call_suffix(path))) is not None or _is_product(node):
-            shape = "x".join(map(str, value.shape))
-            detail = f"the size {shape} depends on values (a data-dependent expression)"
-            raise CaptureError(
-                CaptureFailure(Obstacle.EXPORT, detail, node=node.name, stack=node.meta.get("stack_trace"))
-            )
-
-
-def _is_product(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket._qualified_op_name in _PRODUCTS
-
-
 def _has_no_values(model: nn.Module, call: Call) -> bool:
     tensors = (*model.parameters(), *(leaf for leaf in call.leaves if isinstance(leaf, torch.Tensor)))
     return any(tensor.device.type == "meta" for tensor in tensors)
@@ -201,23 +177,6 @@ def _drop_outputs(graph: fx.Graph, count: int) -> list[fx.Node]:
     return list(flat[kept:])
 
 
-def check_site_result(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-    """A forward hook: a site that hands one of its inputs on unchanged cannot be replaced by what it gave before.
-
-    Raises:
-        CaptureError: with Obstacle.SITE.
-    """
-    inputs = {id(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
-    if any(id(leaf) in inputs for leaf in pytree.tree_leaves(output)):
-        raise CaptureError(
-            CaptureFailure(
-                Obstacle.SITE,
-                "it returns one of its inputs unchanged; choose a site inside it",
-                node=type(module).__name__,
-            )
-        )
-
-
 def placeholders(
     program: torch.export.ExportedProgram, leaves: int
 ) -> tuple[dict[str, str], dict[str, torch.Tensor], dict[str, int]]:
@@ -240,70 +199,3 @@ def placeholders(
     if leaf != leaves:
         raise CaptureError(CaptureFailure(Obstacle.EXPORT, f"the graph takes {leaf} inputs, the call has {leaves}"))
     return weights, constants, inputs
-
-
-def site_columns(model: nn.Module, sites: Sequence[str]) -> dict[str, int]:
-    """Site index by module path, under every path that a module in several places has."""
-    by_module = {id(model.get_submodule(site)): index for index, site in enumerate(sites)}
-    modules = model.named_modules(remove_duplicate=False)
-    return {path: by_module[id(module)] for path, module in modules if id(module) in by_module}
-
-
-def find_site_outputs(
-    graph: fx.Graph, sites: Sequence[str], index_of: Callable[[str], int | None]
-) -> tuple[tuple[fx.Node, ...], ...]:
-    """For each site the nodes inside it whose values are used outside it (or are returned).
-
-    Args:
-        graph: a functional graph, identities removed.
-        sites: site paths.
-        index_of: the site that a module path, as it stands in `nn_module_stack`, is of; None for none.
-
-    Raises:
-        CaptureError: no site does anything, or one lies in a nested region.
-    """
-    inside: dict[fx.Node, int] = {}
-    for node in graph.nodes:
-        if node.op == "call_function":
-            site = site_of(node, index_of)
-            if site is not None:
-                inside[node] = site
-    outputs: list[list[fx.Node]] = [[] for _ in sites]
-    for node, site in inside.items():
-        if any(inside.get(user) != site for user in node.users):
-            outputs[site].extend(_tensor_values(node))
-    idle = [site for site, nodes in zip(sites, outputs, strict=True) if not nodes]
-    nested = [node for node in graph.nodes if isinstance(node.target, torch._ops.HigherOrderOperator)]
-    if idle and nested:
-        detail = (
-            f"{len(idle)} sites lie in a nested region ({nested[0].target}), as autocast within the model makes one"
-        )
-        raise CaptureError(CaptureFailure(Obstacle.EXPORT, detail, node=nested[0].name))
-    if len(idle) == len(sites):
-        raise CaptureError(CaptureFailure(Obstacle.SITE, f"none of the {len(sites)} sites does anything in this call"))
-    if idle:
-        # Skip-layer guidance leaves whole blocks out of some calls, so this is no error.
-        log.warning("%d of %d sites do nothing in this call, the first is %s", len(idle), len(sites), idle[0])
-    return tuple(tuple(dict.fromkeys(nodes)) for nodes in outputs)
-
-
-def _tensor_values(node: fx.Node) -> list[fx.Node]:
-    """The node itself, or for one that yields a tuple of tensors (`split`) the nodes that pick from it."""
-    if isinstance(node.meta.get("val"), torch.Tensor):
-        return [node]
-    return [user for user in node.users if user.target is operator.getitem]
-
-
-def site_of(node: fx.Node, index_of: Callable[[str], int | None]) -> int | None:
-    """The site that a node lies in."""
-    for path, _ in (node.meta.get("nn_module_stack") or {}).values():
-        index = index_of(path)
-        if index is not None:
-            return index
-    return None
-
-
-@functools.lru_cache(maxsize=65536)
-def _without_call_suffix(path: str) -> str:
-    """`blocks.0.attn@1` marks the second call of a module that runs twice in one forward."""
-    return re.sub(r"@\d+", "", path)

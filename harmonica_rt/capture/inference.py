@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,18 +13,29 @@ from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
 _SWITCHES = ("p", "dropout_p", "drop_p", "train", "training")  # without which nothing is drawn
 
 
-def check_draws_nothing(graph: fx.Graph, model: nn.Module) -> None:
+def modes_of(model: nn.Module) -> dict[str, bool]:
+    """For each module by its path, whether it is in training mode."""
+    return {path: module.training for path, module in model.named_modules()}
+
+
+def check_draws_nothing(graph: fx.Graph, modes: Mapping[str, bool]) -> None:
     """Raise CaptureError where a module left in training mode draws random numbers.
 
     In an evaluated model such modules are common: a LoRA's layers stay as they were made. Most compute the same in both
     modes; those that train statistics change buffers, which is an obstacle of its own.
+
+    Args:
+        graph: of the model.
+        modes: from `modes_of`. A path that is not in it (dynamo writes them in a way of its own) counts as in training.
     """
-    training = {name for name, module in model.named_modules() if module.training}
-    for node in graph.nodes if training else ():
+    for node in graph.nodes if any(modes.values()) else ():
         if draws_numbers(node):
             paths = [path.partition("@")[0] for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-            if paths and paths[-1] in training:
-                raise CaptureError(CaptureFailure(Obstacle.TRAINING, "call model.eval() first", node=paths[-1]))
+            place = paths[-1] if paths else ""
+            if modes.get(place, True):
+                raise CaptureError(
+                    CaptureFailure(Obstacle.TRAINING, "call model.eval() first", node=place or node.name)
+                )
 
 
 def draws_numbers(node: fx.Node) -> bool:

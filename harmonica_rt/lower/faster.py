@@ -1,7 +1,7 @@
 """Two programs of one step graph: the first call measures both, and the faster one stays.
 
-Running a program again is safe within a step: it writes the same slots with the same values up to rounding, and reads
-none that it writes.
+Plain launches are measured, also where the program becomes a CUDA graph later. Running a program again is safe within a
+step: it writes the same slots with the same values up to rounding, and reads none that it writes.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ class Faster(Program):
         return self.first if a <= b else self.second
 
     def _time(self, program: Program, arguments: tuple[Any, ...]) -> float:
-        _wait()
+        _wait(arguments[0])
         started = self._clock()
         program(*arguments)
-        _wait()
+        _wait(arguments[0])
         return self._clock() - started
 
 
-def _wait() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+def _wait(bound: tuple[Any, ...]) -> None:
+    for device in {weight.device for weight in bound if isinstance(weight, torch.Tensor) and weight.is_cuda}:
+        torch.cuda.synchronize(device)

@@ -10,12 +10,14 @@ patterns, most of them cheap) and not too large; then the first call of each mea
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 
 from torch import nn
 
 from harmonica_rt.capture.roles import Role
+from harmonica_rt.errors import RegionError
 from harmonica_rt.lower import plain
 from harmonica_rt.lower.compiled import CompiledRegion
 from harmonica_rt.lower.faster import Faster
@@ -25,6 +27,8 @@ from harmonica_rt.passes.hoist import cut
 from harmonica_rt.passes.regions import Region, divide, operators, sections, whole
 from harmonica_rt.passes.specialise import StepGraph
 from harmonica_rt.plan.plan import Plan
+
+log = logging.getLogger(__name__)
 
 # When step programs are compiled whole as well. On 2 CPU cores 1000 operators take about half a minute.
 MOST_OPERATORS = 1000  # of all of them
@@ -75,8 +79,13 @@ class InductorLowering(FusedLowering):
         if region is None:
             return program
         started = time.perf_counter()
-        compiled = WholeProgram(program.step, region)
-        self.seconds += time.perf_counter() - started
+        try:
+            compiled = WholeProgram(program.step, region)
+        except RegionError as error:
+            log.info("a step program stays in regions: %s", error)
+            return program
+        finally:
+            self.seconds += time.perf_counter() - started
         return Faster(program, compiled)
 
     def _compile(self, region: Region) -> CompiledRegion:

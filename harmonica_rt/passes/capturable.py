@@ -7,17 +7,22 @@ from typing import Any
 import torch
 from torch import fx
 
+from harmonica_rt.capture.inference import draws_numbers
 from harmonica_rt.passes.hoist import Part
 from harmonica_rt.passes.specialise import StepGraph
 
 
-def obstacle(step: StepGraph | Part) -> str | None:
+def obstacle(step: StepGraph | Part, *others: torch.device) -> str | None:
     """The first node that a CUDA graph cannot hold, and why; None where there is none.
 
     A graph replays the same launches with the same addresses: nothing in it may wait for a value, have a size that
     depends on one, live on another device, or draw random numbers (a recorded generator needs to be registered).
+
+    Args:
+        step: the graph.
+        others: devices that it is recorded on, or with; a graph may lie on the CPU as a whole.
     """
-    devices = {device for node in step.graph.nodes if (device := _device(node)) is not None}
+    devices = {*others} | {device for node in step.graph.nodes if (device := _device(node)) is not None}
     for node in step.graph.nodes:
         reason = None if _is_number(node, step) else _reason(node, devices)
         if reason is not None:
@@ -34,7 +39,7 @@ def _reason(node: fx.Node, devices: set[torch.device]) -> str | None:
         return "waits for a value"
     if torch.Tag.dynamic_output_shape in tags and not _indexes_by_position(node):
         return "has a size that depends on values"
-    if torch.Tag.nondeterministic_seeded in tags and _draws(node):
+    if draws_numbers(node):
         return "draws random numbers (is a dropout on?)"
     return None
 
@@ -57,13 +62,3 @@ def _indexes_by_position(node: fx.Node) -> bool:
         return False
     indices: Any = node.args[1]
     return all(index is None or index.meta["val"].dtype is not torch.bool for index in indices)
-
-
-def _draws(node: fx.Node) -> bool:
-    """Attention is tagged as random for its dropout; with a rate of zero it draws nothing."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    for position, argument in enumerate(schema.arguments):
-        if argument.name in ("dropout_p", "p", "drop_p"):
-            given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-            return bool(given if given is not None else argument.default_value)
-    return True

@@ -22,7 +22,8 @@ from harmonica_rt.runtime.buffers import SlotBuffers
 from harmonica_rt.runtime.engine import RunKey
 from harmonica_rt.runtime.graphed import GraphedPrograms
 from harmonica_rt.runtime.graphs import Pool
-from harmonica_rt.runtime.prologue import ForecastKey, HoistedMemory, LoweredPart, LoweredPrologue, StreamPrologue
+from harmonica_rt.runtime.prologue import ForecastKey, LoweredPart, LoweredPrologue, StreamPrologue
+from harmonica_rt.runtime.static import HoistedMemory
 
 log = logging.getLogger(__name__)
 

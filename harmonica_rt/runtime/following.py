@@ -63,19 +63,19 @@ class Following:
         for scheduler in schedulers:
             self._release(scheduler)
 
-    def replaced(self) -> Any | None:
-        """Follow a scheduler that took the place of another one since the last look (`from_config` makes a new object).
+    def replaced(self) -> list[Any]:
+        """Follow schedulers that took the place of another one since the last look (`from_config` makes a new object).
 
-        Returns it: its run has begun unseen.
+        Returns them: their runs have begun unseen.
         """
-        found = None
+        found = []
         for one in self._followed:
             pipeline = one.pipeline()
             if pipeline is None or pipeline.scheduler is one.scheduler:
                 continue
-            before, found = one.scheduler, pipeline.scheduler
-            self._watch(found)
-            one.scheduler = found
+            before, one.scheduler = one.scheduler, pipeline.scheduler
+            self._watch(one.scheduler)
+            found.append(one.scheduler)
             self._release(before)
         return found
 

@@ -87,7 +87,7 @@ class GraphedPrograms:
         fixed = [self._leaves.tensors.get(str(index)) for index in range(len(leaves))]
         given = [hoisted[name] for name in program.step.hoisted]
         body = functools.partial(program, bound, fixed, *slots, given)
-        return self._warm_up_or_record(place, program, body, lambda: obstacle(program.step))
+        return self._warm_up_or_record(place, program, body, lambda: obstacle(program.step, self._pool.device))
 
     def run_prologue(
         self,
@@ -122,7 +122,12 @@ class GraphedPrograms:
         if prologue not in self._warm:
             fill()
         parts = (prologue.once.part, prologue.each.part)
-        self._warm_up_or_record(prologue, prologue, fill, lambda: next(filter(None, map(obstacle, parts)), None))
+        self._warm_up_or_record(
+            prologue,
+            prologue,
+            fill,
+            lambda: next(filter(None, (obstacle(part, self._pool.device) for part in parts)), None),
+        )
 
     def _warm_up_or_record(
         self, key: Hashable, whose: Hashable, body: Body, find_obstacle: Callable[[], str | None]

@@ -29,9 +29,10 @@ class Graph(Protocol):
 
 
 class Pool(Protocol):
-    """Records bodies into memory that they share."""
+    """Records bodies into memory that they share, on one device."""
 
     nbytes: int
+    device: torch.device
 
     def warm_up(self, body: Body) -> tuple[Any, ...]:
         """Run `body` once as it will be recorded, so that nothing is loaded or tuned while recording; its outputs."""
@@ -80,14 +81,14 @@ class CudaPool:
 
     def __init__(self, device: torch.device) -> None:
         self.nbytes = 0
-        self._device = device
+        self.device = device
         self._handle = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
         self._anchor: Graph | None = None  # a pool is freed with its last graph, and its handle is no good from then on
 
     def warm_up(self, body: Body) -> tuple[Any, ...]:
         """See `Pool.warm_up`: on the stream that records, because libraries keep workspaces for each stream."""
-        current = torch.cuda.current_stream(self._device)
+        current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             outputs = body()
@@ -96,20 +97,20 @@ class CudaPool:
 
     def record(self, body: Body) -> Graph:
         """See `Pool.record`."""
-        torch.cuda.synchronize(self._device)
-        before = torch.cuda.memory_reserved(self._device)
+        torch.cuda.synchronize(self.device)
+        before = torch.cuda.memory_reserved(self.device)
         if self._anchor is None:
-            self._anchor = self._recorded(lambda: (torch.zeros(1, device=self._device),))
+            self._anchor = self._recorded(lambda: (torch.zeros(1, device=self.device),))
         graph = self._recorded(body)
-        self.nbytes += torch.cuda.memory_reserved(self._device) - before
+        self.nbytes += torch.cuda.memory_reserved(self.device) - before
         return graph
 
     def seconds(self, run: Callable[[], object]) -> float:
         """See `Pool.seconds`."""
-        torch.cuda.synchronize(self._device)
+        torch.cuda.synchronize(self.device)
         started = time.perf_counter()
         run()
-        torch.cuda.synchronize(self._device)
+        torch.cuda.synchronize(self.device)
         return time.perf_counter() - started
 
     def _recorded(self, body: Body) -> Graph:

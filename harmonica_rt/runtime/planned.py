@@ -56,26 +56,39 @@ class ReadingStream:
 
     def __init__(self, engine: PlannedEngine, stream: Stream, reads: RequestReads) -> None:
         self._engine = engine
-        self._stream = stream
-        self._reads: RequestReads | None = reads
+        self._held: list[tuple[Stream, RequestReads | None]] = [(stream, reads)]  # the one in use first
+        self._asked = True  # whether the request at hand reads what the stream in use holds for
         self._begun = False
 
     def begin(self) -> None:
         """See `Stream.begin`."""
-        self._stream.begin()
+        self._held[0][0].begin()
+        self._asked = not self._begun  # the first request is the one that the stream was made for
         self._begun = True
 
     def end(self) -> None:
         """See `Stream.end`."""
-        self._stream.end()
+        self._held[0][0].end()
 
     def run(self, step: StepIndex, call: Call, *, catch_up: bool) -> Any:
         """See `Stream.run`."""
-        if self._begun and self._reads is not None and not self._reads.hold(call.leaves):
-            self._stream.end()
-            self._stream, self._reads = self._engine.stream_for(call)
-        self._begun = False
-        return self._stream.run(step, call, catch_up=catch_up)
+        if not self._asked:
+            self._choose(call)
+        return self._held[0][0].run(step, call, catch_up=catch_up)
+
+    def _choose(self, call: Call) -> None:
+        """Use the stream that holds for what the model reads of this request."""
+        self._asked = True
+        fitting = next((one for one in self._held if one[1] is None or one[1].hold(call.leaves)), None)
+        if fitting is self._held[0]:
+            return
+        self.end()
+        if fitting is None:
+            self._held.insert(0, self._engine.stream_for(call))
+        else:
+            self._held.remove(fitting)
+            self._held.insert(0, fitting)
+            fitting[0].begin()
 
 
 class PlannedEngine:
@@ -133,9 +146,9 @@ class PlannedEngine:
 
     def stream_for(self, call: Call) -> tuple[Stream, RequestReads | None]:
         """A stream for `call`, and the values of its request that it holds for; None where it holds for all."""
-        found = None
-        if call.signature not in self.failures:
-            found = self._planned_for(call) or self._add_plan(call)
+        found = self._planned_for(call)
+        if found is None and call.signature not in self.failures:
+            found = self._add_plan(call)
         if found is None:
             return self._reference.new_stream(call), None
         return found.new_stream(), found.plan.captured.reads

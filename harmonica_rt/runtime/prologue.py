@@ -24,7 +24,7 @@ from harmonica_rt.errors import RunError
 from harmonica_rt.indices import StepIndex
 from harmonica_rt.passes.hoist import Part, Prologue
 from harmonica_rt.runtime.engine import RunKey
-from harmonica_rt.runtime.static import StaticRows, StaticTensors
+from harmonica_rt.runtime.static import HoistedMemory
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ class LoweredPrologue:
         self.each = LoweredPart(prologue.each, root)
         self.steps = steps
         self.batches = True  # until an operator turns out to have no batching rule
+        self._has_batched = False
         self._forecasts: OrderedDict[ForecastKey, Timesteps] = OrderedDict()
 
     def forecast(self, key: ForecastKey) -> Timesteps | None:
@@ -115,11 +116,15 @@ class LoweredPrologue:
             *(None for _ in given),
         )
         try:
-            return tuple(torch.vmap(self.each.run, in_dims=dims)(*bound, *inputs, *given))
+            values = tuple(torch.vmap(self.each.run, in_dims=dims)(*bound, *inputs, *given))
         except (RuntimeError, NotImplementedError) as error:
+            if self._has_batched or isinstance(error, torch.OutOfMemoryError):
+                raise
             log.info("timestep-only values are computed step by step: %s", str(error).partition("\n")[0])
             self.batches = False
             return None
+        self._has_batched = True
+        return values
 
 
 class PrologueGraphs(Protocol):
@@ -133,46 +138,6 @@ class PrologueGraphs(Protocol):
         body: Callable[[Sequence[Any], Sequence[torch.Tensor]], None],
     ) -> None:
         """Have `body` compute the values of all steps, or replay what it did."""
-
-
-class HoistedMemory:
-    """Hoisted values at fixed addresses, for one stream after another."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, torch.Tensor] = {}
-        self._once = StaticTensors()
-        self._each: StaticRows | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all of them."""
-        return self._once.nbytes + (self._each.nbytes if self._each is not None else 0)
-
-    def begin(
-        self, once: Mapping[str, torch.Tensor], each: Sequence[str], steps: tuple[torch.Tensor, ...] | None
-    ) -> None:
-        """Take the values of a request, and those of all its steps where they are known."""
-        self._once.put(once)
-        self.tensors.update(self._once.tensors)
-        if steps is not None:
-            self._rows({name: value[0] for name, value in zip(each, steps, strict=True)}).tabulate(each, steps)
-
-    def select(self, step: StepIndex) -> dict[str, torch.Tensor]:
-        """All values, those of `step` among them."""
-        if self._each is not None:
-            self._each.select(step)
-        return self.tensors
-
-    def put(self, each: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """All values, these of a step among them."""
-        self._rows(each).put(each)
-        return self.tensors
-
-    def _rows(self, examples: Mapping[str, torch.Tensor]) -> StaticRows:
-        if self._each is None:
-            self._each = StaticRows(examples)
-            self.tensors.update(self._each.tensors)
-        return self._each
 
 
 class StreamPrologue:
@@ -254,7 +219,7 @@ class StreamPrologue:
             return
         wrong = False
         if self._trusted and foreseen is not None:
-            rows = torch.tensor(self._visited, device=given[0].device)
+            rows = self._visited
             wrong = not all(torch.equal(a[rows], b[rows]) for a, b in zip(foreseen, given, strict=True))
         if wrong:
             self._lowered.forget(self._key)

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from harmonica_rt.capture.call import Call
 from harmonica_rt.capture.forward import own_forward
-from harmonica_rt.capture.graph import check_site_result
+from harmonica_rt.capture.marking import check_site_result
 from harmonica_rt.errors import SiteError
 from harmonica_rt.indices import SiteIndex, StepIndex
 from harmonica_rt.runtime.engine import RunKey

@@ -132,9 +132,10 @@ class Session:
 
     def _call_in_pipeline(self, call: Call, uncached: Callable[[], Any]) -> Any:
         caller, replaced = calling_scheduler(), self._following.replaced()
-        if replaced is not None and (caller is None or caller is replaced):
+        begun = [scheduler for scheduler in replaced if caller is None or caller is scheduler]
+        if begun:
             self._begin()
-            self._scheduler = replaced
+            self._scheduler = begun[-1]
         self._check_not_displaced()
         run = self._run
         if run is None or (caller is not None and caller is not self._scheduler):

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from harmonica_rt.indices import StepIndex
+
 ALIGNMENT = 64  # bytes
 
 _Kind = tuple[torch.dtype, torch.device]
@@ -97,6 +99,46 @@ class StaticRows:
         """Bring in the values of a step of the table."""
         for kind, row in self._row.items():
             row.copy_(self._table[kind][step])
+
+
+class HoistedMemory:
+    """Hoisted values at fixed addresses, for one stream after another."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._once = StaticTensors()
+        self._each: StaticRows | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return self._once.nbytes + (self._each.nbytes if self._each is not None else 0)
+
+    def begin(
+        self, once: Mapping[str, torch.Tensor], each: Sequence[str], steps: tuple[torch.Tensor, ...] | None
+    ) -> None:
+        """Take the values of a request, and those of all its steps where they are known."""
+        self._once.put(once)
+        self.tensors.update(self._once.tensors)
+        if steps is not None:
+            self._rows({name: value[0] for name, value in zip(each, steps, strict=True)}).tabulate(each, steps)
+
+    def select(self, step: StepIndex) -> dict[str, torch.Tensor]:
+        """All values, those of `step` among them."""
+        if self._each is not None:
+            self._each.select(step)
+        return self.tensors
+
+    def put(self, each: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """All values, these of a step among them."""
+        self._rows(each).put(each)
+        return self.tensors
+
+    def _rows(self, examples: Mapping[str, torch.Tensor]) -> StaticRows:
+        if self._each is None:
+            self._each = StaticRows(examples)
+            self.tensors.update(self._each.tensors)
+        return self._each
 
 
 def distinct(tensor: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:

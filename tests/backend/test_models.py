@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 
 import harmonica_rt as hrt
 from harmonica_rt import Schedule
+from harmonica_rt.capture.reasons import CaptureError
 from harmonica_rt.errors import HarmonicaError, RunError
 from tests.models import Stack, stack, stack_call
 from tests.tiny import random_schedule
@@ -207,6 +208,13 @@ def test_a_graph_break_names_the_sites_that_are_missing() -> None:
     with pytest.raises(BackendCompilerFailed, match=r"lacks 2 of 4 sites: blocks\.1\.attn, blocks\.1\.mlp.*fullgraph"):
         run(compiled, 1)
     assert counters["graph_break"]
+
+
+def test_a_dropout_left_on_is_said(model: Stack, schedule: Schedule) -> None:
+    model.blocks[0].mlp.append(nn.Dropout(0.5))  # type: ignore[union-attr,operator]
+    assert not model.training
+    with pytest.raises(CaptureError, match=r"training mode.*call model\.eval\(\)"):
+        run(compiled_of(model, schedule))
 
 
 def test_what_else_stands_in_the_way_is_said(model: Stack, schedule: Schedule) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import harmonica_rt as hrt
+from harmonica_rt.capture.call import Call, CallConvention
 from harmonica_rt.capture.reasons import CaptureError, Obstacle
 from harmonica_rt.errors import PlanFileError
 from tests.models import SITES, Block, Stack
@@ -132,6 +134,44 @@ def test_a_request_that_changes_in_mid_run_changes_the_graph() -> None:
             assert torch.equal(outputs[step], model(**call(step, lengths[step])))
     assert torch.equal(again[1], model(**call(1, 5)))
     assert torch.equal(again[3], model(**call(3, 3)))
+
+
+class Stops(Reader):
+    """Reads a weight for requests of length 3: there is no plan for those."""
+
+    def read(self, prompt: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return prompt * float(self.embed.weight.sum()) if int(mask.sum(dim=1).max()) == 3 else prompt
+
+
+def test_a_plan_that_holds_is_used_whatever_else_cannot_be_captured() -> None:
+    model = reader(Stops)
+    compiled = hrt.compile(model, schedule(model), lowering="plain")
+    for length in (2, 3, 2):
+        truth = hrt.reference(model, schedule(model))
+        compiled.reset()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            got = run(compiled, [length] * STEPS)
+        assert [one.category for one in caught] == ([hrt.FallbackWarning] if length == 3 else [])
+        assert all(map(torch.equal, got, run(truth, [length] * STEPS)))
+    assert len(compiled._planned.plans) == 1
+    assert compiled._planned.stream_for(_normal(model, 2))[1] is not None  # by the plan
+    assert compiled._planned.stream_for(_normal(model, 3))[1] is None  # eagerly
+
+
+def _normal(model: nn.Module, length: int) -> Call:
+    return CallConvention(model).normalise((), call(0, length))
+
+
+def test_requests_that_take_turns_share_their_streams() -> None:
+    model = reader(Item)
+    steps = 8
+    plan = hrt.Schedule.every(2, steps=steps, sites=hrt.find_sites(model, SITES))
+    compiled = hrt.compile(model, plan, lowering="plain", strict=True)
+    for step in range(steps):
+        output = compiled(**call(step, 3 + step % 2))
+        assert torch.equal(output, model(**call(step, 3 + step % 2)))  # each change computes in full
+    assert [len(runtime._lent) for runtime in compiled._planned.plans.values()] == [1, 1]
 
 
 def test_fused_holds_for_models_that_read() -> None:

@@ -113,6 +113,18 @@ def test_the_first_call_measures_and_the_faster_program_stays() -> None:
     assert slower((), [], [], [])[0] == "whole"
 
 
+def test_what_cannot_be_compiled_whole_stays_in_regions(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(step: Any, region: Region) -> Any:
+        raise RegionError("too much at once")
+
+    monkeypatch.setattr(inductor, "WholeProgram", refuse)
+    model = stack()
+    schedule = Schedule.every(2, steps=STEPS, sites=find_sites(model))
+    compiled = hrt.compile(model, schedule, lowering="inductor", strict=True)
+    torch.testing.assert_close(run(compiled), run(hrt.reference(model, schedule)))
+    assert compiled.report().plans[0].whole == (0, 0)
+
+
 @pytest.mark.parametrize("which", ["first", "second"], ids=["regions", "whole"])
 def test_both_give_what_the_model_gives(monkeypatch: pytest.MonkeyPatch, which: str) -> None:
     monkeypatch.setattr(Faster, "_measured", lambda self, arguments: getattr(self, which))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import harmonica_rt as hrt
 from harmonica_rt.api import CompiledModel
+from harmonica_rt.passes.capturable import obstacle
 from harmonica_rt.schedule import Schedule
 from tests import tiny
 from tests.models import stack, stack_call
@@ -128,6 +129,35 @@ def test_what_cannot_be_batched_is_computed_step_by_step(case: Case, monkeypatch
     for classes in range(4):
         assert case.agree(dit_calls(classes))
     assert case.pool.recorded == case.steps_recorded
+
+
+def test_a_part_that_lies_on_the_cpu_is_not_recorded_for_another_device() -> None:
+    model = stack()
+    schedule = Schedule.every(2, steps=STEPS, sites=hrt.find_sites(model))
+    compiled = compiled_with(model, schedule, StandInPool(), lowering="fused")
+    run(compiled, [stack_call(step) for step in range(STEPS)])
+    (runtime,) = compiled._planned.plans.values()
+    part = runtime._prologue.each.part
+    assert obstacle(part, torch.device("cpu")) is None
+    assert "lies on the CPU, other values do not" in (obstacle(part, torch.device("cuda")) or "")
+
+
+def test_a_failure_after_a_pass_that_was_batched_is_no_missing_rule(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for classes in range(2):
+        assert case.agree(dit_calls(classes))
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "vmap", fail)
+        with pytest.raises(RuntimeError, match="not permitted"):
+            run(case.compiled, dit_calls(2))
+    assert case.agree(dit_calls(3))  # batched again
+    (runtime,) = case.compiled._planned.plans.values()
+    assert runtime._prologue.batches
 
 
 def test_a_refused_recording_runs_plainly_and_says_so() -> None:
