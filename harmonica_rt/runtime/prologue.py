@@ -117,7 +117,7 @@ class LoweredPrologue:
         )
         try:
             values = tuple(torch.vmap(self.each.run, in_dims=dims)(*bound, *inputs, *given))
-        except (RuntimeError, NotImplementedError) as error:
+        except (RuntimeError, NotImplementedError) as error:  # as an operator without a batching rule gives
             if self._has_batched or isinstance(error, torch.OutOfMemoryError):
                 raise
             log.info("timestep-only values are computed step by step: %s", str(error).partition("\n")[0])

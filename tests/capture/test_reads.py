@@ -30,7 +30,7 @@ class Reader(Stack):
 
     def read(self, prompt: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """A part of the prompt: [B, L, D] or [L, D]."""
-        raise NotImplementedError
+        raise NotImplementedError("each kind of reader says how it reads")
 
 
 class Item(Reader):
