@@ -6,6 +6,7 @@ import argparse
 import importlib
 import subprocess
 import sys
+from collections.abc import Iterable
 
 from benchmarks import rows
 
@@ -37,7 +38,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)} (default: all)")
     parser.add_argument("--repeats", type=int, default=7, help="interleaved rounds of each timing (default: 7)")
     parser.add_argument("--quick", action="store_true", help="smaller models and fewer steps: does it run at all?")
-    parser.add_argument("--only", default="", metavar="TEXT", help="of end_to_end, the cases whose name holds this")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="of end_to_end or zoo, the cases with this name or text"
+    )
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/NAME.json")
     options = parser.parse_args()
     unknown = [name for name in options.names if name not in BENCHMARKS]
@@ -46,21 +49,28 @@ def main() -> None:
     if options.repeats < 1:
         parser.error("--repeats must be at least 1")
     names = options.names or list(BENCHMARKS)
-    if options.only and names != ["end_to_end"]:
-        parser.error("--only goes with end_to_end alone")
+    if options.only and names not in (["end_to_end"], ["zoo"]):
+        parser.error("--only goes with end_to_end or zoo alone")
     shared = [argument for argument in sys.argv[1:] if argument not in BENCHMARKS]
-    if len(names) > 1:  # each in a process of its own, so that none measures another's memory
-        sys.exit(max(subprocess.call([sys.executable, "-m", "benchmarks", name, *shared]) for name in names))
-    if names[0] in OWN_COMMANDS:
-        importlib.import_module(f"benchmarks.{names[0]}.__main__").main(shared)
+    if len(names) > 1:
+        sys.exit(_each(([name] for name in names), shared))
+    [name] = names
+    if name in OWN_COMMANDS:
+        importlib.import_module(f"benchmarks.{name}.__main__").main(shared)
         return
-    for name in names:
-        only = {"only": options.only} if options.only else {}
-        benchmark = importlib.import_module(f"benchmarks.{name}")
-        measured = benchmark.run(repeats=options.repeats, quick=options.quick, **only)
-        rows.show(measured)
-        if options.save:
-            print(f"written to {rows.save(name, measured)}")
+    benchmark = importlib.import_module(f"benchmarks.{name}")
+    if hasattr(benchmark, "cases") and not options.only:
+        sys.exit(_each(([name, "--only", case] for case in benchmark.cases(quick=options.quick)), shared))
+    only = {"only": options.only} if options.only else {}
+    measured = benchmark.run(repeats=options.repeats, quick=options.quick, **only)
+    rows.show(measured)
+    if options.save:
+        print(f"written to {rows.save(name, measured)}")
+
+
+def _each(runs: Iterable[list[str]], shared: list[str]) -> int:
+    """Each run in a process of its own, so that none measures another's memory or finds its caches warm."""
+    return max(subprocess.call([sys.executable, "-m", "benchmarks", *run, *shared]) for run in runs)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import ConstantArgument, OutputKind, TensorArgument
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
+from harmonica_rt.capture.functional import functionalise, is_mutating
+from harmonica_rt.capture.layout import same_layout
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
-
-
-def is_mutating(node: fx.Node) -> bool:
-    """Whether the node's operator writes to one of its arguments."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 @contextmanager
@@ -64,13 +62,14 @@ def export_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     Raises:
         CaptureError: it cannot be traced, or is not a function of its arguments.
     """
-    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+    lazily = _use_lazy_graph_module(True)  # no one calls the modules that tracing makes on its way: no code for them
+    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad(), lazily:
         # Raised inside torch.export by torch's own use of its deprecated names.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
         args, kwargs = pytree.tree_map_only(torch.Tensor, _as_ordinary, (args, kwargs))
         try:
             program = torch.export.export(module, args, kwargs, strict=False)
-            if any(is_mutating(node) for node in program.graph.nodes):
+            if not functionalise(program):
                 program = program.run_decompositions({})
         except CaptureError:
             raise
@@ -136,8 +135,7 @@ def _same_layout(node: fx.Node) -> bool:
     source = node.args[0]
     if not isinstance(source, fx.Node):
         return False
-    a, b = node.meta["val"], source.meta["val"]
-    return bool(a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride())
+    return same_layout(node.meta["val"], source.meta["val"])
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Copies of tensors with given strides."""
+"""Layouts of tensors, and copies with given strides."""
 
 from __future__ import annotations
 
@@ -16,3 +16,8 @@ def laid_out(value: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
         if stride == 0:
             value = value.narrow(dim, 0, 1)
     return value.new_empty_strided(value.shape, tuple(strides)).copy_(value).expand(shape)
+
+
+def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors agree in dtype, shape and strides."""
+    return a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx
 
-from harmonica_rt.capture.export import is_mutating
+from harmonica_rt.capture.functional import is_mutating
 from harmonica_rt.capture.graph import CapturedGraph
 from harmonica_rt.errors import InvariantError
 from harmonica_rt.indices import SiteIndex, SiteOutput

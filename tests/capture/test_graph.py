@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from harmonica_rt import find_sites
 from harmonica_rt.capture.call import CallConvention
-from harmonica_rt.capture.export import is_mutating
+from harmonica_rt.capture.functional import is_mutating
 from harmonica_rt.capture.graph import CapturedGraph, capture
 from harmonica_rt.capture.reasons import CaptureError, Obstacle
 from harmonica_rt.capture.snapshot import ModelSnapshot

@@ -1,0 +1,146 @@
+"""In-place operations of a traced graph, rewritten to operations that return what they would have written.
+
+Only what views or writes a storage that is written to is traced again, by torch's own functionalisation: a mask filled
+in place would else cost a second trace of the whole model, which takes longer than the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._C._functorch import is_batchedtensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from harmonica_rt.capture.layout import same_layout
+from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
+
+
+def is_mutating(node: fx.Node) -> bool:
+    """Whether the node's operator writes to one of its arguments."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def functionalise(program: torch.export.ExportedProgram) -> bool:
+    """Replace the nodes of the program's graph that write in place; whether that could be done.
+
+    It cannot where a value would be read with another layout than it was traced with, where a nested graph views what
+    is written, or under `torch.vmap`, whose values have no storages; those nodes are then still there.
+
+    Raises:
+        CaptureError: an argument of the graph, or a weight, is written to.
+    """
+    graph = program.graph
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.detach_.default):
+        node.replace_all_uses_with(node.args[0])  # it writes no values
+        graph.erase_node(node)
+    if not any(map(is_mutating, graph.nodes)):
+        return True
+    if any(is_batchedtensor(value) for node in graph.nodes for value in _tensors(node)):
+        return False
+    written = {storage for node in graph.nodes if is_mutating(node) for storage in _written(node)}
+    region = _Region(graph, written)
+    targets = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs}
+    for argument in region.arguments:
+        detail = f"it writes to {targets.get(argument.name) or argument.target}"
+        raise CaptureError(CaptureFailure(Obstacle.MUTATION, detail))
+    return region.replace()
+
+
+class _Region:
+    """The nodes that view or write the storages `written`, and who reads the values of those when.
+
+    Attributes:
+        arguments: those of the graph that are written to.
+    """
+
+    def __init__(self, graph: fx.Graph, written: set[int]) -> None:
+        self._order: list[tuple[fx.Node, list[fx.Node]]] = []  # node, what of those storages it takes
+        self._inside: set[fx.Node] = set()
+        for node in graph.nodes:
+            taken = [value for value in node.all_input_nodes if self._is_value(value) and _touches(value, written)]
+            if taken:
+                self._order.append((node, taken))
+            if taken and (is_mutating(node) or _touches(node, written)):
+                self._inside.add(node)
+        inputs = {value: None for node, _ in self._order for value in node.all_input_nodes if node in self._inside}
+        self._inputs = [value for value in inputs if value not in self._inside]
+        self.arguments = [value for value in self._inputs if value.op == "placeholder" and _touches(value, written)]
+        self._reads = [(node, value) for node, taken in self._order if node not in self._inside for value in taken]
+
+    def _is_value(self, node: fx.Node) -> bool:
+        """Not several values made outside, of which each has a node of its own."""
+        return node in self._inside or isinstance(node.meta.get("val"), torch.Tensor)
+
+    def replace(self) -> bool:
+        """See `functionalise`."""
+        if any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in self._inside):
+            return False
+        with fx.traceback.preserve_node_meta():
+            run = make_fx(torch.func.functionalize(self._run))(*(node.meta["val"] for node in self._inputs))
+        traced, output = run.graph, run.graph.output_node()
+        copies: Any = output.args[0]
+        current: list[fx.Node] = [copy.args[0] for copy in copies]
+        layouts = ((new.meta["val"], old.meta["val"]) for new, (_, old) in zip(current, self._reads, strict=True))
+        if not all(same_layout(new, old) for new, old in layouts) or traced.find_nodes(op="get_attr"):
+            return False
+        output.args = (current,)
+        traced.eliminate_dead_code()
+        self._splice(traced, current)
+        return True
+
+    def _run(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        """Compute the region; copies of what is read, made when it is read."""
+        values: dict[fx.Node, Any] = dict(zip(self._inputs, inputs, strict=True))
+        read = []
+        for node, taken in self._order:
+            if node not in self._inside:
+                for value in taken:
+                    with fx.traceback.set_current_meta(value):
+                        read.append(values[value].clone())
+                continue
+            with fx.traceback.set_current_meta(node):
+                args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+                operator: Any = node.target
+                values[node] = operator(*args, **kwargs)
+        return read
+
+    def _splice(self, traced: fx.Graph, current: list[fx.Node]) -> None:
+        """Put the traced nodes before those that read them, and take out the region."""
+        copied = dict(zip(traced.find_nodes(op="placeholder"), self._inputs, strict=True))
+        waiting = (node for node in traced.nodes if node.op == "call_function")
+        for (reader, old), new in zip(self._reads, current, strict=True):
+            with reader.graph.inserting_before(reader):
+                while new not in copied:
+                    node = next(waiting)
+                    copied[node] = reader.graph.node_copy(node, copied.__getitem__)
+            reader.replace_input_with(old, copied[new])
+        for node in reversed([node for node, _ in self._order if node in self._inside]):
+            node.graph.erase_node(node)
+
+
+def _written(node: fx.Node) -> Iterator[int]:
+    """The storages that a node writes to."""
+    operator: Any = node.target
+    for index, argument in enumerate(operator._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+            for leaf in pytree.tree_leaves(value):
+                if isinstance(leaf, fx.Node):
+                    yield from _storages(leaf)
+
+
+def _touches(node: fx.Node, storages: set[int]) -> bool:
+    return not storages.isdisjoint(_storages(node))
+
+
+def _storages(node: fx.Node) -> set[int]:
+    """The storages of a node's values, as they were traced."""
+    return {value.untyped_storage()._cdata for value in _tensors(node)}
+
+
+def _tensors(node: fx.Node) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor)]
