@@ -1,14 +1,13 @@
 """Seconds to compile every transformer class of diffusers at its published geometry, lowering `fused`, without weights.
 
-Models and calls lie on the meta device: compiling looks at no value. A class whose call reads values (lengths in masks)
-cannot be traced there, nor one with flex attention: it is compiled on the CPU, its weights one number each that stands
-for all (they take no memory), and its latents few, since the model runs once. `python -m benchmarks.zoo` writes
-docs/zoo.md: what works, at tiny sizes, with the seconds of the last saved benchmark.
+Models and calls lie on the meta device: compiling looks at no value. A class that reads values of its call (lengths in
+masks) cannot be traced there, nor one with flex attention: it is compiled on the CPU, its weights one number each that
+stands for all, so that they take no memory. `python -m benchmarks.zoo` writes docs/zoo.md: what works, at tiny sizes,
+with the seconds of the last saved benchmark.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import time
@@ -31,13 +30,12 @@ from harmonica_rt.capture.roles import roles
 from harmonica_rt.lower import lower
 from harmonica_rt.plan.invariants import check_plan
 from harmonica_rt.plan.plan import build_plan
-from tests.zoo.entry import Entry, Size, calls_of, model_of
+from tests.zoo.entry import Entry, calls_of, model_of
 from tests.zoo.run import STEPS
 from tests.zoo.run import run as run_tiny
 from tests.zoo.table import NO_DENOISER, ZOO
 
 PAGE = Path(__file__).parent.parent / "docs" / "zoo.md"
-FEW = 16  # latents along a side, where the model has to run
 QUICK = ("DiTTransformer2DModel", "FluxTransformer2DModel")
 
 
@@ -59,11 +57,10 @@ def _rows(name: str, entry: Entry) -> list[Row]:
     billions = sum(parameter.numel() for parameter in model.parameters()) / 1e9
     case = f"{name}, {billions:.1f} G parameters"
     try:
-        seconds = compile_seconds(model, entry, entry.size, "meta")
+        seconds = compile_seconds(model, entry, "meta")
     except CaptureError as error:
         print(f"{name}: {error.failure.detail}")
-        few = dataclasses.replace(entry.size, frames=min(entry.size.frames, 5), height=FEW, width=FEW)
-        seconds = compile_seconds(without_memory(name, entry), entry, few, "cpu")
+        seconds = compile_seconds(without_memory(name, entry), entry, "cpu")
         case += ", on the CPU"
     parts = [Row("zoo", case, "every(2), 20 steps", part, value, "s") for part, value in seconds.items()]
     total = Row("zoo", case, "every(2), 20 steps", "compile", sum(seconds.values()), "s", target="at most 60")
@@ -81,13 +78,13 @@ def without_memory(name: str, entry: Entry) -> nn.Module:
     return model
 
 
-def compile_seconds(model: nn.Module, entry: Entry, size: Size, device: str) -> dict[str, float]:
+def compile_seconds(model: nn.Module, entry: Entry, device: str) -> dict[str, float]:
     """Seconds of each part of a compile, for 20 steps of which every second one reuses all sites.
 
     Raises:
         CaptureError: the model cannot be captured there.
     """
-    kwargs: dict[str, Any] = calls_of(entry, model, size, 1)[0]
+    kwargs: dict[str, Any] = calls_of(entry, model, entry.size, 1)[0]
     call = CallConvention(model).normalise((), pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), kwargs))
     schedule = hrt.Schedule.every(2, steps=20, sites=hrt.find_sites(model))
     times = [time.perf_counter()]
@@ -122,9 +119,9 @@ def page(lines: Sequence[str]) -> str:
 tests as a model of two or so blocks with random weights and a random schedule of {STEPS} steps: `plain` equals
 the reference bit for bit on CPU, `fused` is within the measured tolerance, and what is reused is what the
 schedule asked for. CUR and theoretical speed-up are those of that schedule and that tiny model. Seconds are those
-of a compile at the published geometry on the meta device (`python -m benchmarks zoo`), or, marked with a star, on the
-CPU with few latents, where a model reads values (lengths of prompts, in masks) or has flex attention; none where it was
-not measured yet.
+of a compile at the published geometry on two cores, on the meta device (`python -m benchmarks zoo`) or, marked with a
+star, on the CPU with weights of one number each, where a model reads values (lengths of prompts, in masks) or has flex
+attention.
 
 Written by `python -m benchmarks.zoo`.
 

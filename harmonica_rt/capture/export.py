@@ -19,6 +19,14 @@ from harmonica_rt.capture.layout import same_layout
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
 
 
+class GivenUp(Exception):
+    """Carries the reason out of a trace that was given up: torch.export prints the graph of some errors, this not."""
+
+    def __init__(self, error: CaptureError) -> None:
+        super().__init__()
+        self.error = error
+
+
 @contextmanager
 def attributes_kept(model: nn.Module) -> Iterator[None]:
     """Undo what happens to attributes within this block: tracing would leave tensors without values in them."""
@@ -71,12 +79,12 @@ def export_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
             program = torch.export.export(module, args, kwargs, strict=False)
             if not functionalise(program):
                 program = program.run_decompositions({})
+        except GivenUp as given_up:
+            raise given_up.error from None
         except CaptureError:
             raise
         except Exception as error:  # torch.export raises a dozen unrelated types; each becomes a reason, none is lost
-            raise CaptureError(
-                CaptureFailure(Obstacle.EXPORT, f"{type(error).__name__}: {_first_line(error)}", stack=_where(error))
-            ) from error
+            raise not_traced(error) from error
     _check_functional_signature(program)
     remove_identities(program.graph)
     return program
@@ -136,6 +144,12 @@ def _same_layout(node: fx.Node) -> bool:
     if not isinstance(source, fx.Node):
         return False
     return same_layout(node.meta["val"], source.meta["val"])
+
+
+def not_traced(error: Exception) -> CaptureError:
+    """What says that tracing a model failed with `error`."""
+    detail = f"{type(error).__name__}: {_first_line(error)}"
+    return CaptureError(CaptureFailure(Obstacle.EXPORT, detail, stack=_where(error)))
 
 
 def _first_line(error: BaseException) -> str:

@@ -41,7 +41,7 @@ def functionalise(program: torch.export.ExportedProgram) -> bool:
         return True
     if any(is_batchedtensor(value) for node in graph.nodes for value in _tensors(node)):
         return False
-    written = {storage for node in graph.nodes if is_mutating(node) for storage in _written(node)}
+    written = {storage for node in graph.nodes if is_mutating(node) for storage in written_storages(node)}
     region = _Region(graph, written)
     targets = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs}
     for argument in region.arguments:
@@ -122,24 +122,24 @@ class _Region:
             node.graph.erase_node(node)
 
 
-def _written(node: fx.Node) -> Iterator[int]:
-    """The storages that a node writes to."""
+def written_storages(node: fx.Node) -> Iterator[int]:
+    """The storages that a mutating node writes to, as `storages_of` names them."""
     operator: Any = node.target
     for index, argument in enumerate(operator._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
             for leaf in pytree.tree_leaves(value):
                 if isinstance(leaf, fx.Node):
-                    yield from _storages(leaf)
+                    yield from storages_of(leaf)
 
 
 def _touches(node: fx.Node, storages: set[int]) -> bool:
-    return not storages.isdisjoint(_storages(node))
+    return not storages.isdisjoint(storages_of(node))
 
 
-def _storages(node: fx.Node) -> set[int]:
-    """The storages of a node's values, as they were traced."""
-    return {value.untyped_storage()._cdata for value in _tensors(node)}
+def storages_of(node: fx.Node) -> set[int]:
+    """The storages of a node's values, as they were traced. Those of `torch.vmap` have none."""
+    return {value.untyped_storage()._cdata for value in _tensors(node) if not is_batchedtensor(value)}
 
 
 def _tensors(node: fx.Node) -> list[torch.Tensor]:

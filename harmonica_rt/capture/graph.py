@@ -19,13 +19,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, TensorArgument
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from harmonica_rt.capture.call import Call
-from harmonica_rt.capture.export import attributes_kept, export_functional, identities
-from harmonica_rt.capture.forward import only_own_forward
+from harmonica_rt.capture.export import GivenUp, attributes_kept, export_functional, identities, not_traced
+from harmonica_rt.capture.forward import only_own_forward, own_forward
 from harmonica_rt.capture.inference import check_draws_nothing, modes_of
 from harmonica_rt.capture.marking import (
+    StopsAtUnknownSizes,
     check_site_result,
     check_sizes,
     find_site_outputs,
@@ -34,7 +36,6 @@ from harmonica_rt.capture.marking import (
 )
 from harmonica_rt.capture.reads import Reading, RequestReads, reads_of
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
-from harmonica_rt.capture.roles import roles
 from harmonica_rt.capture.snapshot import check_capturable
 from harmonica_rt.indices import SiteIndex
 
@@ -94,7 +95,7 @@ def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph
     if values is not None:
         out_spec = out_spec.child(0)
         read = _drop_outputs(program.graph, len(values))
-        reads = reads_of(program, read, values, inputs, constants, roles(call))
+        reads = reads_of(program, read, values, inputs, constants)
         program.graph.eliminate_dead_code()
     columns = site_columns(model, sites)
     return CapturedGraph(
@@ -116,29 +117,36 @@ def _export(
 ) -> tuple[torch.export.ExportedProgram, list[torch.Tensor] | None]:
     """The traced model; and where its outputs are its own and, beside them, what it read: the values of that.
 
-    A model that cannot be traced may be once it has run: it then has made the tables that it makes at its first call,
-    and what it reads is known.
+    A model that cannot be traced without values is traced with what it reads of its request; or may be once it has run:
+    it then has made the tables that it makes at its first call.
     """
     hooks = [model.get_submodule(site).register_forward_hook(check_site_result, with_kwargs=True) for site in sites]
+
+    def traced(forward: Callable[..., Any]) -> torch.export.ExportedProgram:
+        with only_own_forward(model), attributes_kept(model):
+            model.forward = forward
+            program = export_functional(model, (), call.kwargs)
+        check_sizes(program.graph, site_columns(model, sites))
+        return program
+
+    forward = own_forward(model)
+    reading = Reading(call)
     try:
-        with only_own_forward(model):
-            try:
-                with attributes_kept(model):
-                    program = export_functional(model, (), call.kwargs)
-                check_sizes(program.graph, site_columns(model, sites))
-                return program, None
-            except CaptureError as error:
-                if error.failure.obstacle is not Obstacle.EXPORT or _has_no_values(model, call):
-                    raise
-                before = identities(model)
-                values = _values_read(model, call)
-                if not values and identities(model) == before:
-                    raise
-            with attributes_kept(model):
-                model.forward = _that_reads(model.forward, Reading(values))
-                program = export_functional(model, (), call.kwargs)
-            check_sizes(program.graph, site_columns(model, sites))
-            return program, values
+        try:
+            return traced(_stopping_early(forward)), None
+        except CaptureError as error:
+            if error.failure.obstacle is not Obstacle.EXPORT or _has_no_values(model, call):
+                raise
+            first = error
+        try:
+            return traced(_that_reads(forward, reading)), reading.values
+        except CaptureError as error:
+            before = identities(model)
+            with only_own_forward(model), torch.no_grad():
+                model(**call.kwargs)
+            if identities(model) == before:
+                raise (error if reading.read_anything else first) from None
+        return traced(_that_reads(forward, reading)), reading.values
     finally:
         for hook in hooks:
             hook.remove()
@@ -149,11 +157,15 @@ def _has_no_values(model: nn.Module, call: Call) -> bool:
     return any(tensor.device.type == "meta" for tensor in tensors)
 
 
-def _values_read(model: nn.Module, call: Call) -> list[torch.Tensor]:
-    """What the model reads of tensors in this call, found by running it."""
-    with torch.no_grad(), Reading() as reading:
-        model(**call.kwargs)
-    return reading.values
+def _stopping_early(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward`, which gives up once it cannot be traced."""
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with StopsAtUnknownSizes():
+            return forward(*args, **kwargs)
+
+    return _giving_up(run)
 
 
 def _that_reads(forward: Callable[..., Any], reading: Reading) -> Callable[..., Any]:
@@ -161,9 +173,24 @@ def _that_reads(forward: Callable[..., Any], reading: Reading) -> Callable[..., 
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with reading:
+        with reading.of(kwargs):
             output = forward(*args, **kwargs)
-        return output, reading.all_tensors()
+        return output, tuple(reading.tensors)
+
+    return _giving_up(run)
+
+
+def _giving_up(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward`, whose errors that are about values say that it was given up."""
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return forward(*args, **kwargs)
+        except CaptureError as error:
+            raise GivenUp(error) from error
+        except GuardOnDataDependentSymNode as error:
+            raise GivenUp(not_traced(error)) from error
 
     return run
 

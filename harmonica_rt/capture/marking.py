@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
@@ -18,8 +19,7 @@ from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
 log = logging.getLogger(__name__)
 
 _PRODUCTS = frozenset(
-    f"aten::{name}"
-    for name in (
+    (
         *("linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum"),
         *("scaled_dot_product_attention", "convolution", "conv1d", "conv2d", "conv3d"),
     )
@@ -117,15 +117,32 @@ def check_sizes(graph: fx.Graph, columns: Mapping[str, int]) -> None:
     """
     for node in graph.nodes:
         value = node.meta.get("val")
-        if not isinstance(value, torch.Tensor) or all(isinstance(size, int) for size in value.shape):
+        if not _depends_on_values(value):
             continue
         if site_of(node, lambda path: columns.get(without_call_suffix(path))) is not None or _is_product(node):
-            shape = "x".join(map(str, value.shape))
-            detail = f"the size {shape} depends on values (a data-dependent expression)"
-            raise CaptureError(
-                CaptureFailure(Obstacle.EXPORT, detail, node=node.name, stack=node.meta.get("stack_trace"))
-            )
+            raise CaptureError(_unknown_size(value, node=node.name, stack=node.meta.get("stack_trace")))
+
+
+class StopsAtUnknownSizes(TorchFunctionMode):
+    """Raises the error of `check_sizes` while the model is traced: what comes after such a size takes long to trace."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See `TorchFunctionMode`."""
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "").strip("_") in _PRODUCTS and _depends_on_values(result):
+            raise CaptureError(_unknown_size(result))
+        return result
+
+
+def _depends_on_values(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not all(isinstance(size, int) for size in value.shape)
+
+
+def _unknown_size(value: torch.Tensor, **place: str | None) -> CaptureFailure:
+    shape = "x".join(map(str, value.shape))
+    return CaptureFailure(Obstacle.EXPORT, f"the size {shape} depends on values (a data-dependent expression)", **place)
 
 
 def _is_product(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket._qualified_op_name in _PRODUCTS
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.name.removeprefix("aten::") in _PRODUCTS

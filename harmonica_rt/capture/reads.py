@@ -2,8 +2,8 @@
 
 Hazard first: tracing has no values, so such a model cannot be traced as it is; traced with the values of one call, the
 graph is wrong for a call with others, without an error. Yet what is read of the request alone (how long the prompt is)
-stays as it is for a whole run. So the model runs once with the values noted down, is traced with those in their places,
-and the graph is kept together with a small one that computes what was read, from the request. It is asked when a run
+stays as it is for a whole run. So what has been traced up to a read is computed from the request, the value is answered
+and noted down, and the graph is kept together with a small one that computes what was read. It is asked when a run
 begins and when the request changes: other values mean another graph. What is read of the latents, the timestep or the
 weights may change in every step; then there is no static plan.
 """
@@ -18,11 +18,15 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from harmonica_rt.capture.call import Call
+from harmonica_rt.capture.functional import is_mutating, storages_of, written_storages
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
-from harmonica_rt.capture.roles import Role
+from harmonica_rt.capture.roles import Role, roles
 
 T = TypeVar("T")
 Values = tuple[tuple[Any, ...], ...]
@@ -37,33 +41,44 @@ _TO_PYTHON: dict[Any, Callable[[torch.Tensor], Any]] = {
     torch.Tensor.__index__: int,
 }
 _TRACED: tuple[Any, ...] = (FakeTensor, FunctionalTensor)
-_OTHERWISE = "the model reads other values when it is traced than when it runs"
 _PLACES = (torch.nonzero, torch.Tensor.nonzero)
 _REPEATS = (torch.repeat_interleave, torch.Tensor.repeat_interleave)
 _INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
 
 
 class Reading(TorchFunctionMode):
-    """Answers what a model reads: with the values themselves, which are noted down, or with those noted down before.
+    """Answers what a model reads while it is traced: with the values of one call, which are noted down.
 
     Args:
-        known: values of an earlier call, in the order they were read in; None to note them down.
+        call: the call.
 
     Attributes:
         values: what was read, on the CPU.
-        tensors: the tensors that were read, in the same order; only where the values are known.
+        tensors: the traced tensors that were read, in the same order, as they were then.
+        read_anything: whether anything was read, be it in vain.
     """
 
-    def __init__(self, known: Sequence[torch.Tensor] | None = None) -> None:
+    def __init__(self, call: Call) -> None:
         super().__init__()
-        self.values: list[torch.Tensor] = list(known or ())
+        self.values: list[torch.Tensor] = []
         self.tensors: list[torch.Tensor] = []
-        self._known = known is not None
+        self.read_anything = False
+        self._call = call
+        self._arguments: dict[fx.Node, int] = {}
+        self._tracer: Any = None
         self._own_lists: dict[Any, Any] = {}
+
+    def of(self, kwargs: Any) -> Reading:
+        """This mode, for a trace in which the arguments of the call are `kwargs`."""
+        mode: Any = get_proxy_mode()
+        self._tracer = mode.tracer
+        traced = zip(pytree.tree_leaves(kwargs), range(len(self._call.leaves)), strict=True)
+        self._arguments = {self._node(leaf): index for leaf, index in traced if isinstance(leaf, torch.Tensor)}
+        self.values, self.tensors = [], []
+        return self
 
     def __enter__(self) -> Reading:
         """The values are answered from the first one on."""
-        self.tensors = []
         for kind in (kind for kind in _TRACED if "tolist" in kind.__dict__):  # their own take a list apart into items
             self._own_lists[kind] = kind.__dict__["tolist"]
             kind.tolist = torch.Tensor.tolist
@@ -74,12 +89,6 @@ class Reading(TorchFunctionMode):
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         for kind, own in self._own_lists.items():
             kind.tolist = own
-
-    def all_tensors(self) -> tuple[torch.Tensor, ...]:
-        """What was read, one tensor for each value."""
-        if len(self.tensors) != len(self.values):
-            raise RuntimeError(_OTHERWISE)
-        return tuple(self.tensors)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See `TorchFunctionMode`."""
@@ -99,21 +108,50 @@ class Reading(TorchFunctionMode):
 
     def _read(self, tensor: torch.Tensor, what: Callable[[torch.Tensor], T]) -> T:
         """`what` of the tensor's value."""
-        with _disable_current_modes():  # or a tracer would take hold of the value
-            return what(self._value(tensor))
+        self.read_anything = True
+        node = self._node(tensor)
+        self.tensors.append(tensor.clone())
+        with _disable_current_modes(), torch._C.DisableTorchFunction():  # or a tracer would take hold of the value
+            self.values.append(self._value(node).cpu())
+            return what(self.values[-1])
+
+    def _node(self, tensor: torch.Tensor) -> fx.Node:
+        """The node of a tensor in the trace that is going on."""
+        traced: Any = get_proxy_slot(tensor, self._tracer)
+        node: fx.Node = traced.proxy.node
+        return node
 
     def _places(self, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self._read(mask, lambda value: tuple(index.to(mask.device) for index in value.nonzero().unbind(1)))
 
-    def _value(self, tensor: torch.Tensor) -> torch.Tensor:
-        if not self._known:
-            self.values.append(tensor.detach().cpu().clone())
-            return self.values[-1]
-        order = len(self.tensors)
-        if order >= len(self.values) or self.values[order].shape != tensor.shape:
-            raise RuntimeError(_OTHERWISE)
-        self.tensors.append(tensor)
-        return self.values[order]
+    def _value(self, read: fx.Node) -> torch.Tensor:
+        """What a node that has just been traced gives, computed from the request."""
+        nodes = _needed(read)
+        self._check_request([node for node in nodes if node.op == "placeholder"], read)
+        values: dict[fx.Node, Any] = {}
+        for node in nodes:
+            if node.op == "placeholder":
+                values[node] = self._call.leaves[self._arguments[node]].clone()  # may be written to
+            elif node.op == "get_attr":
+                values[node] = getattr(self._tracer.root, str(node.target))
+            else:
+                operator: Any = node.target
+                args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = operator(*args, **kwargs)
+        value: torch.Tensor = values[read]
+        return value.detach()
+
+    def _check_request(self, sources: Sequence[fx.Node], read: fx.Node) -> None:
+        role_of = roles(self._call)
+        given = [self._arguments[node] for node in sources if node in self._arguments]
+        others = [self._call.paths[index] for index in given if role_of[index] is not Role.REQUEST]
+        if others or len(given) < len(sources):
+            source = others[0] if others else "a weight"
+            detail = (
+                f"it reads a value that depends on {source}, which is not the request's: it may change in every step"
+            )
+            stack = read.meta.get("stack_trace")
+            raise CaptureError(CaptureFailure(Obstacle.EXPORT, detail, node=read.name, stack=stack))
 
     def _index(self, index: Any) -> Any:
         """An index without masks and without lengths that are tensors."""
@@ -162,7 +200,6 @@ def reads_of(
     values: Sequence[torch.Tensor],
     inputs: Mapping[str, int],
     constants: Mapping[str, torch.Tensor],
-    leaf_roles: Sequence[Role],
 ) -> RequestReads | None:
     """What computes the values that were read, as a program of its own; None where nothing was read.
 
@@ -172,10 +209,6 @@ def reads_of(
         values: what they gave.
         inputs: placeholder name -> index among the call's leaves.
         constants: placeholder name -> tensor made while tracing.
-        leaf_roles: of the leaves.
-
-    Raises:
-        CaptureError: a value depends on something other than the request.
     """
     if not read:
         return None
@@ -195,8 +228,6 @@ def reads_of(
             copies[node] = graph.get_attr(f"constant_{len(copies)}")
             continue
         if node.op == "placeholder":
-            if node.name not in inputs or leaf_roles[inputs[node.name]] is not Role.REQUEST:
-                raise CaptureError(_depends_on(node, read, needed))
             taken.append(inputs[node.name])
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in read))
@@ -204,15 +235,17 @@ def reads_of(
     return RequestReads(fx.GraphModule(holder, graph, "Reads").forward, tuple(taken), tuple(values))
 
 
-def _depends_on(source: fx.Node, read: Sequence[fx.Node], needed: set[fx.Node]) -> CaptureFailure:
-    reached = {source}
-    for node in source.graph.nodes:
-        if node in needed and reached.intersection(node.all_input_nodes):
-            reached.add(node)
-    first = next(node for node in read if node in reached)
-    return CaptureFailure(
-        Obstacle.EXPORT,
-        f"it reads a value that depends on {source.name}, which is not the request's: it may change in every step",
-        node=first.name,
-        stack=first.meta.get("stack_trace"),
-    )
+def _needed(read: fx.Node) -> list[fx.Node]:
+    """The nodes that a node's value comes from, in order, those that write to them included."""
+    needed: set[fx.Node] = set()
+    writers = [node for node in read.graph.nodes if is_mutating(node)]
+    missing = [read]
+    while missing:
+        while missing:
+            node = missing.pop()
+            if node not in needed:
+                needed.add(node)
+                missing += node.all_input_nodes
+        storages = set[int]().union(*map(storages_of, needed))
+        missing = [node for node in writers if node not in needed and not storages.isdisjoint(written_storages(node))]
+    return [node for node in read.graph.nodes if node in needed]

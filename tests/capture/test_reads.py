@@ -5,13 +5,16 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import harmonica_rt as hrt
 from harmonica_rt.capture.call import Call, CallConvention
+from harmonica_rt.capture.graph import capture
 from harmonica_rt.capture.reasons import CaptureError, Obstacle
 from harmonica_rt.errors import PlanFileError
 from tests.models import SITES, Block, Stack
@@ -81,7 +84,19 @@ class Written(Reader):
         return kept
 
 
-READERS = [Item, Length, List, Array, Flag, Mask, Places, Repeated, Written]
+class Filled(Reader):
+    """Reads what it writes, before and after."""
+
+    def read(self, prompt: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        lengths = torch.zeros(2, dtype=torch.long)
+        lengths[0] = mask[0].sum()
+        first = int(lengths.sum())
+        lengths.add_(1)
+        lengths[1:].copy_(lengths[:1])
+        return prompt[:, : first + 1] * int(lengths.sum())
+
+
+READERS = [Item, Length, List, Array, Flag, Mask, Places, Repeated, Written, Filled]
 
 
 def reader(kind: type[Reader]) -> Reader:
@@ -119,6 +134,14 @@ def test_every_request_gets_the_graph_of_its_values(kind: type[Reader]) -> None:
         for got, expected in zip(run(compiled, [length] * STEPS), run(truth, [length] * STEPS), strict=True):
             assert torch.equal(got, expected)
     assert len(compiled.report().plans) == 2
+
+
+def test_what_is_read_is_known_without_a_run_of_the_model(capfd: pytest.CaptureFixture[str]) -> None:
+    model = reader(Item)
+    with mock.patch.object(Item, "read", autospec=True, side_effect=Item.read) as read:
+        capture(model, _normal(model, 3), schedule(model).sites)
+    assert [type(each.args[2]) for each in read.call_args_list] == [FakeTensor]
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_request_that_changes_in_mid_run_changes_the_graph() -> None:

@@ -179,7 +179,7 @@ IMAGES: dict[str, Entry] = {
         real={"patch_size": 2, "in_channels": 16, "caption_channels": (4096, 4096), "axes_dims_rope": (64, 32, 32)}
         | {"llama_layers": (*range(32), *(31,) * 16)},
         failure=Failure(
-            r"data-dependent expression",
+            r"depends on hidden_states",
             "which expert gets how many tokens is read from the latents",
             "send tokens to experts by a grouped product, not a loop over counts (diffusers #11477, open)",
         ),
