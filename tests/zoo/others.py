@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from tests.zoo.entry import SOUND, Entry, integers, latents, normal, sigma
+from tests.zoo.entry import SOUND, Draw, Entry, Size, integers, latents, normal, sigma
+
+
+def _annotations(size: Size) -> dict[str, Draw]:
+    """What RFD4Proteina's published config asks to know of a protein's tokens and their atoms."""
+    atoms = ("hbond", "pistack", "pication", "saltbridge", "hydrophobic", "metal-coord")
+    batch, tokens, index = size.batch, size.audio, "condition_index-group_1_token"
+    return {
+        **{f"condition_{name}_1_atom": integers(2, batch, tokens, 37) for name in atoms},
+        **{name: integers(4, batch, tokens) for name in ("molecule_iid", "molecule_entity_id", index)},
+        **{name: integers(4, batch, tokens, 37) for name in ("charge", "element")},
+        "token_bond_path_length": integers(8, batch, tokens, tokens),
+    }
+
 
 OTHERS: dict[str, Entry] = {
     "AceStepTransformer1DModel": Entry(
@@ -58,7 +71,9 @@ OTHERS: dict[str, Entry] = {
             "conditioning": {
                 "is_in_context_conditioning": torch.zeros(s.batch, s.audio, dtype=torch.bool),
                 "supports_local_latent": torch.ones(s.batch, s.audio, dtype=torch.bool),
+                **(_annotations(s) if "hbond_modernized" in c.feats_seq else {}),
             },
+            "atom37_mask": torch.ones(s.batch, s.audio, 37, dtype=torch.bool),
             "recycle_depth": 2,
         },
         size=SOUND,
