@@ -25,20 +25,24 @@ constexpr int64_t group = std::is_same_v<T, Float16> ? 4 : 8;
 template <typename T>
 constexpr int64_t block = std::is_same_v<T, Float16> ? 384 : 1536;
 
-// Rows of many tensors are more streams than the hardware foresees, and it foresees nothing beyond a page. Prefetched
-// are what comes soon, into the first-level cache, and what comes later, into the second. On Zen 4, without the first
-// bf16 with 8 terms takes a quarter longer (256 bytes ahead did best, of 256 to 2304); without the second all but two
-// terms of bf16 take 5 to 10 % longer, and sums with a norm 10 to 20 % (2304 bytes ahead, of 768 to 4608).
+// Rows of many tensors are more streams than the hardware foresees, and it foresees nothing beyond a page. Prefetched is
+// what comes soon, into the first-level cache: without it bf16 with 8 terms takes a quarter longer (Zen 4; 256 bytes
+// ahead did best, of 256 to 2304). And what comes later, into the second, takes off 5 to 10 % of fp32 and of sums with a
+// norm (2304 bytes ahead, of 768 to 4608); bf16 alone is no faster for it.
 constexpr int64_t line = 64, soon = 256, later = 2304, step = 32;
 
-template <typename T>
+template <typename Out>
+constexpr bool looks_far = !std::is_same_v<Out, BFloat16*>;
+
+template <typename Out, typename T>
 HARMONICA_ALWAYS_INLINE void prefetch(const T* row, int64_t begin) {
   const char* const bytes = reinterpret_cast<const char*>(row + begin);
   for (int64_t i = 0; i < step * int64_t(sizeof(T)); i += line) {
     __builtin_prefetch(bytes + soon + i);
-    __builtin_prefetch(bytes + later + i, 0, 2);
+    if constexpr (looks_far<Out>) __builtin_prefetch(bytes + later + i, 0, 2);
   }
 }
+template <typename Out>
 HARMONICA_ALWAYS_INLINE void prefetch(Planes, int64_t) {}  // a buffer
 
 // Calls `some(begin, end)` for every `length` of n numbers, and for the rest.
@@ -55,8 +59,8 @@ HARMONICA_ALWAYS_INLINE void add(Out out, In in, const T* const* caches, const T
                                  std::index_sequence<k...>) {
   const T *const cache[] = {caches[k]...}, *const gate[] = {gates[k]...};
   in_steps(n, step, [&](int64_t begin, int64_t end) HARMONICA_INLINE_LAMBDA {
-    prefetch(in, begin);
-    (prefetch(cache[k], begin), ...);
+    prefetch<Out>(in, begin);
+    (prefetch<Out>(cache[k], begin), ...);
 #pragma GCC ivdep
 #pragma GCC unroll 1
     for (int64_t i = begin; i < end; ++i) {
@@ -73,8 +77,8 @@ HARMONICA_ALWAYS_INLINE void add(Out out, In in, const BFloat16* const* caches, 
   // The compiler has to take a store of bf16 for one that could change these arrays, unless they are its own.
   const BFloat16 *const cache[] = {caches[k]...}, *const gate[] = {gates[k]...};
   in_steps(n / 2, step / 2, [&](int64_t begin, int64_t end) HARMONICA_INLINE_LAMBDA {
-    prefetch(in, 2 * begin);
-    (prefetch(cache[k], 2 * begin), ...);
+    prefetch<Out>(in, 2 * begin);
+    (prefetch<Out>(cache[k], 2 * begin), ...);
 #pragma GCC ivdep
 #pragma GCC unroll 1
     for (int64_t pair = begin; pair < end; ++pair) {
