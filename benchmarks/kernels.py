@@ -1,16 +1,20 @@
 """The residual_reuse ops: share of copy bandwidth, and speed against eager and compiled PyTorch.
 
 Gates are [B, 1, D], cut from one tensor as adaLN makes them. Each call takes other tensors in turn, so that none is in
-the cache. On a GPU the calls of a turn are one CUDA graph, so that no launch is measured. Results are compared with the
-reference first: no figure is given for a wrong one.
+the cache. On a GPU the calls of a turn are one CUDA graph, so that no launch is measured. On the CPU the pages that a
+process happens to get move a ratio by a tenth and more, so the rounds are those of several processes. Results are
+compared with the reference first: no figure is given for a wrong one.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
+import math
+import multiprocessing
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -31,6 +35,7 @@ SHAPES = {
     ("cpu", torch.bfloat16): [(2, 1024, 1152), (12, 1024, 1152)],
     ("cuda", torch.bfloat16): [(16, 1024, 1152), (8, 4096, 3072)],
 }
+PROCESSES = 5  # on the CPU
 COLD_BYTES = 128 << 20  # of arguments in turn: more than last-level caches hold
 
 
@@ -72,25 +77,50 @@ class Op:
     against_eager: str | None = None
 
 
+Seconds = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op by its place in `OPS`, the shape and dtype of x, and the number of caches."""
+
+    op: int
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    count: int
+
+
 def run(*, repeats: int, quick: bool) -> list[Row]:
     """Measure every op for 1, 2, 4 and 8 caches: on a GPU in bf16, elsewhere on the CPU in fp32 and bf16."""
     counts = (1, 8) if quick else (1, 2, 4, 8)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cases = [(shape, dtype) for (where, dtype), shapes in SHAPES.items() if where == device.type for shape in shapes]
-    if device.type == "cpu":
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cases = [
+        Case(op, shape, dtype, count)
+        for (where, dtype), shapes in SHAPES.items()
+        if where == device
+        for shape, count, op in itertools.product(shapes, counts, range(len(OPS)))
+        if OPS[op].name != "gated_residual" or count == 1
+    ]
+    if device == "cuda":
+        runs = [_measure(cases, device, repeats)]
+    else:
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            task = functools.partial(_measure, cases, device)
+            runs = pool.map(task, [repeats] * (1 if quick else PROCESSES), chunksize=1)
+    return [row for case, *seconds in zip(cases, *runs, strict=True) for row in _rows(case, seconds, device)]
+
+
+def _measure(cases: Sequence[Case], device: str, repeats: int) -> list[Seconds]:
+    """Seconds of every provider in each round, for each case."""
+    if device == "cpu":
         _keep_freed_pages()
-    rows: list[Row] = []
-    for (shape, dtype), count, op in itertools.product(cases, counts, OPS):
-        if op.name != "gated_residual" or count == 1:
-            rows += _compare(op, shape, dtype, device, count, repeats)
-    return rows
+    return [_compare(case, torch.device(device), repeats) for case in cases]
 
 
 @torch.no_grad()
-def _compare(
-    op: Op, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, count: int, repeats: int
-) -> list[Row]:
-    size, tensors = dtype.itemsize * shape[0] * shape[1] * shape[2], op.tensors(count)
+def _compare(case: Case, device: torch.device, repeats: int) -> Seconds:
+    op, count, shape, dtype = OPS[case.op], case.count, case.shape, case.dtype
+    size, tensors = dtype.itemsize * math.prod(shape), op.tensors(count)
     in_turn = [_draw(shape, dtype, device, count) for _ in range(1 + COLD_BYTES // (size * (count + 1)))]
     torch.compiler.reset()  # what was compiled for other sizes counts towards a limit
     compiled = torch.compile(op.reference, fullgraph=True, dynamic=False)
@@ -107,32 +137,36 @@ def _compare(
             for name, provider in (("op", op.run), ("eager", op.eager), ("compiled", compiled))
         },
     }
-    seconds = _graphed(calls, repeats) if device.type == "cuda" else _in_turn(calls, repeats)
+    return _graphed(calls, repeats) if device.type == "cuda" else _in_turn(calls, repeats)
 
-    rows_of_x = f"{shape[0] * shape[1]} x {shape[2]} {str(dtype).removeprefix('torch.')}"
-    where = "" if device.type == "cpu" else f", {torch.cuda.get_device_name()}"
-    case = f"{op.name}, {rows_of_x}, K = {count}{where}"
-    took = Spread.of(seconds["op"])
-    rows = [Row("kernels", case, "none", "op", took.p50, "s", took.p20, took.p80, repeats)]
-    against_compiled = "at least 0.95" if device.type == "cpu" else "at least 1.0"
+
+def _rows(case: Case, runs: Sequence[Seconds], device: str) -> list[Row]:
+    """The figures of a case, over the rounds of all runs."""
+    op, count, (batch, tokens, width) = OPS[case.op], case.count, case.shape
+    seconds = {name: [second for run in runs for second in run[name]] for name in runs[0]}
+    where = "" if device == "cpu" else f", {torch.cuda.get_device_name()}"
+    name = f"{op.name}, {batch * tokens} x {width} {str(case.dtype).removeprefix('torch.')}, K = {count}{where}"
+    took, repeats = Spread.of(seconds["op"]), len(seconds["op"])
+    rows = [Row("kernels", name, "none", "op", took.p50, "s", took.p20, took.p80, repeats)]
+    against_compiled = "at least 0.95" if device == "cpu" else "at least 1.0"
     figures = [
-        ("bandwidth / copy bandwidth", "copy", 1.0, op.targets.get(device.type)),
-        ("speed against eager / traffic bound", "eager", op.passes(count) / tensors, op.against_eager),
+        ("bandwidth / copy bandwidth", "copy", 1.0, op.targets.get(device)),
+        ("speed against eager / traffic bound", "eager", op.passes(count) / op.tensors(count), op.against_eager),
         ("speed against the compiled reference", "compiled", 1.0, against_compiled),
     ]
     for metric, other, divisor, wanted in figures:
         ratio = Spread.of([a / b / divisor for a, b in zip(seconds[other], seconds["op"], strict=True)])
-        rows.append(Row("kernels", case, "none", metric, ratio.p50, "ratio", ratio.p20, ratio.p80, repeats, wanted))
+        rows.append(Row("kernels", name, "none", metric, ratio.p50, "ratio", ratio.p20, ratio.p80, repeats, wanted))
     return rows
 
 
-def _in_turn(calls: dict[str, list[Callable[[], object]]], repeats: int) -> dict[str, list[float]]:
+def _in_turn(calls: dict[str, list[Callable[[], object]]], repeats: int) -> Seconds:
     """Seconds of a call of each provider in each round; every call is the next of its turn."""
     turns = {name: itertools.cycle(each) for name, each in calls.items()}
     return interleaved({name: lambda turn=turn: next(turn)() for name, turn in turns.items()}, repeats)  # type: ignore[misc]
 
 
-def _graphed(calls: dict[str, list[Callable[[], object]]], repeats: int) -> dict[str, list[float]]:
+def _graphed(calls: dict[str, list[Callable[[], object]]], repeats: int) -> Seconds:
     """The same on a GPU: seconds of a whole turn, recorded as one graph, over its number of calls."""
     graphs, kept = {}, []  # results stay until all is recorded, or every call would write where the last one did
     for name, each in calls.items():
@@ -143,7 +177,7 @@ def _graphed(calls: dict[str, list[Callable[[], object]]], repeats: int) -> dict
         with torch.cuda.graph(graphs[name]):
             kept.append([call() for call in each])
     clock = CudaClock()
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: Seconds = {name: [] for name in calls}
     for graph in graphs.values():
         graph.replay()
     for _ in range(repeats):
