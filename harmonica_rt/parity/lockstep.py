@@ -26,7 +26,7 @@ from harmonica_rt.parity.tolerance import NONE, Allowance, Error, limit_from, on
 from harmonica_rt.passes.specialise import Pattern, specialise
 from harmonica_rt.runtime.engine import RunKey, Stream
 from harmonica_rt.runtime.execution import PlanStream
-from harmonica_rt.runtime.planned import PlannedEngine
+from harmonica_rt.runtime.planned import PlannedEngine, ReadingStream
 from harmonica_rt.runtime.reference import ReferenceEngine, ReferenceStream
 from harmonica_rt.schedule import Schedule
 
@@ -101,8 +101,9 @@ class _LockstepStream:
         truth = self._run_higher(step, call, catch_up)
         higher = _tensors(truth) if truth is not None else None
         parity = _compare(step, _tensors(expected), _tensors(got), higher, self._allowances)
-        if not parity.ok and isinstance(self._planned, PlanStream):
-            site = _first_divergent_site(self._planned, self._reference, self._higher, step, call, catch_up)
+        planned = self._planned.in_use if isinstance(self._planned, ReadingStream) else self._planned
+        if not parity.ok and isinstance(planned, PlanStream):
+            site = _first_divergent_site(planned, self._reference, self._higher, step, call, catch_up)
             parity = dataclasses.replace(parity, site=site)
         report = self._engine.report
         report.steps.append(parity)

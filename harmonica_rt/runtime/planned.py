@@ -60,21 +60,26 @@ class ReadingStream:
         self._asked = True  # whether the request at hand reads what the stream in use holds for
         self._begun = False
 
+    @property
+    def in_use(self) -> Stream:
+        """The stream of the request at hand."""
+        return self._held[0][0]
+
     def begin(self) -> None:
         """See `Stream.begin`."""
-        self._held[0][0].begin()
+        self.in_use.begin()
         self._asked = not self._begun  # the first request is the one that the stream was made for
         self._begun = True
 
     def end(self) -> None:
         """See `Stream.end`."""
-        self._held[0][0].end()
+        self.in_use.end()
 
     def run(self, step: StepIndex, call: Call, *, catch_up: bool) -> Any:
         """See `Stream.run`."""
         if not self._asked:
             self._choose(call)
-        return self._held[0][0].run(step, call, catch_up=catch_up)
+        return self.in_use.run(step, call, catch_up=catch_up)
 
     def _choose(self, call: Call) -> None:
         """Use the stream that holds for what the model reads of this request."""

@@ -13,7 +13,7 @@ from harmonica_rt import Schedule, find_sites
 from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.lower import LOWERINGS, plain
 from harmonica_rt.parity.tolerance import Allowance, Error, limit_from, same_bits
-from tests.models import stack, stack_call
+from tests.models import Stack, stack, stack_call
 
 STEPS = 4
 
@@ -64,6 +64,23 @@ def test_the_first_divergent_step_and_site_are_named(monkeypatch: pytest.MonkeyP
     assert (error.value.step, error.value.site) == (0, site)
     assert f"first divergent site {site}" in str(error.value)
     assert not error.value.report.ok
+
+
+class PromptReader(Stack):
+    """A `Stack` that counts the words of its prompt."""
+
+    def forward(self, latents: torch.Tensor, timestep: torch.Tensor, prompt_mask: torch.Tensor) -> torch.Tensor:
+        """Returns [B, N, D]."""
+        return super().forward(latents * int(prompt_mask.sum()), timestep)
+
+
+def test_a_site_of_a_model_that_reads_its_request_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, mask = PromptReader().eval(), torch.ones(1, 3, dtype=torch.long)
+    spoil(monkeypatch, "blocks.1.attn.weight", 1.0 + 1e-6)
+    schedule = Schedule.every(2, steps=STEPS, sites=find_sites(model))
+    with pytest.raises(hrt.ParityError) as error:
+        hrt.verify(model, schedule, lowering="plain", calls=[{**call, "prompt_mask": mask} for call in calls()])
+    assert (error.value.step, error.value.site) == (0, "blocks.1.attn")
 
 
 def test_a_corrupted_slot_is_named_in_the_step_that_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
