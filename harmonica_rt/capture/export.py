@@ -77,6 +77,7 @@ def export_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         args, kwargs = pytree.tree_map_only(torch.Tensor, _as_ordinary, (args, kwargs))
         try:
             program = torch.export.export(module, args, kwargs, strict=False)
+            _renew_users(program.graph)
             if not functionalise(program):
                 program = program.run_decompositions({})
         except GivenUp as given_up:
@@ -88,6 +89,15 @@ def export_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     _check_functional_signature(program)
     remove_identities(program.graph)
     return program
+
+
+def _renew_users(graph: fx.Graph) -> None:
+    """Write down anew who uses what: torch.export forgets users where it inlines the graph of a nested region."""
+    for node in graph.nodes:
+        node.users.clear()
+    for node in graph.nodes:
+        for value in node.all_input_nodes:
+            value.users[node] = None
 
 
 def _as_ordinary(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,11 +6,12 @@ in place would else cost a second trace of the whole model, which takes longer t
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._C._functorch import is_batchedtensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -27,8 +28,9 @@ def is_mutating(node: fx.Node) -> bool:
 def functionalise(program: torch.export.ExportedProgram) -> bool:
     """Replace the nodes of the program's graph that write in place; whether that could be done.
 
-    It cannot where a value would be read with another layout than it was traced with, where a nested graph views what
-    is written, or under `torch.vmap`, whose values have no storages; those nodes are then still there.
+    Where it could not, those nodes are still there, and the whole has to be traced again: nested graphs write, or return
+    several views of what is written; what is read would have another layout than it was traced with; the trace was under
+    `torch.vmap`, whose values have no storages; torch cannot functionalise what is written by itself.
 
     Raises:
         CaptureError: an argument of the graph, or a weight, is written to.
@@ -37,6 +39,9 @@ def functionalise(program: torch.export.ExportedProgram) -> bool:
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.detach_.default):
         node.replace_all_uses_with(node.args[0])  # it writes no values
         graph.erase_node(node)
+    nested = [module.graph for name, module in program.graph_module.named_modules() if name and _is_graph(module)]
+    if any(is_mutating(node) for each in nested for node in each.nodes):
+        return False
     if not any(map(is_mutating, graph.nodes)):
         return True
     if any(is_batchedtensor(value) for node in graph.nodes for value in _tensors(node)):
@@ -60,35 +65,59 @@ class _Region:
     def __init__(self, graph: fx.Graph, written: set[int]) -> None:
         self._order: list[tuple[fx.Node, list[fx.Node]]] = []  # node, what of those storages it takes
         self._inside: set[fx.Node] = set()
+        self._written = written
         for node in graph.nodes:
-            taken = [value for value in node.all_input_nodes if self._is_value(value) and _touches(value, written)]
-            if taken:
+            taken = [value for value in node.all_input_nodes if self._is_taken(value)]
+            if taken and node.target is not torch.ops.aten.lift_fresh_copy.default:  # of a constant: traced as a view
                 self._order.append((node, taken))
-            if taken and (is_mutating(node) or _touches(node, written)):
-                self._inside.add(node)
+                if self._is_view(node, taken) or is_mutating(node):
+                    self._inside.add(node)
         inputs = {value: None for node, _ in self._order for value in node.all_input_nodes if node in self._inside}
         self._inputs = [value for value in inputs if value not in self._inside]
-        self.arguments = [value for value in self._inputs if value.op == "placeholder" and _touches(value, written)]
         self._reads = [(node, value) for node, taken in self._order if node not in self._inside for value in taken]
+        self.arguments = [value for value in self._inputs if value.op == "placeholder" and self._touches(value)]
 
-    def _is_value(self, node: fx.Node) -> bool:
-        """Not several values made outside, of which each has a node of its own."""
-        return node in self._inside or isinstance(node.meta.get("val"), torch.Tensor)
+    def _is_taken(self, value: fx.Node) -> bool:
+        """Of several values made outside, each has a node of its own."""
+        return value in self._inside or (isinstance(value.meta.get("val"), torch.Tensor) and self._touches(value))
+
+    def _is_view(self, node: fx.Node, taken: list[fx.Node]) -> bool:
+        if node.target is operator.getitem:
+            return node.args[0] in self._inside
+        seen = self._written & set[int]().union(*map(storages_of, taken))
+        return not seen.isdisjoint(storages_of(node))
+
+    def _touches(self, node: fx.Node) -> bool:
+        return not self._written.isdisjoint(storages_of(node))
+
+    def _can_be_replaced(self) -> bool:
+        if any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in self._inside):
+            return False
+        made_outside = {value for _, taken in self._order for value in taken if value not in self._inside}
+        storages = [storage for value in made_outside for storage in storages_of(value)]
+        return len(storages) == len(set(storages))  # or what one of them sees of a write to another is not known
 
     def replace(self) -> bool:
         """See `functionalise`."""
-        if any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in self._inside):
+        if not self._can_be_replaced():
             return False
-        with fx.traceback.preserve_node_meta():
-            run = make_fx(torch.func.functionalize(self._run))(*(node.meta["val"] for node in self._inputs))
+        try:
+            with fx.traceback.preserve_node_meta():
+                run = make_fx(torch.func.functionalize(self._run))(*(node.meta["val"] for node in self._inputs))
+        except (
+            Exception
+        ):  # functionalisation raises many types; traced as a whole, what is really wrong is raised again
+            return False
         traced, output = run.graph, run.graph.output_node()
         copies: Any = output.args[0]
         current: list[fx.Node] = [copy.args[0] for copy in copies]
         layouts = ((new.meta["val"], old.meta["val"]) for new, (_, old) in zip(current, self._reads, strict=True))
-        if not all(same_layout(new, old) for new, old in layouts) or traced.find_nodes(op="get_attr"):
+        if not all(same_layout(new, old) for new, old in layouts):
             return False
         output.args = (current,)
         traced.eliminate_dead_code()
+        if traced.find_nodes(op="get_attr") or any(map(_writes_anew, traced.nodes)):
+            return False
         self._splice(traced, current)
         return True
 
@@ -104,8 +133,8 @@ class _Region:
                 continue
             with fx.traceback.set_current_meta(node):
                 args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-                operator: Any = node.target
-                values[node] = operator(*args, **kwargs)
+                target: Any = node.target
+                values[node] = target(*args, **kwargs)
         return read
 
     def _splice(self, traced: fx.Graph, current: list[fx.Node]) -> None:
@@ -124,8 +153,8 @@ class _Region:
 
 def written_storages(node: fx.Node) -> Iterator[int]:
     """The storages that a mutating node writes to, as `storages_of` names them."""
-    operator: Any = node.target
-    for index, argument in enumerate(operator._schema.arguments):
+    target: Any = node.target
+    for index, argument in enumerate(target._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
             for leaf in pytree.tree_leaves(value):
@@ -133,8 +162,14 @@ def written_storages(node: fx.Node) -> Iterator[int]:
                     yield from storages_of(leaf)
 
 
-def _touches(node: fx.Node, storages: set[int]) -> bool:
-    return not storages.isdisjoint(storages_of(node))
+def _is_graph(module: nn.Module) -> bool:
+    return isinstance(module, fx.GraphModule)
+
+
+def _writes_anew(node: fx.Node) -> bool:
+    """Whether a functionalised node writes to anything but an input of its graph, which happens behind all reads."""
+    written: Any = node.args[0] if node.args else None
+    return is_mutating(node) and (node.target is not torch.ops.aten.copy_.default or written.op != "placeholder")
 
 
 def storages_of(node: fx.Node) -> set[int]:

@@ -67,17 +67,54 @@ def writes_one_of_two_names(x: torch.Tensor) -> object:
     return y
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        reads_before_and_after,
-        writes_through_views_of_views,
-        writes_what_it_wrote,
-        writes_what_several_values_share,
-        writes_one_of_two_names,
-    ],
-    ids=lambda function: function.__name__,
-)
+def writes_a_part_of_what_comes_together(x: torch.Tensor) -> object:
+    scores = x.softmax(-1)
+    scores.masked_fill_(scores < 0.1, 0)
+    weights, places = scores.topk(2)
+    weights /= weights.sum(-1, keepdim=True)
+    rows = torch.arange(4.0)
+    rows += 0.5
+    down, across = torch.meshgrid(rows, torch.arange(6.0), indexing="ij")
+    return weights, places, down, across
+
+
+def writes_what_was_a_list(x: torch.Tensor) -> object:
+    scale = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    scale *= 2
+    return x * scale
+
+
+def writes_around_autocast(x: torch.Tensor) -> object:
+    y = x.exp()
+    y[0] = 1
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = y @ y.t()
+    y[1] = 2
+    return z, y
+
+
+def writes_before_and_after_products(x: torch.Tensor) -> object:
+    q = x[None, None] * 2
+    q *= 2
+    out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    out += 1
+    return torch.nn.functional.linear(out, x) * 2
+
+
+PARTS = [
+    reads_before_and_after,
+    writes_through_views_of_views,
+    writes_what_it_wrote,
+    writes_what_several_values_share,
+    writes_one_of_two_names,
+    writes_a_part_of_what_comes_together,
+    writes_what_was_a_list,
+    writes_around_autocast,
+    writes_before_and_after_products,
+]
+
+
+@pytest.mark.parametrize("function", PARTS, ids=lambda function: function.__name__)
 def test_values_are_those_of_the_writes(function: Callable[..., object]) -> None:
     x = torch.randn(4, 6)
     with mock.patch(RETRACE, side_effect=RuntimeError("traced again")):
@@ -105,9 +142,49 @@ def seen_by_a_nested_graph(x: torch.Tensor) -> object:
     return turned @ x
 
 
-@pytest.mark.parametrize(
-    "function", [of_a_layout_with_gaps, under_vmap, seen_by_a_nested_graph], ids=lambda function: function.__name__
-)
+def combines_masks(x: torch.Tensor) -> object:
+    mask = x > 1
+    mask |= x < 0
+    return x * mask
+
+
+def norms_in_between(x: torch.Tensor) -> object:
+    y = x.exp()
+    y += x
+    normed = torch.nn.functional.rms_norm(y, (6,))
+    normed *= 2
+    return normed, y
+
+
+def two_views_out_of_a_nested_graph(x: torch.Tensor) -> object:
+    with torch.autocast("cpu", enabled=False):
+        y = x.exp()
+        top = y[:2]
+    top *= 2
+    y += 1
+    return y, top
+
+
+def writes_in_a_nested_graph(x: torch.Tensor) -> object:
+    y, other = x.exp(), x.sin()
+    before = y.clone()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y[1] = 5.0
+        product = other @ other.t()
+    return before, product, y
+
+
+WHOLE = [
+    of_a_layout_with_gaps,
+    under_vmap,
+    seen_by_a_nested_graph,
+    combines_masks,
+    two_views_out_of_a_nested_graph,
+    writes_in_a_nested_graph,
+]
+
+
+@pytest.mark.parametrize("function", WHOLE, ids=lambda function: function.__name__)
 def test_where_strides_or_storages_do_not_tell_all_is_traced_again(function: Callable[..., object]) -> None:
     x = torch.randn(4, 6)
     with mock.patch(RETRACE, autospec=True, side_effect=torch.export.ExportedProgram.run_decompositions) as retrace:
@@ -115,6 +192,19 @@ def test_where_strides_or_storages_do_not_tell_all_is_traced_again(function: Cal
     assert retrace.called
     assert not any(map(is_mutating, program.graph.nodes))
     torch.testing.assert_close(_run(program, x), function(x), rtol=0, atol=0)
+
+
+def test_a_norm_between_writes() -> None:
+    x = torch.randn(4, 6)
+    program = export_functional(Function(norms_in_between), (x,), {})
+    assert not any(map(is_mutating, program.graph.nodes))
+    torch.testing.assert_close(_run(program, x), norms_in_between(x), rtol=0, atol=0)
+
+
+def test_products_stay_as_the_model_wrote_them() -> None:
+    program = export_functional(Function(writes_before_and_after_products), (torch.randn(4, 6),), {})
+    targets = {node.target for node in program.graph.nodes}
+    assert {torch.ops.aten.linear.default, torch.ops.aten.scaled_dot_product_attention.default} <= targets
 
 
 def test_what_writes_to_an_argument_through_a_view_is_refused() -> None:
