@@ -22,9 +22,9 @@ from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
 class GivenUp(Exception):
     """Carries the reason out of a trace that was given up: torch.export prints the graph of some errors, this not."""
 
-    def __init__(self, error: CaptureError) -> None:
+    def __init__(self, failure: CaptureFailure) -> None:
         super().__init__()
-        self.error = error
+        self.failure = failure
 
 
 @contextmanager
@@ -81,11 +81,11 @@ def export_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
             if not functionalise(program):
                 program = program.run_decompositions({})
         except GivenUp as given_up:
-            raise given_up.error from None
+            raise CaptureError(given_up.failure) from None
         except CaptureError:
             raise
         except Exception as error:  # torch.export raises a dozen unrelated types; each becomes a reason, none is lost
-            raise not_traced(error) from error
+            raise CaptureError(not_traced(error)) from error
     _check_functional_signature(program)
     remove_identities(program.graph)
     return program
@@ -156,10 +156,10 @@ def _same_layout(node: fx.Node) -> bool:
     return same_layout(node.meta["val"], source.meta["val"])
 
 
-def not_traced(error: Exception) -> CaptureError:
-    """What says that tracing a model failed with `error`."""
+def not_traced(error: Exception) -> CaptureFailure:
+    """That tracing a model failed with `error`."""
     detail = f"{type(error).__name__}: {_first_line(error)}"
-    return CaptureError(CaptureFailure(Obstacle.EXPORT, detail, stack=_where(error)))
+    return CaptureFailure(Obstacle.EXPORT, detail, stack=_where(error))
 
 
 def _first_line(error: BaseException) -> str:

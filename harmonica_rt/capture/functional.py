@@ -28,9 +28,9 @@ def is_mutating(node: fx.Node) -> bool:
 def functionalise(program: torch.export.ExportedProgram) -> bool:
     """Replace the nodes of the program's graph that write in place; whether that could be done.
 
-    Where it could not, those nodes are still there, and the whole has to be traced again: nested graphs write, or return
-    several views of what is written; what is read would have another layout than it was traced with; the trace was under
-    `torch.vmap`, whose values have no storages; torch cannot functionalise what is written by itself.
+    Where it could not, those nodes are still there, and the whole has to be traced again: nested graphs write, or
+    return several views of what is written; what is read would have another layout than it was traced with; the trace
+    was under `torch.vmap`, whose values have no storages; torch cannot functionalise what is written by itself.
 
     Raises:
         CaptureError: an argument of the graph, or a weight, is written to.

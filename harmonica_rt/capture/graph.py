@@ -2,9 +2,8 @@
 
 Hazards, before the mechanism: a graph that deep-copied the weights would double the memory and miss later updates, so
 weights are placeholders here and are fetched from the model when a run starts. A graph with in-place operations could
-overwrite a cache slot, or lose the operation to dead-code elimination, so one is functionalised (only where it has any:
-the retrace costs more than the capture). And a site is cut where its values leave the module: reading
-`nn_module_stack`, every value made inside whose users lie outside.
+overwrite a cache slot, or lose the operation to dead-code elimination, so one is functionalised. And a site is cut
+where its values leave the module: reading `nn_module_stack`, every value made inside whose users lie outside.
 """
 
 from __future__ import annotations
@@ -96,6 +95,9 @@ def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph
         out_spec = out_spec.child(0)
         read = _drop_outputs(program.graph, len(values))
         reads = reads_of(program, read, values, inputs, constants)
+        if reads is not None and not reads.hold(call.leaves):
+            detail = "what it reads of its request is something else when it is computed again"
+            raise CaptureError(CaptureFailure(Obstacle.EXPORT, detail))
         program.graph.eliminate_dead_code()
     columns = site_columns(model, sites)
     return CapturedGraph(
@@ -122,34 +124,45 @@ def _export(
     """
     hooks = [model.get_submodule(site).register_forward_hook(check_site_result, with_kwargs=True) for site in sites]
 
-    def traced(forward: Callable[..., Any]) -> torch.export.ExportedProgram:
-        with only_own_forward(model), attributes_kept(model):
-            model.forward = forward
-            program = export_functional(model, (), call.kwargs)
-        check_sizes(program.graph, site_columns(model, sites))
-        return program
+    def attempt(forward: Callable[..., Any]) -> torch.export.ExportedProgram | CaptureFailure:
+        try:
+            with only_own_forward(model), attributes_kept(model):
+                model.forward = forward
+                program = export_functional(model, (), call.kwargs)
+            check_sizes(program.graph, site_columns(model, sites))
+            return program
+        except CaptureError as error:
+            return error.failure  # not the error, which holds on to all that was traced
 
     forward = own_forward(model)
     reading = Reading(call)
     try:
-        try:
-            return traced(_stopping_early(forward)), None
-        except CaptureError as error:
-            if error.failure.obstacle is not Obstacle.EXPORT or _has_no_values(model, call):
-                raise
-            first = error
-        try:
-            return traced(_that_reads(forward, reading)), reading.values
-        except CaptureError as error:
-            before = identities(model)
-            with only_own_forward(model), torch.no_grad():
-                model(**call.kwargs)
-            if identities(model) == before:
-                raise (error if reading.read_anything else first) from None
-        return traced(_that_reads(forward, reading)), reading.values
+        first = attempt(_stopping_early(forward))
+        if isinstance(first, torch.export.ExportedProgram):
+            return first, None
+        if first.obstacle is not Obstacle.EXPORT or _has_no_values(model, call):
+            raise CaptureError(first)
+        second = attempt(_that_reads(forward, reading))
+        if isinstance(second, torch.export.ExportedProgram):
+            return second, reading.values
+        failure = second if reading.read_anything else first
+        if failure.obstacle is not Obstacle.EXPORT or reading.refused or not _makes_something(model, call):
+            raise CaptureError(failure)
+        third = attempt(_that_reads(forward, reading))
+        if isinstance(third, torch.export.ExportedProgram):
+            return third, reading.values
+        raise CaptureError(third)
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _makes_something(model: nn.Module, call: Call) -> bool:
+    """Run the model; whether it then has attributes that it had not before."""
+    before = identities(model)
+    with only_own_forward(model), torch.no_grad():
+        model(**call.kwargs)
+    return identities(model) != before
 
 
 def _has_no_values(model: nn.Module, call: Call) -> bool:
@@ -188,7 +201,7 @@ def _giving_up(forward: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return forward(*args, **kwargs)
         except CaptureError as error:
-            raise GivenUp(error) from error
+            raise GivenUp(error.failure) from error
         except GuardOnDataDependentSymNode as error:
             raise GivenUp(not_traced(error)) from error
 

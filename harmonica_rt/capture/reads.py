@@ -10,6 +10,7 @@ weights may change in every step; then there is no static plan.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -56,13 +58,15 @@ class Reading(TorchFunctionMode):
         values: what was read, on the CPU.
         tensors: the traced tensors that were read, in the same order, as they were then.
         read_anything: whether anything was read, be it in vain.
+        refused: whether it was, because something read is not the request's.
     """
 
     def __init__(self, call: Call) -> None:
         super().__init__()
         self.values: list[torch.Tensor] = []
         self.tensors: list[torch.Tensor] = []
-        self.read_anything = False
+        self.read_anything = self.refused = False
+        self._autocast: tuple[torch.autocast, ...] = ()
         self._call = call
         self._arguments: dict[fx.Node, int] = {}
         self._tracer: Any = None
@@ -73,7 +77,10 @@ class Reading(TorchFunctionMode):
         mode: Any = get_proxy_mode()
         self._tracer = mode.tracer
         traced = zip(pytree.tree_leaves(kwargs), range(len(self._call.leaves)), strict=True)
-        self._arguments = {self._node(leaf): index for leaf, index in traced if isinstance(leaf, torch.Tensor)}
+        nodes = ((self._node(leaf), index) for leaf, index in traced if isinstance(leaf, torch.Tensor))
+        self._arguments = {node: index for node, index in nodes if node is not None}
+        devices = {leaf.device.type for leaf in self._call.leaves if isinstance(leaf, torch.Tensor)}
+        self._autocast = tuple(map(_autocast_of, sorted(devices)))
         self.values, self.tensors = [], []
         return self
 
@@ -110,15 +117,18 @@ class Reading(TorchFunctionMode):
         """`what` of the tensor's value."""
         self.read_anything = True
         node = self._node(tensor)
+        if node is None:  # not traced: what was made of a value that was read, or a tensor the model holds
+            with _disable_current_modes():
+                return what(tensor.detach().cpu().clone())
         self.tensors.append(tensor.clone())
         with _disable_current_modes(), torch._C.DisableTorchFunction():  # or a tracer would take hold of the value
             self.values.append(self._value(node).cpu())
-            return what(self.values[-1])
+            return what(self.values[-1].clone())
 
-    def _node(self, tensor: torch.Tensor) -> fx.Node:
+    def _node(self, tensor: torch.Tensor) -> fx.Node | None:
         """The node of a tensor in the trace that is going on."""
-        traced: Any = get_proxy_slot(tensor, self._tracer)
-        node: fx.Node = traced.proxy.node
+        traced: Any = get_proxy_slot(tensor, self._tracer, None)
+        node: fx.Node | None = None if traced is None else traced.proxy.node
         return node
 
     def _places(self, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -129,16 +139,22 @@ class Reading(TorchFunctionMode):
         nodes = _needed(read)
         self._check_request([node for node in nodes if node.op == "placeholder"], read)
         values: dict[fx.Node, Any] = {}
-        for node in nodes:
-            if node.op == "placeholder":
-                values[node] = self._call.leaves[self._arguments[node]].clone()  # may be written to
-            elif node.op == "get_attr":
-                values[node] = getattr(self._tracer.root, str(node.target))
-            else:
-                operator: Any = node.target
-                args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = operator(*args, **kwargs)
-        value: torch.Tensor = values[read]
+        with contextlib.ExitStack() as entered:
+            for autocast in self._autocast:
+                entered.enter_context(autocast)
+            for node in nodes:
+                if node.op == "placeholder":
+                    values[node] = self._call.leaves[self._arguments[node]].clone()  # may be written to
+                elif node.op == "get_attr":
+                    held = getattr(self._tracer.root, str(node.target))
+                    values[node] = held.clone() if isinstance(held, torch.Tensor) else held
+                else:
+                    target: Any = node.target
+                    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+                    values[node] = target(*args, **kwargs)
+            value: torch.Tensor = values[read]
+            for node in reversed(_left_open(nodes)):
+                _exit_autocast(values[node])
         return value.detach()
 
     def _check_request(self, sources: Sequence[fx.Node], read: fx.Node) -> None:
@@ -146,6 +162,7 @@ class Reading(TorchFunctionMode):
         given = [self._arguments[node] for node in sources if node in self._arguments]
         others = [self._call.paths[index] for index in given if role_of[index] is not Role.REQUEST]
         if others or len(given) < len(sources):
+            self.refused = True
             source = others[0] if others else "a weight"
             detail = (
                 f"it reads a value that depends on {source}, which is not the request's: it may change in every step"
@@ -224,8 +241,12 @@ def reads_of(
             continue
         if node.op == "get_attr" or node.name in constants:
             constant = constants[node.name] if node.name in constants else getattr(program.graph_module, node.target)
-            holder.register_buffer(f"constant_{len(copies)}", constant)
-            copies[node] = graph.get_attr(f"constant_{len(copies)}")
+            name = f"constant_{len(copies)}"
+            if isinstance(constant, nn.Module):  # the graph of a nested region
+                holder.add_module(name, constant)
+            else:
+                holder.register_buffer(name, constant)
+            copies[node] = graph.get_attr(name)
             continue
         if node.op == "placeholder":
             taken.append(inputs[node.name])
@@ -235,9 +256,20 @@ def reads_of(
     return RequestReads(fx.GraphModule(holder, graph, "Reads").forward, tuple(taken), tuple(values))
 
 
+def _autocast_of(device: str) -> torch.autocast:
+    """The autocast that is on, to be entered again."""
+    return torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+
+
+def _left_open(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The nodes that enter an autocast that none of them leaves."""
+    left = {node.args[0] for node in nodes if node.target is _exit_autocast}
+    return [node for node in nodes if node.target is _enter_autocast and node not in left]
+
+
 def _needed(read: fx.Node) -> list[fx.Node]:
-    """The nodes that a node's value comes from, in order, those that write to them included."""
-    needed: set[fx.Node] = set()
+    """The nodes that a node's value comes from, in order, with those that write to them or switch autocast."""
+    needed = {node for node in read.graph.nodes if node.target in (_enter_autocast, _exit_autocast)}
     writers = [node for node in read.graph.nodes if is_mutating(node)]
     missing = [read]
     while missing:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -96,7 +98,46 @@ class Filled(Reader):
         return prompt[:, : first + 1] * int(lengths.sum())
 
 
-READERS = [Item, Length, List, Array, Flag, Mask, Places, Repeated, Written, Filled]
+class Changed(Reader):
+    """Changes the array that it was given."""
+
+    def read(self, prompt: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        lengths = mask.sum(dim=1).numpy()
+        lengths += 1
+        return prompt[:, : int(lengths.max()) - 1]
+
+
+class Autocast(Reader):
+    """Reads in another precision than it computes in: 3.01 and 5.02 in fp32, 3.0 and 5.03 in bf16."""
+
+    def read(self, prompt: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        exact = (mask.float() * 1.004) @ torch.ones(5, 1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rough = (mask.float() * 1.004) @ torch.ones(5, 1)
+            scale = float(exact.max()) + float(rough.max())
+        return prompt * scale
+
+
+class Where(Reader):
+    def read(self, prompt: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        (places,) = torch.where(mask[0])
+        return prompt[:, places.tolist()]
+
+
+class Held(Reader):
+    """Reads a tensor that it holds, and one that it makes of a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.arange(3)
+
+    def read(self, prompt: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        counts = torch.tensor([1, 2])
+        counts[0] = mask[0].sum()
+        return prompt[:, : int(self.table.max())] * int(counts.sum())
+
+
+READERS = [Item, Length, List, Array, Flag, Mask, Places, Repeated, Written, Filled, Changed, Autocast, Where, Held]
 
 
 def reader(kind: type[Reader]) -> Reader:
@@ -217,6 +258,33 @@ class ReadsLatents(Stack):
     def forward(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """Returns [B, N, D]."""
         return super().forward(-latents if latents.sum() < 0 else latents, timestep)
+
+
+class Overwrites(Reader):
+    def read(self, prompt: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return prompt * mask.mul_(2).sum().item()
+
+
+def test_a_model_that_writes_to_its_request_is_refused_without_a_run() -> None:
+    model, given = reader(Overwrites), call(0, 3)
+    compiled = hrt.compile(model, schedule(model), strict=True)
+    with pytest.raises(CaptureError, match="it writes to mask"):
+        compiled(**given)
+    assert torch.equal(given["mask"], call(0, 3)["mask"])
+
+
+def test_capturing_keeps_nothing_of_the_request_alive() -> None:
+    model, given = reader(Written), call(0, 3)
+    sites = schedule(model).sites
+    capture(model, _normal(model, 3), sites)  # torch keeps the frames of its first imports
+    latents = weakref.ref(given["latents"])
+    gc.disable()
+    try:
+        capture(model, CallConvention(model).normalise((), given), sites)
+        given.clear()
+        assert latents() is None
+    finally:
+        gc.enable()
 
 
 def test_what_is_read_of_the_latents_is_no_static_plan() -> None:
