@@ -69,8 +69,9 @@ def main() -> None:
 
 
 def _each(runs: Iterable[list[str]], shared: list[str]) -> int:
-    """Each run in a process of its own, so that none measures another's memory or finds its caches warm."""
-    return max(subprocess.call([sys.executable, "-m", "benchmarks", *run, *shared]) for run in runs)
+    """Each run in a process of its own, so that none measures another's memory or finds its caches warm; 1 if any failed."""
+    codes = [subprocess.call([sys.executable, "-m", "benchmarks", *run, *shared]) for run in runs]
+    return int(any(codes))
 
 
 if __name__ == "__main__":

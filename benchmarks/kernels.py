@@ -15,6 +15,7 @@ import math
 import multiprocessing
 import platform
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -104,9 +105,10 @@ def run(*, repeats: int, quick: bool) -> list[Row]:
     if device == "cuda":
         runs = [_measure(cases, device, repeats)]
     else:
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            task = functools.partial(_measure, cases, device)
-            runs = pool.map(task, [repeats] * (1 if quick else PROCESSES), chunksize=1)
+        task = functools.partial(_measure, cases, device)
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
+            runs = list(pool.map(task, [repeats] * (1 if quick else PROCESSES)))
     return [row for case, *seconds in zip(cases, *runs, strict=True) for row in _rows(case, seconds, device)]
 
 

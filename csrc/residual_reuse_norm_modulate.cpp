@@ -178,9 +178,10 @@ void run(at::TensorIterator& iter, const Operands& operands, const Norm& norm) {
   const int64_t n = norm.width;
 
   // While a piece of a row is normalised, nothing is read from memory: time to fetch the next row's. On Zen 4 this takes
-  // 10 to 25 % off (pieces of 64 to 384 numbers did alike), and adds as much where all lies in the second-level cache.
+  // 10 to 25 % off (pieces of 64 to 384 numbers did alike), and adds as much where all lies in second-level caches.
   constexpr int64_t piece = 192, second_level = 1 << 20;
-  const bool fetches = iter.numel() * n * int64_t(sizeof(T)) * int64_t(3 + count) > second_level;
+  const int64_t bytes_moved = iter.numel() * n * int64_t(sizeof(T)) * int64_t(3 + count);
+  const bool fetches = bytes_moved > second_level * at::get_num_threads();
 
   const auto loop = [&](char** data, const int64_t* strides, int64_t rows) {
     // Vectors of 64 bytes that cross cache lines take twice as long.
