@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def _each(runs: Iterable[list[str]], shared: list[str]) -> int:
-    """Each run in a process of its own, so that none measures another's memory or finds its caches warm; 1 if any failed."""
+    """Run each in a process of its own, so that none measures another's memory or caches; 1 if any failed, else 0."""
     codes = [subprocess.call([sys.executable, "-m", "benchmarks", *run, *shared]) for run in runs]
     return int(any(codes))
 
