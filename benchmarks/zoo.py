@@ -119,8 +119,8 @@ def page(lines: Sequence[str]) -> str:
 tests as a model of two or so blocks with random weights and a random schedule of {STEPS} steps: `plain` equals
 the reference bit for bit on CPU, `fused` is within the measured tolerance, and what is reused is what the
 schedule asked for. CUR and theoretical speed-up are those of that schedule and that tiny model. Seconds are those
-of a compile at the published geometry (`python -m benchmarks zoo`), on the meta device or, marked with a star, on the CPU
-with weights of one number each, where a model reads values (lengths of prompts, in masks) or has flex attention.
+of a compile at the published geometry (`python -m benchmarks zoo`), on the meta device or, marked with a star, on the
+CPU with weights of one number each, where a model reads values (lengths of prompts, in masks) or has flex attention.
 `benchmarks/results/zoo.json` says of which machine.
 
 Written by `python -m benchmarks.zoo`.
