@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,7 +72,7 @@ def export_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         CaptureError: it cannot be traced, or is not a function of its arguments.
     """
     lazily = _use_lazy_graph_module(True)  # no one calls the modules that tracing makes on its way: no code for them
-    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad(), lazily:
+    with warnings.catch_warnings(), _silent_about_values(), torch.inference_mode(False), torch.no_grad(), lazily:
         # Raised inside torch.export by torch's own use of its deprecated names.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
         args, kwargs = pytree.tree_map_only(torch.Tensor, _as_ordinary, (args, kwargs))
@@ -89,6 +90,21 @@ def export_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     _check_functional_signature(program)
     remove_identities(program.graph)
     return program
+
+
+@contextmanager
+def _silent_about_values() -> Iterator[None]:
+    """Keep torch from logging that it has no advice for a size that depends on values: the failure says what it is."""
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+
+    def is_said(record: logging.LogRecord) -> bool:
+        return "Unable to find user code" not in record.msg
+
+    log.addFilter(is_said)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_said)
 
 
 def _renew_users(graph: fx.Graph) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import warnings
 import weakref
 from pathlib import Path
@@ -177,12 +178,18 @@ def test_every_request_gets_the_graph_of_its_values(kind: type[Reader]) -> None:
     assert len(compiled.report().plans) == 2
 
 
-def test_what_is_read_is_known_without_a_run_of_the_model(capfd: pytest.CaptureFixture[str]) -> None:
-    model = reader(Item)
+def test_what_is_read_is_known_without_a_run_of_the_model(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, logged = reader(Item), []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", logged.append)
+    monkeypatch.setattr(logging.getLogger("torch.fx.experimental.symbolic_shapes"), "handlers", [handler])
     with mock.patch.object(Item, "read", autospec=True, side_effect=Item.read) as read:
         capture(model, _normal(model, 3), schedule(model).sites)
     assert [type(each.args[2]) for each in read.call_args_list] == [FakeTensor]
     assert capfd.readouterr() == ("", "")
+    assert not [record for record in logged if record.levelno >= logging.WARNING]
 
 
 def test_a_request_that_changes_in_mid_run_changes_the_graph() -> None:
