@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch._C._functorch import is_batchedtensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -39,8 +39,8 @@ def functionalise(program: torch.export.ExportedProgram) -> bool:
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.detach_.default):
         node.replace_all_uses_with(node.args[0])  # it writes no values
         graph.erase_node(node)
-    nested = [module.graph for name, module in program.graph_module.named_modules() if name and _is_graph(module)]
-    if any(is_mutating(node) for each in nested for node in each.nodes):
+    _, *nested = (module for module in program.graph_module.modules() if isinstance(module, fx.GraphModule))
+    if any(is_mutating(node) for module in nested for node in module.graph.nodes):
         return False
     if not any(map(is_mutating, graph.nodes)):
         return True
@@ -104,9 +104,7 @@ class _Region:
         try:
             with fx.traceback.preserve_node_meta():
                 run = make_fx(torch.func.functionalize(self._run))(*(node.meta["val"] for node in self._inputs))
-        except (
-            Exception
-        ):  # functionalisation raises many types; traced as a whole, what is really wrong is raised again
+        except Exception:  # of many types; traced as a whole, what is really wrong is raised again
             return False
         traced, output = run.graph, run.graph.output_node()
         copies: Any = output.args[0]
@@ -160,10 +158,6 @@ def written_storages(node: fx.Node) -> Iterator[int]:
             for leaf in pytree.tree_leaves(value):
                 if isinstance(leaf, fx.Node):
                     yield from storages_of(leaf)
-
-
-def _is_graph(module: nn.Module) -> bool:
-    return isinstance(module, fx.GraphModule)
 
 
 def _writes_anew(node: fx.Node) -> bool:

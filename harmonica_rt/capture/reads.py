@@ -76,8 +76,8 @@ class Reading(TorchFunctionMode):
         """This mode, for a trace in which the arguments of the call are `kwargs`."""
         mode: Any = get_proxy_mode()
         self._tracer = mode.tracer
-        traced = zip(pytree.tree_leaves(kwargs), range(len(self._call.leaves)), strict=True)
-        nodes = ((self._node(leaf), index) for leaf, index in traced if isinstance(leaf, torch.Tensor))
+        traced = enumerate(pytree.tree_leaves(kwargs))
+        nodes = ((self._node(leaf), index) for index, leaf in traced if isinstance(leaf, torch.Tensor))
         self._arguments = {node: index for node, index in nodes if node is not None}
         devices = {leaf.device.type for leaf in self._call.leaves if isinstance(leaf, torch.Tensor)}
         self._autocast = tuple(map(_autocast_of, sorted(devices)))

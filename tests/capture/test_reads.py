@@ -104,12 +104,12 @@ class Changed(Reader):
 
     def read(self, prompt: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         lengths = mask.sum(dim=1).numpy()
-        lengths += 1
-        return prompt[:, : int(lengths.max()) - 1]
+        lengths += 2  # 5 where the mask says 3: were that noted down, a request of 5 would get this graph
+        return prompt[:, : int(lengths.max()) - 2]
 
 
 class Autocast(Reader):
-    """Reads in another precision than it computes in: 3.01 and 5.02 in fp32, 3.0 and 5.03 in bf16."""
+    """Reads products made in fp32 and in bf16: 3.012 and 3.03125 for a length of 3."""
 
     def read(self, prompt: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         exact = (mask.float() * 1.004) @ torch.ones(5, 1)
