@@ -11,6 +11,10 @@ class HarmonicaError(Exception):
     """Base of all errors of this package."""
 
 
+class ArgumentError(HarmonicaError, TypeError, ValueError):
+    """A public function was handed something else than it takes."""
+
+
 class ScheduleError(HarmonicaError, ValueError):
     """A schedule, or the file that holds it, is malformed."""
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from harmonica_rt.arguments import check_flags, check_schedule, described
 from harmonica_rt.capture.call import Call, Signature
 from harmonica_rt.capture.dynamo import GraphCall
 from harmonica_rt.capture.roles import roles
-from harmonica_rt.errors import HarmonicaError
+from harmonica_rt.errors import ArgumentError, HarmonicaError
 from harmonica_rt.fit import check_lowering
 from harmonica_rt.lower import DEFAULT as DEFAULT_LOWERING
 from harmonica_rt.plan.plan import build_plan
@@ -49,23 +50,29 @@ class Options:
         """Check what was given.
 
         Raises:
-            HarmonicaError: no schedule or something else in its place, an unknown option, lowering or graph mode.
+            ArgumentError: no schedule or something else in its place, or an option of the wrong kind.
+            HarmonicaError: an unknown option, lowering or graph mode.
         """
-        given = given or {}
+        given = {} if given is None else given
+        if not isinstance(given, Mapping):
+            raise ArgumentError(
+                f"backend {NAME!r} takes its options as a dict, got {described(given)}: "
+                f'torch.compile(model, backend="{NAME}", options={{"schedule": schedule}})'
+            )
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = [name for name in given if name not in names]
         if unknown:
             raise HarmonicaError(f"backend {NAME!r} has no option {unknown[0]!r}; it has {', '.join(names)}")
-        schedule = given.get("schedule")
-        if not isinstance(schedule, Schedule):
-            came = f"a {type(schedule).__name__}" if "schedule" in given else "none"
-            raise HarmonicaError(
-                f"backend {NAME!r} needs a harmonica_rt.Schedule, {came} came: "
+        if "schedule" not in given:
+            raise ArgumentError(
+                f"backend {NAME!r} needs a harmonica_rt.Schedule: "
                 f'torch.compile(model, backend="{NAME}", options={{"schedule": schedule}})'
             )
+        check_schedule(given["schedule"])
         options = cls(**given)
         check_lowering(options.lowering)
         graphs_of(options.graphs)
+        check_flags(debug=options.debug)
         return options
 
 
@@ -73,6 +80,7 @@ class GraphSession(Session):
     """The runs of one torch.compile'd model: `reset()` begins the next one, `report()` tells what the last one did."""
 
     engine: GraphEngine
+    undone_by = "harmonica_rt.attach(pipe.transformer).detach()"
 
     def __init__(self, model_name: str, options: Options) -> None:
         super().__init__(model_name, options.schedule, GraphEngine(model_name, options))

@@ -69,6 +69,8 @@ def check_sites(sites: Iterable[object]) -> tuple[str, ...]:
     names = tuple(sites)
     if not names:
         raise ScheduleError("sites: expected at least one site, got none")
+    if isinstance(sites, set | frozenset):
+        raise ScheduleError("sites: expected a list in the order of the columns, got a set, which has no order")
     for i, name in enumerate(names):
         if not isinstance(name, str) or not all(name.split(".")) or any(c.isspace() for c in name):
             raise ScheduleError(f"sites[{i}]: expected a dotted module path such as 'blocks.0.attn1', got {name!r}")

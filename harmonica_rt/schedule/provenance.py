@@ -77,8 +77,10 @@ class ModelInfo:
     @classmethod
     def of(cls, model: object) -> ModelInfo:
         """Of a model, with the fingerprint of its `config` if it has one."""
+        model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
         config = getattr(model, "config", None)
-        return cls(type(model).__name__, config_fingerprint(config) if isinstance(config, Mapping) else None)
+        # __class__ and not type(): a compiled model stands for the model inside
+        return cls(model.__class__.__name__, config_fingerprint(config) if isinstance(config, Mapping) else None)
 
     def __post_init__(self) -> None:
         check_name(self.class_name, "model.class_name")
