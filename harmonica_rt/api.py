@@ -30,7 +30,6 @@ from harmonica_rt.parity.report import ParityReport
 from harmonica_rt.parity.verify import verify_model, verify_pipeline
 from harmonica_rt.report import Report
 from harmonica_rt.runtime.denoiser import Denoiser
-from harmonica_rt.runtime.following import callers
 from harmonica_rt.runtime.graphs import graphs_of
 from harmonica_rt.runtime.pipelines import denoiser_module, install, install_assigned, installed, uninstall
 from harmonica_rt.runtime.planned import PlannedEngine
@@ -67,16 +66,16 @@ class CompiledModel(Denoiser):
                 "be written to"
             ) from error
 
-    def _settle_in(self) -> None:
-        for caller in callers():
+    def _settle_in(self, callers: list[Any]) -> None:
+        for caller in callers:
             inner = getattr(caller, "__dict__", {}).get("_modules", {}).get("_orig_mod")
             if (inner is self or inner is self.model) and _through_torch_compile(caller):
                 raise HarmonicaError(
                     f"this {type(self.model).__name__} is compiled twice, by harmonica_rt.compile and by torch.compile "
-                    "with this package's backend, each with a schedule. Undo one of them: harmonica_rt.uncompile(pipe), "
-                    "or pipe.transformer = pipe.transformer._orig_mod"
+                    "with this package's backend, each with a schedule. Undo one of them: "
+                    "harmonica_rt.uncompile(pipe), or pipe.transformer = pipe.transformer._orig_mod"
                 )
-        super()._settle_in()
+        super()._settle_in(callers)
 
     def report(self) -> Report:
         """What is computed, reused, stored and saved; prints as a table."""
@@ -377,9 +376,9 @@ def _model_to_compile(model_or_pipeline: Any) -> nn.Module:
     wrapped = getattr(model, "_orig_mod", None)
     if wrapped is not None and _through_torch_compile(model):
         raise HarmonicaError(
-            f"this {type(wrapped).__name__} is compiled already, by torch.compile with this package's backend. Take that "
-            "out first: harmonica_rt.attach(pipe.transformer).detach(), then pipe.transformer = "
-            "pipe.transformer._orig_mod"
+            f"this {type(wrapped).__name__} is compiled already, by torch.compile with this package's backend. Undo "
+            "that first: harmonica_rt.attach(pipe.transformer).detach(), then "
+            "pipe.transformer = pipe.transformer._orig_mod"
         )
     return model
 

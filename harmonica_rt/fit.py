@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from harmonica_rt.errors import ArgumentError, HarmonicaError, ScheduleMismatchError, SiteError
+from harmonica_rt.errors import ArgumentError, ScheduleMismatchError, SiteError
 from harmonica_rt.lower import LOWERINGS
 from harmonica_rt.schedule import ModelInfo, Schedule
 from harmonica_rt.schedule.sites import check_sites
@@ -45,7 +45,7 @@ def check_fit(model: nn.Module, schedule: Schedule) -> None:
 
 
 def check_lowering(lowering: str) -> None:
-    """Raise HarmonicaError for the name of no lowering."""
+    """Raise ArgumentError for the name of no lowering."""
     if lowering not in LOWERINGS:
         raise ArgumentError(f"lowering {lowering!r} is not known; choose one of {', '.join(LOWERINGS)}")
 

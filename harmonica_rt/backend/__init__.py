@@ -45,8 +45,8 @@ def harmonica(graph: fx.GraphModule, example_inputs: list[Any], **given: Any) ->
     frame = traced_frame(graph)
     if follower_of(frame.model) is not None:
         raise HarmonicaError(
-            f"this {type(frame.model).__name__} is compiled already, by harmonica_rt.compile(pipe, ...). Undo that first: "
-            "harmonica_rt.uncompile(pipe)"
+            f"this {type(frame.model).__name__} is compiled already, by harmonica_rt.compile(pipe, ...). Undo that "
+            "first: harmonica_rt.uncompile(pipe)"
         )
     try:
         check_fit(frame.model, options.schedule)
@@ -115,16 +115,10 @@ def attach(compiled: Any) -> Any:
 def _session_of(compiled: nn.Module) -> GraphSession:
     model = getattr(compiled, "_orig_mod", compiled)
     if not is_backend_of(compiled):
-        name, by_us = type(model).__name__, isinstance(compiled, Denoiser) or installed(model) is not None
-        raise HarmonicaError(
-            f"this {name} is not compiled with backend {NAME!r}: "
-            + (
-                "harmonica_rt.compile compiled it, which needs no attach (get_compiled(pipe) has the report)"
-                if by_us
-                else f'torch.compile(model, backend="{NAME}", options={{"schedule": schedule}}) does, or '
-                "model.compile(...)"
-            )
-        )
+        remedy = f'torch.compile(model, backend="{NAME}", options={{"schedule": schedule}}) does, or model.compile(...)'
+        if isinstance(compiled, Denoiser) or installed(model) is not None:
+            remedy = "harmonica_rt.compile compiled it, which needs no attach (get_compiled(pipe) has the report)"
+        raise HarmonicaError(f"this {model.__class__.__name__} is not compiled with backend {NAME!r}: {remedy}")
     options = Options.of(getattr(_backend_of(compiled), "kwargs", {}).get("options"))
     check_fit(model, options.schedule)
     return _session(model, options)

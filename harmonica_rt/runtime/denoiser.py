@@ -14,7 +14,7 @@ from harmonica_rt.capture.call import Call, CallConvention
 from harmonica_rt.capture.forward import own_forward
 from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.runtime.engine import Engine
-from harmonica_rt.runtime.following import pipeline_holding
+from harmonica_rt.runtime.following import callers, pipeline_holding
 from harmonica_rt.runtime.hooks import call_with_hooks
 from harmonica_rt.runtime.session import Session
 from harmonica_rt.schedule import Schedule
@@ -108,12 +108,12 @@ class Denoiser(Session):
 
     def _call(self, call: Call, uncached: Callable[[], Any]) -> Any:
         if self._run is None or self._run.untouched or not self._following:
-            self._settle_in()
+            self._settle_in(list(callers()))
         return super()._call(call, uncached)
 
-    def _settle_in(self) -> None:
+    def _settle_in(self, callers: list[Any]) -> None:
         """Take over in a pipeline that this was assigned to; its run began, unseen, before this call."""
-        pipeline = pipeline_holding(self)
+        pipeline = pipeline_holding(self, callers)
         if pipeline is not None:
             from harmonica_rt.runtime.pipelines import install_assigned  # which imports this module
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -99,8 +99,8 @@ class Following:
 def scheduler_in_use(listener: Listener) -> HarmonicaError:
     """The error for a scheduler that has a listener already."""
     return HarmonicaError(
-        "this scheduler already drives another compiled model. Give each pipeline a scheduler of its own; if it is this "
-        f"pipeline that was compiled before, undo that first: {listener.undone_by}"
+        "this scheduler already drives another compiled model. Give each pipeline a scheduler of its own; if it is "
+        f"this pipeline that was compiled before, undo that first: {listener.undone_by}"
     )
 
 
@@ -109,9 +109,9 @@ def calling_scheduler() -> Any | None:
     return next((scheduler for caller in callers() if (scheduler := _scheduler_in(caller)) is not None), None)
 
 
-def pipeline_holding(component: object) -> Any | None:
-    """The pipeline that makes the call under way, if `component` is one of its attributes."""
-    for caller in callers():
+def pipeline_holding(component: object, callers: Iterable[Any]) -> Any | None:
+    """The first of `callers` that is a pipeline with `component` as one of its attributes."""
+    for caller in callers:
         if _scheduler_in(caller) is not None and any(value is component for value in vars(caller).values()):
             return caller
     return None

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from harmonica_rt.errors import HarmonicaError
+from harmonica_rt.errors import ArgumentError
 
 MODES = ("auto", "on", "off")
 
@@ -65,10 +65,10 @@ def graphs_of(mode: str) -> Graphs | None:
     """The graphs that `compile(graphs=mode)` means; None for no graphs.
 
     Raises:
-        HarmonicaError: the mode is not one of `MODES`.
+        ArgumentError: the mode is not one of `MODES`.
     """
     if mode not in MODES:
-        raise HarmonicaError(f"graphs={mode!r} is not known; choose one of {', '.join(MODES)}")
+        raise ArgumentError(f"graphs={mode!r} is not known; choose one of {', '.join(MODES)}")
     return None if mode == "off" else Graphs(_cuda_pool, measured=mode == "auto")
 
 

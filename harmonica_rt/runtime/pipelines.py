@@ -74,9 +74,10 @@ def follower_of(module: nn.Module) -> Denoiser | None:
 
 
 def install_assigned(pipeline: Any) -> None:
-    """Compile the pipeline where a compiled model was assigned to it: `pipe.transformer = compile(pipe.transformer, s)`.
+    """Compile the pipeline where a compiled model was assigned to it.
 
-    The pipeline gets its own module back, with the call of that module taken over.
+    That is what `pipe.transformer = compile(pipe.transformer, schedule)` means. The pipeline gets its own module back,
+    with the call of that module taken over.
 
     Raises:
         HarmonicaError: it was assigned to something else than the denoiser.

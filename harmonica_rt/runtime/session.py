@@ -57,8 +57,9 @@ class Session:
         """Begin a new run: the next call is step 0. A pipeline's denoiser does it by itself.
 
         Args:
-            timesteps: of the run, one per step of the schedule, in any scale and on any device; tells that it is like earlier runs of equal ones. On a GPU, where
-                comparing timesteps would wait for the device, only runs that say so compute timestep work beforehand.
+            timesteps: of the run, one per step of the schedule, in any scale and on any device; tells that it is like
+                earlier runs of equal ones. On a GPU, where comparing timesteps would wait for the device, only runs
+                that say so compute timestep work beforehand.
 
         Raises:
             ScheduleMismatchError: another number of timesteps than the schedule has steps.

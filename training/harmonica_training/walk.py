@@ -185,7 +185,7 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
         if before is not None:
             module.forward = before
         if compiled is not None:
-            module._compiled_call_impl = compiled
+            module.__dict__["_compiled_call_impl"] = compiled  # by setattr, what passes for a module becomes a child
 
 
 class _Replacement:
