@@ -89,8 +89,8 @@ def install_assigned(pipeline: Any) -> None:
                 f"{type(pipeline).__name__}.{name} is a compiled model, but the denoiser of this pipeline is another "
                 f"one, and it alone can be compiled. Give the plain model back: pipe.{name} = pipe.{name}.model"
             )
-        setattr(pipeline, name, denoiser.model)
         install(pipeline, denoiser)
+        setattr(pipeline, name, denoiser.model)  # last: whatever interrupts this, the next call finds it assigned
 
 
 def uninstall(pipeline: Any) -> None:

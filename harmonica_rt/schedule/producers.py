@@ -72,6 +72,8 @@ def step_mask(mask: StepMask | Mapping[str, StepMask], sites: Sequence[str]) -> 
         return np.repeat(mask_column(mask, "mask")[:, None], len(sites), axis=1)
     if not mask:
         raise ScheduleError("mask: expected at least one pattern, got an empty mapping")
+    if odd := [pattern for pattern in mask if not isinstance(pattern, str)]:
+        raise ScheduleError(f"mask: expected patterns of sites as keys, got {odd[0]!r}")
     columns = {pattern: mask_column(bits, f"mask[{pattern!r}]") for pattern, bits in mask.items()}
     lengths = {pattern: len(bits) for pattern, bits in columns.items()}
     if len(set(lengths.values())) > 1:

@@ -333,9 +333,9 @@ class Schedule:
         """The same mask and sites with the given provenance; what is None stays as it is."""
         return replace(
             self,
-            model=model or self.model,
-            sampler=sampler or self.sampler,
-            timesteps=self.timesteps if timesteps is None else tuple(timesteps),
+            model=self.model if model is None else model,
+            sampler=self.sampler if sampler is None else sampler,
+            timesteps=self.timesteps if timesteps is None else check_timesteps(timesteps, self.steps),
             guidance=self.guidance if guidance is None else guidance,
-            made_by=made_by or self.made_by,
+            made_by=self.made_by if made_by is None else made_by,
         )
