@@ -94,7 +94,7 @@ def test_bad_arguments(model: Stack) -> None:
         hrt.compile(model, schedule, max_plans=0)
     with pytest.raises(HarmonicaError, match="choose one of the two"):
         hrt.compile(model, schedule, verify=True, debug=True)
-    with pytest.raises(HarmonicaError, match="got str"):
+    with pytest.raises(HarmonicaError, match="got 'model'; load it first"):
         hrt.compile("model", schedule)
 
 
