@@ -256,7 +256,7 @@ def test_what_attach_takes(model: Stack, schedule: Schedule) -> None:
     for other in (model, torch.compile(model, backend="eager"), stack()):
         with pytest.raises(HarmonicaError, match="Stack is not compiled with backend 'harmonica'"):
             hrt.attach(other)
-    with pytest.raises(HarmonicaError, match="expected an nn.Module or a diffusers pipeline, got 'pipe'"):
+    with pytest.raises(HarmonicaError, match=r"expected an nn\.Module or a diffusers pipeline, got 'pipe'"):
         hrt.attach("pipe")
     in_place = stack(depth=2)
     in_place.compile(backend="harmonica", options={"schedule": schedule, "lowering": "plain"})
