@@ -1,0 +1,315 @@
+"""One world, run by run on both sides: the plain pipeline under the oracle, and the compiled one."""
+
+from __future__ import annotations
+
+import gc
+import os
+import tempfile
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+import harmonica_rt as hrt
+from benchmarks.soak.oracle import Oracle
+from benchmarks.soak.runs import Run, World
+from benchmarks.soak.subjects import SAMPLERS, SUBJECTS, Controls, evaluations
+from harmonica_rt.errors import HarmonicaError
+
+ROUNDING = 1e-4  # of the largest value; a wrong image is off by 1e-3 and more
+
+
+class Interrupted(Exception):
+    """Raised by a callback on purpose."""
+
+
+@dataclass
+class Outcome:
+    """What a run gave.
+
+    Attributes:
+        latents: after each step.
+        result: the images; None where the run was interrupted.
+        outside: outputs and gradients of calls from outside the run.
+        calls, reused, in_full: what was called and reused, and the steps computed in full; None where not known.
+    """
+
+    latents: list[torch.Tensor] = field(default_factory=list)
+    result: torch.Tensor | None = None
+    outside: list[torch.Tensor] = field(default_factory=list)
+    interrupted: bool = False
+    counts: tuple[int, int, tuple[int, ...]] | None = None
+
+
+class Side:
+    """A pipeline, and the values of the changes that are in force on its denoiser."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.subject = SUBJECTS[world.subject]
+        self.pipeline = self.subject.build(world.seed, world.variant, world.sampler)
+        self._values: dict[str, int] = {}
+        self._parameters = {name: p.detach().clone() for name, p in self.pipeline.transformer.named_parameters()}
+        self._weights = 0
+
+    def state(self) -> Hashable:
+        """What the forward of the denoiser depends on, besides the values of its weights."""
+        changes = self.subject.changes
+        return tuple(sorted((n, v) for n, v in self._values.items() if v and not changes[n].around))
+
+    def set(self, name: str, value: int) -> None:
+        """Bring one change to a value."""
+        change = self.subject.changes[name]
+        if change.shared or self._values.get(name, 0) != value:
+            change.set(self.pipeline, value)
+        self._values[name] = value
+
+    def prepare(self, run: Run) -> None:
+        """The state in which the run begins."""
+        wanted = dict(run.state)
+        for name in sorted({*self._values, *wanted}):
+            self.set(name, wanted.get(name, 0))
+        if run.weights != self._weights:
+            self._weights = run.weights
+            with torch.no_grad():
+                for name, parameter in self.pipeline.transformer.named_parameters():
+                    if name in self._parameters:
+                        parameter.copy_(self._parameters[name] * (1.0, 0.8, 1.1)[run.weights])
+
+    def restore(self) -> None:
+        """Undo every change, also to classes and modules."""
+        for name in self._values:
+            self.set(name, 0)
+
+    def another_scheduler(self) -> None:
+        """A new object, as `from_config` makes it."""
+        scheduler = self.pipeline.scheduler
+        self.pipeline.scheduler = type(scheduler).from_config(scheduler.config)
+
+    def before(self, kind: str, run: Run, outcome: Outcome) -> None:
+        """What happens right before a run, on this side."""
+        if kind == "another scheduler":
+            self.another_scheduler()
+        elif kind in ("outside", "gradient"):
+            outcome.outside += self.call_from_outside(run.seed, with_gradient=kind == "gradient")
+        elif kind == "collect":
+            gc.collect()
+
+    def sample(self, run: Run) -> Outcome:
+        """One run; raises what it raises, but for the exception of its own callback."""
+        outcome = Outcome()
+        for kind in run.before:
+            self.before(kind, run, outcome)
+
+        def on_step_end(index: int, latents: torch.Tensor, controls: Controls) -> None:
+            outcome.latents.append(latents.clone())
+            for event in run.events:
+                if event.after == index:
+                    self._happen(event, run, controls, outcome)
+
+        try:
+            outcome.result = self.subject.sample(self.pipeline, run, self.world.asked, on_step_end)
+        except Interrupted:
+            outcome.interrupted = True
+        return outcome
+
+    def _happen(self, event: Any, run: Run, controls: Controls, outcome: Outcome) -> None:
+        if event.kind == "change":
+            self.set(event.name, event.value)
+        elif event.kind in ("prompt", "prompt in place"):
+            controls.prompt(event.value, in_place=event.kind == "prompt in place")
+        elif event.kind == "guidance":
+            if run.guided:
+                controls.guidance_off()
+        elif event.kind == "raise":
+            raise Interrupted
+        elif event.kind == "stop":
+            controls.stop()
+        elif event.kind == "collect":
+            gc.collect()
+        else:
+            seed = run.seed + event.after + 1
+            outcome.outside += self.call_from_outside(seed, with_gradient=event.kind == "gradient")
+
+    def call_from_outside(self, seed: int, *, with_gradient: bool) -> list[torch.Tensor]:
+        """A call that belongs to no run: its output, and the gradients of its latents and of one weight."""
+        call = self.subject.arguments(self.pipeline, seed)
+        model = self.pipeline.transformer
+        with torch.set_grad_enabled(with_gradient):
+            latents = call["hidden_states"].requires_grad_(with_gradient)
+            weight = next(p for p in model.parameters() if p.requires_grad)
+            output = _tensor(model(**call))
+            if not with_gradient:
+                return [output.clone()]
+            grads = torch.autograd.grad(output.square().sum(), [latents, weight])
+        return [output.detach(), *grads]
+
+
+class Plain(Side):
+    """The plain pipeline, under the oracle."""
+
+    def __init__(self, world: World, schedule: Any) -> None:
+        super().__init__(world)
+        self._oracle = Oracle(schedule, self.state)
+        self._asked = False
+
+    def sample(self, run: Run) -> Outcome:
+        """One run under the schedule."""
+        outcome = Outcome()
+        for kind in run.before:
+            self.before(kind, run, outcome)
+        self._oracle.begin(run.first)
+        alone = run if not run.before else Run(**{**run.__dict__, "before": ()})
+        with self._oracle.watching(self.pipeline.transformer), self._oracle.counting(self.pipeline.scheduler):
+            found = super().sample(alone)
+        found.outside = outcome.outside + found.outside
+        oracle = self._oracle
+        found.counts = (oracle.calls, oracle.reused, tuple(oracle.computed_in_full))
+        return found
+
+    def call_from_outside(self, seed: int, *, with_gradient: bool) -> list[torch.Tensor]:
+        """The plain model, out of the oracle's sight."""
+        with self._oracle.aside():
+            return super().call_from_outside(seed, with_gradient=with_gradient)
+
+
+class Compiled(Side):
+    """The compiled pipeline."""
+
+    def __init__(self, world: World, schedule: Any) -> None:
+        super().__init__(world)
+        self._schedule = schedule
+        self.install()
+
+    def install(self) -> None:
+        """Compile it through the world's door."""
+        world, pipeline = self.world, self.pipeline
+        if world.door == "reference":
+            hrt.reference(pipeline, self._schedule)
+        elif world.door == "compile":
+            hrt.compile(pipeline, self._schedule, lowering=world.lowering, debug=world.variant % 4 == 0)
+        else:
+            options = {"schedule": self._schedule, "lowering": world.lowering}
+            pipeline.transformer.compile(backend="harmonica", options=options, fullgraph=True)
+            hrt.attach(pipeline)
+
+    def before(self, kind: str, run: Run, outcome: Outcome) -> None:
+        """What happens right before a run; saving and compiling again are of this side alone."""
+        if kind == "compile again" and self.world.door != "torch.compile":
+            hrt.uncompile(self.pipeline)
+            self.install()
+        elif kind == "save and load" and self.world.door == "compile":
+            self._save_and_load()
+        else:
+            super().before(kind, run, outcome)
+
+    def _save_and_load(self) -> None:
+        compiled = hrt.get_compiled(self.pipeline)
+        if not compiled.report().plans:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "plan.json")
+            try:
+                compiled.save(path)
+            except hrt.errors.PlanFileError:
+                return  # the model changed since, as the message says
+            hrt.uncompile(self.pipeline)
+            hrt.load(path, self.pipeline)
+
+    def sample(self, run: Run) -> Outcome:
+        """One run of the compiled pipeline."""
+        outcome = super().sample(run)
+        if self.world.door == "reference":
+            return outcome
+        session = (
+            hrt.get_compiled(self.pipeline)
+            if self.world.door == "compile"
+            else hrt.attach(self.pipeline.transformer)
+        )
+        report = session.report()
+        entries = report.last_calls * len(self._schedule.sites)
+        outcome.counts = (report.last_calls, round((report.last_cur or 0.0) * entries), tuple(report.last_catch_ups))
+        return outcome
+
+
+class Pair:
+    """Both sides of a world."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.schedule = random_schedule(world)
+        self.plain, self.compiled = Plain(world, self.schedule), Compiled(world, self.schedule)
+
+    def fault(self, run: Run) -> str | None:
+        """Run it on both sides; what is wrong with the compiled one, None where nothing is."""
+        self.plain.prepare(run)
+        expected = self.plain.sample(run)
+        self.compiled.prepare(run)
+        try:
+            got = self.compiled.sample(run)
+        except HarmonicaError as error:
+            return f"refused: {type(error).__name__}: {error}"
+        except Exception as error:
+            return f"undocumented error: {type(error).__name__}: {error}"
+        return self.difference(expected, got)
+
+    def difference(self, expected: Outcome, got: Outcome) -> str | None:
+        """What is wrong with `got`."""
+        for index, (a, b) in enumerate(zip(expected.latents, got.latents, strict=False)):
+            if not self.same(a, b):
+                return f"wrong image: after step {index}, {_distance(a, b)}, {_counted(expected, got)}"
+        if len(expected.latents) != len(got.latents) or expected.interrupted != got.interrupted:
+            return f"wrong image: {len(got.latents)} steps in the place of {len(expected.latents)}"
+        if expected.result is not None and got.result is not None and not self.same(expected.result, got.result):
+            return f"wrong image: the last one, {_distance(expected.result, got.result)}"
+        for index, (a, b) in enumerate(zip(expected.outside, got.outside, strict=True)):
+            if not self.same(a, b):
+                return f"wrong call from outside: value {index}, {_distance(a, b)}"
+        whole = expected.result is not None and not expected.interrupted
+        if whole and got.counts is not None and got.counts != expected.counts:
+            return f"other entries reused: {_counted(expected, got)}"
+        return None
+
+    def same(self, a: torch.Tensor, b: torch.Tensor) -> bool:
+        """Equal bits, or up to rounding where the lowering rounds."""
+        if self.world.lowering == "plain":
+            return torch.equal(a, b)
+        return a.shape == b.shape and bool((a - b).abs().max() <= ROUNDING * a.abs().max().clamp(min=1e-3))
+
+    def close(self) -> None:
+        """Undo what the world did to classes and modules."""
+        self.plain.restore()
+        self.compiled.restore()
+        if self.world.door == "torch.compile":
+            torch._dynamo.reset()
+
+
+def random_schedule(world: World) -> Any:
+    """From the world's seed: a period, or a random mask."""
+    model = SUBJECTS[world.subject].build(world.seed, world.variant, world.sampler).transformer
+    sites, steps = hrt.find_sites(model), evaluations(world.sampler, world.asked)
+    draw = np.random.default_rng(world.seed)
+    if draw.random() < 0.3:
+        return hrt.Schedule.every(int(draw.integers(2, 5)), steps=steps, sites=sites)
+    mask = draw.random((steps, len(sites))) < draw.choice([0.2, 0.5, 0.8])
+    mask[0] = True
+    return hrt.Schedule.from_array(mask, sites=sites)
+
+
+def _tensor(output: Any) -> torch.Tensor:
+    return next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)) if not hasattr(
+        output, "sample"
+    ) else output.sample
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> str:
+    if a.shape != b.shape:
+        return f"{list(b.shape)} in the place of {list(a.shape)}"
+    return f"{float((a - b).abs().max() / a.abs().max()):.1e} off"
+
+
+def _counted(expected: Outcome, got: Outcome) -> str:
+    return f"(calls, reused entries, steps in full) {got.counts} in the place of {expected.counts}"
