@@ -257,9 +257,7 @@ OF_DIFFUSERS: Mapping[str, Change] = {
     "forward of a class in a site": of_the_process(
         nn.Linear, "forward", *(scaled(nn.Linear.forward, factor) for factor in (0.97, 1.02))
     ),
-    "global function": of_the_process(
-        F, "scaled_dot_product_attention", scaled(F.scaled_dot_product_attention, 0.8)
-    ),
+    "global function": of_the_process(F, "scaled_dot_product_attention", scaled(F.scaled_dot_product_attention, 0.8)),
 }
 LORA: Mapping[str, Change] = {"adapters": Change(_set_lora)}
 IP_ADAPTER: Mapping[str, Change] = {

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from benchmarks.soak.changes import Change
 from benchmarks.soak.subjects import SUBJECTS, Subject, evaluations
 
-DOORS = ("compile", "reference", "torch.compile")
+DOORS = ("compile", "model", "reference", "torch.compile")
 PROMPTS = 3  # values of a prompt that a run may change between
 MAX_STATES = 3  # of one run; a compiled model keeps the streams of about as many
 
@@ -41,6 +41,7 @@ class Run:
         guided: whether there is guidance at its beginning.
         prompt: which one it begins with.
         first: the step that it begins with.
+        interrupted_at: the line of the package, counted as they run, at which Ctrl-C comes; 0 for never.
         state: the changes that are in force at its beginning, with their values.
         weights: which values the parameters have.
         before: what happens right before it.
@@ -53,6 +54,7 @@ class Run:
     guided: bool = False
     prompt: int = 0
     first: int = 0
+    interrupted_at: int = 0
     state: tuple[tuple[str, int], ...] = ()
     weights: int = 0
     before: tuple[str, ...] = ()
@@ -66,7 +68,7 @@ class World:
     Attributes:
         seed: of its weights and its schedule.
         subject: which pipeline.
-        door: how it is compiled.
+        door: how it is compiled: the pipeline, its model by itself, with the reference engine, or by torch.compile.
         lowering: see `harmonica_rt.compile`.
         sampler: name of its scheduler.
         asked: number of inference steps.
@@ -81,51 +83,66 @@ class World:
     sampler: str = "DDIM"
     asked: int = 6
     variant: int = 0
-    runs: tuple[Run, ...] = field(default=())
+    runs: tuple[Run, ...] = ()
 
 
-def random_world(seed: int, *, runs: int, subjects: Sequence[str], doors: Sequence[str] = ("compile",)) -> World:
-    """The world of a seed; equal for equal arguments."""
+def random_world(seed: int, *, runs: int, subject: str, door: str = "compile", private: bool = False) -> World:
+    """The world of a seed; equal for equal arguments.
+
+    Args:
+        seed: of everything.
+        runs: how many it has.
+        subject: which pipeline.
+        door: how it is compiled.
+        private: make no change to classes or modules, which other models of the process would see.
+    """
     draw = random.Random(seed)
-    name, door = draw.choice(list(subjects)), draw.choice(list(doors))
-    subject = SUBJECTS[name]
-    sampler = draw.choice(list(subject.samplers))
+    found = SUBJECTS[subject]
+    sampler = draw.choice(list(found.samplers))
+    variant = draw.randrange(12)
+    if door == "model":
+        variant -= variant // 3 % 2 * 3  # a model by itself is called once a step
     world = World(
         seed=seed,
-        subject=name,
+        subject=subject,
         door=door,
         lowering="plain" if door == "reference" or draw.random() < 0.85 else "fused",
         sampler=sampler,
-        asked=draw.randint(2 if evaluations(sampler, 2) >= 2 else 3, 8),
-        variant=draw.randrange(12),
+        asked=draw.randint(3, 8),
+        variant=variant,
     )
-    return World(**{**world.__dict__, "runs": tuple(_random_runs(draw, world, subject, runs))})
+    names = sorted(name for name, change in found.changes.items() if not (private and change.shared))
+    return replace(world, runs=tuple(_random_runs(draw, world, found, names, runs)))
 
 
-def _random_runs(draw: random.Random, world: World, subject: Subject, count: int) -> list[Run]:
+def _random_runs(draw: random.Random, world: World, subject: Subject, names: Sequence[str], count: int) -> list[Run]:
     steps = evaluations(world.sampler, world.asked)
-    few = draw.sample(sorted(subject.changes), min(len(subject.changes), draw.randint(1, 4)))
+    few = draw.sample(names, min(len(names), draw.randint(1, 2)))
+    shapes = draw.sample([(1, 0), (1, 0), (2, 0), (1, 1)], 2)
+    late = subject.starts_late(world.sampler) and world.door != "model"
     state: dict[str, int] = {}
     weights, made = 0, []
     for _ in range(count):
         for name in few:
-            if draw.random() < 0.15:
+            if draw.random() < 0.1:
                 state[name] = draw.randrange(subject.changes[name].values)
         if draw.random() < 0.1:
             weights = draw.randrange(3)
         guided = subject.guidance and draw.random() < 0.5
-        first = draw.randrange(1, steps) if subject.starts_late(world.sampler) and draw.random() < 0.15 else 0
+        first = draw.randrange(1, steps) if late and draw.random() < 0.15 else 0
+        batch, size = draw.choice(shapes)
         run = Run(
             seed=draw.randrange(2**31),
-            batch=draw.choice((1, 1, 1, 2)),
-            size=draw.choice((0, 0, 0, 1)),
+            batch=batch,
+            size=size,
             guided=guided,
             prompt=draw.randrange(PROMPTS),
             first=first,
+            interrupted_at=int(10 ** draw.uniform(0, 3.5)) if draw.random() < 0.03 else 0,
             state=tuple(sorted((name, value) for name, value in state.items() if value)),
             weights=weights,
             before=tuple(kind for kind, share in subject.before.items() if draw.random() < share),
-            events=_random_events(draw, world, subject, few, state, steps - first, guided=guided),
+            events=_random_events(draw, subject, few, state, steps - first, guided=guided),
         )
         made.append(run)
     return made
@@ -133,7 +150,6 @@ def _random_runs(draw: random.Random, world: World, subject: Subject, count: int
 
 def _random_events(
     draw: random.Random,
-    world: World,
     subject: Subject,
     few: Sequence[str],
     state: Mapping[str, int],
@@ -149,11 +165,11 @@ def _random_events(
     times = sorted(draw.sample(range(steps - 1), min(steps - 1, draw.randint(1, 3))))
     if kind == "change":
         events += _random_changes(draw, subject.changes, few, state, times, two_calls=guided)
-    elif kind in ("prompt", "prompt in place"):
+    elif kind == "prompt":
         pool = draw.sample(range(PROMPTS), 2)
         events += [Event(after, kind, value=draw.choice(pool)) for after in times]
-    elif kind == "guidance":
-        events.append(Event(times[0], kind))
+    elif kind == "prompt in place":  # always to other values: whether old ones came back, nobody could tell
+        events += [Event(after, kind, value=value) for value, after in enumerate(times[: PROMPTS - 1], start=1)]
     else:
         events.append(Event(times[0], kind))
     for other in ("outside", "gradient", "collect", "raise"):

@@ -6,7 +6,6 @@ The one that is written here is fast and reads every kind of state; the others a
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -192,9 +191,7 @@ class _CallbackControls(Controls):
 
     def guidance_off(self) -> None:
         self._pipeline._guidance_scale = 0.0
-        self.changed.update(
-            {name: value.chunk(2)[1] for name, value in self.tensors.items() if "prompt" in name}
-        )
+        self.changed.update({name: value.chunk(2)[1] for name, value in self.tensors.items() if "prompt" in name})
 
     def stop(self) -> None:
         self._pipeline._interrupt = True
@@ -203,8 +200,10 @@ class _CallbackControls(Controls):
 def _call_of(name: str, run: Any) -> dict[str, Any]:
     """The arguments of a pipeline's call, in tensors of their own."""
     family = families()[name]
-    call = {key: value.clone() if isinstance(value, torch.Tensor) else value
-            for key, value in (family.guided if run.guided else family.unguided).items()}
+    call = {
+        key: value.clone() if isinstance(value, torch.Tensor) else value
+        for key, value in (family.guided if run.guided else family.unguided).items()
+    }
     for key, value in call.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             call[key] = value * (0.5 if key.startswith("negative") else PROMPT_FACTORS[run.prompt])
@@ -218,7 +217,13 @@ def _call_of(name: str, run: Any) -> dict[str, Any]:
 
 
 def _sample_with_callback(
-    name: str, inputs: tuple[str, ...], extra: Callable[[Any, int], dict[str, Any]], pipeline: Any, run: Any, asked: int, on_step_end: OnStepEnd
+    name: str,
+    inputs: tuple[str, ...],
+    extra: Callable[[Any, int], dict[str, Any]],
+    pipeline: Any,
+    run: Any,
+    asked: int,
+    on_step_end: OnStepEnd,
 ) -> torch.Tensor:
     controls = _CallbackControls(pipeline)
 
@@ -337,11 +342,11 @@ def _build_late(seed: int, variant: int, sampler: str) -> Any:
 def _from_image(run: Any, asked: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(run.seed + 1)
     image = torch.rand(1, 3, (8, 16)[run.size], 8, generator=generator)
-    return {"image": image, "strength": (asked - run.first) / asked + 1e-3}
+    return {"image": image, "strength": (asked - run.first) / asked - 1e-3}  # rounds up to the steps left
 
 
 def _arguments_of(name: str, pipeline: Any, seed: int) -> dict[str, Any]:
-    """Those of one call, as the pipeline makes them; recorded, not guessed."""
+    """Those of one call, as the pipeline makes them."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -352,13 +357,19 @@ def _arguments_of(name: str, pipeline: Any, seed: int) -> dict[str, Any]:
         return {"hidden_states": normal(1, 4, 4, 4), "timestep": t.long(), "class_labels": torch.tensor([3])}
     if name == "pixart-alpha":
         prompt = {"encoder_hidden_states": normal(1, 7, 12), "encoder_attention_mask": torch.ones(1, 7)}
-        return {"hidden_states": normal(1, 4, 8, 8), "timestep": t.long(), **prompt,
-                "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+        return {
+            "hidden_states": normal(1, 4, 8, 8),
+            "timestep": t.long(),
+            **prompt,
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        }
     prompt = {"encoder_hidden_states": normal(1, 5, 12), "pooled_projections": normal(1, 10)}
     if name == "sd3":
         return {"hidden_states": normal(1, 16, 8, 8), "timestep": t, **prompt}
     ids = {"img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(5, 3), "guidance": torch.tensor([3.5])}
-    return {"hidden_states": normal(1, 16, 4), "timestep": t / 1000, **prompt, **ids}
+    projection = getattr(pipeline.transformer, "encoder_hid_proj", None)
+    image = {"joint_attention_kwargs": {"ip_adapter_image_embeds": [normal(1, 1, 6)]}} if projection is not None else {}
+    return {"hidden_states": normal(1, 16, 4), "timestep": t / 1000, **prompt, **ids, **image}
 
 
 def _of_diffusers(
@@ -402,9 +413,7 @@ SUBJECTS: Mapping[str, Subject] = {
     ),
     "dit": _of_diffusers("dit", _sample_dit, ("DDIM", "DPM++", "Euler"), cls=d.DiTTransformer2DModel),
     "pixart": _of_diffusers("pixart-alpha", _sample_pixart, _OF_NOISE, cls=d.PixArtTransformer2DModel),
-    "sd3": _of_diffusers(
-        "sd3", _SD3, ("flow",), cls=d.SD3Transformer2DModel, events=(*_EVENTS, *_PROMPTS, "guidance")
-    ),
+    "sd3": _of_diffusers("sd3", _SD3, ("flow",), cls=d.SD3Transformer2DModel, events=(*_EVENTS, *_PROMPTS, "guidance")),
     "sd3, from an image": _of_diffusers(
         "sd3",
         _with_callback("sd3", "prompt_embeds", "pooled_prompt_embeds", extra=_from_image),

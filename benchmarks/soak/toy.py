@@ -174,7 +174,9 @@ class Loop:
         denoiser: what is called, in the place of `transformer`, for a model that is compiled by itself.
     """
 
-    def __init__(self, transformer: Toy, scheduler: Any, *, prompt_name: str, two_calls: bool, joined_once: bool) -> None:
+    def __init__(
+        self, transformer: Toy, scheduler: Any, *, prompt_name: str, two_calls: bool, joined_once: bool
+    ) -> None:
         self.transformer = transformer
         self.scheduler = scheduler
         self.denoiser: Any = None
@@ -221,13 +223,13 @@ class Loop:
 
     def _joined(self, negative: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
         """Both prompts; the very tensor of the last step, or equal values in a new one."""
+        made_of = (negative, prompt, negative._version, prompt._version)
         kept = self.__dict__.get("_kept")
-        if self._joined_once and kept is not None and kept[0] is negative and kept[1] is prompt:
-            if kept[2:4] == (negative._version, prompt._version):
-                joined: torch.Tensor = kept[4]
-                return joined
+        if self._joined_once and kept is not None and all(a is b for a, b in zip(kept[0], made_of, strict=True)):
+            found: torch.Tensor = kept[1]
+            return found
         joined = torch.cat([negative, prompt])
-        self._kept = (negative, prompt, negative._version, prompt._version, joined)
+        self._kept = (made_of, joined)
         return joined
 
     def _denoised(self, x: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import tempfile
-from collections.abc import Hashable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils import _pytree as pytree
 
 import harmonica_rt as hrt
 from benchmarks.soak.oracle import Oracle
 from benchmarks.soak.runs import Run, World
-from benchmarks.soak.subjects import SAMPLERS, SUBJECTS, Controls, evaluations
-from harmonica_rt.errors import HarmonicaError
+from benchmarks.soak.subjects import SUBJECTS, Controls, evaluations
+from harmonica_rt.capture.reasons import Obstacle
+from harmonica_rt.errors import HarmonicaError, PlanFileError
 
+HOOKED = Obstacle.HOOKS.value  # documented: such a model runs eagerly
 ROUNDING = 1e-4  # of the largest value; a wrong image is off by 1e-3 and more
 
 
@@ -34,7 +37,9 @@ class Outcome:
         latents: after each step.
         result: the images; None where the run was interrupted.
         outside: outputs and gradients of calls from outside the run.
-        calls, reused, in_full: what was called and reused, and the steps computed in full; None where not known.
+        interrupted: whether a callback raised.
+        counts: calls, reused entries and steps computed in full; None where not known.
+        fallbacks: why calls ran eagerly.
     """
 
     latents: list[torch.Tensor] = field(default_factory=list)
@@ -42,6 +47,7 @@ class Outcome:
     outside: list[torch.Tensor] = field(default_factory=list)
     interrupted: bool = False
     counts: tuple[int, int, tuple[int, ...]] | None = None
+    fallbacks: tuple[str, ...] = ()
 
 
 class Side:
@@ -144,6 +150,8 @@ class Side:
             output = _tensor(model(**call))
             if not with_gradient:
                 return [output.clone()]
+            if not output.requires_grad:  # cut off: a gradient of zero in its place differs from the right one
+                return [output, torch.zeros_like(latents), torch.zeros_like(weight)]
             grads = torch.autograd.grad(output.square().sum(), [latents, weight])
         return [output.detach(), *grads]
 
@@ -162,7 +170,7 @@ class Plain(Side):
         for kind in run.before:
             self.before(kind, run, outcome)
         self._oracle.begin(run.first)
-        alone = run if not run.before else Run(**{**run.__dict__, "before": ()})
+        alone = replace(run, before=())
         with self._oracle.watching(self.pipeline.transformer), self._oracle.counting(self.pipeline.scheduler):
             found = super().sample(alone)
         found.outside = outcome.outside + found.outside
@@ -181,58 +189,101 @@ class Compiled(Side):
 
     def __init__(self, world: World, schedule: Any) -> None:
         super().__init__(world)
-        self._schedule = schedule
+        self.schedule = schedule
         self.install()
 
     def install(self) -> None:
         """Compile it through the world's door."""
         world, pipeline = self.world, self.pipeline
+        how: dict[str, Any] = {"lowering": world.lowering}
         if world.door == "reference":
-            hrt.reference(pipeline, self._schedule)
-        elif world.door == "compile":
-            hrt.compile(pipeline, self._schedule, lowering=world.lowering, debug=world.variant % 4 == 0)
-        else:
-            options = {"schedule": self._schedule, "lowering": world.lowering}
+            hrt.reference(pipeline, self.schedule)
+        elif world.door == "torch.compile":
+            options = {"schedule": self.schedule, **how}
             pipeline.transformer.compile(backend="harmonica", options=options, fullgraph=True)
             hrt.attach(pipeline)
+        elif world.door == "model":
+            pipeline.denoiser = hrt.compile(pipeline.transformer, self.schedule, **how)
+        else:
+            hrt.compile(pipeline, self.schedule, debug=world.variant % 4 == 0, max_plans=world.variant + 2, **how)
+
+    @property
+    def session(self) -> Any:
+        """What reports on the runs; None where nothing does."""
+        if self.world.door == "compile":
+            return hrt.get_compiled(self.pipeline)
+        if self.world.door == "model":
+            return self.pipeline.denoiser
+        return hrt.attach(self.pipeline.transformer) if self.world.door == "torch.compile" else None
 
     def before(self, kind: str, run: Run, outcome: Outcome) -> None:
         """What happens right before a run; saving and compiling again are of this side alone."""
-        if kind == "compile again" and self.world.door != "torch.compile":
-            hrt.uncompile(self.pipeline)
-            self.install()
-        elif kind == "save and load" and self.world.door == "compile":
-            self._save_and_load()
+        if kind == "compile again":
+            if self.world.door != "torch.compile":
+                if self.world.door != "model":
+                    hrt.uncompile(self.pipeline)
+                self.install()
+        elif kind == "save and load":
+            if self.world.door in ("compile", "model"):
+                self._save_and_load()
         else:
             super().before(kind, run, outcome)
 
     def _save_and_load(self) -> None:
-        compiled = hrt.get_compiled(self.pipeline)
+        compiled = self.session
         if not compiled.report().plans:
             return
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "plan.json")
             try:
                 compiled.save(path)
-            except hrt.errors.PlanFileError:
-                return  # the model changed since, as the message says
-            hrt.uncompile(self.pipeline)
-            hrt.load(path, self.pipeline)
+            except PlanFileError:
+                return  # as documented: of the model as it was before the last change
+            if self.world.door == "model":
+                self.pipeline.denoiser = hrt.load(path, self.pipeline.transformer)
+            else:
+                hrt.uncompile(self.pipeline)
+                hrt.load(path, self.pipeline)
 
     def sample(self, run: Run) -> Outcome:
         """One run of the compiled pipeline."""
-        outcome = super().sample(run)
-        if self.world.door == "reference":
+        with interrupted_at_line(run.interrupted_at):
+            outcome = super().sample(run)
+        if self.session is None:
             return outcome
-        session = (
-            hrt.get_compiled(self.pipeline)
-            if self.world.door == "compile"
-            else hrt.attach(self.pipeline.transformer)
-        )
-        report = session.report()
-        entries = report.last_calls * len(self._schedule.sites)
+        report = self.session.report()
+        entries = report.last_calls * len(self.schedule.sites)
         outcome.counts = (report.last_calls, round((report.last_cur or 0.0) * entries), tuple(report.last_catch_ups))
+        outcome.fallbacks = tuple(report.fallbacks)
         return outcome
+
+
+@contextmanager
+def interrupted_at_line(count: int) -> Iterator[None]:
+    """Within this block Ctrl-C comes at the `count`-th line of the package that runs in this thread; 0 for never."""
+    if count == 0:
+        yield
+        return
+    root = os.path.dirname(hrt.__file__)
+    left = count
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        nonlocal left
+        if not frame.f_code.co_filename.startswith(root):
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 class Pair:
@@ -245,18 +296,36 @@ class Pair:
 
     def fault(self, run: Run) -> str | None:
         """Run it on both sides; what is wrong with the compiled one, None where nothing is."""
+        return self.judged(self.expected(run), lambda: self.got(run), run)
+
+    def expected(self, run: Run) -> Outcome:
+        """What the oracle gives."""
         self.plain.prepare(run)
-        expected = self.plain.sample(run)
+        return self.plain.sample(run)
+
+    def got(self, run: Run) -> Outcome:
+        """What the compiled pipeline gives."""
         self.compiled.prepare(run)
+        return self.compiled.sample(run)
+
+    def judged(self, expected: Outcome, got: Callable[[], Outcome], run: Run) -> str | None:
+        """What is wrong with what `got` gives or raises."""
         try:
-            got = self.compiled.sample(run)
+            return self.difference(expected, got(), run)
+        except KeyboardInterrupt:
+            if run.interrupted_at:
+                return None  # what it left behind, the next run tells
+            raise
         except HarmonicaError as error:
+            if run.interrupted_at or any(event.kind == "gradient" for event in run.events):
+                return None  # documented: a gradient through a run under way
             return f"refused: {type(error).__name__}: {error}"
         except Exception as error:
+            if run.interrupted_at:
+                return None
             return f"undocumented error: {type(error).__name__}: {error}"
-        return self.difference(expected, got)
 
-    def difference(self, expected: Outcome, got: Outcome) -> str | None:
+    def difference(self, expected: Outcome, got: Outcome, run: Run) -> str | None:
         """What is wrong with `got`."""
         for index, (a, b) in enumerate(zip(expected.latents, got.latents, strict=False)):
             if not self.same(a, b):
@@ -268,10 +337,11 @@ class Pair:
         for index, (a, b) in enumerate(zip(expected.outside, got.outside, strict=True)):
             if not self.same(a, b):
                 return f"wrong call from outside: value {index}, {_distance(a, b)}"
-        whole = expected.result is not None and not expected.interrupted
-        if whole and got.counts is not None and got.counts != expected.counts:
+        disturbed = expected.interrupted or any(event.kind in ("outside", "gradient") for event in run.events)
+        if not disturbed and got.counts is not None and got.counts != expected.counts:
             return f"other entries reused: {_counted(expected, got)}"
-        return None
+        unexpected = [why for why in got.fallbacks if HOOKED not in why]
+        return f"not compiled: {unexpected[0]}" if unexpected else None
 
     def same(self, a: torch.Tensor, b: torch.Tensor) -> bool:
         """Equal bits, or up to rounding where the lowering rounds."""
@@ -300,9 +370,8 @@ def random_schedule(world: World) -> Any:
 
 
 def _tensor(output: Any) -> torch.Tensor:
-    return next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)) if not hasattr(
-        output, "sample"
-    ) else output.sample
+    found: torch.Tensor = output.sample if hasattr(output, "sample") else output
+    return found
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> str:
