@@ -43,7 +43,7 @@ KINDS = (
     Kind("a model by itself", "loop", 0.08, door="model", runs=2 * OFTEN),
     Kind("the reference engine", "loop", 0.02, door="reference", runs=2 * OFTEN),
     Kind("behind torch.compile", "loop", 0.01, door="torch.compile", runs=SELDOM),
-    Kind("DiT behind torch.compile", "dit", 0.005, door="torch.compile", runs=SELDOM),
+    Kind("PixArt-alpha behind torch.compile", "pixart", 0.005, door="torch.compile", runs=SELDOM),
     Kind("threads, a pipeline each", "loop", 0.08, together="apart"),
     Kind("threads over one denoiser", "loop", 0.02, together="threads"),
     Kind("coroutines over one denoiser", "loop", 0.02, together="coroutines"),

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo as dynamo
 
 import harmonica_rt as hrt
 from benchmarks.soak.oracle import Oracle
 from benchmarks.soak.runs import Run, World
 from benchmarks.soak.subjects import SUBJECTS, Controls, evaluations
+from harmonica_rt.backend import harmonica
 from harmonica_rt.capture.reasons import Obstacle
 from harmonica_rt.errors import HarmonicaError, PlanFileError
 
@@ -199,6 +201,8 @@ class Compiled(Side):
         if world.door == "reference":
             hrt.reference(pipeline, self.schedule)
         elif world.door == "torch.compile":
+            if "harmonica" not in dynamo.list_backends():  # of a checkout that was not installed
+                dynamo.register_backend(harmonica, name="harmonica")
             options = {"schedule": self.schedule, **how}
             pipeline.transformer.compile(backend="harmonica", options=options, fullgraph=True)
             hrt.attach(pipeline)
@@ -354,7 +358,7 @@ class Pair:
         self.plain.restore()
         self.compiled.restore()
         if self.world.door == "torch.compile":
-            torch._dynamo.reset()
+            dynamo.reset()
 
 
 def random_schedule(world: World) -> Any:
