@@ -416,7 +416,7 @@ SUBJECTS: Mapping[str, Subject] = {
     "sd3": _of_diffusers("sd3", _SD3, ("flow",), cls=d.SD3Transformer2DModel, events=(*_EVENTS, *_PROMPTS, "guidance")),
     "sd3, from an image": _of_diffusers(
         "sd3",
-        _with_callback("sd3", "prompt_embeds", "pooled_prompt_embeds", extra=_from_image),
+        _with_callback("sd3", "prompt_embeds", extra=_from_image),
         ("flow",),
         cls=d.SD3Transformer2DModel,
         build=_build_late,
