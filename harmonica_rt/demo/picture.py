@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harmonica_rt.schedule import Schedule
+from harmonica_rt.schedule.files import save_figure
 
 _INK = "#2b2b2b"
 
@@ -61,4 +62,4 @@ def draw(rows: Mapping[str, NDArray[np.float32]], schedule: Schedule, title: str
     axis = figure.add_subplot(grid[len(strips)])
     axis.imshow(canvas, interpolation="antialiased")
     axis.axis("off")
-    figure.savefig(path)
+    save_figure(figure, path)
