@@ -53,6 +53,7 @@ def run_demo(
     repeats: int,
     picture: Path,
     say: Callable[[str], None],
+    count: Callable[[int], None],
 ) -> DemoResult:
     """Sample `labels` uncached, with the reference and compiled; compare, time, draw.
 
@@ -65,6 +66,7 @@ def run_demo(
         repeats: timed rounds.
         picture: where the PNG goes.
         say: told what begins, one line each.
+        count: told the number of each timed round as it begins, from 1.
 
     Raises:
         ParityError: compiled and reference differ.
@@ -92,7 +94,7 @@ def run_demo(
     rows["compiled"] = generate()
     compiled = hrt.get_compiled(pipeline)
     say(f"time uncached and compiled in turn, {repeats} rounds after a warm-up")
-    latency = compare(pipeline, compiled, generate, repeats=repeats)
+    latency = compare(pipeline, compiled, generate, repeats=repeats, begun=count)
     report = compiled.report()
     hrt.uncompile(pipeline)
     say("draw")

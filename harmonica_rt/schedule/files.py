@@ -16,23 +16,33 @@ if TYPE_CHECKING:
 def write_atomically(path: str | os.PathLike[str], data: str | bytes) -> None:
     """Write beside `path`, then rename: a reader sees the old file or the new one, never half of one.
 
+    A symbolic link stays one: what it points to is written. So do a device and a pipe: they are written to directly.
+
     Args:
-        path: the file; where it is a symbolic link, what it points to.
+        path: the file.
         data: the contents; text is written as UTF-8.
 
     Raises:
         OSError: the file cannot be written. The error names `path`, and nothing new is left beside it.
     """
-    target = os.path.realpath(path)
+    contents = data.encode("utf-8") if isinstance(data, str) else data
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            Path(path).write_bytes(contents)
+        else:
+            _replace(os.path.realpath(path), contents)
+    except OSError as error:  # a full disk is reported without any name, other failures under a temporary one
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def _replace(target: str, contents: bytes) -> None:
     temporary = f"{target}.{secrets.token_hex(4)}.tmp"
     try:
         with open(temporary, "xb") as file:
-            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            file.write(contents)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except OSError as error:  # a full disk is reported without any name, other failures under the temporary one
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     finally:
         with contextlib.suppress(OSError):
             Path(temporary).unlink(missing_ok=True)

@@ -86,6 +86,21 @@ def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
     assert (tmp_path / "scratch" / "there.json").read_text() == "text"
 
 
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    descriptor = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_atomically(pipe, "text")
+        assert os.read(descriptor, 100) == b"text"
+    finally:
+        os.close(descriptor)
+    assert pipe.is_fifo()
+    with pytest.raises(IsADirectoryError) as caught:
+        write_atomically(tmp_path, "text")
+    assert caught.value.filename == str(tmp_path)
+
+
 @pytest.mark.parametrize(("name", "written"), [("a.svg", "a.svg"), ("a", "a.png"), ("a.", "a.png"), ("a.PNG", "a.PNG")])
 def test_the_format_of_a_picture_follows_its_name(name: str, written: str, tmp_path: Path) -> None:
     save_figure(Figure(figsize=(1, 1)), tmp_path / name)
