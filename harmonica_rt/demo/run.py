@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from harmonica_rt.demo.picture import draw
 from harmonica_rt.report import Report
 
 DEFAULT_GUIDANCE = 4.0  # what DiTPipeline itself uses
+DIFFERENCE_SCALE = 10  # of the row that shows what the cache changed
 
 
 @dataclass(frozen=True)
@@ -98,14 +100,17 @@ def run_demo(
     report = compiled.report()
     hrt.uncompile(pipeline)
     say("draw")
+    closeness = psnr(rows["uncached"], rows["compiled"])
     title = (
         f"{schedule.steps} steps, CUR {schedule.cur:.0%}: denoiser {latency.denoiser_speedup:.2f}x faster "
-        f"(theory {latency.theoretical:.2f}x)"
+        f"(theory {latency.theoretical:.2f}x), "
+        + ("equal to uncached" if math.isinf(closeness) else f"{closeness:.1f} dB PSNR to uncached")
     )
     if parity.trajectory_same_bits:
         title += ", compiled = reference bit for bit"
+    rows[f"difference x {DIFFERENCE_SCALE}\n|compiled - uncached|"] = difference(rows["uncached"], rows["compiled"])
     draw(rows, schedule, title, picture)
-    return DemoResult(parity, latency, report, psnr(rows["uncached"], rows["compiled"]), labels, guidance, picture)
+    return DemoResult(parity, latency, report, closeness, labels, guidance, picture)
 
 
 def guidance_of(model: Path) -> float:
@@ -124,6 +129,11 @@ def guidance_of(model: Path) -> float:
         raise hrt.HarmonicaError(
             f'{record}: expected {{"evaluation": {{"guidance_scale": a number}}}} ({error}); mend it or take it away'
         ) from error
+
+
+def difference(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`|a - b|` times `DIFFERENCE_SCALE`, at most 1: black where the images agree."""
+    return np.minimum(np.abs(a - b) * np.float32(DIFFERENCE_SCALE), np.float32(1))
 
 
 def psnr(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
