@@ -16,7 +16,7 @@ def missing(name: str) -> str | None:
     Args:
         name: of the package, or the module that it is imported as.
     """
-    package = next((package for package, module in _MODULES.items() if module == name), name.replace("_", "-"))
+    package = next((package for package, module in _MODULES.items() if module == name), _normal(name))
     if package not in _extras() or _installed(package):
         return None
     return f"the package {package} is not installed: {install(package)}"
@@ -36,7 +36,7 @@ def remedy(error: ImportError) -> str | None:
 
 def install(package: str) -> str:
     """The command that installs a package in a version that harmonica-rt works with."""
-    extras = _extras().get(package, ())
+    extras = _extras().get(_normal(package), ())
     return f"pip install '{_PROJECT}[{extras[0]}]'" if extras else f"pip install {_PROJECT}"
 
 
@@ -52,15 +52,20 @@ def _extras() -> dict[str, list[str]]:
         name = re.match(r"[\w.-]+", requirement)
         extra = re.search(r"""extra\s*==\s*["']([\w-]+)["']""", requirement)
         if name and extra:
-            members.setdefault(extra.group(1), []).append(name.group())
+            members.setdefault(extra.group(1), []).append(_normal(name.group()))
         elif name:
-            always.append(name.group())
+            always.append(_normal(name.group()))
     found: dict[str, list[str]] = {name: [] for name in always}
     for extra_name, names in sorted(members.items(), key=lambda item: len(item[1])):
         for each in names:
             if each not in always:
                 found.setdefault(each, []).append(extra_name)
     return found
+
+
+def _normal(name: str) -> str:
+    """The name of a package as the metadata of installations compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _installed(package: str) -> bool:

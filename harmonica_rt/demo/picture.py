@@ -19,7 +19,7 @@ def draw(rows: Mapping[str, NDArray[np.float32]], schedule: Schedule, title: str
     """Write a PNG.
 
     Args:
-        rows: label -> images `[N, H, W, C]` in 0 ... 1; the same N for each. What follows a line break in a label is small.
+        rows: label -> images `[N, H, W, C]` in 0 ... 1; the same N for each. A second line of a label is small.
         schedule: drawn as a heat map below the images.
         title: one line at the top.
         path: where to write.
