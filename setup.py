@@ -107,7 +107,8 @@ class BuildExtension(build_ext):
         if "torch" not in self._record:
             self.extensions = []
             say(f"building WITHOUT the C++ extension: {self._record['reason']}")
-            self._remove_stale_extension()
+            # Of this build alone: a wheel that is built without the extension leaves that of an editable install be.
+            (self._record_folder() / "_C.so").unlink(missing_ok=True)
         super().run()
         self._write_record(self._record_folder())
 
@@ -142,10 +143,6 @@ class BuildExtension(build_ext):
     def _record_folder(self) -> Path:
         root = ROOTS["harmonica_kernels"] if self.inplace else self.build_lib
         return Path(root) / "harmonica_kernels"
-
-    def _remove_stale_extension(self) -> None:
-        for folder in (Path(ROOTS["harmonica_kernels"]) / "harmonica_kernels", self._record_folder()):
-            (folder / "_C.so").unlink(missing_ok=True)
 
     def _write_record(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

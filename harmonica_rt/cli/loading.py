@@ -63,14 +63,15 @@ def load_pipeline(
         load: Any = DiffusionPipeline.from_pretrained
         what = f"the pipeline in {model}"
         try:
-            _check_packages(DiffusionPipeline.load_config(str(model)), what)
+            directory = str(model) if local else DiffusionPipeline.download(str(model))
+            _check_packages(DiffusionPipeline.load_config(directory), what)
             components = {}
             if transformer is not None:
                 what = f"the denoiser in {transformer}"
                 within = "transformer" if not (Path(transformer) / "config.json").is_file() else None
                 components["transformer"] = AutoModel.from_pretrained(transformer, subfolder=within)
                 what = f"the pipeline in {model}"
-            pipeline = load(str(model), **components)
+            pipeline = load(directory, **components)
         except HarmonicaError:
             raise
         # What a damaged file brings about in diffusers, transformers and the readers of their files has no end of types

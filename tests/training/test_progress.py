@@ -117,7 +117,7 @@ def test_missing_tensorboard_says_what_to_install(tmp_path: Path, monkeypatch: p
     for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(TrainingError, match=r"pip install harmonica-rt\[train\]"):
+    with pytest.raises(TrainingError, match=r"pip install 'harmonica-rt\[train\]'"):
         TensorBoardLog(tmp_path)
 
 

@@ -93,10 +93,10 @@ def train(
     if checkpoints is not None:
         training.resume(checkpoints)
     shown = progress if progress is not None and distributed.rank() == 0 else Silent()
-    shown.begin(config.iterations, training.iteration)
     history = []
     try:
         try:
+            shown.begin(config.iterations, training.iteration)
             with frozen(setting.model):
                 while training.iteration < config.iterations:
                     history.append(training.step(shown))
