@@ -75,6 +75,17 @@ def writable(path: Path) -> Path:
     return path
 
 
+def writable_directory(path: Path | None) -> Path | None:
+    """The path, if it is a directory that can be written in, or one that can be made."""
+    if path is not None:
+        there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        if not there.is_dir():
+            raise typer.BadParameter(f"{there} is a file, so there can be no directory {path}")
+        if not os.access(there, os.W_OK):
+            raise typer.BadParameter(f"the directory {there} may not be written in")
+    return path
+
+
 def writable_picture(path: Path) -> Path:
     """The path, if a picture can be put there."""
     if path.suffix.lower() not in PICTURES:

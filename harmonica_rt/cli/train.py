@@ -26,6 +26,7 @@ from harmonica_rt.cli.options import (
     TRANSFORMER,
     one_of,
     writable,
+    writable_directory,
 )
 from harmonica_rt.cli.schedule import read
 from harmonica_rt.errors import HarmonicaError
@@ -99,6 +100,7 @@ def train(
     work: Path | None = typer.Option(
         None,
         file_okay=False,
+        callback=writable_directory,
         help="Directory of checkpoints and of the TensorBoard log; a training found there goes on.",
         rich_help_panel=_HOW,
     ),

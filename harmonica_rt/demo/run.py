@@ -133,7 +133,8 @@ def guidance_of(model: Path) -> float:
 
 def difference(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
     """`|a - b|` times `DIFFERENCE_SCALE`, at most 1: black where the images agree."""
-    return np.minimum(np.abs(a - b) * np.float32(DIFFERENCE_SCALE), np.float32(1))
+    scaled: NDArray[np.float32] = np.minimum(np.abs(a - b) * np.float32(DIFFERENCE_SCALE), np.float32(1))
+    return scaled
 
 
 def psnr(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:

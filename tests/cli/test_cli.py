@@ -363,13 +363,14 @@ def test_a_damaged_pipeline_ends_as_one_message(
         (["schedule", "make", "model", ".", "--every", "2"], "is a directory"),
         (["schedule", "plot", "schedule.json", "x.txt"], "expected a name that ends in .png"),
         (["demo", "--out", "none/x.png"], "there is no directory none"),
+        (["train", "model", "x.json", "--work", f"{__file__}/work"], "is a file, so there can be no directory"),
         (["schedule", "make", "model", "x.json", "--every", "0"], "Invalid value for '--every'"),
         (["schedule", "make", "model", "x.json", "--every", "2", "--steps", "-1"], "Invalid value for '--steps'"),
         (["schedule", "make", "model", "x.json", "--random", "1.5"], "Invalid value for '--random'"),
         (["bench", "model", "schedule.json", "--repeats", "0"], "Invalid value for '--repeats'"),
         (["verify", "model", "schedule.json", "--seed", "-1"], "Invalid value for '--seed'"),
     ],
-    ids=["no-parent", "directory", "no-picture", "demo", "every", "steps", "random", "repeats", "seed"],
+    ids=["no-parent", "directory", "no-picture", "demo", "work", "every", "steps", "random", "repeats", "seed"],
 )
 def test_options_are_checked_before_the_work(arguments: list[str], message: str) -> None:
     result = run(*arguments)
