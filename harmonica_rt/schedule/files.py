@@ -32,6 +32,8 @@ def write_atomically(path: str | os.PathLike[str], data: str | bytes) -> None:
         else:
             _replace(os.path.realpath(path), contents)
     except OSError as error:  # a full disk is reported without any name, other failures under a temporary one
+        if error.errno is None:
+            raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 

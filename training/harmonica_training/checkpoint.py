@@ -89,6 +89,8 @@ def save_checkpoint(directory: str | os.PathLike[str], checkpoint: Checkpoint, *
     except OSError as error:  # a full disk is reported without a name
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
+        if error.errno is None:
+            raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     _sync_directory(directory)
     saved[checkpoint.iteration] = path

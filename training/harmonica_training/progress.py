@@ -225,6 +225,8 @@ class TensorBoardLog:
         try:
             yield
         except OSError as error:
+            if error.errno is None:
+                raise
             raise OSError(error.errno, error.strerror, self._directory) from error
 
     def _opened(self) -> SummaryWriter:
