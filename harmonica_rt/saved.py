@@ -20,6 +20,7 @@ from harmonica_rt import __version__
 from harmonica_rt.capture.digest import digest
 from harmonica_rt.errors import PlanFileError, ScheduleError
 from harmonica_rt.schedule import Schedule, format
+from harmonica_rt.schedule.files import write_atomically
 
 FORMAT = "harmonica-rt plan"
 VERSION = 1
@@ -48,7 +49,7 @@ def write(
         "schedule": json.loads(format.to_text(schedule)),
         "plans": list(plans),
     }
-    format.write_atomically(os.fspath(path), json.dumps(document, allow_nan=False, indent=1) + "\n")
+    write_atomically(path, json.dumps(document, allow_nan=False, indent=1) + "\n")
 
 
 def read(path: str | os.PathLike[str], model: nn.Module) -> SavedModel:

@@ -1,14 +1,18 @@
-"""The console that all commands print to, and how an error ends a command."""
+"""The console that all commands print to, and how an error ends a command.
+
+The consoles know no markup, because names and paths come from files and `[/b]` is a good name; styles are given beside
+the text, with `line`.
+"""
 
 from __future__ import annotations
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from harmonica_rt.errors import HarmonicaError
 
-console = Console(highlight=False)
-_errors = Console(stderr=True, highlight=False)
+console = Console(highlight=False, markup=False, emoji=False)
+_errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
 _debug = False
 
 
@@ -23,9 +27,27 @@ def debugging() -> bool:
     return _debug
 
 
+def line(*parts: str | tuple[str, str]) -> Text:
+    """Text of several parts, each a string, or a string and its style: `line(("done", "bold"), f": {path}")`."""
+    return Text.assemble(*parts)
+
+
+def unwrapped(text: str | Text) -> None:
+    """Print what someone may copy or a script may read: names and paths are neither wrapped nor cut."""
+    console.print(text, soft_wrap=True)
+
+
+def tell(text: str) -> None:
+    """Print text to standard error, neither wrapped nor cut."""
+    _errors.print(text, soft_wrap=True)
+
+
 def fail(error: HarmonicaError | OSError) -> int:
     """Print an error as one message and return the exit status."""
     if _debug:
         raise error
-    _errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+    text = str(error)
+    if isinstance(error, OSError) and not isinstance(error, HarmonicaError) and error.strerror:
+        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    _errors.print(line(("error:", "bold red"), f" {text}"), soft_wrap=True)
     return 2

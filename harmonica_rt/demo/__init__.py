@@ -23,7 +23,7 @@ def bundled_schedule() -> Path:
 
 
 def demo_pipeline() -> DiTPipeline:
-    """The model that comes with the package, to try things out: handwritten digits, classes 0 ... 9, 64 x 64 pixels.
+    """The model that comes with the package, to try things out: digits, classes 0 ... 9, images of 64 x 64, on the CPU.
 
     Nothing is downloaded. `demo_pipeline()([3], num_inference_steps=20, guidance_scale=2.0).images[0]` is a three.
     """

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from harmonica_rt.schedule.files import save_figure
 from harmonica_rt.schedule.producers import site_kind
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def plot(schedule: Schedule, path: str | os.PathLike[str] | None = None) -> Figu
         loc="outside lower center", ncols=2, frameon=False, fontsize=9,
     )  # fmt: skip
     if path is not None:
-        figure.savefig(path, dpi=160)
+        save_figure(figure, path, dpi=160)
     return figure
 
 

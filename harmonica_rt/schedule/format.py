@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
-import secrets
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -69,19 +67,6 @@ def to_text(schedule: Schedule) -> str:
     if schedule.made_by is not None:
         fields.append(f'"made_by": {_made_by_text(schedule.made_by)}')
     return "{\n" + ",\n".join("  " + field for field in fields) + "\n}\n"
-
-
-def write_atomically(path: str, text: str) -> None:
-    """Write beside `path`, then rename: a reader sees the old file or the new one, never half of one."""
-    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
-    try:
-        with open(temporary, "xb") as file:
-            file.write(text.encode("utf-8"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def _made_by_text(made_by: MadeBy) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harmonica_rt.errors import ScheduleError
+from harmonica_rt.schedule.files import write_atomically
 from harmonica_rt.schedule.format import ScheduleFileNotFoundError
 from harmonica_rt.schedule.provenance import check_mapping
 
@@ -59,7 +60,7 @@ def write_folder(schedule: Schedule, folder: str | os.PathLike[str], base_model:
     schedule.save(target / FILE)
     schedule.plot(target / PICTURE)
     if not (target / CARD).exists() or is_ours((target / CARD).read_text("utf-8")):
-        (target / CARD).write_text(card(schedule, base_model), "utf-8")
+        write_atomically(target / CARD, card(schedule, base_model))
 
 
 def push(

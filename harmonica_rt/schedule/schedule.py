@@ -24,6 +24,7 @@ from harmonica_rt.schedule.checks import (
     check_sites,
     check_timesteps,
 )
+from harmonica_rt.schedule.files import write_atomically
 from harmonica_rt.schedule.format import ScheduleFileNotFoundError
 from harmonica_rt.schedule.provenance import MadeBy, ModelInfo, SamplerInfo
 
@@ -262,7 +263,7 @@ class Schedule:
 
     def save(self, path: FilePath) -> None:
         """Write the schedule as JSON (docs/schedule-format.md), whole or not at all."""
-        format.write_atomically(os.fspath(path), format.to_text(self))
+        write_atomically(path, format.to_text(self))
 
     def save_pretrained(self, folder: FilePath, *, base_model: str | None = None) -> None:
         """Write `schedule.json`, a heat map and a card (README.md) to a folder.
@@ -307,7 +308,7 @@ class Schedule:
         Raises:
             ScheduleError: two sites of the same name in blocks of the same number are reused differently.
         """
-        format.write_atomically(os.fspath(path), interchange.smoothcache_text(self, components or {}))
+        write_atomically(path, interchange.smoothcache_text(self, components or {}))
 
     def step_mask(self) -> list[int]:
         """One entry a step, 1 = compute: cache-dit's `steps_computation_mask`; `from_mask` reads it.

@@ -7,6 +7,7 @@ is deleted only after that. A file is plain safetensors with JSON in its header:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -79,11 +80,18 @@ def save_checkpoint(directory: str | os.PathLike[str], checkpoint: Checkpoint, *
 
     path = directory / f"iteration-{checkpoint.iteration:06d}.safetensors"
     unfinished = path.with_name(path.name + _UNFINISHED)
-    with unfinished.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    try:
+        with unfinished.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:  # a full disk is reported without a name
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     _sync_directory(directory)
     saved[checkpoint.iteration] = path
     for iteration in sorted(saved)[:-keep]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from harmonica_rt.schedule.files import write_atomically
 from harmonica_training.errors import TrainingError
 from harmonica_training.prompt_encoder import PromptEncoder, call_parameters
 
@@ -135,13 +136,13 @@ class Embeddings:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         tensors = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # the file shares no memory
             for name, tensor in self.tensors.items()
         }
-        save_file(tensors, os.fspath(path), metadata={_VERSION: "1", _ABSENT: ",".join(self.absent)})
+        write_atomically(path, save(tensors, metadata={_VERSION: "1", _ABSENT: ",".join(self.absent)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Embeddings:

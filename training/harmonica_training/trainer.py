@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from harmonica_training.cached_forward import frozen
 from harmonica_training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from harmonica_training.conditions import Conditions
 from harmonica_training.config import TrainConfig
-from harmonica_training.errors import DivergenceError, TrainingError
+from harmonica_training.errors import DivergenceError, TrainingError, TrainingInterrupted
 from harmonica_training.harmonica import HarmoniCa, Objective
 from harmonica_training.progress import IterationRecord, Progress, Silent
 from harmonica_training.router import Router, logit
@@ -83,6 +84,7 @@ def train(
     Raises:
         TrainingError: the config does not fit the pipeline, or a target cannot be reached.
         DivergenceError: the error is not finite, or grew out of bounds.
+        TrainingInterrupted: a KeyboardInterrupt ended it; a checkpoint of the last finished iteration was written.
     """
     distributed.join()
     setting = Setting(pipeline, config, conditions)
@@ -91,19 +93,23 @@ def train(
     if checkpoints is not None:
         training.resume(checkpoints)
     shown = progress if progress is not None and distributed.rank() == 0 else Silent()
-    shown.begin(config.iterations, training.iteration)
     history = []
     try:
-        with frozen(setting.model):
-            while training.iteration < config.iterations:
-                history.append(training.step(shown))
-                if checkpoints is not None and training.iteration % config.checkpoint_every == 0:
-                    training.save(checkpoints)
-    finally:
-        shown.end()
-    if checkpoints is not None:
-        training.save(checkpoints)
-    return training.result(tuple(history))
+        try:
+            shown.begin(config.iterations, training.iteration)
+            with frozen(setting.model):
+                while training.iteration < config.iterations:
+                    history.append(training.step(shown))
+                    training.keep()
+                    if checkpoints is not None and training.iteration % config.checkpoint_every == 0:
+                        training.save(checkpoints)
+        finally:
+            shown.end()
+        if checkpoints is not None:
+            training.save(checkpoints)
+        return training.result(tuple(history))
+    except KeyboardInterrupt as stop:  # between any two instructions: what counts is the state that was kept last
+        raise training.interrupted(checkpoints) from stop
 
 
 class _Training:
@@ -133,6 +139,8 @@ class _Training:
         self._settling = Settling(Validation(setting), objective.free, config.exchanges)
         # soft gates stand for no schedule before the end; and under a fixed beta the best images cost the most
         self._settles = config.gates == "hard" and config.beta is None
+        self._begun = 0  # iterations done by earlier processes
+        self._kept: Checkpoint | None = None
 
     def step(self, progress: Progress) -> IterationRecord:
         """One iteration."""
@@ -223,6 +231,18 @@ class _Training:
             save_checkpoint(directory, Checkpoint(self.iteration, self._tensors(), self._values()))
         distributed.wait()
 
+    def keep(self) -> None:
+        """Remember the state after an iteration: an interruption leaves the next one half done."""
+        tensors = {name: tensor.detach().clone() for name, tensor in self._tensors().items()}
+        self._kept = Checkpoint(self.iteration, tensors, self._values())
+
+    def interrupted(self, directory: Path | None) -> TrainingInterrupted:
+        """What to raise after an interruption. The first process writes what was kept; it waits for no other."""
+        kept, path = self._kept, None
+        if kept is not None and directory is not None and distributed.rank() == 0:
+            path = save_checkpoint(directory, kept)
+        return TrainingInterrupted(kept.iteration if kept else self._begun, kept, path)
+
     def resume(self, directory: Path) -> None:
         """Go on from the newest checkpoint in `directory`, if there is one.
 
@@ -242,7 +262,7 @@ class _Training:
                 f"{directory} holds a checkpoint of another training: {_differences(identity, here)}. Give another "
                 f"directory, or remove it"
             )
-        self.iteration = found.iteration
+        self.iteration = self._begun = found.iteration
         self._router.load(found.tensors["logits"])
         self._steering.load(found.values["steering"], found.tensors["prices"])  # type: ignore[arg-type]
         self._objective.weights = found.tensors["lambda"].to(self._setting.device)
@@ -267,6 +287,11 @@ class _Training:
         return tensors
 
     def _values(self) -> dict[str, object]:
+        return {"identity": self._identity, "steering": self._steering.state(), "settling": self._settling.values()}
+
+    @cached_property
+    def _identity(self) -> dict[str, object]:
+        """What tells this training from others, as plain JSON; its conditions may take long to read through."""
         config = self._config.plain()
         for name in ("iterations", "checkpoint_every"):  # a training may go on for longer
             del config[name]
@@ -277,11 +302,8 @@ class _Training:
             "model": [info.model.class_name, info.model.config_fingerprint] if info.model else None,
             "conditions": self._setting.conditions.describe(),
         }
-        return {
-            "identity": json.loads(json.dumps(identity)),
-            "steering": self._steering.state(),
-            "settling": self._settling.values(),
-        }
+        plain: dict[str, object] = json.loads(json.dumps(identity))
+        return plain
 
     def _checked(self, walked: Walked) -> tuple[Tensor, Tensor]:
         """Gradient and errors, over all processes; DivergenceError where they are of no use."""

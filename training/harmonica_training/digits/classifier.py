@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from harmonica_rt.schedule.files import write_atomically
 from harmonica_training.digits.config import NUM_CLASSES, DigitsConfig
 from harmonica_training.digits.data import DigitsSplit, augment, batches
 from harmonica_training.digits.optim import learning_rate, set_learning_rate
@@ -57,8 +58,8 @@ class DigitClassifier(nn.Module):
 def save_classifier(model: DigitClassifier, directory: Path) -> None:
     """Writes `config.json` and `model.safetensors` (float32) into `directory`, which is made if missing."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(model.config, indent=2) + "\n")
-    save_file(model.state_dict(), str(directory / "model.safetensors"))
+    write_atomically(directory / "config.json", json.dumps(model.config, indent=2) + "\n")
+    write_atomically(directory / "model.safetensors", save(model.state_dict()))
 
 
 def load_classifier(directory: Path | str) -> DigitClassifier:

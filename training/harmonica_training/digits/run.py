@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from harmonica_rt.schedule.files import write_atomically
 from harmonica_training.digits.autoencoder import decode, encode, train_autoencoder
 from harmonica_training.digits.classifier import (
     DigitClassifier,
@@ -42,7 +43,7 @@ def claim_work(work: Path, config: DigitsConfig) -> None:
             f"{work} holds stages of another configuration, which differs in {', '.join(differing)}; "
             "pass another --work, or delete it"
         )
-    path.write_text(json.dumps(wanted, indent=2) + "\n")
+    write_atomically(path, json.dumps(wanted, indent=2) + "\n")
 
 
 def classifier_stage(config: DigitsConfig, data: DigitsSplit, work: Path) -> DigitClassifier:
@@ -62,7 +63,7 @@ def autoencoder_stage(config: DigitsConfig, data: DigitsSplit, work: Path) -> tu
         trained = train_autoencoder(config, data)
         trained.model.save_pretrained(str(directory))
         seconds = time.monotonic() - started
-        record.write_text(json.dumps({"final_loss": trained.final_loss, "seconds": seconds}))
+        write_atomically(record, json.dumps({"final_loss": trained.final_loss, "seconds": seconds}))
     model = AutoencoderKL.from_pretrained(str(directory))
     if not isinstance(model, AutoencoderKL):
         raise TypeError(f"expected an AutoencoderKL in {directory}, got {type(model).__name__}")
@@ -76,7 +77,10 @@ def latents_stage(config: DigitsConfig, data: DigitsSplit, vae: AutoencoderKL, w
         logger.info("encoding %d copies of the training images", config.augmentations)
         generator = torch.Generator().manual_seed(config.seed)
         parts = [encode(vae, augment(data.train_images, generator)) for _ in range(config.augmentations)]
-        torch.save({"latents": torch.cat(parts), "labels": data.train_labels.repeat(config.augmentations)}, path)
+        latents = {"latents": torch.cat(parts), "labels": data.train_labels.repeat(config.augmentations)}
+        partial = path.with_suffix(".partial")
+        torch.save(latents, partial)
+        partial.replace(path)
     saved = torch.load(path, weights_only=True)
     return saved["latents"], saved["labels"]
 
