@@ -60,6 +60,12 @@ class LockstepEngine:
         self._higher = ReferenceEngine(_one_precision_up(model), schedule) if tolerance == "measured" else None
         self.dtype = _dtype_of(model)
 
+    looks_late = False
+
+    def state(self, call: Call) -> object:
+        """See `Engine.state`; where the compiled engine does not see a change, its steps differ."""
+        return self.planned.state(call)
+
     def begin_run(self, key: RunKey | None = None) -> None:
         """A run begins for all engines, with a report of its own."""
         self.planned.begin_run(key)

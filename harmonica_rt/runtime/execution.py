@@ -120,6 +120,8 @@ class PlanRuntime:
             if self.pool is not None:
                 graphs, hoisted = GraphedPrograms(self.pool, measured=self._measured), HoistedMemory()
             memory = _Memory(SlotBuffers(self.plan), graphs, hoisted)
+        if self._fetch_weights() is not self._weights:
+            self._weights_checked = False  # replaced in the midst of a run
         order = len(self._lent)
         self._lent.append(memory)
         if self.debug:
