@@ -37,6 +37,8 @@ def export_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     with warnings.catch_warnings(), _silent_about_values(), torch.inference_mode(False), torch.no_grad(), lazily:
         # Raised inside torch.export by torch's own use of its deprecated names.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
+        # Capture finds out by itself what a forward writes, and says it as a reason.
+        warnings.filterwarnings("ignore", category=UserWarning, message=".*assigned during export")
         args, kwargs = pytree.tree_map_only(torch.Tensor, _as_ordinary, (args, kwargs))
         try:
             program = torch.export.export(module, args, kwargs, strict=False)

@@ -204,7 +204,7 @@ class _Walk:
             self._note(parent, name, (kind, value))
         elif kind in _BY_TEXT:
             self._note(parent, name, (kind, repr(value)))
-        elif id(value) in self._seen:
+        elif kind is not tuple and id(value) in self._seen:
             self._note(parent, name, ("the same as", self._seen[id(value)]))
         else:
             self._seen[id(value)] = len(self.values)
@@ -343,7 +343,7 @@ class _Walk:
             if function is None:
                 children.append((f".{key}", value))
                 continue
-            method = self._note(fact, f".{key}", Is(value))
+            method = self._note(fact, f".{key}", (type(value), Is(function.__code__)))
             self._methods.setdefault(key, []).append((method, function))
             if key in self._reached and not (key == "__init__" and issubclass(cls, nn.Module)):
                 self._later(method, [("()", function)])

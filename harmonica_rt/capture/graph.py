@@ -162,13 +162,13 @@ def _trace_as_it_is(model: nn.Module, call: Call, sites: Sequence[str]) -> _Trac
     hooks = [model.get_submodule(site).register_forward_hook(check_site_result, with_kwargs=True) for site in sites]
 
     def attempt(forward: Callable[..., Any]) -> _Traced | CaptureFailure:
-        before = Facts(model)
+        before, written = Facts(model), list[str]()
         try:
             with only_own_forward(model):
-                model.forward = forward
+                model.forward = _noting_changes(forward, model, written)
                 program = export_functional(model, (), call.kwargs)
             check_sizes(program.graph, site_columns(model, sites))
-            return _Traced(program, before.changes(model))
+            return _Traced(program, tuple(written))
         except CaptureError as error:
             return error.failure  # not the error, which holds on to all that was traced
         finally:
@@ -212,6 +212,19 @@ def _run_once(model: nn.Module, call: Call) -> None:
 def _has_no_values(model: nn.Module, call: Call) -> bool:
     tensors = (*model.parameters(), *(leaf for leaf in call.leaves if isinstance(leaf, torch.Tensor)))
     return any(tensor.device.type == "meta" for tensor in tensors)
+
+
+def _noting_changes(forward: Callable[..., Any], model: nn.Module, changes: list[str]) -> Callable[..., Any]:
+    """`forward`, which says what it changed of its model; afterwards torch.export undoes some of that in silence."""
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        before = Facts(model)
+        output = forward(*args, **kwargs)
+        changes[:] = before.changes(model)
+        return output
+
+    return run
 
 
 def _stopping_early(forward: Callable[..., Any]) -> Callable[..., Any]:

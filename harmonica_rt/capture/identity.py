@@ -110,7 +110,10 @@ def _first_change(containers: list[Any], noted: list[Contents]) -> int:
 def _fastest() -> Callable[[list[Any], list[Contents]], int]:
     if not harmonica_kernels.build_info().extension:
         return _first_change
-    extension = importlib.import_module("harmonica_kernels._C")
+    try:
+        extension = importlib.import_module("harmonica_kernels._C")
+    except ImportError:  # built for another Python: its operators do not care, this does
+        return _first_change
     return extension.first_change  # type: ignore[no-any-return]
 
 

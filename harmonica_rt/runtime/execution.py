@@ -120,8 +120,6 @@ class PlanRuntime:
             if self.pool is not None:
                 graphs, hoisted = GraphedPrograms(self.pool, measured=self._measured), HoistedMemory()
             memory = _Memory(SlotBuffers(self.plan), graphs, hoisted)
-        if self._fetch_weights() is not self._weights:
-            self._weights_checked = False  # replaced in the midst of a run
         order = len(self._lent)
         self._lent.append(memory)
         if self.debug:
@@ -151,7 +149,7 @@ class PlanRuntime:
 
     def bound(self, program: Program | LoweredPart) -> tuple[Any, ...]:
         """The weights and constants of `program`, as the model holds them in this run."""
-        if not self._weights_checked:
+        if not self._weights_checked or self._fetch_weights() is not self._weights:  # replaced in mid-run
             self._check_weights()
         bound = self._bound.get(program)
         if bound is None:

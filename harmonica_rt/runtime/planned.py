@@ -120,6 +120,8 @@ class PlannedEngine:
         self._state: ModelState | None = None  # that the call under way finds
         self._change: str | None = None  # of the model, that no plan was made for yet
         self._new: list[Facts] = []  # that this run was the first to find
+        self._said_restless = False  # in this run
+        self._ran_eagerly = False  # in this run
         self._reference = ReferenceEngine(model, schedule, self._watch)
 
     @property
@@ -130,7 +132,7 @@ class PlannedEngine:
     @property
     def looks_late(self) -> bool:
         """On a GPU: its queue is filled before the host looks at the model."""
-        return any(key.signature.device.type == "cuda" for key in self.plans)
+        return not self._ran_eagerly and any(key.signature.device.type == "cuda" for key in self.plans)
 
     def state(self, call: Call) -> ModelState:
         """See `Engine.state`: plans are made for it, and kept for when it comes back."""
@@ -143,6 +145,7 @@ class PlannedEngine:
         """All streams are over; weights are fetched anew."""
         self._watch.begin_run()
         self._new.clear()
+        self._said_restless = self._ran_eagerly = False
         self.cache.begin_run(key)
 
     def new_stream(self, call: Call) -> Stream:
@@ -156,6 +159,7 @@ class PlannedEngine:
         if found is None and self._key(call) not in self.failures and not self._is_restless(self._key(call).model):
             found = self._add_plan(call)
         if found is None:
+            self._ran_eagerly = True
             return self._reference.new_stream(call), None
         return found.new_stream(), found.plan.captured.reads
 
@@ -237,6 +241,9 @@ class PlannedEngine:
         name, change = type(self._model).__name__, self._change
         self._change = None
         if len(self._new) == NEW_STATES:
+            said, self._said_restless = self._said_restless, True
+            if said:
+                return True
             log.warning(
                 "%s changed more than %d times in this run (last: %s): where it is what no plan was made for, it runs "
                 "eagerly and reuses nothing. Keep what changes in every step out of the model, or pass it as a "
