@@ -6,12 +6,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from harmonica_rt.capture.call import Signature
 from harmonica_rt.capture.reasons import CaptureFailure
 from harmonica_rt.lower import Lowering
 from harmonica_rt.lower.inductor import InductorLowering
 from harmonica_rt.plan.plan import Plan
-from harmonica_rt.runtime.plans import Plans
+from harmonica_rt.runtime.plans import PlanKey, Plans
 from harmonica_rt.runtime.run import RunStats
 from harmonica_rt.schedule import Schedule
 
@@ -188,7 +187,7 @@ class Report:
         schedule: Schedule,
         plans: Plans,
         stats: RunStats | None,
-        failures: Mapping[Signature, CaptureFailure] | None = None,
+        failures: Mapping[PlanKey, CaptureFailure] | None = None,
     ) -> Report:
         """Read the plans of a model, and what its last run did."""
         return cls(

@@ -18,7 +18,7 @@ from torch import fx, nn
 from harmonica_rt.arguments import check_subject
 from harmonica_rt.backend.session import NAME, GraphSession, Options
 from harmonica_rt.capture.dynamo import SEE_THE_BREAK, DynamoGraph, traced_frame
-from harmonica_rt.capture.snapshot import check_capturable
+from harmonica_rt.capture.refusals import check_capturable
 from harmonica_rt.errors import HarmonicaError, ScheduleMismatchError
 from harmonica_rt.fit import check_fit, warn_about_sampler
 from harmonica_rt.runtime.denoiser import Denoiser

@@ -14,6 +14,7 @@ from harmonica_rt.arguments import check_flags, check_schedule, described
 from harmonica_rt.capture.call import Call, Signature
 from harmonica_rt.capture.dynamo import GraphCall
 from harmonica_rt.capture.roles import roles
+from harmonica_rt.capture.tensors import TensorNote, same_objects
 from harmonica_rt.errors import ArgumentError, HarmonicaError
 from harmonica_rt.fit import check_lowering
 from harmonica_rt.lower import DEFAULT as DEFAULT_LOWERING
@@ -21,7 +22,7 @@ from harmonica_rt.plan.plan import build_plan
 from harmonica_rt.report import Report
 from harmonica_rt.runtime.engine import RunKey, Stream
 from harmonica_rt.runtime.graphs import graphs_of
-from harmonica_rt.runtime.plans import Plans
+from harmonica_rt.runtime.plans import PlanKey, Plans
 from harmonica_rt.runtime.session import Session
 from harmonica_rt.schedule import Schedule
 
@@ -102,11 +103,22 @@ class GraphSession(Session):
 class GraphEngine:
     """Plans of one model's dynamo graphs, one for each signature of their calls. See `Engine`."""
 
+    looks_late = False
+
     def __init__(self, model_name: str, options: Options) -> None:
         graphs = graphs_of(options.graphs)
         self.plans = Plans(model_name, lowering=options.lowering, graphs=graphs, debug=options.debug, limit=MAX_PLANS)
         self._schedule = options.schedule
-        self._weights: dict[Signature, _Weights] = {}
+        self._weights: dict[PlanKey, _Weights] = {}
+        self._states: dict[Signature, TensorNote] = {}
+
+    def state(self, call: Call) -> object:
+        """See `Engine.state`. Dynamo guards what its graphs take for granted, but hands over weights with each call."""
+        tensors = list(_graph_call(call).weights().values())
+        state = self._states.get(call.signature)
+        if state is None or not state.is_of(tensors) or not state.hold():
+            state = self._states[call.signature] = TensorNote(tensors)
+        return state
 
     def begin_run(self, key: RunKey | None = None) -> None:
         """See `Engine.begin_run`."""
@@ -114,24 +126,35 @@ class GraphEngine:
 
     def new_stream(self, call: Call) -> Stream:
         """See `Engine.new_stream`."""
-        if not isinstance(call, GraphCall):
-            raise TypeError(f"expected the call of a dynamo graph, got a {type(call).__name__}")
-        signature = call.signature
-        weights = self._weights.setdefault(signature, _Weights(call))
-        weights.call = call
-        if signature not in self.plans:
+        graph_call, key = _graph_call(call), PlanKey(call.signature)
+        weights = self._weights.setdefault(key, _Weights())
+        weights.renew(graph_call)
+        if key not in self.plans:
             started = time.perf_counter()
-            plan = build_plan(call.graph.capture(call), self._schedule)
-            self.plans.add(signature, plan, weights, roles(call), started=started)
+            plan = build_plan(graph_call.graph.capture(graph_call), self._schedule)
+            self.plans.add(key, plan, weights, roles(call), started=started)
             self._weights = {kept: self._weights[kept] for kept in self.plans.held}
-        return self.plans[signature].new_stream()
+            self._states = {held.signature: self._states[held.signature] for held in self.plans.held}
+        return self.plans[key].new_stream()
 
 
 class _Weights:
     """The weights of a plan: those that came with the first call of its last stream, and so with the first of a run."""
 
-    def __init__(self, call: GraphCall) -> None:
-        self.call = call
+    def __init__(self) -> None:
+        self._held: dict[str, torch.Tensor] = {}
+
+    def renew(self, call: GraphCall) -> None:
+        """Take those of a call; the mapping stays the same where the tensors do."""
+        came = call.weights()
+        if not same_objects(came.values(), self._held.values()):
+            self._held = came
 
     def __call__(self) -> dict[str, torch.Tensor]:
-        return self.call.weights()
+        return self._held
+
+
+def _graph_call(call: Call) -> GraphCall:
+    if not isinstance(call, GraphCall):
+        raise TypeError(f"expected the call of a dynamo graph, got a {type(call).__name__}")
+    return call

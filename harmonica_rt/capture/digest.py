@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from harmonica_rt.capture.facts import own_attributes
 from harmonica_rt.capture.forward import own_forward
-from harmonica_rt.capture.snapshot import named_tensors, plain_attributes, shared_names
+from harmonica_rt.capture.tensors import named_tensors, shared_names
 from harmonica_rt.errors import PlanFileError
 
 _SCALARS = (
@@ -58,7 +59,7 @@ class _Reader:
             yield f"module {path} {self._name(type(module))}"
             if not path:
                 yield f"forward {self._text(own_forward(module))}"
-            for name in sorted(plain_attributes(path, module).keys() - {"forward", "hooks"}):
+            for name in own_attributes(module, root=not path):
                 try:
                     yield f"{name} = {self._attribute(name, module.__dict__[name])}"
                 except PlanFileError as error:

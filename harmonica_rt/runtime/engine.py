@@ -77,6 +77,13 @@ class Stream(Protocol):
 class Engine(Protocol):
     """Makes streams. Knows the model and the schedule."""
 
+    @property
+    def looks_late(self) -> bool:
+        """Whether a step may start before the model is looked at: the device then works while the host looks."""
+
+    def state(self, call: Call) -> object:
+        """What the model is now, told by identity: features stored in one state are never reused in another."""
+
     def begin_run(self, key: RunKey | None = None) -> None:
         """A sampling run begins: all streams of the last one are over.
 

@@ -149,7 +149,7 @@ class PlanRuntime:
 
     def bound(self, program: Program | LoweredPart) -> tuple[Any, ...]:
         """The weights and constants of `program`, as the model holds them in this run."""
-        if not self._weights_checked:
+        if not self._weights_checked or self._fetch_weights() is not self._weights:  # replaced in mid-run
             self._check_weights()
         bound = self._bound.get(program)
         if bound is None:

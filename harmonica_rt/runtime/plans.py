@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections import OrderedDict
+from typing import NamedTuple
 
 import torch
 
 from harmonica_rt.capture.call import Signature
+from harmonica_rt.capture.facts import Facts
 from harmonica_rt.capture.roles import Role
 from harmonica_rt.plan.invariants import check_plan
 from harmonica_rt.plan.plan import Plan
@@ -17,6 +20,25 @@ from harmonica_rt.runtime.execution import PlanRuntime, Weights
 from harmonica_rt.runtime.graphs import Graphs, Pool
 
 log = logging.getLogger(__name__)
+
+
+class PlanKey(NamedTuple):
+    """What a plan is kept under.
+
+    Attributes:
+        signature: of its calls.
+        model: the facts of the model that it was made for; None where those who make the calls see to that.
+    """
+
+    signature: Signature
+    model: Facts | None = None
+
+    def __str__(self) -> str:
+        return str(self.signature)
+
+    def without_reads(self) -> PlanKey:
+        """The key that calls of this plan have, whatever the model reads of their request."""
+        return self._replace(signature=dataclasses.replace(self.signature, read=()))
 
 
 class Plans:
@@ -36,20 +58,20 @@ class Plans:
         self._graphs = graphs
         self._debug = debug
         self._limit = limit
-        self._held: OrderedDict[Signature, PlanRuntime] = OrderedDict()
+        self._held: OrderedDict[PlanKey, PlanRuntime] = OrderedDict()
         self._pools: dict[torch.device, Pool | None] = {}
         self._key: RunKey | None = None
 
-    def __contains__(self, signature: Signature) -> bool:
-        return signature in self._held
+    def __contains__(self, key: PlanKey) -> bool:
+        return key in self._held
 
-    def __getitem__(self, signature: Signature) -> PlanRuntime:
+    def __getitem__(self, key: PlanKey) -> PlanRuntime:
         """The plan, now the one used last."""
-        self._held.move_to_end(signature)
-        return self._held[signature]
+        self._held.move_to_end(key)
+        return self._held[key]
 
     @property
-    def held(self) -> dict[Signature, PlanRuntime]:
+    def held(self) -> dict[PlanKey, PlanRuntime]:
         """All plans, the one used last at the end."""
         return dict(self._held)
 
@@ -65,17 +87,13 @@ class Plans:
         for runtime in self._held.values():
             runtime.begin_run(key)
 
-    def clear(self) -> None:
-        """Drop all plans."""
-        self._held.clear()
-
     def add(
-        self, signature: Signature, plan: Plan, weights: Weights, roles: tuple[Role, ...], *, started: float
+        self, key: PlanKey, plan: Plan, weights: Weights, roles: tuple[Role, ...], *, started: float
     ) -> PlanRuntime:
         """Check, lower and keep a plan, and drop the one unused longest where there are too many.
 
         Args:
-            signature: of its calls.
+            key: what it is kept under.
             plan: the plan.
             weights: see `PlanRuntime`.
             roles: of the leaves of its calls.
@@ -85,6 +103,7 @@ class Plans:
             InvariantError: the plan breaks a rule.
         """
         check_plan(plan)
+        signature = key.signature
         with signature.in_its_autocast():
             runtime = PlanRuntime(
                 plan,
@@ -97,7 +116,7 @@ class Plans:
             )
         runtime.begin_run(self._key)
         runtime.compile_seconds = time.perf_counter() - started
-        self._held[signature] = runtime
+        self._held[key] = runtime
         log.info(
             "planned %s for %s in %.1f s: %d step programs",
             self._model_name,
