@@ -22,7 +22,7 @@ BENCHMARKS = (
     "training_cost",
     "time_to_quality",
 )
-OWN_COMMANDS = ("latency", "quality")  # with options of their own; quality is hours long: never by default
+OWN_COMMANDS = ("latency", "quality", "fuzz")  # with options of their own; the last two are never run by default
 
 
 def main() -> None:
