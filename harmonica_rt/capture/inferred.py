@@ -37,7 +37,8 @@ class Layout(NamedTuple):
         return (1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))) * self.dtype.itemsize
 
     def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)} of strides {list(self.stride)} on {self.device}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{dtype}{list(self.shape)} of strides {list(self.stride)} on {self.device}"
 
 
 def layout_of(tensor: torch.Tensor) -> Layout:
@@ -157,7 +158,7 @@ def _memory_of(device: torch.device) -> int:
 
 
 def _attempt(place: str, function: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call `function`; whatever it raises becomes a PlanFileError. Torch has a dozen unrelated types for bad arguments."""
+    """Call `function`; whatever it raises becomes a PlanFileError: torch has a dozen unrelated types for bad arguments."""
     try:
         return function(*args, **kwargs)
     except PlanFileError:

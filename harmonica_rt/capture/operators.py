@@ -12,6 +12,8 @@ these are not on it:
   in its place);
 - `as_strided`, `_reinterpret_tensor`, `set_`, `resize_`, ...: they address memory by numbers;
 - `_unsafe_index`, `upsample_*` with scales, `embedding_bag`, ...: some implementation trusts an index that it is given;
+- `instance_norm`, `native_batch_norm`, ...: they write to running statistics, which their schemas do not say
+  (`batch_norm` is on the list for inference only);
 - whatever draws random numbers, has a size that depends on values, or returns something other than tensors.
 """
 
@@ -20,67 +22,67 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from harmonica_rt.capture.inference import draws_numbers
-from harmonica_rt.capture.records import LARGEST_INTEGER, shown
+from harmonica_rt.capture.records import LARGEST_INTEGER
 from harmonica_rt.errors import PlanFileError
+from harmonica_rt.untrusted.text import quoted
 
 GETITEM = "operator.getitem"
 
-_NAME = re.compile(r"(aten|harmonica)\.(\w+)\.(\w+)")
-_TEXT = re.compile(r"[\w .,>-]{0,100}")  # `tanh`, `trunc`, the equation of an einsum
+_NAME = re.compile(r"(aten|harmonica)\.(\w+)\.(\w+)", re.ASCII)
+_TEXT = re.compile(r"[\w .,>-]{0,100}", re.ASCII)  # `tanh`, `trunc`, the equation of an einsum
 
 _VIEWS = """
-alias broadcast_to chunk contiguous detach diagonal expand expand_as flatten lift_fresh_copy mT moveaxis movedim
-narrow numpy_T permute ravel reshape reshape_as select slice split split_with_sizes squeeze swapaxes swapdims t tensor_split
-transpose unbind unflatten unfold unsafe_chunk unsafe_split unsafe_split_with_sizes unsqueeze view view_as
-view_as_complex view_as_real _unsafe_view
+_unsafe_view alias broadcast_to chunk contiguous detach diagonal expand expand_as flatten lift_fresh_copy mT moveaxis
+movedim narrow numpy_T permute ravel reshape reshape_as select slice split split_with_sizes squeeze swapaxes swapdims
+t tensor_split transpose unbind unflatten unfold unsafe_chunk unsafe_split unsafe_split_with_sizes unsqueeze view
+view_as view_as_complex view_as_real
 """
 _COPIES = """
-block_diag cat clone diag_embed column_stack concat concatenate constant_pad_nd copy dstack flip hstack masked_fill meshgrid pad
-pixel_shuffle pixel_unshuffle repeat repeat_interleave roll rot90 select_scatter slice_scatter stack tile tril triu vstack where
-_to_copy to type_as lift_fresh
+_to_copy block_diag cat clone column_stack concat concatenate constant_pad_nd copy diag_embed dstack flip hstack
+lift_fresh masked_fill meshgrid pad pixel_shuffle pixel_unshuffle repeat repeat_interleave roll rot90 select_scatter
+slice_scatter stack tile to tril triu type_as vstack where
 """
 _MADE = """
 arange eye fill full full_like linspace logspace new_full new_ones new_zeros ones ones_like scalar_tensor tril_indices
 triu_indices zeros zeros_like
 """
 _REDUCTIONS = """
-all amax amin aminmax any argmax argmin argsort cummax cummin cumprod cumsum count_nonzero linalg_norm
+all amax amin aminmax any argmax argmin argsort count_nonzero cummax cummin cumprod cumsum linalg_norm
 linalg_vector_norm logcumsumexp logsumexp max mean min norm prod sort std std_mean sum topk var var_mean
 """
 _PRODUCTS = """
 addbmm addmm addmv baddbmm bilinear bmm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
-convolution cross dot einsum inner kron linalg_cross linalg_qr linear matmul mm mv outer scaled_dot_product_attention tensordot vdot
+convolution cross dot einsum inner kron linalg_cross linalg_qr linear matmul mm mv outer scaled_dot_product_attention
+tensordot vdot
 """
 _LAYERS = """
-_log_softmax _safe_softmax _softmax adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d avg_pool1d avg_pool2d
-avg_pool3d batch_norm cosine_similarity dropout glu group_norm instance_norm layer_norm log_softmax
-log_sigmoid max_pool1d max_pool2d max_pool3d native_group_norm native_layer_norm normalize pairwise_distance prelu
-reflection_pad1d reflection_pad2d reflection_pad3d relu6 replication_pad1d replication_pad2d replication_pad3d
-rms_norm _fused_rms_norm softmax softmin special_softmax
+_fused_rms_norm _log_softmax _safe_softmax _softmax adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+avg_pool1d avg_pool2d avg_pool3d batch_norm cosine_similarity dropout glu group_norm layer_norm
+log_sigmoid log_softmax max_pool1d max_pool2d max_pool3d native_group_norm native_layer_norm normalize
+pairwise_distance prelu reflection_pad1d reflection_pad2d reflection_pad3d relu6 replication_pad1d replication_pad2d
+replication_pad3d rms_norm softmax softmin special_softmax
 """
 _INDEXED = """
 embedding gather index index_add index_copy index_fill index_put index_select one_hot scatter scatter_add
 scatter_reduce take take_along_dim
 """
 _ELEMENTWISE = """
-abs absolute addcdiv addcmul angle bitwise_and bitwise_not bitwise_or bitwise_xor bucketize ceil clamp clamp_max
-clamp_min clip complex conj conj_physical deg2rad diff div divide elu eq erf exp exp2 expm1 float_power floor
-floor_divide fmod ge gelu greater greater_equal gt hardswish hardtanh imag isfinite isinf isnan isclose le
-leaky_relu lerp less less_equal log logical_and logical_not logical_or logical_xor lt maximum minimum mul multiply
-nan_to_num ne neg negative not_equal polar positive pow rad2deg real reciprocal relu remainder resolve_conj
+__and__ __or__ _conj abs absolute addcdiv addcmul angle bitwise_and bitwise_not bitwise_or bitwise_xor bucketize ceil
+clamp clamp_max clamp_min clip complex conj conj_physical deg2rad diff div divide elu eq erf exp exp2 expm1
+float_power floor floor_divide fmod ge gelu greater greater_equal gt hardswish hardtanh imag isclose isfinite isinf
+isnan le leaky_relu lerp less less_equal log logical_and logical_not logical_or logical_xor lt maximum minimum mul
+multiply nan_to_num ne neg negative not_equal polar positive pow rad2deg real reciprocal relu remainder resolve_conj
 resolve_neg round rsqrt rsub sigmoid sign silu softplus special_expit sqrt square sub subtract tanh threshold
-true_divide trunc __and__ __or__ _conj
+true_divide trunc
 """
-_ATEN = frozenset(
-    " ".join((_VIEWS, _COPIES, _MADE, _REDUCTIONS, _PRODUCTS, _LAYERS, _INDEXED, _ELEMENTWISE)).split()
-)
+_ATEN = frozenset(" ".join((_VIEWS, _COPIES, _MADE, _REDUCTIONS, _PRODUCTS, _LAYERS, _INDEXED, _ELEMENTWISE)).split())
 _ZEROS = {
     "aten.empty.memory_format": "aten.zeros.default",
     "aten.empty_like.default": "aten.zeros_like.default",
@@ -122,13 +124,13 @@ def operator_of(name: str, place: str) -> Any:
 def _operator(name: str) -> torch._ops.OpOverload:
     parts = _NAME.fullmatch(name)
     if parts is None:
-        raise PlanFileError(f"{shown(name)} is not the name of an operator of aten or harmonica")
+        raise PlanFileError(f"{quoted(name)} is not the name of an operator of aten or harmonica")
     namespace, packet, overload = parts.groups()
     if namespace == "harmonica":
         import harmonica_kernels  # noqa: F401  # registers them
     found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
     if not isinstance(found, torch._ops.OpOverload):
-        raise PlanFileError(f"this torch ({torch.__version__}) has no operator {shown(name)}")
+        raise PlanFileError(f"this torch ({torch.__version__}) has no operator {quoted(name)}")
     listed = packet in (_HARMONICA if namespace == "harmonica" else _ATEN) or torch.Tag.pointwise in found.tags
     if not listed or not _computes_only(found):
         raise PlanFileError(f"the operator {name} is not among those that a saved plan may hold")
@@ -144,38 +146,42 @@ def _computes_only(target: torch._ops.OpOverload) -> bool:
 
 
 def check_arguments(target: Any, args: Sequence[Any], kwargs: dict[str, Any], place: str) -> None:
-    """Raise PlanFileError where arguments do not fit the operator's schema in number, name or type.
+    """Raise PlanFileError where arguments do not fit the operator's schema in number, order, name or type.
 
+    As tracing writes them: those that may be given by position are, and the first is a tensor where the schema has one.
     Nodes among them carry the values that they stand for.
     """
     if target is operator.getitem:
         _check_getitem(args, kwargs, place)
         return
-    arguments = list(target._schema.arguments)
-    by_position = [argument for argument in arguments if not argument.kwarg_only]
+    by_position = [argument for argument in target._schema.arguments if not argument.kwarg_only]
+    by_name = {argument.name for argument in target._schema.arguments if argument.kwarg_only}
     if len(args) > len(by_position):
         raise PlanFileError(f"{place}: {target} takes {len(by_position)} arguments by position, got {len(args)}")
-    given = {argument.name: value for argument, value in zip(by_position, args, strict=False)}
-    for name, value in kwargs.items():
-        if name in given or all(argument.name != name for argument in arguments):
-            raise PlanFileError(f"{place}: {target} takes no argument {shown(name)}, or was given it twice")
-        given[name] = value
-    for argument in arguments:
+    for name in kwargs:
+        if name not in by_name:
+            raise PlanFileError(f"{place}: {target} takes no argument {quoted(name)} by name")
+    given = {**{argument.name: value for argument, value in zip(by_position, args, strict=False)}, **kwargs}
+    for argument in target._schema.arguments:
         if argument.name not in given:
             if not argument.has_default_value():
                 raise PlanFileError(f"{place}: {target} needs the argument {argument.name!r}")
         elif not _fits(given[argument.name], argument.real_type, argument.N):
-            value = shown(given[argument.name])
+            value = quoted(given[argument.name])
             raise PlanFileError(f"{place}: {target}: {argument.name} is a {argument.real_type}, got {value}")
+    if by_position and by_position[0].type.kind() == "TensorType" and not isinstance(args[0], fx.Node):
+        raise PlanFileError(f"{place}: {target} takes a tensor first, got {quoted(args[0])}")
 
 
 def check_node(node: fx.Node, place: str) -> None:
-    """Raise PlanFileError where a node draws random numbers or has a size that depends on values."""
+    """Raise PlanFileError where a node draws random numbers, has a size that depends on values, or trains."""
     tags: Any = getattr(node.target, "tags", ())
     indices: Any = node.args[1] if node.target is torch.ops.aten.index.Tensor else ()
     by_mask = any(index is not None and index.meta["val"].dtype in (torch.bool, torch.uint8) for index in indices)
     if torch.Tag.dynamic_output_shape in tags and (by_mask or node.target is not torch.ops.aten.index.Tensor):
         raise PlanFileError(f"{place}: {node.target} gives a size that depends on values; no saved plan holds one")
+    if node.target is torch.ops.aten.batch_norm.default and node.args[5] is not False:
+        raise PlanFileError(f"{place}: {node.target} writes to its statistics in training; no saved plan holds that")
     if draws_numbers(node):
         raise PlanFileError(f"{place}: {node.target} draws random numbers; no saved plan holds any")
 
@@ -211,7 +217,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (bool, float)) or _is_integer(value)
 
 
-_KINDS = {
+_KINDS: dict[str, Callable[[Any], bool]] = {
     "TensorType": _is_tensor,
     "IntType": _is_integer,
     "SymIntType": _is_integer,

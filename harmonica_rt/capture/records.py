@@ -1,32 +1,23 @@
 """Typed access to the JSON values of a plan file.
 
-A file may hold anything that JSON can hold in any place. Each function here takes a value and the place where it stands,
-returns the value if it is what belongs there, and raises a PlanFileError that names the place if it is not. Text of
-the file is escaped and shortened in messages, because a terminal shows them.
+A file may hold anything that JSON can hold in any place. Each function here takes a value and the place where it
+stands, returns the value if it is what belongs there, and raises a PlanFileError that names the place if it is not.
 """
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Sequence
 from typing import Any
 
 from harmonica_rt.errors import PlanFileError
+from harmonica_rt.untrusted.text import quoted
 
 LARGEST_INTEGER = 2**63 - 1  # what torch takes
-
-_shown = reprlib.Repr()
-_shown.maxstring = _shown.maxother = _shown.maxlong = 60
-
-
-def shown(value: Any) -> str:
-    """A value for a message: escaped and short."""
-    return _shown.repr(value)
 
 
 def refused(place: str, expected: str, value: Any) -> PlanFileError:
     """The error for a value that does not belong where it stands."""
-    return PlanFileError(f"{place}: expected {expected}, got {shown(value)}")
+    return PlanFileError(f"{place}: expected {expected}, got {quoted(value)}")
 
 
 def fields_of(value: Any, place: str, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:

@@ -25,11 +25,12 @@ from harmonica_rt.capture.layout import laid_out
 from harmonica_rt.capture.marking import find_site_outputs, site_columns, without_call_suffix
 from harmonica_rt.capture.operators import check_arguments, check_node, name_of, operator_of
 from harmonica_rt.capture.reasons import CaptureError
-from harmonica_rt.capture.records import fields_of, integer_of, items_of, refused, shown, text_of
+from harmonica_rt.capture.records import fields_of, integer_of, items_of, refused, text_of
 from harmonica_rt.capture.snapshot import named_tensors, plain_tensors
 from harmonica_rt.capture.trees import decode_tree, encode_tree
 from harmonica_rt.capture.values import Devices, decode_layout, decode_value, encode_layout, encode_value
 from harmonica_rt.errors import PlanFileError
+from harmonica_rt.untrusted.text import one_line, quoted
 
 LARGEST_CONSTANT = 2**20  # bytes; larger tensors made while tracing are no small print of a graph
 
@@ -203,7 +204,7 @@ class _Decoder:
         if not isinstance(given, dict):
             raise refused(f"{place}.kwargs", "an object", given)
         kwargs = {
-            name: decode_value(value, devices, f"{place}.kwargs[{shown(name)}]", self.nodes)
+            name: decode_value(value, devices, f"{place}.kwargs[{quoted(name)}]", self.nodes)
             for name, value in given.items()
         }
         check_arguments(target, args, kwargs, place)
@@ -292,7 +293,9 @@ def _own_layout(tensors: Mapping[str, torch.Tensor], name: str, place: str) -> L
     if name not in tensors:
         raise refused(place, "the name of a tensor of the model", name)
     if is_traceable_wrapper_subclass(tensors[name]):
-        raise PlanFileError(f"{place}: {name} is made of other tensors (quantised?): its plan cannot be saved or loaded")
+        raise PlanFileError(
+            f"{place}: {name} is made of other tensors (quantised?): its plan cannot be saved or loaded"
+        )
     return layout_of(tensors[name])
 
 
@@ -308,7 +311,7 @@ def _leaf_layout(leaf: Any, said: Layout, place: str) -> Layout:
 
 def _check_same(found: Any, said: Any, place: str) -> None:
     if found != said:
-        told = [", ".join(map(str, value)) if isinstance(value, list) else str(value) for value in (found, said)]
+        told = [one_line(", ".join(map(str, v)) if isinstance(v, list) else v) for v in (found, said)]
         raise PlanFileError(f"{place}: expected {told[0]}, got {told[1]}")
 
 
@@ -331,5 +334,3 @@ def _site_outputs(
         return find_site_outputs(graph, sites, lambda path: columns.get(without_call_suffix(path)))
     except CaptureError as error:
         raise PlanFileError(f"{place}: {error}") from error
-
-

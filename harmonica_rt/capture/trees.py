@@ -13,8 +13,9 @@ from typing import Any
 
 from torch.utils import _pytree as pytree
 
-from harmonica_rt.capture.records import fields_of, integer_of, items_of, refused, shown, text_of
+from harmonica_rt.capture.records import fields_of, integer_of, items_of, refused, text_of
 from harmonica_rt.errors import PlanFileError
+from harmonica_rt.untrusted.text import quoted
 
 
 def encode_tree(spec: pytree.TreeSpec) -> Any:
@@ -84,7 +85,7 @@ def _decode(value: Any, place: str) -> Any:
         fields = entry["fields"]
         if not isinstance(fields, dict):
             raise refused(f"{place}.fields", "an object", fields)
-        made = {key: _decode(item, f"{place}.{shown(key)}") for key, item in fields.items()}
+        made = {key: _decode(item, f"{place}.{quoted(key)}") for key, item in fields.items()}
         try:
             return kind(**made)
         except (TypeError, ValueError) as error:
@@ -95,7 +96,7 @@ def _decode(value: Any, place: str) -> Any:
     if name == "dict":
         if not isinstance(content, dict):
             raise refused(place, "an object", content)
-        return {key: _decode(item, f"{place}.{shown(key)}") for key, item in content.items()}
+        return {key: _decode(item, f"{place}.{quoted(key)}") for key, item in content.items()}
     if name not in ("list", "tuple"):
         raise refused(place, "a list, tuple, dict or class", name)
     items = [_decode(item, f"{place}[{i}]") for i, item in enumerate(items_of(content, place))]
@@ -112,6 +113,6 @@ def _container(value: Any, place: str) -> Any:
         found = vars(found).get(name) if isinstance(found, (ModuleType, type)) else None
     if not isinstance(found, type) or not _is_container(found):
         raise PlanFileError(
-            f"{place}: {shown('.'.join(names))} is no container that is imported here; import it before loading"
+            f"{place}: {quoted('.'.join(names))} is no container that is imported here; import it before loading"
         )
     return found

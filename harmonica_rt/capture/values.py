@@ -117,9 +117,7 @@ def decode_value(value: Any, devices: Devices, place: str, nodes: Sequence[fx.No
     if kind == "node":
         return nodes[integer_of(content, place, most=len(nodes) - 1)]
     if kind in ("list", "tuple"):
-        items = [
-            decode_value(item, devices, f"{place}[{i}]", nodes) for i, item in enumerate(items_of(content, place))
-        ]
+        items = [decode_value(item, devices, f"{place}[{i}]", nodes) for i, item in enumerate(items_of(content, place))]
         return items if kind == "list" else tuple(items)
     if kind == "device":
         return devices.named(content, place)

@@ -18,7 +18,7 @@ from harmonica_rt.capture.records import fields_of, integers_of, items_of, refus
 from harmonica_rt.capture.roles import Role, roles
 from harmonica_rt.capture.saved import ModelFacts
 from harmonica_rt.capture.trees import decode_tree, encode_tree
-from harmonica_rt.capture.values import decode_layout, decode_value, encode_layout, encode_value, named
+from harmonica_rt.capture.values import decode_layout, decode_value, encode_layout, encode_value
 from harmonica_rt.errors import InvariantError, PlanFileError, SignatureError
 from harmonica_rt.plan.invariants import check_plan
 from harmonica_rt.plan.plan import Plan, build_plan

@@ -17,7 +17,8 @@ from harmonica_rt.capture.graph import capture
 from harmonica_rt.capture.reads import RequestReads
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
 from harmonica_rt.capture.roles import roles
-from harmonica_rt.capture.snapshot import ModelSnapshot, check_capturable, named_tensors, plain_tensors
+from harmonica_rt.capture.saved import ModelFacts
+from harmonica_rt.capture.snapshot import ModelSnapshot, check_capturable, named_tensors
 from harmonica_rt.errors import PlanFileError
 from harmonica_rt.indices import StepIndex
 from harmonica_rt.plan import saved
@@ -179,27 +180,31 @@ class PlannedEngine:
         difference = self._difference()
         if difference is not None:
             raise PlanFileError(f"the plans are of the model as it was: {difference}. Run it once more, then save")
-        attributes = plain_tensors(self._model)
+        facts = ModelFacts.of(self._model)
         return [
-            saved.encode(runtime.plan, signature, runtime.roles, attributes)
-            for signature, runtime in self.plans.items()
+            saved.encode(runtime.plan, signature, runtime.roles, facts) for signature, runtime in self.plans.items()
         ]
 
-    def restore(self, records: Iterable[dict[str, Any]]) -> None:
+    def restore(self, records: Iterable[Any]) -> None:
         """Keep plans that `saved` gave, for a model that is as it was then.
+
+        Args:
+            records: the plans, from a file that anyone may have written.
 
         Raises:
             CaptureError: the model is in a state that no plan can stand for.
-            PlanFileError, InvariantError: not what `saved` gave.
+            PlanFileError: not what `saved` gave.
             RegionError: Inductor cannot compile a region.
         """
         check_capturable(self._model)
         self._weights.snapshot = ModelSnapshot(self._model)
-        attributes = plain_tensors(self._model)
-        for record in records:
-            started = time.perf_counter()
-            plan, signature, leaf_roles = saved.decode(record, self._schedule, attributes)
-            self.cache.add(signature, plan, self._weights, leaf_roles, started=started)
+        facts = ModelFacts.of(self._model)
+        for number, record in enumerate(records):
+            started, place = time.perf_counter(), f"plans[{number}]"
+            plan, signature, leaf_roles = saved.decode(record, self._schedule, facts, place)
+            if signature in self.cache:
+                raise PlanFileError(f"{place}: a second plan for calls of {signature}")
+            self.cache.add(signature, plan, self._weights, leaf_roles, started=started, loaded=True)
 
     def _add_plan(self, call: Call) -> PlanRuntime | None:
         started = time.perf_counter()

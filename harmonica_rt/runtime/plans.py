@@ -70,7 +70,14 @@ class Plans:
         self._held.clear()
 
     def add(
-        self, signature: Signature, plan: Plan, weights: Weights, roles: tuple[Role, ...], *, started: float
+        self,
+        signature: Signature,
+        plan: Plan,
+        weights: Weights,
+        roles: tuple[Role, ...],
+        *,
+        started: float,
+        loaded: bool = False,
     ) -> PlanRuntime:
         """Check, lower and keep a plan, and drop the one unused longest where there are too many.
 
@@ -80,6 +87,7 @@ class Plans:
             weights: see `PlanRuntime`.
             roles: of the leaves of its calls.
             started: when its making began, by `time.perf_counter()`.
+            loaded: whether it comes from a file.
 
         Raises:
             InvariantError: the plan breaks a rule.
@@ -99,7 +107,8 @@ class Plans:
         runtime.compile_seconds = time.perf_counter() - started
         self._held[signature] = runtime
         log.info(
-            "planned %s for %s in %.1f s: %d step programs",
+            "%s %s for %s in %.1f s: %d step programs",
+            "loaded the plan of" if loaded else "planned",
             self._model_name,
             signature,
             runtime.compile_seconds,
