@@ -148,8 +148,8 @@ def _computes_only(target: torch._ops.OpOverload) -> bool:
 def check_arguments(target: Any, args: Sequence[Any], kwargs: dict[str, Any], place: str) -> None:
     """Raise PlanFileError where arguments do not fit the operator's schema in number, order, name or type.
 
-    As tracing writes them: those that may be given by position are, and the first is a tensor where the schema has one.
-    Nodes among them carry the values that they stand for.
+    They have to be as tracing writes them: those that may be given by position are. Nodes among them carry the values
+    that they stand for.
     """
     if target is operator.getitem:
         _check_getitem(args, kwargs, place)
@@ -170,7 +170,9 @@ def check_arguments(target: Any, args: Sequence[Any], kwargs: dict[str, Any], pl
             value = quoted(given[argument.name])
             raise PlanFileError(f"{place}: {target}: {argument.name} is a {argument.real_type}, got {value}")
     if by_position and by_position[0].type.kind() == "TensorType" and not isinstance(args[0], fx.Node):
-        raise PlanFileError(f"{place}: {target} takes a tensor first, got {quoted(args[0])}")
+        between_two = torch.Tag.pointwise in target.tags and any(isinstance(value, fx.Node) for value in args)
+        if not between_two:  # as `1 + x` is
+            raise PlanFileError(f"{place}: {target} takes a tensor first, got {quoted(args[0])}")
 
 
 def check_node(node: fx.Node, place: str) -> None:

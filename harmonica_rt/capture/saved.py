@@ -9,7 +9,6 @@ again and only compared. So text of a file never becomes code, and no layout mak
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -228,7 +227,12 @@ class _Decoder:
 def _encode_node(
     node: fx.Node, captured: CapturedGraph, facts: ModelFacts, numbers: Mapping[fx.Node, int]
 ) -> dict[str, Any]:
-    layouts = layouts_of(node.meta.get("val"))
+    if node.op not in ("placeholder", "call_function"):
+        raise PlanFileError(f"{node.name}: a graph with nested regions ({node.op}) cannot be saved")
+    try:
+        layouts = layouts_of(node.meta.get("val"))
+    except PlanFileError as error:
+        raise PlanFileError(f"{node.name}: {error}") from error
     value = (
         encode_layout(layouts, facts.devices)
         if isinstance(layouts, Layout)
@@ -236,8 +240,6 @@ def _encode_node(
     )
     if node.op == "placeholder":
         return {**_encode_placeholder(node, captured, facts), "value": value}
-    if node.op != "call_function":
-        raise PlanFileError(f"{node.name}: a graph with nested regions ({node.op}) cannot be saved")
     entry: dict[str, Any] = {"call": name_of(node)}
     entry["args"] = [encode_value(argument, facts.devices, numbers) for argument in node.args]
     if node.kwargs:
@@ -274,19 +276,17 @@ def _decode_constant(value: Any, layout: Layout, place: str) -> torch.Tensor:
     nbytes = elements * layout.dtype.itemsize
     if max(nbytes, layout.nbytes) > LARGEST_CONSTANT:
         raise PlanFileError(f"{place}: a constant of {max(nbytes, layout.nbytes)} bytes; at most {LARGEST_CONSTANT}")
+    text = text_of(value, place)
     try:
-        data = bytearray(base64.b64decode(text_of(value, place), validate=True))
-    except (binascii.Error, ValueError) as error:
+        data = bytearray(base64.b64decode(text, validate=True))
+    except ValueError as error:  # binascii.Error is one, and what is not ASCII another
         raise refused(place, "text in base64", value) from error
     if len(data) != nbytes:
         raise PlanFileError(f"{place}: expected {nbytes} bytes, got {len(data)}")
     if layout.dtype is torch.bool and not set(data) <= {0, 1}:
         raise PlanFileError(f"{place}: expected bytes of 0 and 1")
     flat = torch.frombuffer(data, dtype=layout.dtype) if data else torch.empty(0, dtype=layout.dtype)
-    try:
-        return laid_out(flat.view(layout.shape).to(layout.device), layout.stride)
-    except RuntimeError as error:  # strides that put two elements in one place
-        raise refused(place, "strides of a tensor", list(layout.stride)) from error
+    return laid_out(flat.view(layout.shape).to(layout.device), layout.stride)
 
 
 def _own_layout(tensors: Mapping[str, torch.Tensor], name: str, place: str) -> Layout:
