@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.fuzz import schedules
+from benchmarks.fuzz import routers, schedules
 from benchmarks.fuzz.format import Format
 
-FORMATS: dict[str, Format] = {module.FORMAT.name: module.FORMAT for module in (schedules,)}
+FORMATS: dict[str, Format] = {module.FORMAT.name: module.FORMAT for module in (schedules, routers)}
