@@ -48,8 +48,8 @@ def smoothcache_mask(
     if idle := columns.keys() - {found[0] for found in keys if found}:
         raise ScheduleError(
             f"the lists {quoted(sorted(idle))} decide no site: expected the last name of a site's path, as in "
-            f"{quoted(sites[0])}, with or without '-' and the block's number; say components={{name in the file: name in the model}} where "
-            f"they differ"
+            f"{quoted(sites[0])}, with or without '-' and the block's number; say components={{name in the file: "
+            f"name in the model}} where they differ"
         )
     return np.stack([columns[found[0]] if found else np.ones(steps, np.bool_) for found in keys], axis=1)
 

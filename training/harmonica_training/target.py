@@ -9,16 +9,16 @@ logits move slowly and the cost they will come to is known late.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from harmonica_rt.untrusted.text import quoted
 from harmonica_training.config import TrainConfig
 from harmonica_training.costs import SiteCosts
-from harmonica_training.errors import TrainingError
+from harmonica_training.errors import CheckpointError, TrainingError
 from harmonica_training.router import logit
 
 GAIN = 5.0  # of log beta a unit of learning rate, a unit of missing share
@@ -171,6 +171,14 @@ class Steering:
         """What a checkpoint keeps beside `prices`."""
         return {"beta": self.beta, "saved": self._saved}
 
-    def load(self, state: Mapping[str, float | None], prices: Tensor) -> None:
-        """Take over `state` and `prices`."""
-        self.beta, self._saved, self.prices = state["beta"], state["saved"], prices
+    def load(self, state: object, prices: Tensor) -> None:
+        """Take over `state` and `prices`.
+
+        Raises:
+            CheckpointError: `state` is not what `state()` gives.
+        """
+        match state:
+            case {"beta": float() | int() | None as beta, "saved": float() | int() | None as saved, **rest} if not rest:
+                self.beta, self._saved, self.prices = beta, saved, prices
+            case _:
+                raise CheckpointError(f"steering: expected beta and saved, numbers or null, got {quoted(state)}")
