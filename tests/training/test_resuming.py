@@ -81,7 +81,7 @@ def test_a_damaged_checkpoint_is_refused(
     edited(begun, tmp_path, tensors, values)
     with pytest.raises(CheckpointError) as caught:
         train(pipeline(), CONFIG, directory=tmp_path)
-    assert str(caught.value).startswith(f"{tmp_path}: the checkpoint of iteration 2 is damaged: ")
+    assert str(caught.value).startswith(f"{tmp_path}/iteration-000002.safetensors is damaged: ")
     assert message in str(caught.value)
     assert str(caught.value).isprintable()
 

@@ -107,7 +107,7 @@ def save_checkpoint(directory: str | os.PathLike[str], checkpoint: Checkpoint, *
             f"further on or from another run; delete that one, or pass another directory"
         )
 
-    path = directory / f"iteration-{checkpoint.iteration:06d}.safetensors"
+    path = directory / file_name(checkpoint.iteration)
     unfinished = path.with_name(path.name + _UNFINISHED)
     with unfinished.open("wb") as file:
         file.write(data)
@@ -119,6 +119,11 @@ def save_checkpoint(directory: str | os.PathLike[str], checkpoint: Checkpoint, *
     for iteration in sorted(saved)[:-keep]:
         saved[iteration].unlink()
     return path
+
+
+def file_name(iteration: int) -> str:
+    """The name of the file of an iteration's checkpoint."""
+    return f"iteration-{iteration:06d}.safetensors"
 
 
 def latest_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint | None:

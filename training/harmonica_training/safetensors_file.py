@@ -8,6 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from harmonica_rt.untrusted.text import one_line
+
 # What safetensors and torch raise for headers, sizes and types that cannot be: a damaged file is any of these.
 _UNREADABLE = (
     OSError,
@@ -41,5 +43,5 @@ def read(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> tu
     except FileNotFoundError:
         raise
     except _UNREADABLE as error:
-        raise UnreadableError(str(error)) from error
+        raise UnreadableError(one_line(error, 300)) from error
     return tensors, metadata

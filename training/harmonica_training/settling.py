@@ -28,6 +28,7 @@ LOOK_EVERY = 2  # iterations between measurements of the schedule of the moment
 HOPELESS = (
     0.2  # of the log of an error: worse than the best by so much after some batches, the others are not looked at
 )
+LARGEST_LOG = 700.0  # whose exponential a float still holds
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Settling:
                 raise CheckpointError(f"settling: expected logs, next and vain, got {quoted(values)}")
         if logs is None:
             return
-        if not logs or not all(type(log) in (int, float) for log in logs):
+        if not logs or not all(type(log) in (int, float) and abs(log) < LARGEST_LOG for log in logs):
             raise CheckpointError(f"settling: expected logs of errors, one a batch, got {quoted(logs)}")
         if missing := {"best.computes", "best.logits"} - tensors.keys():
             raise CheckpointError(f"settling: {', '.join(sorted(missing))} is missing")

@@ -26,6 +26,7 @@ DAMPING = 4.0  # of log beta a unit of change of the saved share
 SOFTNESS = 0.5  # width, in logits, of the threshold through which the saved share is seen
 MEMORY = 0.3  # weight of the newest gradient in the prices
 TINY = 1e-12  # a first beta that can grow, where no gradient says more
+LARGEST_BETA = 1e30  # that a checkpoint may hold: further growth still fits a float
 TOLERANCE = 0.02  # relative, between the target and what a schedule reaches
 
 
@@ -178,7 +179,9 @@ class Steering:
             CheckpointError: `state` is not what `state()` gives.
         """
         match state:
-            case {"beta": float() | int() | None as beta, "saved": float() | int() | None as saved, **rest} if not rest:
+            case {"beta": float() | int() | None as beta, "saved": float() | int() | None as saved, **rest} if (
+                not rest and abs(beta or 0) < LARGEST_BETA and abs(saved or 0) <= 1
+            ):
                 self.beta, self._saved, self.prices = beta, saved, prices
             case _:
                 raise CheckpointError(f"steering: expected beta and saved, numbers or null, got {quoted(state)}")

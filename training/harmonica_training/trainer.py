@@ -20,7 +20,7 @@ from harmonica_rt.schedule import MadeBy, Schedule
 from harmonica_rt.untrusted.text import one_line, quoted
 from harmonica_training import distributed
 from harmonica_training.cached_forward import frozen
-from harmonica_training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from harmonica_training.checkpoint import Checkpoint, file_name, latest_checkpoint, save_checkpoint
 from harmonica_training.conditions import Conditions
 from harmonica_training.config import TrainConfig
 from harmonica_training.errors import CheckpointError, DivergenceError, TrainingError
@@ -259,23 +259,21 @@ class _Training:
         found = latest_checkpoint(directory)
         if found is None:
             return
+        path = directory / file_name(found.iteration)
         values = self._values()
         for name in ("identity", "steering", "settling"):
             if name not in found.values:
-                raise TrainingError(f"the checkpoint in {directory} has no {name}; give another directory")
+                raise TrainingError(f"the checkpoint {path} has no {name}; give another directory")
         identity, here = found.values["identity"], values["identity"]
         if identity != here:
             raise TrainingError(
-                f"{directory} holds a checkpoint of another training: {_differences(identity, here)}. Give another "
+                f"{path} is a checkpoint of another training: {_differences(identity, here)}. Give another "
                 f"directory, or remove it"
             )
         try:
             self._take_over(found)
         except CheckpointError as error:
-            raise CheckpointError(
-                f"{directory}: the checkpoint of iteration {found.iteration} is damaged: {error}; delete it, and go on "
-                f"from the one before it"
-            ) from error
+            raise CheckpointError(f"{path} is damaged: {error}; delete it, and go on from the one before it") from error
 
     def _take_over(self, found: Checkpoint) -> None:
         here = self._tensors()
