@@ -18,7 +18,7 @@ from harmonica_rt.untrusted.text import quoted
 
 # plain containers, and what torch writes for tensors, their storages, types and places
 _NAMES = re.compile(
-    r"collections\.OrderedDict|argparse\.Namespace|builtins\.(set|complex|bytearray)"
+    r"collections\.OrderedDict|argparse\.Namespace|(__builtin__|builtins)\.(set|complex|bytearray)|_codecs\.encode"
     r"|torch\.(_utils\._rebuild_\w+|_tensor\._rebuild_from_type_v2|\w+Storage|storage\.\w+Storage|Size|device|[a-z0-9_]+)"
     r"|torch\.(nn\.parameter\.Parameter|serialization\._get_layout)"
 )
