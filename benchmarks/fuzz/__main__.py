@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import logging
 import sys
 import tempfile
 import time
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/fuzz.json")
     options = parser.parse_args(arguments)
+    logging.disable(logging.CRITICAL)  # readers say there what they pass over
     chosen = [FORMATS[name] for name in options.format or FORMATS]
     outcomes: dict[str, Outcome] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from benchmarks.fuzz import schedules
+from benchmarks.fuzz import checkpoints, conditions, recipes, routers, schedules, smoothcache
 from benchmarks.fuzz.format import Format
 
-FORMATS: dict[str, Format] = {module.FORMAT.name: module.FORMAT for module in (schedules,)}
+_ALL = (
+    schedules.FORMAT,
+    routers.FORMAT,
+    smoothcache.FORMAT,
+    recipes.FORMAT,
+    checkpoints.FORMAT,
+    conditions.EMBEDDINGS,
+    conditions.PROMPTS,
+)
+FORMATS: dict[str, Format] = {format.name: format for format in _ALL}

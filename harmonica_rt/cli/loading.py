@@ -132,7 +132,7 @@ def _pairs(option: str, given: Sequence[str]) -> dict[str, Any]:
             raise HarmonicaError(f"{option} {pair}: expected name=value")
         try:
             pairs[name] = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON, or more than a number or a nesting may be
             pairs[name] = text
     return pairs
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.markup import escape
 
-from harmonica_rt.cli.console import console
+from harmonica_rt.cli.console import console, line
 from harmonica_rt.cli.options import (
     ARGUMENTS,
     DEVICE,
@@ -73,7 +72,7 @@ def demo(
     with console.status("begin") as status:
 
         def say(what: str) -> None:
-            console.print(f"[dim]- {what}[/]")
+            console.print(f"- {what}", style="dim")
             status.update(what)
 
         try:
@@ -88,7 +87,7 @@ def demo(
                 say=say,
             )
         except hrt.ParityError as error:
-            console.print(f"[bold red]{escape(str(error))}[/]\nno speed-up is told for images that differ")
+            console.print(line((str(error), "bold red"), "\nno speed-up is told for images that differ"))
             raise typer.Exit(1) from None
     _print_demo(result)
 
@@ -110,7 +109,7 @@ def sites(
         console.print(site)
     kinds = Counter(site_kind(site) for site in found)
     counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    console.print(f"[bold]{len(found)} sites of {type(denoiser).__name__}[/]: {counted}")
+    console.print(line((f"{len(found)} sites of {type(denoiser).__name__}", "bold"), f": {counted}"))
 
 
 def recipes() -> None:
@@ -157,7 +156,7 @@ def verify(
     arguments = call_arguments(pipeline, arg, chosen.steps, guidance)
     report = _checked_parity(pipeline, chosen, arguments, lowering=lowering, seed=seed, tolerance=tolerance)
     console.print(_parity_table(report))
-    console.print(f"[bold green]{report}[/]")
+    console.print(str(report), style="bold green")
 
 
 def bench(
@@ -209,7 +208,7 @@ def _checked_parity(pipeline: Any, schedule: Schedule, arguments: dict[str, Any]
         with console.status("reference and compiled, side by side"):
             return hrt.verify(pipeline, schedule, **options, **arguments)
     except hrt.ParityError as error:
-        console.print(f"[bold red]{escape(str(error))}[/]")
+        console.print(str(error), style="bold red")
         raise typer.Exit(1) from None
     except HarmonicaError:
         raise
@@ -225,7 +224,7 @@ def _print_demo(result: DemoResult) -> None:
     console.print(_latency_table(result.latency))
     psnr = "equal" if math.isinf(result.psnr) else f"{result.psnr:.1f} dB PSNR"
     rows = {
-        "parity": f"[green]{result.parity}[/]",
+        "parity": str(result.parity),
         "CUR": f"{result.report.last_cur or 0:.1%} of all entries reused in the last run",
         "cache": f"{plan.arena_bytes / 2**20:.2f} MiB in {plan.slots} slots (lower bound "
         f"{plan.lower_bound_bytes / 2**20:.2f} MiB)",
@@ -234,7 +233,7 @@ def _print_demo(result: DemoResult) -> None:
         "picture": str(result.picture),
     }
     for name, text in rows.items():
-        console.print(f"[bold]{name:8}[/] {text}")
+        console.print(line((f"{name:8}", "bold"), " ", (text, "green" if name == "parity" else "")))
 
 
 def _latency_table(latency: Comparison) -> Any:

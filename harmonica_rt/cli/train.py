@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from harmonica_rt.cli.console import console
+from harmonica_rt.cli.console import console, line
 from harmonica_rt.cli.options import (
     ARGUMENTS,
     DEVICE,
@@ -199,6 +199,9 @@ def _print_result(result: TrainingResult, out: Path) -> None:
 
     console.print(render(result.schedule))
     console.print(
-        f"[bold]{out}[/]: theoretical speed-up {result.speedup:.3f}x, CUR {result.schedule.cur:.1%}, "
-        f"beta {result.beta:.3g} at the end"
+        line(
+            (str(out), "bold"),
+            f": theoretical speed-up {result.speedup:.3f}x, CUR {result.schedule.cur:.1%}, "
+            f"beta {result.beta:.3g} at the end",
+        )
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ import harmonica_rt as hrt
 from harmonica_rt.demo.measure import Comparison, compare
 from harmonica_rt.demo.picture import draw
 from harmonica_rt.report import Report
+from harmonica_rt.schedule.checks import check_number
+from harmonica_rt.untrusted import strict_json
 
 DEFAULT_GUIDANCE = 4.0  # what DiTPipeline itself uses
 
@@ -116,9 +117,11 @@ def guidance_of(model: Path) -> float:
     if not record.exists():
         return DEFAULT_GUIDANCE
     try:
-        evaluation = json.loads(record.read_text("utf-8")).get("evaluation", {})
-        return float(evaluation.get("guidance_scale", DEFAULT_GUIDANCE))
-    except (AttributeError, TypeError, ValueError) as error:
+        evaluation = strict_json.parse_object(record.read_bytes()).get("evaluation", {})
+        if not isinstance(evaluation, dict):
+            raise ValueError(f"evaluation is {strict_json.type_name(evaluation)}")
+        return check_number(evaluation.get("guidance_scale", DEFAULT_GUIDANCE), "guidance_scale")
+    except (ValueError, OSError) as error:
         raise hrt.HarmonicaError(
             f'{record}: expected {{"evaluation": {{"guidance_scale": a number}}}} ({error}); mend it or take it away'
         ) from error

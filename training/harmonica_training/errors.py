@@ -13,5 +13,5 @@ class DivergenceError(TrainingError):
     """A loss or a logit is no longer a finite number."""
 
 
-class CheckpointError(HarmonicaError):
+class CheckpointError(TrainingError):
     """A checkpoint is missing, broken, or of another format version."""
