@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.fuzz import checkpoints, conditions, recipes, routers, schedules, smoothcache
+from benchmarks.fuzz import checkpoints, conditions, plan_file, recipes, routers, schedules, smoothcache
 from benchmarks.fuzz.format import Format
 
 _ALL = (
@@ -13,5 +13,6 @@ _ALL = (
     checkpoints.FORMAT,
     conditions.EMBEDDINGS,
     conditions.PROMPTS,
+    plan_file.FORMAT,
 )
 FORMATS: dict[str, Format] = {format.name: format for format in _ALL}

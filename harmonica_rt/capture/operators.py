@@ -88,6 +88,8 @@ _ZEROS = {
     "aten.empty_like.default": "aten.zeros_like.default",
     "aten.new_empty.default": "aten.new_zeros.default",
 }
+# Sizes of these depend on values for some arguments (a mask, no number of classes), which inference then refuses.
+_SIZED = (torch.ops.aten.index.Tensor, torch.ops.aten.one_hot.default)
 _HARMONICA = frozenset(("gated_residual", "residual_reuse", "residual_reuse_norm_modulate"))
 
 
@@ -178,9 +180,7 @@ def check_arguments(target: Any, args: Sequence[Any], kwargs: dict[str, Any], pl
 def check_node(node: fx.Node, place: str) -> None:
     """Raise PlanFileError where a node draws random numbers, has a size that depends on values, or trains."""
     tags: Any = getattr(node.target, "tags", ())
-    indices: Any = node.args[1] if node.target is torch.ops.aten.index.Tensor else ()
-    by_mask = any(index is not None and index.meta["val"].dtype in (torch.bool, torch.uint8) for index in indices)
-    if torch.Tag.dynamic_output_shape in tags and (by_mask or node.target is not torch.ops.aten.index.Tensor):
+    if torch.Tag.dynamic_output_shape in tags and node.target not in _SIZED:
         raise PlanFileError(f"{place}: {node.target} gives a size that depends on values; no saved plan holds one")
     if node.target is torch.ops.aten.batch_norm.default and node.args[5] is not False:
         raise PlanFileError(f"{place}: {node.target} writes to its statistics in training; no saved plan holds that")
