@@ -15,8 +15,8 @@ import torch
 import harmonica_rt as hrt
 from harmonica_rt.errors import HarmonicaError, PlanFileError
 from harmonica_rt.runtime import planned
-from tests.plan.forged import forge
 from tests.models import Stack, stack, stack_call
+from tests.plan.forged import forge
 from tests.tiny import families, random_schedule, sample
 
 STEPS = 4
@@ -316,3 +316,67 @@ def test_a_class_that_is_not_imported_is_not_imported(tmp_path: Path, monkeypatc
         forge(tmp_path / "plan.json", change)
         with pytest.raises(PlanFileError, match=f"{name}.Output' is no container that is imported here"):
             hrt.load(tmp_path / "plan.json", model)
+
+
+class Odd(Stack):
+    """With an attribute that is a device, a device that is written out, and memory that is filled in halves."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__()
+        self.place = torch.device(device)
+
+    def forward(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """See `Stack`."""
+        halves = torch.empty_like(latents)
+        halves[..., :4] = latents[..., 4:]
+        halves[..., 4:] = latents[..., :4]
+        return super().forward(halves + torch.ones(8, device=self.place), timestep)
+
+
+def odd(device: str = "cpu") -> Odd:
+    torch.manual_seed(0)
+    return Odd(device).eval()
+
+
+def test_a_plan_moves_to_the_device_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model holds its device as an attribute, under another name of it than it was saved with."""
+    model = odd()
+    compiled = hrt.compile(model, random_schedule(model, STEPS), lowering="plain", strict=True)
+    expected = outputs(compiled)
+    compiled.save(tmp_path / "plan.json")
+    monkeypatch.setattr(planned, "capture", None)
+    loaded = hrt.load(tmp_path / "plan.json", odd("cpu:0").to("cpu:0"), strict=True)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(loaded), expected, strict=True))
+
+
+def test_memory_that_nobody_wrote_is_saved_as_zeros(tmp_path: Path) -> None:
+    model = odd()
+    compiled = hrt.compile(model, random_schedule(model, STEPS), strict=True)
+    outputs(compiled)
+    assert any(node.target is torch.ops.aten.empty_like.default for node in captured(compiled).graph.nodes)
+    compiled.save(tmp_path / "plan.json")
+    assert "aten.zeros_like.default" in (tmp_path / "plan.json").read_text()
+    assert "empty" not in (tmp_path / "plan.json").read_text()
+
+
+def captured(compiled: Any) -> Any:
+    """The graph of the only plan of a compiled model."""
+    (runtime,) = compiled._planned.plans.values()
+    return runtime.plan.captured
+
+
+class Windowed(Stack):
+    """With a view that addresses memory by numbers."""
+
+    def forward(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """See `Stack`."""
+        return super().forward(latents.as_strided(latents.shape, latents.stride()) * 2, timestep)
+
+
+def test_nothing_is_saved_that_could_not_be_loaded(tmp_path: Path) -> None:
+    model = Windowed().eval()
+    compiled = hrt.compile(model, random_schedule(model, STEPS), strict=True)
+    outputs(compiled)
+    with pytest.raises(PlanFileError, match=r"aten\.as_strided\.default is not among those that a saved plan may hold"):
+        compiled.save(tmp_path / "plan.json")
+    assert not list(tmp_path.iterdir())
