@@ -158,7 +158,7 @@ def _memory_of(device: torch.device) -> int:
 
 
 def _attempt(place: str, function: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call `function`; whatever it raises becomes a PlanFileError: torch has many types for arguments that do not fit."""
+    """Call `function`; whatever it raises becomes a PlanFileError: torch has many types for bad arguments."""
     try:
         return function(*args, **kwargs)
     except PlanFileError:
