@@ -212,7 +212,7 @@ def load(
     try:
         planned.restore(found.plans)
     except (PlanFileError, InvariantError) as error:
-        raise PlanFileError(f"{path}: {error}; save it again") from error
+        raise PlanFileError(f"{os.fspath(path)}: {error}; compile the model and save it again") from error
     return _take_over(model_or_pipeline, CompiledModel(model, found.schedule, planned, verify=False))
 
 

@@ -13,6 +13,7 @@ from harmonica_rt.plan.plan import Plan
 from harmonica_rt.runtime.plans import PlanKey, Plans
 from harmonica_rt.runtime.run import RunStats
 from harmonica_rt.schedule import Schedule
+from harmonica_rt.untrusted.text import printable
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ class Report:
             lines.append(f"it began at step {self.last_first} of the schedule: the steps before were left out")
         if self.last_catch_ups:
             lines.append(f"steps computed in full to catch up: {', '.join(map(str, self.last_catch_ups))}")
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
 def _whole(lowered: InductorLowering) -> tuple[int, int]:

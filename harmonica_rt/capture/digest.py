@@ -28,7 +28,7 @@ from harmonica_rt.errors import PlanFileError
 
 _SCALARS = (
     type(None), bool, int, float, complex, str, bytes, range, type(...), enum.Enum, np.generic,
-    torch.dtype, torch.device, torch.layout, torch.memory_format,
+    torch.dtype, torch.layout, torch.memory_format,
 )  # fmt: skip
 _NO_CODE = frozenset({"builtins", "torch", "numpy", "collections"})  # packages whose version, if any, says it all
 _CONFIG = "_internal_dict"  # where diffusers' models keep their config
@@ -76,6 +76,8 @@ class _Reader:
         return self._text(value)
 
     def _text(self, value: Any) -> str:
+        if isinstance(value, torch.device):
+            return f"device {value.type}"  # plans move with the model
         if isinstance(value, _SCALARS):
             return f"{type(value).__name__} {value!r}"
         if isinstance(value, torch.Tensor):

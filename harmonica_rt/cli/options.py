@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from harmonica_rt.errors import HarmonicaError
+from harmonica_rt.untrusted.text import one_line, quoted
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -39,13 +40,19 @@ def _take_recipes(ctx: typer.Context, names: list[str]) -> list[str]:
     """Make the options of the recipes the command's defaults; of two recipes the later one wins."""
     from harmonica_rt.recipes import read
 
-    known = {parameter.name for parameter in ctx.command.params}
+    known = {parameter.name: bool(getattr(parameter, "multiple", False)) for parameter in ctx.command.params}
     chosen: dict[str, Any] = {}
     for name in names:
         recipe = read(name)
         options = {**recipe.options, **(recipe.train if ctx.info_name == "train" else {})}
-        if unknown := sorted(set(options) - known):
-            raise HarmonicaError(f"recipe {name}: the command {ctx.info_name} has no option {', '.join(unknown)}")
+        if unknown := sorted(set(options) - set(known)):
+            raise HarmonicaError(
+                f"recipe {name}: the command {ctx.info_name} has no option {one_line(', '.join(unknown))}"
+            )
+        for option, value in options.items():
+            if isinstance(value, list) != known[option]:
+                expected = "a list" if known[option] else "one value"
+                raise HarmonicaError(f"recipe {name}: {option}: expected {expected}, got {quoted(value)}")
         chosen.update(options)
     ctx.default_map = {**(ctx.default_map or {}), **chosen}
     return names

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ import harmonica_rt as hrt
 from harmonica_rt.demo.measure import Comparison, compare
 from harmonica_rt.demo.picture import draw
 from harmonica_rt.report import Report
+from harmonica_rt.schedule.checks import check_number
+from harmonica_rt.untrusted import strict_json
 
 DEFAULT_GUIDANCE = 4.0  # what DiTPipeline itself uses
 DIFFERENCE_SCALE = 10  # of the row that shows what the cache changed
@@ -123,9 +124,11 @@ def guidance_of(model: Path) -> float:
     if not record.exists():
         return DEFAULT_GUIDANCE
     try:
-        evaluation = json.loads(record.read_text("utf-8")).get("evaluation", {})
-        return float(evaluation.get("guidance_scale", DEFAULT_GUIDANCE))
-    except (AttributeError, TypeError, ValueError) as error:
+        evaluation = strict_json.parse_object(record.read_bytes()).get("evaluation", {})
+        if not isinstance(evaluation, dict):
+            raise ValueError(f"evaluation is {strict_json.type_name(evaluation)}")
+        return check_number(evaluation.get("guidance_scale", DEFAULT_GUIDANCE), "guidance_scale")
+    except (ValueError, OSError) as error:
         raise hrt.HarmonicaError(
             f'{record}: expected {{"evaluation": {{"guidance_scale": a number}}}} ({error}); mend it or take it away'
         ) from error

@@ -18,7 +18,7 @@ from harmonica_rt.capture.reads import RequestReads
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
 from harmonica_rt.capture.refusals import check_capturable
 from harmonica_rt.capture.roles import roles
-from harmonica_rt.capture.tensors import plain_tensors
+from harmonica_rt.capture.saved import ModelFacts
 from harmonica_rt.capture.watch import ModelState, ModelWatch
 from harmonica_rt.errors import PlanFileError
 from harmonica_rt.indices import StepIndex
@@ -187,26 +187,30 @@ class PlannedEngine:
             raise PlanFileError(
                 f"the plans are of the model as it was: {self._watch.difference}. Run it once more, then save"
             )
-        attributes = plain_tensors(self._model)
-        return [
-            saved.encode(runtime.plan, key.signature, runtime.roles, attributes) for key, runtime in fitting.items()
-        ]
+        model = ModelFacts.of(self._model)
+        return [saved.encode(runtime.plan, key.signature, runtime.roles, model) for key, runtime in fitting.items()]
 
-    def restore(self, records: Iterable[dict[str, Any]]) -> None:
+    def restore(self, records: Iterable[Any]) -> None:
         """Keep plans that `saved` gave, for a model that is as it was then.
+
+        Args:
+            records: the plans, from a file that anyone may have written.
 
         Raises:
             CaptureError: the model is in a state that no plan can stand for.
-            PlanFileError, InvariantError: not what `saved` gave.
+            PlanFileError: not what `saved` gave.
             RegionError: Inductor cannot compile a region.
         """
         check_capturable(self._model)
         facts = self._watch.look().facts
-        attributes = plain_tensors(self._model)
-        for record in records:
-            started = time.perf_counter()
-            plan, signature, leaf_roles = saved.decode(record, self._schedule, attributes)
-            self.cache.add(PlanKey(signature, facts), plan, self._watch.live_tensors, leaf_roles, started=started)
+        model = ModelFacts.of(self._model)
+        for number, record in enumerate(records):
+            started, place = time.perf_counter(), f"plans[{number}]"
+            plan, signature, leaf_roles = saved.decode(record, self._schedule, model, place)
+            key = PlanKey(signature, facts)
+            if key in self.cache:
+                raise PlanFileError(f"{place}: a second plan for calls of {signature}")
+            self.cache.add(key, plan, self._watch.live_tensors, leaf_roles, started=started, loaded=True)
 
     def _add_plan(self, call: Call) -> PlanRuntime | None:
         started = time.perf_counter()

@@ -88,7 +88,14 @@ class Plans:
             runtime.begin_run(key)
 
     def add(
-        self, key: PlanKey, plan: Plan, weights: Weights, roles: tuple[Role, ...], *, started: float
+        self,
+        key: PlanKey,
+        plan: Plan,
+        weights: Weights,
+        roles: tuple[Role, ...],
+        *,
+        started: float,
+        loaded: bool = False,
     ) -> PlanRuntime:
         """Check, lower and keep a plan, and drop the one unused longest where there are too many.
 
@@ -98,6 +105,7 @@ class Plans:
             weights: see `PlanRuntime`.
             roles: of the leaves of its calls.
             started: when its making began, by `time.perf_counter()`.
+            loaded: whether it comes from a file.
 
         Raises:
             InvariantError: the plan breaks a rule.
@@ -118,7 +126,8 @@ class Plans:
         runtime.compile_seconds = time.perf_counter() - started
         self._held[key] = runtime
         log.info(
-            "planned %s for %s in %.1f s: %d step programs",
+            "%s %s for %s in %.1f s: %d step programs",
+            "loaded the plan of" if loaded else "planned",
             self._model_name,
             signature,
             runtime.compile_seconds,

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from harmonica_rt.errors import ScheduleError
 from harmonica_rt.schedule.checks import check_sequence
+from harmonica_rt.untrusted.text import quoted
 
 StepMask = str | Sequence[int]
 """1 = compute at this step, 0 = reuse: `"1010"` or `[1, 0, 1, 0]`."""
@@ -102,7 +103,7 @@ def mask_column(mask: object, field: str) -> NDArray[np.bool_]:
     entries = list(mask if isinstance(mask, str) else check_sequence(mask, field))
     for step, entry in enumerate(entries):
         if entry not in (("0", "1") if isinstance(mask, str) else (0, 1)):
-            raise ScheduleError(f"{field}: expected only 0 (reuse) and 1 (compute), got {entry!r} at step {step}")
+            raise ScheduleError(f"{field}: expected only 0 (reuse) and 1 (compute), got {quoted(entry)} at step {step}")
     if not entries:
         raise ScheduleError(f"{field}: expected one entry a step, got none")
     return np.array([entry in (1, "1") for entry in entries], dtype=np.bool_)

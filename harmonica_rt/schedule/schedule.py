@@ -27,6 +27,7 @@ from harmonica_rt.schedule.checks import (
 from harmonica_rt.schedule.files import write_atomically
 from harmonica_rt.schedule.format import ScheduleFileNotFoundError
 from harmonica_rt.schedule.provenance import MadeBy, ModelInfo, SamplerInfo
+from harmonica_rt.untrusted.text import one_line, quoted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,7 +71,7 @@ class Schedule:
         if not compute[0].all():
             first = [site for site, computes in zip(sites, compute[0], strict=True) if not computes]
             raise ScheduleError(
-                f"compute: step 0 reuses {len(first)} of {len(sites)} sites ({first[0]!r} first), but "
+                f"compute: step 0 reuses {len(first)} of {len(sites)} sites ({quoted(first[0])} first), but "
                 f"nothing is stored before it; make every entry of step 0 compute"
             )
         set_ = object.__setattr__
@@ -124,7 +125,7 @@ class Schedule:
         return Schedule, (np.array(self.compute), *self._key()[2:])
 
     def __repr__(self) -> str:
-        made = f", made by {self.made_by.method}" if self.made_by else ""
+        made = f", made by {one_line(self.made_by.method)}" if self.made_by else ""
         return f"<Schedule {self.steps} steps x {len(self.sites)} sites, CUR {self.cur:.2%}{made}>"
 
     def _key(self) -> tuple[object, ...]:

@@ -37,5 +37,5 @@ class TrainingInterrupted(KeyboardInterrupt):
         self.path = path
 
 
-class CheckpointError(HarmonicaError):
+class CheckpointError(TrainingError):
     """A checkpoint is missing, broken, or of another format version."""

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from harmonica_rt.schedule.files import write_atomically
+from harmonica_rt.untrusted.text import one_line
 from harmonica_training.digits.autoencoder import decode, encode, train_autoencoder
 from harmonica_training.digits.classifier import (
     DigitClassifier,
@@ -24,6 +25,7 @@ from harmonica_training.digits.data import DigitsSplit, augment, load_split
 from harmonica_training.digits.denoiser import DenoiserTraining, load_averaged, train_denoiser
 from harmonica_training.digits.evaluate import Evaluation, evaluate
 from harmonica_training.digits.export import provenance, save_model, write_card
+from harmonica_training.digits.files import read_json, read_torch
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +35,15 @@ def claim_work(work: Path, config: DigitsConfig) -> None:
 
     Raises:
         ValueError: it holds the stages of another one.
+        TrainingError: what says so is damaged.
     """
     work.mkdir(parents=True, exist_ok=True)
     path = work / "config.json"
     wanted = dataclasses.asdict(config)
-    if path.exists() and (found := json.loads(path.read_text())) != wanted:
+    if path.exists() and (found := read_json(path)) != wanted:
         differing = sorted(key for key in wanted | found if wanted.get(key) != found.get(key))
         raise ValueError(
-            f"{work} holds stages of another configuration, which differs in {', '.join(differing)}; "
+            f"{work} holds stages of another configuration, which differs in {one_line(', '.join(differing))}; "
             "pass another --work, or delete it"
         )
     write_atomically(path, json.dumps(wanted, indent=2) + "\n")
@@ -67,7 +70,7 @@ def autoencoder_stage(config: DigitsConfig, data: DigitsSplit, work: Path) -> tu
     model = AutoencoderKL.from_pretrained(str(directory))
     if not isinstance(model, AutoencoderKL):
         raise TypeError(f"expected an AutoencoderKL in {directory}, got {type(model).__name__}")
-    return model.eval(), json.loads(record.read_text())
+    return model.eval(), read_json(record)
 
 
 def latents_stage(config: DigitsConfig, data: DigitsSplit, vae: AutoencoderKL, work: Path) -> tuple[Tensor, Tensor]:
@@ -81,7 +84,7 @@ def latents_stage(config: DigitsConfig, data: DigitsSplit, vae: AutoencoderKL, w
         partial = path.with_suffix(".partial")
         torch.save(latents, partial)
         partial.replace(path)
-    saved = torch.load(path, weights_only=True)
+    saved = read_torch(path, ("latents", "labels"))
     return saved["latents"], saved["labels"]
 
 
