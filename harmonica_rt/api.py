@@ -20,6 +20,7 @@ from harmonica_rt.runtime.denoiser import Denoiser
 from harmonica_rt.runtime.graphs import graphs_of
 from harmonica_rt.runtime.pipelines import denoiser_module, install, installed, is_pipeline, uninstall
 from harmonica_rt.runtime.planned import PlannedEngine
+from harmonica_rt.runtime.plans import check_limits
 from harmonica_rt.runtime.reference import ReferenceEngine
 from harmonica_rt.schedule import Schedule
 
@@ -62,6 +63,7 @@ def compile(
     verify: bool = ...,
     strict: bool = ...,
     max_plans: int = ...,
+    max_plan_bytes: int | None = ...,
     debug: bool = ...,
 ) -> CompiledModel: ...
 
@@ -76,6 +78,7 @@ def compile(
     verify: bool = ...,
     strict: bool = ...,
     max_plans: int = ...,
+    max_plan_bytes: int | None = ...,
     debug: bool = ...,
 ) -> P: ...
 
@@ -89,6 +92,7 @@ def compile(
     verify: bool = False,
     strict: bool = False,
     max_plans: int = 8,
+    max_plan_bytes: int | None = None,
     debug: bool = False,
 ) -> Any:
     """Compile a model, or the denoiser of a pipeline, with a schedule.
@@ -110,6 +114,9 @@ def compile(
             both; meant for trying a schedule out.
         strict: raise CaptureError where the model cannot be captured, instead of running eagerly with a warning.
         max_plans: plans kept at once, at least 1; the one unused longest is dropped.
+        max_plan_bytes: bytes of device memory that all plans may hold (cached features, inputs of CUDA graphs, and what
+            graphs reserved), by default a quarter of a GPU's memory, and no limit on a CPU. Plans unused longest are
+            dropped; those of the run at hand stay, however large they are.
         debug: fill slots with NaN before they are written and after their last read.
 
     Raises:
@@ -119,7 +126,16 @@ def compile(
     """
     if verify and debug:
         raise HarmonicaError("verify reads slots after their last use, which debug overwrites; choose one of the two")
-    planned = _planned(model_or_pipeline, schedule, lowering, graphs, strict=strict, max_plans=max_plans, debug=debug)
+    planned = _planned(
+        model_or_pipeline,
+        schedule,
+        lowering,
+        graphs,
+        strict=strict,
+        max_plans=max_plans,
+        max_plan_bytes=max_plan_bytes,
+        debug=debug,
+    )
     return _take_over(model_or_pipeline, CompiledModel(_model_of(model_or_pipeline), schedule, planned, verify=verify))
 
 
@@ -131,12 +147,19 @@ def load(
     graphs: str = ...,
     strict: bool = ...,
     max_plans: int = ...,
+    max_plan_bytes: int | None = ...,
 ) -> CompiledModel: ...
 
 
 @overload
 def load(
-    path: str | os.PathLike[str], model_or_pipeline: P, *, graphs: str = ..., strict: bool = ..., max_plans: int = ...
+    path: str | os.PathLike[str],
+    model_or_pipeline: P,
+    *,
+    graphs: str = ...,
+    strict: bool = ...,
+    max_plans: int = ...,
+    max_plan_bytes: int | None = ...,
 ) -> P: ...
 
 
@@ -147,6 +170,7 @@ def load(
     graphs: str = "auto",
     strict: bool = False,
     max_plans: int = 8,
+    max_plan_bytes: int | None = None,
 ) -> Any:
     """Compile as `compile` did for the model that was saved, with its schedule, lowering and plans.
 
@@ -155,7 +179,7 @@ def load(
     Args:
         path: a file that `CompiledModel.save` wrote.
         model_or_pipeline: the same model in the same state (weights may differ in value), or a pipeline with it.
-        graphs, strict, max_plans: see `compile`.
+        graphs, strict, max_plans, max_plan_bytes: see `compile`.
 
     Raises:
         PlanFileError: no such file, damaged, or made for another model, torch or version.
@@ -165,7 +189,15 @@ def load(
     model = _model_of(model_or_pipeline)
     found = saved.read(path, model)
     kept = max(max_plans, len(found.plans))
-    planned = _planned(model_or_pipeline, found.schedule, found.lowering, graphs, strict=strict, max_plans=kept)
+    planned = _planned(
+        model_or_pipeline,
+        found.schedule,
+        found.lowering,
+        graphs,
+        strict=strict,
+        max_plans=kept,
+        max_plan_bytes=max_plan_bytes,
+    )
     try:
         planned.restore(found.plans)
     except (PlanFileError, InvariantError) as error:
@@ -224,6 +256,7 @@ def verify(
     *,
     calls: Iterable[Mapping[str, Any]] | None = None,
     lowering: str = DEFAULT_LOWERING,
+    graphs: str = "auto",
     seed: int = 0,
     tolerance: Tolerance = "auto",
     **pipeline_arguments: Any,
@@ -235,6 +268,7 @@ def verify(
         schedule: the schedule to verify.
         calls: for a model, the keyword arguments of one call for each step.
         lowering: see `compile`.
+        graphs: see `compile`; with CUDA graphs it runs as often as it takes to have them all recorded and replayed.
         seed: for a pipeline, seeds the generator of both runs unless one is passed.
         tolerance: `exact` (equal bit for bit), `measured` (at most twice the error of the eager model in this dtype,
             against a reference one precision up; floor one ulp), or `auto`: exact for `plain` on CPU, else measured.
@@ -243,20 +277,27 @@ def verify(
     Raises:
         ParityError: a step or the result is outside the tolerance; names the first step and site that diverge.
         CaptureError: the model cannot be captured.
-        HarmonicaError: `calls` is missing or has another number of entries than the schedule has steps.
+        HarmonicaError: an unknown lowering or graph mode; `calls` is missing or has another number of entries than the
+            schedule has steps.
     """
     check_lowering(lowering)
     model = _model_of(model_or_pipeline)
     check_fit(model, schedule)
     if not isinstance(model_or_pipeline, nn.Module):
         return verify_pipeline(
-            model_or_pipeline, schedule, lowering=lowering, seed=seed, tolerance=tolerance, arguments=pipeline_arguments
+            model_or_pipeline,
+            schedule,
+            lowering=lowering,
+            graphs=graphs,
+            seed=seed,
+            tolerance=tolerance,
+            arguments=pipeline_arguments,
         )
     if calls is None:
         raise HarmonicaError("verify(model, ...) needs calls=[...], the keyword arguments of one call for each step")
     if pipeline_arguments:
         raise HarmonicaError(f"a model takes no pipeline arguments, got {', '.join(pipeline_arguments)}")
-    return verify_model(model, schedule, calls, lowering=lowering, tolerance=tolerance)
+    return verify_model(model, schedule, calls, lowering=lowering, graphs=graphs, tolerance=tolerance)
 
 
 def _planned(
@@ -267,15 +308,22 @@ def _planned(
     *,
     strict: bool,
     max_plans: int,
+    max_plan_bytes: int | None,
     debug: bool = False,
 ) -> PlannedEngine:
     check_lowering(lowering)
-    if max_plans < 1:
-        raise HarmonicaError(f"max_plans is {max_plans}; at least 1 plan must be kept")
+    check_limits(max_plans, max_plan_bytes)
     model = _model_of(model_or_pipeline)
     check_fit(model, schedule)
     return PlannedEngine(
-        model, schedule, lowering=lowering, strict=strict, max_plans=max_plans, debug=debug, graphs=graphs_of(graphs)
+        model,
+        schedule,
+        lowering=lowering,
+        strict=strict,
+        max_plans=max_plans,
+        max_plan_bytes=max_plan_bytes,
+        debug=debug,
+        graphs=graphs_of(graphs),
     )
 
 

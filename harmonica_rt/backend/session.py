@@ -20,7 +20,7 @@ from harmonica_rt.plan.plan import build_plan
 from harmonica_rt.report import Report
 from harmonica_rt.runtime.engine import RunKey, Stream
 from harmonica_rt.runtime.graphs import graphs_of
-from harmonica_rt.runtime.plans import Plans
+from harmonica_rt.runtime.plans import Plans, check_limits
 from harmonica_rt.runtime.session import Session
 from harmonica_rt.schedule import Schedule
 
@@ -37,19 +37,22 @@ class Options:
         lowering: see `harmonica_rt.compile`.
         graphs: see `harmonica_rt.compile`.
         debug: see `harmonica_rt.compile`.
+        max_plan_bytes: see `harmonica_rt.compile`.
     """
 
     schedule: Schedule
     lowering: str = DEFAULT_LOWERING
     graphs: str = "auto"
     debug: bool = False
+    max_plan_bytes: int | None = None
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> Options:
         """Check what was given.
 
         Raises:
-            HarmonicaError: no schedule or something else in its place, an unknown option, lowering or graph mode.
+            HarmonicaError: no schedule or something else in its place, an unknown option, lowering or graph mode, or
+                a bad limit.
         """
         given = given or {}
         names = [field.name for field in dataclasses.fields(cls)]
@@ -66,6 +69,7 @@ class Options:
         options = cls(**given)
         check_lowering(options.lowering)
         graphs_of(options.graphs)
+        check_limits(MAX_PLANS, options.max_plan_bytes)
         return options
 
 
@@ -96,7 +100,14 @@ class GraphEngine:
 
     def __init__(self, model_name: str, options: Options) -> None:
         graphs = graphs_of(options.graphs)
-        self.plans = Plans(model_name, lowering=options.lowering, graphs=graphs, debug=options.debug, limit=MAX_PLANS)
+        self.plans = Plans(
+            model_name,
+            lowering=options.lowering,
+            graphs=graphs,
+            debug=options.debug,
+            limit=MAX_PLANS,
+            max_bytes=options.max_plan_bytes,
+        )
         self._schedule = options.schedule
         self._weights: dict[Signature, _Weights] = {}
 

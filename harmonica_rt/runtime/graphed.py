@@ -145,12 +145,13 @@ class GraphedPrograms:
         if whose in self.refusals:
             return body()
         if key not in self._warm.keys:
-            self._warm.keys.add(key)
             reason = find_obstacle()
             if reason is not None:
                 return self._refuse(whose, reason, body)
             with _casting_anew():
-                return self._pool.warm_up(body)
+                outputs = self._pool.warm_up(body)
+            self._warm.keys.add(key)
+            return outputs
         reason = self._record(key, body)
         return copies(self._graphs[key].replay()) if reason is None else self._refuse(whose, reason, body)
 

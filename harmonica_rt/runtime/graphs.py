@@ -123,7 +123,9 @@ class CudaPool:
     def record(self, body: Body) -> Graph:
         """See `Pool.record`. The thread must have run `body` before: libraries make handles of their own for each."""
         if self._failures >= MAX_FAILURES:
-            raise RuntimeError(f"{self._failures} recordings of this plan failed already, and kept the memory they took")
+            raise RuntimeError(
+                f"{self._failures} recordings of this plan failed already, and kept the memory they took"
+            )
         with _RECORDING:
             torch.cuda.synchronize(self.device)
             place = self._usable_place()

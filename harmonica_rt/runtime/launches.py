@@ -36,7 +36,7 @@ class LaunchOrder:
         """Launch within this block what uses the memory.
 
         Args:
-            held: gives the tensors that are used; only asked where the current CUDA stream is not that of the last turn.
+            held: gives the tensors that are used; only asked where the CUDA stream is not that of the last turn.
         """
         uses = [(torch.cuda.current_stream(device), self._take_over(device, held)) for device in self._devices]
         try:
