@@ -12,6 +12,7 @@ from torch import nn
 from harmonica_rt import saved
 from harmonica_rt.arguments import (
     check_flags,
+    check_limits,
     check_path,
     check_pipeline,
     check_pipeline_arguments,
@@ -93,6 +94,7 @@ def compile(
     verify: bool = ...,
     strict: bool = ...,
     max_plans: int = ...,
+    max_plan_bytes: int | None = ...,
     debug: bool = ...,
 ) -> CompiledModel: ...
 
@@ -107,6 +109,7 @@ def compile(
     verify: bool = ...,
     strict: bool = ...,
     max_plans: int = ...,
+    max_plan_bytes: int | None = ...,
     debug: bool = ...,
 ) -> P: ...
 
@@ -120,6 +123,7 @@ def compile(
     verify: bool = False,
     strict: bool = False,
     max_plans: int = 8,
+    max_plan_bytes: int | None = None,
     debug: bool = False,
 ) -> Any:
     """Compile a model, or the denoiser of a pipeline, with a schedule.
@@ -142,6 +146,9 @@ def compile(
             both; meant for trying a schedule out.
         strict: raise CaptureError where the model cannot be captured, instead of running eagerly with a warning.
         max_plans: plans kept at once, at least 1; the one unused longest is dropped.
+        max_plan_bytes: bytes of device memory that all plans may hold (cached features, inputs of CUDA graphs, and what
+            graphs reserved), by default a quarter of a GPU's memory, and no limit on a CPU. Plans unused longest are
+            dropped; those of the run at hand stay, however large they are.
         debug: fill slots with NaN before they are written and after their last read.
 
     Raises:
@@ -154,7 +161,16 @@ def compile(
     check_flags(verify=verify, strict=strict, debug=debug)
     if verify and debug:
         raise HarmonicaError("verify reads slots after their last use, which debug overwrites; choose one of the two")
-    planned = _planned(model_or_pipeline, schedule, lowering, graphs, strict=strict, max_plans=max_plans, debug=debug)
+    planned = _planned(
+        model_or_pipeline,
+        schedule,
+        lowering,
+        graphs,
+        strict=strict,
+        max_plans=max_plans,
+        max_plan_bytes=max_plan_bytes,
+        debug=debug,
+    )
     return _take_over(model_or_pipeline, CompiledModel(_model_of(model_or_pipeline), schedule, planned, verify=verify))
 
 
@@ -166,12 +182,19 @@ def load(
     graphs: str = ...,
     strict: bool = ...,
     max_plans: int = ...,
+    max_plan_bytes: int | None = ...,
 ) -> CompiledModel: ...
 
 
 @overload
 def load(
-    path: str | os.PathLike[str], model_or_pipeline: P, *, graphs: str = ..., strict: bool = ..., max_plans: int = ...
+    path: str | os.PathLike[str],
+    model_or_pipeline: P,
+    *,
+    graphs: str = ...,
+    strict: bool = ...,
+    max_plans: int = ...,
+    max_plan_bytes: int | None = ...,
 ) -> P: ...
 
 
@@ -182,6 +205,7 @@ def load(
     graphs: str = "auto",
     strict: bool = False,
     max_plans: int = 8,
+    max_plan_bytes: int | None = None,
 ) -> Any:
     """Compile as `compile` did for the model that was saved, with its schedule, lowering and plans.
 
@@ -190,7 +214,7 @@ def load(
     Args:
         path: a file that `CompiledModel.save` wrote.
         model_or_pipeline: the same model in the same state (weights may differ in value), or a pipeline with it.
-        graphs, strict, max_plans: see `compile`.
+        graphs, strict, max_plans, max_plan_bytes: see `compile`.
 
     Raises:
         PlanFileError: no such file, damaged, or made for another model, torch or version.
@@ -208,7 +232,15 @@ def load(
     except OSError as error:
         raise PlanFileError(f"{os.fspath(path)}: cannot be read as a saved plan ({error.strerror})") from error
     kept = max(max_plans, len(found.plans))
-    planned = _planned(model_or_pipeline, found.schedule, found.lowering, graphs, strict=strict, max_plans=kept)
+    planned = _planned(
+        model_or_pipeline,
+        found.schedule,
+        found.lowering,
+        graphs,
+        strict=strict,
+        max_plans=kept,
+        max_plan_bytes=max_plan_bytes,
+    )
     try:
         planned.restore(found.plans)
     except (PlanFileError, InvariantError) as error:
@@ -285,6 +317,7 @@ def verify(
     *,
     calls: Iterable[Mapping[str, Any]] | None = None,
     lowering: str = DEFAULT_LOWERING,
+    graphs: str = "auto",
     seed: int = 0,
     tolerance: Tolerance = "auto",
     **pipeline_arguments: Any,
@@ -296,6 +329,7 @@ def verify(
         schedule: the schedule to verify.
         calls: for a model, the keyword arguments of one call for each step.
         lowering: see `compile`.
+        graphs: see `compile`; with CUDA graphs it runs as often as it takes to have them all recorded and replayed.
         seed: for a pipeline, seeds the generator of both runs unless one is passed.
         tolerance: `exact` (equal bit for bit), `measured` (at most twice the error of the eager model in this dtype,
             against a reference one precision up; floor one ulp), or `auto`: exact for `plain` on CPU, else measured.
@@ -318,7 +352,13 @@ def verify(
             raise ArgumentError("calls=[...] is for a model by itself; for a pipeline pass what it is called with")
         check_pipeline_arguments(model_or_pipeline, pipeline_arguments)
         return verify_pipeline(
-            model_or_pipeline, schedule, lowering=lowering, seed=seed, tolerance=tolerance, arguments=pipeline_arguments
+            model_or_pipeline,
+            schedule,
+            lowering=lowering,
+            graphs=graphs,
+            seed=seed,
+            tolerance=tolerance,
+            arguments=pipeline_arguments,
         )
     if pipeline_arguments:
         raise ArgumentError(
@@ -326,7 +366,7 @@ def verify(
             "per step"
         )
     inputs = checked_calls(calls, schedule.steps)
-    return verify_model(model, schedule, inputs, lowering=lowering, tolerance=tolerance)
+    return verify_model(model, schedule, inputs, lowering=lowering, graphs=graphs, tolerance=tolerance)
 
 
 def _planned(
@@ -337,15 +377,23 @@ def _planned(
     *,
     strict: bool,
     max_plans: int,
+    max_plan_bytes: int | None,
     debug: bool = False,
 ) -> PlannedEngine:
     check_schedule(schedule)
     check_lowering(lowering)
-    check_whole_number("max_plans", max_plans, least=1)
+    check_limits(max_plans, max_plan_bytes)
     model = _model_to_compile(model_or_pipeline)
     check_fit(model, schedule)
     return PlannedEngine(
-        model, schedule, lowering=lowering, strict=strict, max_plans=max_plans, debug=debug, graphs=graphs_of(graphs)
+        model,
+        schedule,
+        lowering=lowering,
+        strict=strict,
+        max_plans=max_plans,
+        max_plan_bytes=max_plan_bytes,
+        debug=debug,
+        graphs=graphs_of(graphs),
     )
 
 

@@ -81,6 +81,13 @@ def check_whole_number(name: str, given: object, least: int) -> None:
         raise ArgumentError(f"{name} is a whole number of at least {least}, got {given}")
 
 
+def check_limits(max_plans: object, max_plan_bytes: object) -> None:
+    """Raise ArgumentError unless these are limits of what `compile` keeps: at least one plan, and one byte or None."""
+    check_whole_number("max_plans", max_plans, least=1)
+    if max_plan_bytes is not None:
+        check_whole_number("max_plan_bytes", max_plan_bytes, least=1)
+
+
 def check_seed(given: object) -> None:
     """Raise ArgumentError unless `given` is an int that torch takes for a seed."""
     if isinstance(given, bool) or not isinstance(given, int):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from harmonica_rt.arguments import check_flags, check_schedule, described
+from harmonica_rt.arguments import check_flags, check_limits, check_schedule, described
 from harmonica_rt.capture.call import Call, Signature
 from harmonica_rt.capture.dynamo import GraphCall
 from harmonica_rt.capture.roles import roles
@@ -39,12 +39,14 @@ class Options:
         lowering: see `harmonica_rt.compile`.
         graphs: see `harmonica_rt.compile`.
         debug: see `harmonica_rt.compile`.
+        max_plan_bytes: see `harmonica_rt.compile`.
     """
 
     schedule: Schedule
     lowering: str = DEFAULT_LOWERING
     graphs: str = "auto"
     debug: bool = False
+    max_plan_bytes: int | None = None
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> Options:
@@ -74,6 +76,7 @@ class Options:
         check_lowering(options.lowering)
         graphs_of(options.graphs)
         check_flags(debug=options.debug)
+        check_limits(MAX_PLANS, options.max_plan_bytes)
         return options
 
 
@@ -107,7 +110,14 @@ class GraphEngine:
 
     def __init__(self, model_name: str, options: Options) -> None:
         graphs = graphs_of(options.graphs)
-        self.plans = Plans(model_name, lowering=options.lowering, graphs=graphs, debug=options.debug, limit=MAX_PLANS)
+        self.plans = Plans(
+            model_name,
+            lowering=options.lowering,
+            graphs=graphs,
+            debug=options.debug,
+            limit=MAX_PLANS,
+            max_bytes=options.max_plan_bytes,
+        )
         self._schedule = options.schedule
         self._weights: dict[PlanKey, _Weights] = {}
         self._states: dict[Signature, TensorNote] = {}

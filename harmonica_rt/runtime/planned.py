@@ -95,6 +95,7 @@ class PlannedEngine:
         lowering: how step programs are made, one of `harmonica_rt.lower.LOWERINGS`.
         strict: raise CaptureError instead of falling back.
         max_plans: plans kept; the one unused longest goes first.
+        max_plan_bytes: that all plans may hold, see `Plans`.
         debug: fill slots with NaN before they are written and after their last read.
         graphs: how step programs become graphs; None runs them launch by launch.
     """
@@ -109,9 +110,17 @@ class PlannedEngine:
         max_plans: int,
         debug: bool,
         graphs: Graphs | None = None,
+        max_plan_bytes: int | None = None,
     ) -> None:
         self.lowering = lowering
-        self.cache = Plans(type(model).__name__, lowering=lowering, graphs=graphs, debug=debug, limit=max_plans)
+        self.cache = Plans(
+            type(model).__name__,
+            lowering=lowering,
+            graphs=graphs,
+            debug=debug,
+            limit=max_plans,
+            max_bytes=max_plan_bytes,
+        )
         self.failures: dict[PlanKey, CaptureFailure] = {}
         self._model = model
         self._schedule = schedule

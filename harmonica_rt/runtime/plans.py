@@ -1,4 +1,4 @@
-"""The plans of one model by the signature of their calls, and the pools that their graphs share."""
+"""The plans of one model by the signature of their calls, bounded in number and in bytes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from harmonica_rt.plan.invariants import check_plan
 from harmonica_rt.plan.plan import Plan
 from harmonica_rt.runtime.engine import RunKey
 from harmonica_rt.runtime.execution import PlanRuntime, Weights
-from harmonica_rt.runtime.graphs import Graphs, Pool
+from harmonica_rt.runtime.graphs import Graphs
+from harmonica_rt.runtime.launches import has_streams
 
 log = logging.getLogger(__name__)
+
+SHARE = 0.25  # of a GPU's memory that the plans of a model may hold, unless told otherwise
 
 
 class PlanKey(NamedTuple):
@@ -50,16 +53,27 @@ class Plans:
         graphs: how step programs become graphs; None runs them launch by launch.
         debug: fill slots with NaN before they are written and after their last read.
         limit: plans kept; the one unused longest goes first.
+        max_bytes: bytes of device memory that all plans may hold: arenas, the inputs of graphs, and what graphs reserve.
+            None for a quarter of a GPU's memory, and for no limit on a CPU. A plan in use is kept however large it is.
     """
 
-    def __init__(self, model_name: str, *, lowering: str, graphs: Graphs | None, debug: bool, limit: int) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        *,
+        lowering: str,
+        graphs: Graphs | None,
+        debug: bool,
+        limit: int,
+        max_bytes: int | None = None,
+    ) -> None:
         self.lowering = lowering
         self._model_name = model_name
         self._graphs = graphs
         self._debug = debug
         self._limit = limit
+        self._max_bytes = max_bytes
         self._held: OrderedDict[PlanKey, PlanRuntime] = OrderedDict()
-        self._pools: dict[torch.device, Pool | None] = {}
         self._key: RunKey | None = None
 
     def __contains__(self, key: PlanKey) -> bool:
@@ -78,14 +92,20 @@ class Plans:
     @property
     def pool_bytes(self) -> int | None:
         """Bytes that graphs reserved between their inputs and outputs; None where there are no graphs."""
-        pools = [pool for pool in self._pools.values() if pool is not None]
+        pools = [runtime.pool for runtime in self._held.values() if runtime.pool is not None]
         return sum(pool.nbytes for pool in pools) if pools else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all plans hold now."""
+        return sum(runtime.nbytes for runtime in self._held.values())
 
     def begin_run(self, key: RunKey | None) -> None:
         """A run begins, for every plan."""
         self._key = key
         for runtime in self._held.values():
             runtime.begin_run(key)
+        self._drop_surplus(coming=0)
 
     def add(
         self,
@@ -97,7 +117,7 @@ class Plans:
         started: float,
         loaded: bool = False,
     ) -> PlanRuntime:
-        """Check, lower and keep a plan, and drop the one unused longest where there are too many.
+        """Check, lower and keep a plan, and drop those unused longest where there are too many or they hold too much.
 
         Args:
             key: what it is kept under.
@@ -119,7 +139,7 @@ class Plans:
                 roles,
                 lowering=self.lowering,
                 debug=self._debug,
-                pool=self._pool(signature.device),
+                pool=self._graphs.make_pool(signature.device) if self._graphs is not None else None,
                 measured=self._graphs is not None and self._graphs.measured,
             )
         runtime.begin_run(self._key)
@@ -133,14 +153,33 @@ class Plans:
             runtime.compile_seconds,
             len(plan.programs),
         )
-        while len(self._held) > self._limit:
-            dropped, _ = self._held.popitem(last=False)
-            log.info("dropped the plan for %s: %d plans are kept", dropped, self._limit)
+        self._drop_surplus(coming=sum(plan.table.arena_bytes.values()))
         return runtime
 
-    def _pool(self, device: torch.device) -> Pool | None:
-        if self._graphs is None:
-            return None
-        if device not in self._pools:
-            self._pools[device] = self._graphs.make_pool(device)
-        return self._pools[device]
+    def _drop_surplus(self, *, coming: int) -> None:
+        """Drop plans, the one unused longest first, until both limits hold.
+
+        The plan used last stays, and so does every plan of the run at hand: its streams hold it, so dropping it would
+        give nothing back, and the next run would make it again.
+
+        Args:
+            coming: bytes that the plan used last is about to take.
+        """
+        for key, runtime in [*self._held.items()][:-1]:
+            too_many, too_large = len(self._held) > self._limit, self._too_large(coming) and runtime.nbytes > 0
+            if runtime.in_use or not (too_many or too_large):
+                continue
+            del self._held[key]
+            reason = f"{self._limit} plans are kept" if too_many else f"plans may hold {self._byte_limit()} bytes"
+            log.info("dropped the plan for %s: %s", key, reason)
+
+    def _too_large(self, coming: int) -> bool:
+        limit = self._byte_limit()
+        return limit is not None and self.nbytes + coming > limit
+
+    def _byte_limit(self) -> int | None:
+        """What was asked for, or a share of the device's memory; None for no limit."""
+        if self._max_bytes is not None or not self._held:
+            return self._max_bytes
+        device = next(reversed(self._held)).signature.device
+        return int(SHARE * torch.cuda.get_device_properties(device).total_memory) if has_streams(device) else None
