@@ -53,7 +53,7 @@ class Plans:
         graphs: how step programs become graphs; None runs them launch by launch.
         debug: fill slots with NaN before they are written and after their last read.
         limit: plans kept; the one unused longest goes first.
-        max_bytes: bytes of device memory that all plans may hold: arenas, the inputs of graphs, and what graphs reserve.
+        max_bytes: bytes of device memory that all plans may hold: arenas, inputs of graphs, what graphs reserve.
             None for a quarter of a GPU's memory, and for no limit on a CPU. A plan in use is kept however large it is.
     """
 
