@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +22,10 @@ from torch.export.graph_signature import InputKind, TensorArgument
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
+from harmonica_rt.capture.alone import take_capture_lock
 from harmonica_rt.capture.call import Call
-from harmonica_rt.capture.export import GivenUp, attributes_kept, export_functional, identities, not_traced
-from harmonica_rt.capture.forward import only_own_forward, own_forward
+from harmonica_rt.capture.export import GivenUp, export_functional, identities, keep_attributes, not_traced
+from harmonica_rt.capture.forward import keep_only_own_forward, own_forward
 from harmonica_rt.capture.inference import check_draws_nothing, modes_of
 from harmonica_rt.capture.marking import (
     StopsAtUnknownSizes,
@@ -33,9 +35,10 @@ from harmonica_rt.capture.marking import (
     site_columns,
     without_call_suffix,
 )
-from harmonica_rt.capture.reads import Reading, RequestReads, reads_of
+from harmonica_rt.capture.reads import Reading, RequestReads, keep_lists_whole, reads_of
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
 from harmonica_rt.capture.snapshot import check_capturable
+from harmonica_rt.changes import Changes
 from harmonica_rt.indices import SiteIndex
 
 log = logging.getLogger(__name__)
@@ -87,7 +90,11 @@ def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph
     """
     check_capturable(model)
     started = time.perf_counter()
-    program, values = _export(model, call, sites)
+    changes = Changes()
+    with changes, changes:
+        take_capture_lock(changes)
+        _check_results_of(model, sites, changes)
+        program, values = _export(model, call, sites)
     check_draws_nothing(program.graph, modes_of(model))
     weights, constants, inputs = placeholders(program, len(call.leaves))
     out_spec, reads = program.call_spec.out_spec, None
@@ -122,11 +129,13 @@ def _export(
     A model that cannot be traced without values is traced with what it reads of its request; or may be once it has run:
     it then has made the tables that it makes at its first call.
     """
-    hooks = [model.get_submodule(site).register_forward_hook(check_site_result, with_kwargs=True) for site in sites]
 
     def attempt(forward: Callable[..., Any]) -> torch.export.ExportedProgram | CaptureFailure:
+        changes = Changes()
         try:
-            with only_own_forward(model), attributes_kept(model):
+            with changes, changes:
+                keep_only_own_forward(model, changes)
+                keep_attributes(model, changes)
                 model.forward = forward
                 program = export_functional(model, (), call.kwargs)
             check_sizes(program.graph, site_columns(model, sites))
@@ -136,31 +145,36 @@ def _export(
 
     forward = own_forward(model)
     reading = Reading(call)
-    try:
-        first = attempt(_stopping_early(forward))
-        if isinstance(first, torch.export.ExportedProgram):
-            return first, None
-        if first.obstacle is not Obstacle.EXPORT or _has_no_values(model, call):
-            raise CaptureError(first)
-        second = attempt(_that_reads(forward, reading))
-        if isinstance(second, torch.export.ExportedProgram):
-            return second, reading.values
-        failure = second if reading.read_anything else first
-        if failure.obstacle is not Obstacle.EXPORT or reading.refused or not _makes_something(model, call):
-            raise CaptureError(failure)
-        third = attempt(_that_reads(forward, reading))
-        if isinstance(third, torch.export.ExportedProgram):
-            return third, reading.values
-        raise CaptureError(third)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    first = attempt(_stopping_early(forward))
+    if isinstance(first, torch.export.ExportedProgram):
+        return first, None
+    if first.obstacle is not Obstacle.EXPORT or _has_no_values(model, call):
+        raise CaptureError(first)
+    second = attempt(_that_reads(forward, reading))
+    if isinstance(second, torch.export.ExportedProgram):
+        return second, reading.values
+    failure = second if reading.read_anything else first
+    if failure.obstacle is not Obstacle.EXPORT or reading.refused or not _makes_something(model, call):
+        raise CaptureError(failure)
+    third = attempt(_that_reads(forward, reading))
+    if isinstance(third, torch.export.ExportedProgram):
+        return third, reading.values
+    raise CaptureError(third)
+
+
+def _check_results_of(model: nn.Module, sites: Sequence[str], changes: Changes) -> None:
+    """Let `check_site_result` look at what sites return until `changes` are undone."""
+    for held in (model.get_submodule(site).__dict__ for site in sites):
+        for hooks, mine in (("_forward_hooks", check_site_result), ("_forward_hooks_with_kwargs", True)):
+            changes.set(held, hooks, OrderedDict({**held[hooks], "harmonica_rt": mine}))
 
 
 def _makes_something(model: nn.Module, call: Call) -> bool:
     """Run the model; whether it then has attributes that it had not before."""
     before = identities(model)
-    with only_own_forward(model), torch.no_grad():
+    changes = Changes()
+    with changes, changes, torch.no_grad():
+        keep_only_own_forward(model, changes)
         model(**call.kwargs)
     return identities(model) != before
 
@@ -186,7 +200,9 @@ def _that_reads(forward: Callable[..., Any], reading: Reading) -> Callable[..., 
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with reading.of(kwargs):
+        changes = Changes()
+        with changes, changes, reading.of(kwargs):
+            keep_lists_whole(changes)
             output = forward(*args, **kwargs)
         return output, tuple(reading.tensors)
 
