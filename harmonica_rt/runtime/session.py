@@ -133,9 +133,7 @@ class Session:
             return self._call_in_pipeline(call, uncached)
         run = self._run or self._begin()
         run.check_thread()
-        output = run.call(call)
-        run.advance()
-        return output
+        return run.call(call, counts_as_step=True)
 
     def _call_in_pipeline(self, call: Call, uncached: Callable[[], Any]) -> Any:
         caller, replaced = calling_scheduler(), self._following.replaced()
@@ -151,7 +149,7 @@ class Session:
         run.check_thread()
         if run.untouched:
             self._set_out(run)
-        return run.call(call)
+        return run.call(call, counts_as_step=False)
 
     def _warn_outside_run(self) -> None:
         if not self._warned_outside:
