@@ -15,6 +15,7 @@ from harmonica_rt.capture.call import Call, Signature
 from harmonica_rt.capture.dynamo import GraphCall
 from harmonica_rt.capture.roles import roles
 from harmonica_rt.capture.tensors import TensorNote, same_objects
+from harmonica_rt.changes import Changes
 from harmonica_rt.errors import ArgumentError, HarmonicaError
 from harmonica_rt.fit import check_lowering
 from harmonica_rt.lower import DEFAULT as DEFAULT_LOWERING
@@ -95,7 +96,9 @@ class GraphSession(Session):
         Raises:
             RunError, ScheduleMismatchError, ConcurrentRunError, CaptureError: as a call of `CompiledModel`.
         """
-        with self._exclusively():
+        changes = Changes()
+        with changes, changes:
+            self._enter(changes)
             return self._call(call, lambda: call.graph.module(*call.values))
 
     def report(self) -> Report:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,9 +12,11 @@ from torch.export.graph_signature import ConstantArgument, OutputKind, TensorArg
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
+from harmonica_rt.capture.alone import keep_torch_state, take_capture_lock
 from harmonica_rt.capture.functional import functionalise, is_mutating
 from harmonica_rt.capture.layout import same_layout
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
+from harmonica_rt.changes import Changes
 
 
 class GivenUp(Exception):
@@ -34,7 +34,11 @@ def export_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         CaptureError: it cannot be traced, or is not a function of its arguments.
     """
     lazily = _use_lazy_graph_module(True)  # no one calls the modules that tracing makes on its way: no code for them
-    with warnings.catch_warnings(), _silent_about_values(), torch.inference_mode(False), torch.no_grad(), lazily:
+    changes = Changes()
+    with changes, changes, warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad(), lazily:
+        take_capture_lock(changes)
+        keep_torch_state(changes)
+        _silence_about_values(changes)
         # Raised inside torch.export by torch's own use of its deprecated names.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
         # Capture finds out by itself what a forward writes, and says it as a reason.
@@ -56,19 +60,15 @@ def export_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     return program
 
 
-@contextmanager
-def _silent_about_values() -> Iterator[None]:
+def _has_advice(record: logging.LogRecord) -> bool:
+    return "Unable to find user code" not in record.msg
+
+
+def _silence_about_values(changes: Changes) -> None:
     """Keep torch from logging that it has no advice for a size that depends on values: the failure says what it is."""
     log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-
-    def is_said(record: logging.LogRecord) -> bool:
-        return "Unable to find user code" not in record.msg
-
-    log.addFilter(is_said)
-    try:
-        yield
-    finally:
-        log.removeFilter(is_said)
+    changes.undone_by(lambda: log.removeFilter(_has_advice))
+    log.addFilter(_has_advice)
 
 
 def _renew_users(graph: fx.Graph) -> None:

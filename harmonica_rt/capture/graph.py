@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +23,11 @@ from torch.export.graph_signature import InputKind, TensorArgument
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
+from harmonica_rt.capture.alone import take_capture_lock
 from harmonica_rt.capture.call import Call
 from harmonica_rt.capture.export import GivenUp, export_functional, not_traced
 from harmonica_rt.capture.facts import Facts
-from harmonica_rt.capture.forward import only_own_forward, own_forward
+from harmonica_rt.capture.forward import keep_only_own_forward, own_forward
 from harmonica_rt.capture.inference import check_draws_nothing, modes_of
 from harmonica_rt.capture.marking import (
     StopsAtUnknownSizes,
@@ -35,9 +37,10 @@ from harmonica_rt.capture.marking import (
     site_columns,
     without_call_suffix,
 )
-from harmonica_rt.capture.reads import Reading, RequestReads, reads_of
+from harmonica_rt.capture.reads import Reading, RequestReads, keep_lists_whole, reads_of
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
 from harmonica_rt.capture.refusals import check_capturable
+from harmonica_rt.changes import Changes
 from harmonica_rt.indices import SiteIndex
 
 log = logging.getLogger(__name__)
@@ -89,7 +92,11 @@ def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph
     """
     check_capturable(model)
     started = time.perf_counter()
-    traced = _trace(model, call, sites)
+    changes = Changes()
+    with changes, changes:
+        take_capture_lock(changes)
+        _check_results_of(model, sites, changes)
+        traced = _trace(model, call, sites)
     program, values = traced.program, traced.values
     check_draws_nothing(program.graph, modes_of(model))
     weights, constants, inputs = placeholders(program, len(call.leaves))
@@ -159,42 +166,44 @@ def _trace_as_it_is(model: nn.Module, call: Call, sites: Sequence[str]) -> _Trac
     One that cannot be traced without values is traced with what it reads of its request; or may be once it has run: it
     then has made the tables that it makes at its first call.
     """
-    hooks = [model.get_submodule(site).register_forward_hook(check_site_result, with_kwargs=True) for site in sites]
 
     def attempt(forward: Callable[..., Any]) -> _Traced | CaptureFailure:
-        before, written = Facts(model), list[str]()
+        changes, written = Changes(), list[str]()
         try:
-            with only_own_forward(model):
+            with changes, changes:
+                changes.undone_by(Facts(model).put_back)  # tracing leaves tensors without values where a forward writes
+                keep_only_own_forward(model, changes)
                 model.forward = _noting_changes(forward, model, written)
                 program = export_functional(model, (), call.kwargs)
             check_sizes(program.graph, site_columns(model, sites))
             return _Traced(program, tuple(written))
         except CaptureError as error:
             return error.failure  # not the error, which holds on to all that was traced
-        finally:
-            before.put_back()  # tracing leaves tensors without values in what the forward writes to
 
     forward = own_forward(model)
     reading = Reading(call)
-    try:
-        first = attempt(_stopping_early(forward))
-        if isinstance(first, _Traced):
-            return first
-        if first.obstacle is not Obstacle.EXPORT or _has_no_values(model, call):
-            raise CaptureError(first)
-        second = attempt(_that_reads(forward, reading))
-        if isinstance(second, _Traced):
-            return dataclasses.replace(second, values=reading.values)
-        failure = second if reading.read_anything else first
-        if failure.obstacle is not Obstacle.EXPORT or reading.refused or not _makes_something(model, call):
-            raise CaptureError(failure)
-        third = attempt(_that_reads(forward, reading))
-        if isinstance(third, _Traced):
-            return dataclasses.replace(third, values=reading.values)
-        raise CaptureError(third)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    first = attempt(_stopping_early(forward))
+    if isinstance(first, _Traced):
+        return first
+    if first.obstacle is not Obstacle.EXPORT or _has_no_values(model, call):
+        raise CaptureError(first)
+    second = attempt(_that_reads(forward, reading))
+    if isinstance(second, _Traced):
+        return dataclasses.replace(second, values=reading.values)
+    failure = second if reading.read_anything else first
+    if failure.obstacle is not Obstacle.EXPORT or reading.refused or not _makes_something(model, call):
+        raise CaptureError(failure)
+    third = attempt(_that_reads(forward, reading))
+    if isinstance(third, _Traced):
+        return dataclasses.replace(third, values=reading.values)
+    raise CaptureError(third)
+
+
+def _check_results_of(model: nn.Module, sites: Sequence[str], changes: Changes) -> None:
+    """Let `check_site_result` look at what sites return until `changes` are undone."""
+    for held in (model.get_submodule(site).__dict__ for site in sites):
+        for hooks, mine in (("_forward_hooks", check_site_result), ("_forward_hooks_with_kwargs", True)):
+            changes.set(held, hooks, OrderedDict({**held[hooks], "harmonica_rt": mine}))
 
 
 def _makes_something(model: nn.Module, call: Call) -> bool:
@@ -205,7 +214,9 @@ def _makes_something(model: nn.Module, call: Call) -> bool:
 
 
 def _run_once(model: nn.Module, call: Call) -> None:
-    with only_own_forward(model), torch.no_grad():
+    changes = Changes()
+    with changes, changes, torch.no_grad():
+        keep_only_own_forward(model, changes)
         model(**call.kwargs)
 
 
@@ -243,7 +254,9 @@ def _that_reads(forward: Callable[..., Any], reading: Reading) -> Callable[..., 
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with reading.of(kwargs):
+        changes = Changes()
+        with changes, changes, reading.of(kwargs):
+            keep_lists_whole(changes)
             output = forward(*args, **kwargs)
         return output, tuple(reading.tensors)
 

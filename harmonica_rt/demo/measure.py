@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from harmonica_rt.api import CompiledModel
-from harmonica_rt.runtime.pipelines import denoiser_module, temporarily
+from harmonica_rt.changes import Changes
+from harmonica_rt.runtime.pipelines import denoiser_module, put_temporarily
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ def compare(
         if begun is not None and number > 0:
             begun(number)
         for use_plan in (False, True):
-            with temporarily(pipeline, compiled if use_plan else None):
+            changes = Changes()
+            with changes, changes:
+                put_temporarily(pipeline, compiled if use_plan else None, changes)
                 samples[use_plan].append(_run(denoiser_module(pipeline), generate))
     plain, planned = (list(zip(*samples[key][1:], strict=True)) for key in (False, True))
     theoretical = compiled.report().plans[-1].theoretical_speedup

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from harmonica_rt.changes import Changes
 from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.lower import EXACT
 from harmonica_rt.parity.lockstep import LockstepEngine, Tolerance
@@ -19,7 +21,7 @@ from harmonica_rt.parity.tolerance import Error, same_bits
 from harmonica_rt.runtime.denoiser import Denoiser
 from harmonica_rt.runtime.engine import Engine
 from harmonica_rt.runtime.graphs import graphs_of
-from harmonica_rt.runtime.pipelines import denoiser_module, temporarily
+from harmonica_rt.runtime.pipelines import denoiser_module, put_temporarily
 from harmonica_rt.runtime.planned import PlannedEngine
 from harmonica_rt.schedule import Schedule
 
@@ -52,7 +54,10 @@ def verify_pipeline(
             generator.set_state(state)
         gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         # some pipelines draw from torch's own generator, also where they are given another one
-        with torch.random.fork_rng(gpus), temporarily(pipeline, Denoiser(model, schedule, engine)):
+        changes = Changes()
+        with changes, changes, torch.random.fork_rng(gpus):
+            changes.undone_by(functools.partial(torch.set_rng_state, torch.get_rng_state()))
+            put_temporarily(pipeline, Denoiser(model, schedule, engine), changes)
             torch.manual_seed(seed)
             return _generate(pipeline, seed, arguments)
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from harmonica_rt.capture.call import Call, CallConvention
 from harmonica_rt.capture.forward import own_forward
+from harmonica_rt.changes import Changes
 from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.runtime.engine import Engine
 from harmonica_rt.runtime.following import callers, pipeline_holding
@@ -67,7 +68,9 @@ class Denoiser(Session):
             ConcurrentRunError: another thread is using this denoiser.
             CaptureError: in strict mode, the model cannot be captured.
         """
-        with self._exclusively():
+        changes = Changes()
+        with changes, changes:
+            self._enter(changes)
             return call_with_hooks(self.model, self._forward, args, kwargs)
 
     def __repr__(self) -> str:

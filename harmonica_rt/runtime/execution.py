@@ -120,8 +120,8 @@ class PlanRuntime:
         self._free, self._lent = [*self._free, *reversed(self._lent)], []
         self._weights_checked = False
         if self._fetch_weights() is not self._weights:
+            self._bound.clear()  # first, or an interruption here would leave what is bound for what is current
             self._weights = {}  # or a plan that is not used again would keep weights that were replaced
-            self._bound.clear()
 
     def new_stream(self) -> PlanStream:
         """A stream with an arena of its own, the one that was taken back first."""
@@ -177,8 +177,8 @@ class PlanRuntime:
         self._weights_checked = True
         weights = self._fetch_weights()
         if weights is not self._weights:
-            self._weights = weights
             self._bound.clear()
+            self._weights = weights
         if self.pool is None:
             return
         constants = self.plan.captured.constants.values()

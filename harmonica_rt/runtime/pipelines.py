@@ -6,13 +6,13 @@ place where `nn.Module.compile` puts one. Copies and saved files of the module k
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
+from harmonica_rt.changes import Changes
 from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.runtime.denoiser import Denoiser
 from harmonica_rt.runtime.following import scheduler_in_use
@@ -104,9 +104,9 @@ def uninstall(pipeline: Any) -> None:
     for before in (installed(module), left_over):
         if before is None or (before.model is not module and before.pipelines):  # others still run it
             continue
-        before.detach()
-        if installed(before.model) is before:
+        if installed(before.model) is before:  # first: one that is called but follows nobody would miscount steps
             del before.model._compiled_call_impl
+        before.detach()
 
 
 def _left_over(pipeline: Any) -> Denoiser | None:
@@ -118,20 +118,19 @@ def _left_over(pipeline: Any) -> Denoiser | None:
     return listener if not followed or any(one is pipeline for one in followed) else None
 
 
-@contextmanager
-def temporarily(pipeline: Any, denoiser: Denoiser | None) -> Iterator[None]:
-    """Within this block `denoiser` (None: the plain module) runs in the pipeline; after it, what ran before."""
+def put_temporarily(pipeline: Any, denoiser: Denoiser | None, changes: Changes) -> None:
+    """Until `changes` are undone `denoiser` (None: the plain module) runs in the pipeline; then, what ran before."""
     before = installed(denoiser_module(pipeline))
-    followed = before.pipelines if before is not None else []
+    changes.undone_by(functools.partial(_put_back, pipeline, before, before.pipelines if before is not None else []))
     if denoiser is None:
         uninstall(pipeline)
     else:
         install(pipeline, denoiser)
-    try:
-        yield
-    finally:
-        uninstall(pipeline)
-        if before is not None:
-            install(pipeline, before)
-            for other in followed:
-                before.attach(other)
+
+
+def _put_back(pipeline: Any, denoiser: Denoiser | None, followed: list[Any]) -> None:
+    uninstall(pipeline)
+    if denoiser is not None:
+        install(pipeline, denoiser)
+        for other in followed:
+            denoiser.attach(other)

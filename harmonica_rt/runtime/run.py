@@ -166,8 +166,8 @@ class Run:
                 "pipeline) for each thread, or let the runs take turns"
             )
 
-    def call(self, call: Call) -> object:
-        """Run the denoiser for one call in the current step."""
+    def call(self, call: Call, *, counts_as_step: bool) -> object:
+        """Run the denoiser for one call in the current step, which is over then if calls count as steps."""
         if self.failed:
             raise RunError("an earlier step of this run failed; begin a new run (reset() does, or the pipeline's call)")
         if self.finished:
@@ -176,11 +176,12 @@ class Run:
                 "run, or compile the pipeline, which does it by itself"
             )
         self._timesteps.check(call, self.step)
-        try:
-            return self._call(call)
-        except BaseException:
-            self.failed = True
-            raise
+        self.failed = True  # until the call is over: whatever ends it before, nobody goes on with half a step
+        output = self._call(call)
+        if counts_as_step:
+            self.advance()
+        self.failed = False
+        return output
 
     def advance(self) -> None:
         """The current step is over.

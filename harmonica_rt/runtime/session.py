@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from harmonica_rt.capture.alone import keep_torch_state
 from harmonica_rt.capture.call import Call
+from harmonica_rt.changes import Changes, Turns
 from harmonica_rt.errors import ConcurrentRunError, RunError, ScheduleMismatchError
 from harmonica_rt.indices import StepIndex
 from harmonica_rt.runtime.engine import Engine, RunKey
@@ -45,7 +46,7 @@ class Session:
         self.engine = engine
         self.last_stats: RunStats | None = None
         self._model_name = model_name
-        self._lock = threading.Lock()
+        self._turns = Turns()
         self._run: Run | None = None
         self._following = Following(self)
         self._scheduler: Any = None  # of the current run
@@ -66,7 +67,9 @@ class Session:
             ArgumentError: something else than numbers.
         """
         key = None if timesteps is None else RunKey.of(timesteps, self.schedule.steps)
-        with self._exclusively():
+        changes = Changes()
+        with changes, changes:
+            self._enter(changes)
             self._begin().key = key
 
     @property
@@ -99,7 +102,9 @@ class Session:
 
     def run_begins(self, scheduler: Any) -> None:
         """A scheduler sets its timesteps: whatever run there was is over, finished or not."""
-        with self._exclusively():
+        changes = Changes()
+        with changes, changes:
+            self._enter(changes)
             self._begin()
             self._scheduler = scheduler
 
@@ -123,7 +128,9 @@ class Session:
 
     def step_ends(self, scheduler: Any) -> None:
         """The step is over."""
-        with self._exclusively():
+        changes = Changes()
+        with changes, changes:
+            self._enter(changes)
             run = self._run
             if run is None or run.untouched or run.finished or scheduler is not self._scheduler:
                 return
@@ -139,9 +146,7 @@ class Session:
             return self._call_in_pipeline(call, uncached)
         run = self._run or self._begin()
         run.check_thread()
-        output = run.call(call)
-        run.advance()
-        return output
+        return run.call(call, counts_as_step=True)
 
     def _call_in_pipeline(self, call: Call, uncached: Callable[[], Any]) -> Any:
         caller, replaced = calling_scheduler(), self._following.replaced()
@@ -157,7 +162,7 @@ class Session:
         run.check_thread()
         if run.untouched:
             self._set_out(run)
-        return run.call(call)
+        return run.call(call, counts_as_step=False)
 
     def _warn_outside_run(self) -> None:
         if not self._warned_outside:
@@ -222,14 +227,15 @@ class Session:
                 "compiled model (and one pipeline) for each thread, or let the runs take turns"
             )
 
-    @contextmanager
-    def _exclusively(self) -> Iterator[None]:
-        if not self._lock.acquire(blocking=False):
+    def _enter(self, changes: Changes) -> None:
+        """Let nobody else in until `changes` are undone; torch's state of the thread is then as it is now.
+
+        Raises:
+            ConcurrentRunError: another call is under way.
+        """
+        if not self._turns.take(changes):
             raise ConcurrentRunError(
                 f"{self._model_name} is in a call in another thread. Use one compiled model (and one "
                 "pipeline) for each thread, or let the runs take turns"
             )
-        try:
-            yield
-        finally:
-            self._lock.release()
+        keep_torch_state(changes)
