@@ -50,9 +50,13 @@ class ParityReport:
     @property
     def ok(self) -> bool:
         """Whether every step, and the result of the free run, are within their limits."""
-        return (
-            bool(self.steps) and all(step.ok for step in self.steps) and (self.trajectory is None or self.trajectory.ok)
-        )
+        ran_well = self.trajectory is None or self.trajectory.ok
+        return bool(self.steps) and all(step.ok for step in self.steps) and ran_well
+
+    @property
+    def trajectory_same_bits(self) -> bool | None:
+        """Whether the results of the free runs are equal bit for bit; None before they ran."""
+        return None if self.trajectory is None else self.trajectory.same_bits
 
     @property
     def first_failure(self) -> StepParity | None:

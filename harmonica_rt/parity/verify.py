@@ -152,13 +152,12 @@ def _judged(
     """Errors add up over a run, so they are judged like those of a step: by the reference's own, one precision up."""
     same = all(same_bits(x, y) for x, y in zip(expected, got, strict=True))
     if higher is None:
-        return TrajectoryParity(
-            worst([Error.between(y, x) for x, y in zip(expected, got, strict=True)]), NONE, same, same
-        )
+        differences = [Error.between(y, x) for x, y in zip(expected, got, strict=True)]
+        return TrajectoryParity(worst(differences), NONE, same_bits=same, ok=same)
     errors = [Error.between(y, truth) for y, truth in zip(got, higher, strict=True)]
     limits = [limit_from(x, truth) for x, truth in zip(expected, higher, strict=True)]
     ok = all(error.within(limit) for error, limit in zip(errors, limits, strict=True))
-    return TrajectoryParity(worst(errors), worst(limits), same, ok)
+    return TrajectoryParity(worst(errors), worst(limits), same_bits=same, ok=ok)
 
 
 def _arrays(output: Any) -> list[torch.Tensor]:
