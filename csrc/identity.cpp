@@ -2,6 +2,10 @@
 //
 // A compiled model asks this before each call for some thousand containers with some ten thousand objects: identities
 // are compared, nothing is called and no object is created but the value of an attribute that a class computes.
+//
+// Hazard: an attribute that is computed, an iterator, and a finalizer that any allocation may set off, are Python code.
+// It may change the containers and the two lists while they are compared. So what is in use is held by a reference of
+// its own, and lengths are read anew.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -11,6 +15,7 @@ namespace {
 // Compares what a container yields, one object after another, with what was noted.
 class Noted {
  public:
+  // `items` is held by the caller.
   explicit Noted(PyObject* items) : items_(items), count_(PyTuple_GET_SIZE(items)) {}
 
   bool next_is(PyObject* object) { return index_ < count_ && PyTuple_GET_ITEM(items_, index_++) == object; }
@@ -20,6 +25,20 @@ class Noted {
   PyObject* items_;
   Py_ssize_t count_;
   Py_ssize_t index_ = 0;
+};
+
+// A reference that is given back at the end of its block.
+class Held {
+ public:
+  explicit Held(PyObject* own) : object_(own) {}
+  Held(const Held&) = delete;
+  Held& operator=(const Held&) = delete;
+  ~Held() { Py_XDECREF(object_); }
+
+  PyObject* get() const { return object_; }
+
+ private:
+  PyObject* object_;
 };
 
 PyObject* or_none(PyObject* object) { return object != nullptr ? object : Py_None; }
@@ -36,51 +55,47 @@ bool same_dict(PyObject* dict, Noted& noted) {
 // The dict of an object or a class. A new reference; null without an error where there is none.
 PyObject* attributes_of(PyObject* object) {
   if (PyType_Check(object)) {
-    PyObject* dict = reinterpret_cast<PyTypeObject*>(object)->tp_dict;
-    Py_XINCREF(dict);
-    return dict;
+    auto* type = reinterpret_cast<PyTypeObject*>(object);
+#if PY_VERSION_HEX >= 0x030C0000
+    return PyType_GetDict(type);
+#else
+    Py_XINCREF(type->tp_dict);
+    return type->tp_dict;
+#endif
   }
   PyObject* dict = PyObject_GenericGetDict(object, nullptr);
   if (dict == nullptr) PyErr_Clear();
   return dict;
 }
 
-// What stands under a name in a dict, or as the attribute of an object; None where nothing does.
+// What stands under a name in a dict, or as the attribute of an object; None where nothing does. Any error but
+// AttributeError stays set.
 bool same_entry(PyObject* owner, PyObject* name, Noted& noted) {
   if (PyDict_Check(owner)) {
     PyObject* found = PyDict_GetItemWithError(owner, name);
-    if (found == nullptr) PyErr_Clear();
+    if (found == nullptr && PyErr_Occurred() != nullptr) return false;
     return noted.next_is(or_none(found));
   }
-  PyObject* found = PyObject_GetAttr(owner, name);
-  if (found == nullptr) PyErr_Clear();
-  const bool same = noted.next_is(or_none(found));
-  Py_XDECREF(found);
-  return same;
+  const Held found(PyObject_GetAttr(owner, name));
+  if (found.get() == nullptr) {
+    if (PyErr_ExceptionMatches(PyExc_AttributeError) == 0) return false;
+    PyErr_Clear();
+  }
+  return noted.next_is(or_none(found.get()));
 }
 
+// An error of the iterator stays set.
 bool same_iteration(PyObject* container, Noted& noted) {
-  PyObject* iterator = PyObject_GetIter(container);
-  if (iterator == nullptr) {
-    PyErr_Clear();
-    return false;
+  const Held iterator(PyObject_GetIter(container));
+  if (iterator.get() == nullptr) return false;
+  while (true) {
+    const Held item(PyIter_Next(iterator.get()));
+    if (item.get() == nullptr) return PyErr_Occurred() == nullptr;
+    if (!noted.next_is(item.get())) return false;
   }
-  bool same = true;
-  while (same) {
-    PyObject* item = PyIter_Next(iterator);
-    if (item == nullptr) break;
-    same = noted.next_is(item);
-    Py_DECREF(item);
-  }
-  Py_DECREF(iterator);
-  if (PyErr_Occurred() != nullptr) {
-    PyErr_Clear();
-    return false;
-  }
-  return same;
 }
 
-// In the order of `contents` in harmonica_rt/capture/identity.py.
+// In the order of `contents` in harmonica_rt/capture/identity.py. False with an error set where looking failed.
 bool same_contents(PyObject* container, PyObject* items) {
   Noted noted(items);
   bool same = true;
@@ -98,11 +113,10 @@ bool same_contents(PyObject* container, PyObject* items) {
     same = noted.next_is(PyFunction_GET_CODE(container)) &&
            noted.next_is(or_none(PyFunction_GET_DEFAULTS(container))) &&
            noted.next_is(or_none(PyFunction_GET_KW_DEFAULTS(container)));
-  } else if (PyObject* attributes = attributes_of(container)) {
+  } else if (const Held attributes(attributes_of(container)); attributes.get() != nullptr) {
     PyObject* kind = PyType_Check(container) ? reinterpret_cast<PyTypeObject*>(container)->tp_mro
                                              : reinterpret_cast<PyObject*>(Py_TYPE(container));
-    same = noted.next_is(kind) && same_dict(attributes, noted);
-    Py_DECREF(attributes);
+    same = noted.next_is(kind) && same_dict(attributes.get(), noted);
   } else {
     same = same_iteration(container, noted);
   }
@@ -115,14 +129,16 @@ PyObject* first_change(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
     PyErr_SetString(PyExc_TypeError, "first_change takes two lists of one length: containers, and their contents");
     return nullptr;
   }
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(arguments[0]); ++i) {
-    PyObject* container = PyList_GET_ITEM(arguments[0], i);
-    PyObject* items = PyList_GET_ITEM(arguments[1], i);
-    if (!PyTuple_Check(items) || (PyTuple_Check(container) && PyTuple_GET_SIZE(container) != 2)) {
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(arguments[0]) && i < PyList_GET_SIZE(arguments[1]); ++i) {
+    const Held container(Py_NewRef(PyList_GET_ITEM(arguments[0], i)));
+    const Held items(Py_NewRef(PyList_GET_ITEM(arguments[1], i)));
+    if (!PyTuple_Check(items.get()) || (PyTuple_Check(container.get()) && PyTuple_GET_SIZE(container.get()) != 2)) {
       PyErr_SetString(PyExc_TypeError, "contents are tuples, and so is a pair of an owner and a name");
       return nullptr;
     }
-    if (!same_contents(container, items)) return PyLong_FromSsize_t(i);
+    if (!same_contents(container.get(), items.get())) {
+      return PyErr_Occurred() == nullptr ? PyLong_FromSsize_t(i) : nullptr;
+    }
   }
   return PyLong_FromLong(-1);
 }
