@@ -65,7 +65,8 @@ class TestCompiledModel:
         compiled.reset()
         first = compiled(**stack_call(0))
         other = copied(compiled)
-        assert type(other) is type(compiled) and other.schedule == compiled.schedule
+        assert type(other) is type(compiled)
+        assert other.schedule == compiled.schedule
         assert all(map(torch.equal, outputs(other), expected))
         rest = [compiled(**stack_call(step)) for step in range(1, STEPS)]  # goes on where it was
         assert all(map(torch.equal, [first, *rest], expected))
