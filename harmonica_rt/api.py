@@ -48,6 +48,11 @@ class CompiledModel(Denoiser):
         lockstep = LockstepEngine(model, schedule, planned, tolerance="auto", raise_at_once=True) if verify else None
         super().__init__(model, schedule, lockstep or planned)
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copies and pickles hold the model, the schedule and the options; their plans are made at their first call."""
+        verify = isinstance(self.engine, LockstepEngine)
+        return _compiled_again, (self.model, self.schedule, self._planned.options, verify)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the schedule and all plans as JSON without weights, for `load`; whole or not at all.
 
@@ -395,6 +400,10 @@ def _planned(
         debug=debug,
         graphs=graphs_of(graphs),
     )
+
+
+def _compiled_again(model: nn.Module, schedule: Schedule, options: dict[str, Any], verify: bool) -> CompiledModel:
+    return CompiledModel(model, schedule, PlannedEngine(model, schedule, **options), verify=verify)
 
 
 def _take_over(model_or_pipeline: Any, compiled: CompiledModel) -> Any:

@@ -98,6 +98,9 @@ class PlannedEngine:
         max_plan_bytes: that all plans may hold, see `Plans`.
         debug: fill slots with NaN before they are written and after their last read.
         graphs: how step programs become graphs; None runs them launch by launch.
+
+    Attributes:
+        options: everything above but the model and the schedule, to make another engine with.
     """
 
     def __init__(
@@ -113,6 +116,14 @@ class PlannedEngine:
         max_plan_bytes: int | None = None,
     ) -> None:
         self.lowering = lowering
+        self.options: dict[str, Any] = {
+            "lowering": lowering,
+            "strict": strict,
+            "max_plans": max_plans,
+            "max_plan_bytes": max_plan_bytes,
+            "debug": debug,
+            "graphs": graphs,
+        }
         self.cache = Plans(
             type(model).__name__,
             lowering=lowering,
