@@ -1,11 +1,9 @@
-"""Trace a module into one functional graph, and leave the module as it was."""
+"""Trace a module into one functional graph."""
 
 from __future__ import annotations
 
-import functools
 import logging
 import warnings
-from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -29,43 +27,6 @@ class GivenUp(Exception):
         self.failure = failure
 
 
-def keep_attributes(model: nn.Module, changes: Changes) -> None:
-    """Put all attributes back when `changes` are undone: tracing would leave tensors without values in them."""
-    before = [(held, dict(held)) for held in _attributes(model)]
-    changes.undone_by(functools.partial(_put_attributes_back, model, before))
-
-
-def _put_attributes_back(model: nn.Module, before: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-    for held, attributes in before:
-        for name in [name for name in held if name not in attributes]:
-            del held[name]
-        held.update([(name, value) for name, value in attributes.items() if held.get(name) is not value])
-    for cached in {value for kind in map(type, model.modules()) for value in vars(kind).values() if _caches(value)}:
-        cached.cache_clear()
-
-
-def _attributes(model: nn.Module) -> list[dict[str, Any]]:
-    """The attributes of all modules, and of the plain objects that they hold (some make tables of rotations there)."""
-    found = [module.__dict__ for module in model.modules()]
-    plain = {id(value): value for attributes in found for value in attributes.values() if _is_plain_object(value)}
-    return [*found, *(value.__dict__ for value in plain.values())]
-
-
-def _caches(value: Any) -> bool:
-    """Whether a method keeps what it returned, as `functools.lru_cache` makes it."""
-    return callable(getattr(value, "cache_clear", None))
-
-
-def _is_plain_object(value: Any) -> bool:
-    kinds = (nn.Module, torch.Tensor, type, FunctionType, MethodType, ModuleType)
-    return isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, kinds)
-
-
-def identities(model: nn.Module) -> list[dict[str, int]]:
-    """What the attributes are, to be compared: whether the model made something."""
-    return [{name: id(value) for name, value in attributes.items()} for attributes in _attributes(model)]
-
-
 def export_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
     """Trace `module` for these arguments; no node of the graph mutates anything or changes nothing.
 
@@ -80,6 +41,8 @@ def export_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         _silence_about_values(changes)
         # Raised inside torch.export by torch's own use of its deprecated names.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
+        # Capture finds out by itself what a forward writes, and says it as a reason.
+        warnings.filterwarnings("ignore", category=UserWarning, message=".*assigned during export")
         args, kwargs = pytree.tree_map_only(torch.Tensor, _as_ordinary, (args, kwargs))
         try:
             program = torch.export.export(module, args, kwargs, strict=False)

@@ -49,7 +49,14 @@ class Comparison:
         return self.denoiser_speedup / self.theoretical
 
 
-def compare(pipeline: Any, compiled: CompiledModel, generate: Callable[[], object], *, repeats: int) -> Comparison:
+def compare(
+    pipeline: Any,
+    compiled: CompiledModel,
+    generate: Callable[[], object],
+    *,
+    repeats: int,
+    begun: Callable[[int], object] | None = None,
+) -> Comparison:
     """Time `generate` with the plain denoiser and with `compiled` in turn, after one run of each that does not count.
 
     Args:
@@ -57,9 +64,12 @@ def compare(pipeline: Any, compiled: CompiledModel, generate: Callable[[], objec
         compiled: its compiled denoiser.
         generate: runs the pipeline once, always with the same arguments.
         repeats: rounds, at least 1.
+        begun: told the number of each round as it begins, from 1; not told of the warm-up.
     """
     samples: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
-    for _ in range(repeats + 1):
+    for number in range(repeats + 1):
+        if begun is not None and number > 0:
+            begun(number)
         for use_plan in (False, True):
             changes = Changes()
             with changes, changes:

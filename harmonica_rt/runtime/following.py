@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from harmonica_rt.errors import HarmonicaError
@@ -84,7 +86,7 @@ class Following:
         if listener is None or current is listener:
             return
         if current is not None:
-            raise HarmonicaError("this scheduler already drives another compiled model; give each pipeline its own")
+            raise scheduler_in_use(current)
         watch(scheduler, listener)
 
     def _release(self, scheduler: Any) -> None:
@@ -94,16 +96,38 @@ class Following:
                 unwatch(scheduler)
 
 
+def scheduler_in_use(listener: Listener) -> HarmonicaError:
+    """The error for a scheduler that has a listener already."""
+    return HarmonicaError(
+        "this scheduler already drives another compiled model. Give each pipeline a scheduler of its own; if it is "
+        f"this pipeline that was compiled before, undo that first: {listener.undone_by}"
+    )
+
+
 def calling_scheduler() -> Any | None:
     """The scheduler of the pipeline that makes the call under way; None for a loop of one's own."""
-    frame = sys._getframe(1)
-    for _ in range(_FRAMES):
-        if frame.f_code.co_name == "__call__" and frame.f_code.co_varnames[:1] == ("self",):
-            caller = frame.f_locals["self"]
-            scheduler = getattr(caller, "__dict__", {}).get("scheduler")
-            if callable(getattr(scheduler, "set_timesteps", None)):
-                return scheduler
-        if frame.f_back is None:
-            return None
-        frame = frame.f_back
+    return next((scheduler for caller in callers() if (scheduler := _scheduler_in(caller)) is not None), None)
+
+
+def pipeline_holding(component: object, callers: Iterable[Any]) -> Any | None:
+    """The first of `callers` that is a pipeline with `component` as one of its attributes."""
+    for caller in callers:
+        if _scheduler_in(caller) is not None and any(value is component for value in vars(caller).values()):
+            return caller
     return None
+
+
+def callers() -> Iterator[Any]:
+    """The objects whose `__call__` is under way, innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(_FRAMES):
+        if frame is None:
+            return
+        if frame.f_code.co_name == "__call__" and frame.f_code.co_varnames[:1] == ("self",):
+            yield frame.f_locals["self"]
+        frame = frame.f_back
+
+
+def _scheduler_in(caller: Any) -> Any | None:
+    scheduler = getattr(caller, "__dict__", {}).get("scheduler")
+    return scheduler if callable(getattr(scheduler, "set_timesteps", None)) else None

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from harmonica_rt.capture.call import Call
 from harmonica_rt.capture.forward import own_forward
 from harmonica_rt.capture.marking import check_site_result
+from harmonica_rt.capture.watch import ModelState, ModelWatch
 from harmonica_rt.changes import Changes
 from harmonica_rt.errors import SiteError
 from harmonica_rt.indices import SiteIndex, StepIndex
@@ -26,26 +27,35 @@ from harmonica_rt.schedule import Schedule
 
 
 class ReferenceEngine:
-    """Makes streams that run `model` itself."""
+    """Makes streams that run `model` itself; `watch` is of that model, where there is one already."""
 
-    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+    looks_late = False
+
+    def __init__(self, model: nn.Module, schedule: Schedule, watch: ModelWatch | None = None) -> None:
         self._model = model
         self._schedule = schedule
+        self._watch = watch or ModelWatch(model)
+
+    def state(self, call: Call) -> ModelState:
+        """See `Engine.state`."""
+        return self._watch.look()
 
     def begin_run(self, key: RunKey | None = None) -> None:
         """Nothing is kept between runs."""
+        self._watch.begin_run()
 
     def new_stream(self, call: Call) -> ReferenceStream:
         """A stream with nothing stored."""
-        return ReferenceStream(self._model, self._schedule)
+        return ReferenceStream(self._model, self._schedule, self._watch)
 
 
 class ReferenceStream:
     """A stream whose cache is a dict: site -> the outputs of its calls in one forward (a module may run twice)."""
 
-    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+    def __init__(self, model: nn.Module, schedule: Schedule, watch: ModelWatch) -> None:
         self._model = model
         self._schedule = schedule
+        self._watch = watch
         self.cache: dict[SiteIndex, list[Any]] = {}
 
     def begin(self) -> None:
@@ -65,6 +75,7 @@ class ReferenceStream:
             _replace_sites(self._model, self._schedule.sites, reuse, self.cache, fresh, changes)
             output = own_forward(self._model)(**call.kwargs)
         self.cache.update({site: outputs for site, outputs in fresh.items() if outputs})
+        self._watch.accept()  # tables that a model makes at its first call are no change by others
         return output
 
 

@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from harmonica_rt.capture.alone import keep_torch_state
 from harmonica_rt.capture.call import Call
 from harmonica_rt.changes import Changes, Turns
@@ -32,7 +34,12 @@ class Session:
         model_name: its class, for messages.
         schedule: what to reuse when.
         engine: makes the streams of a run.
+
+    Attributes:
+        undone_by: the call that takes it out of a pipeline, for messages.
     """
+
+    undone_by = "harmonica_rt.uncompile(pipe)"
 
     def __init__(self, model_name: str, schedule: Schedule, engine: Engine) -> None:
         self.schedule = schedule
@@ -47,17 +54,23 @@ class Session:
         self._warned_outside = False
         self._displaced: set[int] = set()  # threads in whose pipeline run another thread began its own
 
-    def reset(self, timesteps: Sequence[float] | None = None) -> None:
+    def reset(self, timesteps: Sequence[float] | torch.Tensor | None = None) -> None:
         """Begin a new run: the next call is step 0. A pipeline's denoiser does it by itself.
 
         Args:
-            timesteps: of the run, in any scale; tells that it is like earlier runs of equal ones. On a GPU, where
-                comparing timesteps would wait for the device, only runs that say so compute timestep work beforehand.
+            timesteps: of the run, one per step of the schedule, in any scale and on any device; tells that it is like
+                earlier runs of equal ones. On a GPU, where comparing timesteps would wait for the device, only runs
+                that say so compute timestep work beforehand.
+
+        Raises:
+            ScheduleMismatchError: another number of timesteps than the schedule has steps.
+            ArgumentError: something else than numbers.
         """
+        key = None if timesteps is None else RunKey.of(timesteps, self.schedule.steps)
         changes = Changes()
         with changes, changes:
             self._enter(changes)
-            self._begin().key = None if timesteps is None else RunKey(tuple(float(value) for value in timesteps))
+            self._begin().key = key
 
     @property
     def stats(self) -> RunStats | None:

@@ -72,7 +72,9 @@ def chosen(lines: list[Place]) -> list[int]:
         last = dict(zip(lines, indices, strict=True))
         indices = sorted({*first.values(), *last.values()})
     if len(indices) > MOST:
-        changing = [i for i in indices if lines[i][0].endswith(("changes.py", "alone.py", "reference.py", "contextlib.py"))]
+        changing = [
+            i for i in indices if lines[i][0].endswith(("changes.py", "alone.py", "reference.py", "contextlib.py"))
+        ]
         indices = sorted({*changing[:MOST], *random.Random(0).sample(indices, MOST)})
     return indices
 
