@@ -80,7 +80,7 @@ class CompiledModel(Denoiser):
 
     def report(self) -> Report:
         """What is computed, reused, stored and saved; prints as a table."""
-        failures = self._planned.failures
+        failures = self._planned.failures_now
         return Report.of(type(self.model).__name__, self.schedule, self._planned.cache, self.stats, failures)
 
 

@@ -71,6 +71,10 @@ class ModelWatch:
             self._current = self._read()
         return self._current
 
+    def knows(self, facts: Facts | None) -> bool:
+        """Whether a model in this state would be recognised."""
+        return any(known is facts for known in self._known)
+
     def begin_run(self) -> None:
         """No stream is left of earlier states: of those nothing is kept but the facts."""
         self._states = [state for state in self._states if state is self._current]

@@ -139,6 +139,12 @@ class PlannedEngine:
         return self.cache.held
 
     @property
+    def failures_now(self) -> dict[PlanKey, CaptureFailure]:
+        """Why calls run eagerly, for the model as the last call found it."""
+        facts = self._state.facts if self._state is not None else None
+        return {key: failure for key, failure in self.failures.items() if key.model is facts}
+
+    @property
     def looks_late(self) -> bool:
         """On a GPU: its queue is filled before the host looks at the model."""
         return not self._ran_eagerly and any(key.signature.device.type == "cuda" for key in self.plans)
@@ -230,6 +236,7 @@ class PlannedEngine:
             # What the user can mend at once is no reason to run slowly.
             if self._strict or error.failure.obstacle in (Obstacle.TRAINING, Obstacle.SITE):
                 raise
+            self.failures = {key: failure for key, failure in self.failures.items() if self._watch.knows(key.model)}
             self.failures[self._key(call)] = error.failure
             message = f"{name} runs without a compiled plan, eagerly with the same schedule. {error.failure}"
             log.warning("%s", message)
