@@ -195,7 +195,7 @@ def test_to_another_dtype_and_back(
             largest = {torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
             assert np.abs(got - expected[dtype]).max() < largest * np.abs(expected[dtype]).max()
     changes = [line for line in caplog.messages if "captured again" in line]
-    assert len(changes) == 2
+    assert len(changes) == 1  # and back it finds the plans that there were
     assert "float32 on cpu to [" in changes[0]
 
 
