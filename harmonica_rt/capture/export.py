@@ -51,8 +51,8 @@ def export_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
                 program = program.run_decompositions({})
         except GivenUp as given_up:
             raise CaptureError(given_up.failure) from None
-        except CaptureError:
-            raise
+        except (CaptureError, MemoryError, torch.OutOfMemoryError):
+            raise  # the last two are no fault of the model's, which may be captured another time
         except Exception as error:  # torch.export raises a dozen unrelated types; each becomes a reason, none is lost
             raise CaptureError(not_traced(error)) from error
     _check_functional_signature(program)

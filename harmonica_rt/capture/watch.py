@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from harmonica_rt.capture.alone import take_capture_lock
 from harmonica_rt.capture.facts import UNREAD, UNREAD_OF_ROOT, Facts
 from harmonica_rt.capture.forward import own_forward
 from harmonica_rt.capture.identity import contents, first_change
 from harmonica_rt.capture.tensors import TensorNote, named_tensors, same_objects
+from harmonica_rt.changes import Changes
 
 KNOWN_STATES = 16  # kept to be recognised again; the one unused longest is forgotten
 
@@ -68,7 +70,13 @@ class ModelWatch:
     def look(self) -> ModelState:
         """The state that the model is in."""
         if self._current is None or not self._untouched():
-            self._current = self._read()
+            changes = Changes()
+            with changes, changes:
+                take_capture_lock(changes)  # another thread that traces replaces methods of all modules meanwhile
+                if self._current is None or not self._untouched():
+                    now = self._read_anew()
+                    self._current = self._state_of(self._recognised(now))
+                    self._now = now  # last: whatever interrupts this, the next look reads again
         return self._current
 
     def knows(self, facts: Facts | None) -> bool:
@@ -83,7 +91,9 @@ class ModelWatch:
         """The model changed by itself, while it ran: that makes no other state of the current one."""
         if self._current is None or self._untouched():
             return
-        self._current.become(self._recognised(), self._note)
+        now = self._read_anew()
+        self._current.become(self._recognised(now), self._note)
+        self._now = now
 
     def _untouched(self) -> bool:
         now = self._now
@@ -111,9 +121,9 @@ class ModelWatch:
         facts.noted[index] = now
         return True
 
-    def _read(self) -> ModelState:
+    def _state_of(self, facts: Facts) -> ModelState:
+        """The state with these facts and the weights that were found, the same one if it was there before."""
         before = self._current
-        facts = self._recognised()
         if before is not None and facts is not before.facts:
             self.difference = next(before.facts.differences(facts), None)
         for state in self._states:
@@ -123,12 +133,15 @@ class ModelWatch:
         self._states = [*self._states[1 - KNOWN_STATES :], state]
         return state
 
-    def _recognised(self) -> Facts:
-        """The facts of the model now; the same object for equal ones."""
+    def _read_anew(self) -> Facts:
+        """The facts of the model now, with what tells that they no longer hold."""
         before, self._now = self._now, None  # first, or an interruption would leave facts in use that watch nothing
         if before is not None:
             before.let_go()
-        now = self._now = Facts(self._model)
+        return Facts(self._model)
+
+    def _recognised(self, now: Facts) -> Facts:
+        """Facts that were found before and equal these; these where there are none."""
         self._own_forward = _innermost(self._model)
         tensors = named_tensors(self._model)
         held = self._tensors

@@ -372,7 +372,7 @@ def test_nothing_is_looked_at_twice_where_nothing_changed(monkeypatch: pytest.Mo
         compiled.reset()
         for step in range(STEPS):
             compiled(**stack_call(step))
-        monkeypatch.setattr(ModelWatch, "_recognised", lambda self: pytest.fail("the model was read anew"))
+        monkeypatch.setattr(ModelWatch, "_read_anew", lambda self: pytest.fail("the model was read anew"))
 
 
 class LateLook:
