@@ -8,15 +8,12 @@ says who made it, so the stack is asked.
 
 from __future__ import annotations
 
-import sys
 import weakref
 from dataclasses import dataclass
 from typing import Any
 
 from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.runtime.scheduler import Listener, listener_of, unwatch, watch
-
-_FRAMES = 32  # between a pipeline and what it calls there are about ten, with hooks some more
 
 
 @dataclass
@@ -39,6 +36,10 @@ class Following:
     def pipelines(self) -> list[Any]:
         """Those that are still alive."""
         return [pipeline for one in self._followed if (pipeline := one.pipeline()) is not None]
+
+    def follows(self, scheduler: Any) -> bool:
+        """Whether this is the scheduler of a pipeline that is followed."""
+        return any(one.scheduler is scheduler for one in self._followed)
 
     def add(self, pipeline: Any) -> None:
         """Follow the scheduler of a pipeline from now on.
@@ -88,22 +89,7 @@ class Following:
         watch(scheduler, listener)
 
     def _release(self, scheduler: Any) -> None:
-        if all(one.scheduler is not scheduler for one in self._followed):
+        if not self.follows(scheduler):
             listener = listener_of(scheduler)
             if listener is not None and listener is self._listener():
                 unwatch(scheduler)
-
-
-def calling_scheduler() -> Any | None:
-    """The scheduler of the pipeline that makes the call under way; None for a loop of one's own."""
-    frame = sys._getframe(1)
-    for _ in range(_FRAMES):
-        if frame.f_code.co_name == "__call__" and frame.f_code.co_varnames[:1] == ("self",):
-            caller = frame.f_locals["self"]
-            scheduler = getattr(caller, "__dict__", {}).get("scheduler")
-            if callable(getattr(scheduler, "set_timesteps", None)):
-                return scheduler
-        if frame.f_back is None:
-            return None
-        frame = frame.f_back
-    return None
