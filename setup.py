@@ -20,6 +20,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -27,8 +28,11 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError, LinkError, PlatformError
 
+ROOT = Path(__file__).resolve().parent
+URL = "https://github.com/harmonica-rt/harmonica-rt"
 EXTENSION = "harmonica_kernels._C"
 RECORD = "_C.build.json"
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
@@ -54,8 +58,10 @@ INSTALL_REQUIRES = [
     "nvidia-ml-py>=12",
     'triton>=3.4; platform_system == "Linux"',
 ]
-MODEL_EXTRAS = ["transformers>=4.50", "accelerate>=1.0", "sentencepiece>=0.2", "protobuf>=4"]
+# What diffusers pipelines with text encoders need, and adapters on their denoisers.
+MODEL_EXTRAS = ["transformers>=4.50", "accelerate>=1.0", "sentencepiece>=0.2", "protobuf>=4", "peft>=0.17"]
 EXTRAS = {
+    "models": MODEL_EXTRAS,
     "train": ["scikit-learn>=1.4", "tensorboard>=2.16", "tqdm>=4.66"],
     "bench": [*MODEL_EXTRAS, "scikit-learn>=1.4", "torchmetrics>=1.4"],
     "test": [
@@ -63,13 +69,22 @@ EXTRAS = {
         "scikit-learn>=1.4",
         "tensorboard>=2.16",
         "torchmetrics>=1.4",
-        "peft>=0.17",
         "pytest>=8",
         "pytest-xdist>=3.5",
         "hypothesis>=6.100",
     ],
     "lint": ["ruff>=0.9", "mypy>=1.13"],
 }
+
+
+class BuildPython(build_py):
+    """`build_py` that begins with an empty folder: what an earlier build left there would go into the wheel."""
+
+    def run(self) -> None:
+        """Remove what was built before, then copy the packages."""
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class BuildExtension(build_ext):
@@ -84,17 +99,16 @@ class BuildExtension(build_ext):
         if choice == "0":
             self._record = {"reason": "the build was told so: HARMONICA_BUILD_CSRC=0", "chosen": "yes"}
         elif torch_folder is None:
-            reason = "no torch was installed when harmonica-rt was built"
-            remedy = "with torch installed, install harmonica-rt again (`pip install .`)"
             if choice == "1":
-                raise PlatformError(f"HARMONICA_BUILD_CSRC=1, but {reason}; {remedy}")
-            self._record = {"reason": f"{reason}; {remedy}"}
+                raise PlatformError(f"HARMONICA_BUILD_CSRC=1, but {sys.executable} has no torch; install torch first")
+            self._record = {"reason": "no torch was installed when harmonica-rt was built"}
         else:
             self._use(torch_folder)
         if "torch" not in self._record:
             self.extensions = []
             say(f"building WITHOUT the C++ extension: {self._record['reason']}")
-            self._remove_stale_extension()
+            # Of this build alone: a wheel that is built without the extension leaves that of an editable install be.
+            (self._record_folder() / "_C.so").unlink(missing_ok=True)
         super().run()
         self._write_record(self._record_folder())
 
@@ -130,13 +144,10 @@ class BuildExtension(build_ext):
         root = ROOTS["harmonica_kernels"] if self.inplace else self.build_lib
         return Path(root) / "harmonica_kernels"
 
-    def _remove_stale_extension(self) -> None:
-        for folder in (Path(ROOTS["harmonica_kernels"]) / "harmonica_kernels", self._record_folder()):
-            (folder / "_C.so").unlink(missing_ok=True)
-
     def _write_record(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECORD).write_text(json.dumps(self._record, indent=2) + "\n")
+        record = {**self._record, "source": str(ROOT)}  # to build it again from
+        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def find_torch() -> Path | None:
@@ -185,6 +196,13 @@ def package_dirs() -> dict[str, str]:
     return {package: f"{root}/{package}" for package, root in ROOTS.items() if root != "."}
 
 
+def long_description() -> str:
+    """The README, with links that lead somewhere from a package index too."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    pictures = re.sub(r"(!\[[^\]]*\]\()(?!https?:)", rf"\g<1>{URL}/raw/main/", text)
+    return re.sub(r"((?<!!)\[[^\]]*\]\()(?!https?:|#)", rf"\g<1>{URL}/blob/main/", pictures)
+
+
 if platform.system() == "Windows":
     raise PlatformError("harmonica-rt builds on Linux and macOS; on Windows use it inside WSL")
 
@@ -192,8 +210,29 @@ setup(
     name="harmonica-rt",
     version="0.1.0",
     description="Compiler and runtime for Diffusion Transformers with cached features",
-    long_description=Path("README.md").read_text() if Path("README.md").exists() else "",
+    long_description=long_description(),
     long_description_content_type="text/markdown",
+    author="harmonica-rt developers",
+    url=URL,
+    project_urls={
+        "Documentation": f"{URL}/tree/main/docs",
+        "Changes": f"{URL}/blob/main/CHANGELOG.md",
+        "Issues": f"{URL}/issues",
+    },
+    keywords=["diffusion", "transformers", "caching", "inference", "torch"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: C++",
+        "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 15)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
@@ -211,7 +250,7 @@ setup(
         "harmonica_training": ["py.typed"],
     },
     ext_modules=[Extension(EXTENSION, SOURCES, depends=HEADERS, language="c++")],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_py": BuildPython, "build_ext": BuildExtension},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     entry_points={

@@ -22,7 +22,7 @@ BENCHMARKS = (
     "training_cost",
     "time_to_quality",
 )
-OWN_COMMANDS = ("latency", "quality")  # with options of their own; quality is hours long: never by default
+OWN_COMMANDS = ("latency", "quality", "fuzz", "soak")  # with options of their own; all but the first take long
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from harmonica_rt.schedule.files import write_atomically
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -85,7 +87,7 @@ def merge(path: Path, new: Sequence[Mapping[str, Any]], key: Sequence[str]) -> N
     rows = [{**row, "machine": listed.index(one)} for row, one in zip([*old, *new], machines, strict=True)]
     parts = (",\n    ".join(map(json.dumps, part)) for part in (listed, rows))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text('{{\n  "machines": [\n    {}\n  ],\n  "rows": [\n    {}\n  ]\n}}\n'.format(*parts))
+    write_atomically(path, '{{\n  "machines": [\n    {}\n  ],\n  "rows": [\n    {}\n  ]\n}}\n'.format(*parts))
 
 
 def show(rows: Iterable[Row]) -> None:

@@ -2,6 +2,7 @@
 // wrong with them.
 #pragma once
 
+#include <ATen/Functions.h>
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
@@ -31,6 +32,20 @@ inline bool broadcasts_to(const at::Tensor& x, const std::optional<at::Tensor>& 
 }
 
 using Gates = c10::List<std::optional<at::Tensor>>;
+
+// The gates with their numbers in memory. The dispatcher turns negated views and zeros without memory into ordinary
+// tensors before it calls an op, but not those in a list of optional tensors.
+inline Gates in_memory(const Gates& gates) {
+  const auto is_lazy = [](const std::optional<at::Tensor>& t) {
+    return t.has_value() && (t->is_neg() || t->is_conj() || t->_is_zerotensor());
+  };
+  bool any = false;
+  for (const std::optional<at::Tensor>& gate : gates) any = any || is_lazy(gate);
+  if (!any) return gates;
+  Gates copies;
+  for (const std::optional<at::Tensor>& gate : gates) copies.push_back(is_lazy(gate) ? gate->clone() : gate);
+  return copies;
+}
 
 inline bool is_residual_sum(const at::Tensor& x, at::TensorList caches, const Gates& gates) {
   if (!is_known(x) || caches.empty() || gates.size() != caches.size()) return false;

@@ -44,7 +44,8 @@ void run(at::TensorIterator& iter, const Gates& gates) {
   });
 }
 
-at::Tensor residual_reuse(const at::Tensor& x, at::TensorList caches, const Gates& gates) {
+at::Tensor residual_reuse(const at::Tensor& x, at::TensorList caches, const Gates& given_gates) {
+  const Gates gates = in_memory(given_gates);
   if (!is_residual_sum(x, caches, gates)) return by_reference(x, caches, gates);
   if (caches.size() == 1) return gated_residual(x, caches[0], gates.get(0));  // a loop without terms to go through
   at::Tensor out = at::empty(x.sizes(), x.options());

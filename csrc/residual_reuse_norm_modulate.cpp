@@ -246,9 +246,10 @@ Results by_reference(const at::Tensor& x, at::TensorList caches, const Gates& ga
   return op.call(x, caches, gates, weight, bias, scale, shift, rms, eps);
 }
 
-Results residual_reuse_norm_modulate(const at::Tensor& x, at::TensorList caches, const Gates& gates,
+Results residual_reuse_norm_modulate(const at::Tensor& x, at::TensorList caches, const Gates& given_gates,
                                   const Optional& weight, const Optional& bias, const Optional& scale,
                                   const Optional& shift, bool rms, double eps) {
+  const Gates gates = in_memory(given_gates);
   if (x.dim() == 0 || !is_residual_sum(x, caches, gates) || !is_vector_for(x, weight) || !is_vector_for(x, bias) ||
       !broadcasts_to(x, scale) || !broadcasts_to(x, shift))
     return by_reference(x, caches, gates, weight, bias, scale, shift, rms, eps);

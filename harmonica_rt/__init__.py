@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from harmonica_rt.backend import attach
     from harmonica_rt.capture.reasons import CaptureError
+    from harmonica_rt.demo import demo_pipeline, demo_schedule
     from harmonica_rt.errors import HarmonicaError
     from harmonica_rt.fit import model_info
     from harmonica_rt.parity.report import ParityError, ParityReport
@@ -39,6 +40,8 @@ _HOME = {
     "verify": "harmonica_rt.api",
     "attach": "harmonica_rt.backend",
     "CaptureError": "harmonica_rt.capture.reasons",
+    "demo_pipeline": "harmonica_rt.demo",
+    "demo_schedule": "harmonica_rt.demo",
     "FallbackWarning": "harmonica_rt.runtime.planned",
     "HarmonicaError": "harmonica_rt.errors",
     "ParityError": "harmonica_rt.parity.report",
@@ -58,6 +61,8 @@ __all__ = [
     "__version__",
     "attach",
     "compile",
+    "demo_pipeline",
+    "demo_schedule",
     "find_sites",
     "get_compiled",
     "load",

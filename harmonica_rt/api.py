@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from types import FunctionType
 from typing import Any, TypeVar, overload
 
 from torch import nn
 
 from harmonica_rt import saved
-from harmonica_rt.errors import HarmonicaError, InvariantError, PlanFileError
+from harmonica_rt.arguments import (
+    check_flags,
+    check_limits,
+    check_path,
+    check_pipeline,
+    check_pipeline_arguments,
+    check_schedule,
+    check_seed,
+    check_subject,
+    check_tolerance,
+    check_whole_number,
+    checked_calls,
+)
+from harmonica_rt.errors import ArgumentError, HarmonicaError, InvariantError, PlanFileError
 from harmonica_rt.fit import check_fit, check_lowering, warn_about_sampler
 from harmonica_rt.lower import DEFAULT as DEFAULT_LOWERING
 from harmonica_rt.parity.lockstep import LockstepEngine, Tolerance
@@ -18,7 +32,7 @@ from harmonica_rt.parity.verify import verify_model, verify_pipeline
 from harmonica_rt.report import Report
 from harmonica_rt.runtime.denoiser import Denoiser
 from harmonica_rt.runtime.graphs import graphs_of
-from harmonica_rt.runtime.pipelines import denoiser_module, install, installed, is_pipeline, uninstall
+from harmonica_rt.runtime.pipelines import denoiser_module, install, install_assigned, installed, uninstall
 from harmonica_rt.runtime.planned import PlannedEngine
 from harmonica_rt.runtime.reference import ReferenceEngine
 from harmonica_rt.schedule import Schedule
@@ -39,12 +53,30 @@ class CompiledModel(Denoiser):
 
         Raises:
             HarmonicaError: there is no plan yet (the first call makes one).
-            PlanFileError: a plan cannot be written.
+            PlanFileError: a plan has no such form, or the file cannot be written.
         """
+        check_path(path)
         plans = self._planned.saved()
         if not plans:
             raise HarmonicaError("there is no plan to save yet: the first call of the compiled model makes one")
-        saved.write(path, self.model, self.schedule, self._planned.lowering, plans)
+        try:
+            saved.write(path, self.model, self.schedule, self._planned.lowering, plans)
+        except OSError as error:
+            raise PlanFileError(
+                f"{os.fspath(path)}: cannot be written ({error.strerror}); give a file in a folder that exists and can "
+                "be written to"
+            ) from error
+
+    def _settle_in(self, callers: list[Any]) -> None:
+        for caller in callers:
+            inner = getattr(caller, "__dict__", {}).get("_modules", {}).get("_orig_mod")
+            if (inner is self or inner is self.model) and _through_torch_compile(caller):
+                raise HarmonicaError(
+                    f"this {type(self.model).__name__} is compiled twice, by harmonica_rt.compile and by torch.compile "
+                    "with this package's backend, each with a schedule. Undo one of them: "
+                    "harmonica_rt.uncompile(pipe), or pipe.transformer = pipe.transformer._orig_mod"
+                )
+        super()._settle_in(callers)
 
     def report(self) -> Report:
         """What is computed, reused, stored and saved; prints as a table."""
@@ -62,6 +94,7 @@ def compile(
     verify: bool = ...,
     strict: bool = ...,
     max_plans: int = ...,
+    max_plan_bytes: int | None = ...,
     debug: bool = ...,
 ) -> CompiledModel: ...
 
@@ -76,6 +109,7 @@ def compile(
     verify: bool = ...,
     strict: bool = ...,
     max_plans: int = ...,
+    max_plan_bytes: int | None = ...,
     debug: bool = ...,
 ) -> P: ...
 
@@ -89,14 +123,16 @@ def compile(
     verify: bool = False,
     strict: bool = False,
     max_plans: int = 8,
+    max_plan_bytes: int | None = None,
     debug: bool = False,
 ) -> Any:
     """Compile a model, or the denoiser of a pipeline, with a schedule.
 
     Of a pipeline the denoiser is compiled in place and the same pipeline is returned; its scheduler begins the runs and
     counts the steps. Of a model a `CompiledModel` is returned, called like the model, one call a step; `reset()` begins
-    the next run, and must: without it the next image would go on where the last one stopped. Plans are made at the
-    first call of each signature (shapes, dtypes, plain arguments). For inference only: results carry no gradient.
+    the next run, and must: without it the next image would go on where the last one stopped. Assigned to a pipeline
+    (`pipe.transformer = compile(pipe.transformer, schedule)`) it compiles the pipeline. Plans are made at the first
+    call of each signature (shapes, dtypes, plain arguments). For inference only: results carry no gradient.
 
     Args:
         model_or_pipeline: an `nn.Module` in eval mode, or a diffusers pipeline.
@@ -110,16 +146,31 @@ def compile(
             both; meant for trying a schedule out.
         strict: raise CaptureError where the model cannot be captured, instead of running eagerly with a warning.
         max_plans: plans kept at once, at least 1; the one unused longest is dropped.
+        max_plan_bytes: bytes of device memory that all plans may hold (cached features, inputs of CUDA graphs, and what
+            graphs reserved), by default a quarter of a GPU's memory, and no limit on a CPU. Plans unused longest are
+            dropped; those of the run at hand stay, however large they are.
         debug: fill slots with NaN before they are written and after their last read.
 
     Raises:
         ScheduleMismatchError: the schedule was made for another model.
         SiteError: the model lacks a site, or one site lies inside another.
-        HarmonicaError: an unknown lowering or graph mode, a bad limit, or a pipeline without a known denoiser.
+        ArgumentError: no model, pipeline or schedule where one is expected, or an option of the wrong kind.
+        HarmonicaError: an unknown lowering or graph mode, a pipeline without a known denoiser, or one whose denoiser
+            torch.compile compiled with our backend.
     """
+    check_flags(verify=verify, strict=strict, debug=debug)
     if verify and debug:
         raise HarmonicaError("verify reads slots after their last use, which debug overwrites; choose one of the two")
-    planned = _planned(model_or_pipeline, schedule, lowering, graphs, strict=strict, max_plans=max_plans, debug=debug)
+    planned = _planned(
+        model_or_pipeline,
+        schedule,
+        lowering,
+        graphs,
+        strict=strict,
+        max_plans=max_plans,
+        max_plan_bytes=max_plan_bytes,
+        debug=debug,
+    )
     return _take_over(model_or_pipeline, CompiledModel(_model_of(model_or_pipeline), schedule, planned, verify=verify))
 
 
@@ -131,12 +182,19 @@ def load(
     graphs: str = ...,
     strict: bool = ...,
     max_plans: int = ...,
+    max_plan_bytes: int | None = ...,
 ) -> CompiledModel: ...
 
 
 @overload
 def load(
-    path: str | os.PathLike[str], model_or_pipeline: P, *, graphs: str = ..., strict: bool = ..., max_plans: int = ...
+    path: str | os.PathLike[str],
+    model_or_pipeline: P,
+    *,
+    graphs: str = ...,
+    strict: bool = ...,
+    max_plans: int = ...,
+    max_plan_bytes: int | None = ...,
 ) -> P: ...
 
 
@@ -147,6 +205,7 @@ def load(
     graphs: str = "auto",
     strict: bool = False,
     max_plans: int = 8,
+    max_plan_bytes: int | None = None,
 ) -> Any:
     """Compile as `compile` did for the model that was saved, with its schedule, lowering and plans.
 
@@ -155,27 +214,51 @@ def load(
     Args:
         path: a file that `CompiledModel.save` wrote.
         model_or_pipeline: the same model in the same state (weights may differ in value), or a pipeline with it.
-        graphs, strict, max_plans: see `compile`.
+        graphs, strict, max_plans, max_plan_bytes: see `compile`.
 
     Raises:
         PlanFileError: no such file, damaged, or made for another model, torch or version.
         CaptureError: the model is in training mode, or has hooks inside.
         RegionError: Inductor cannot compile a region.
+        ArgumentError, HarmonicaError: as `compile`.
     """
-    model = _model_of(model_or_pipeline)
-    found = saved.read(path, model)
+    check_path(path)
+    check_flags(strict=strict)
+    check_whole_number("max_plans", max_plans, least=1)
+    graphs_of(graphs)
+    model = _model_to_compile(model_or_pipeline)
+    try:
+        found = saved.read(path, model)
+    except OSError as error:
+        raise PlanFileError(f"{os.fspath(path)}: cannot be read as a saved plan ({error.strerror})") from error
     kept = max(max_plans, len(found.plans))
-    planned = _planned(model_or_pipeline, found.schedule, found.lowering, graphs, strict=strict, max_plans=kept)
+    planned = _planned(
+        model_or_pipeline,
+        found.schedule,
+        found.lowering,
+        graphs,
+        strict=strict,
+        max_plans=kept,
+        max_plan_bytes=max_plan_bytes,
+    )
     try:
         planned.restore(found.plans)
     except (PlanFileError, InvariantError) as error:
-        raise PlanFileError(f"{path}: {error}; save it again") from error
+        raise PlanFileError(f"{os.fspath(path)}: {error}; compile the model and save it again") from error
     return _take_over(model_or_pipeline, CompiledModel(model, found.schedule, planned, verify=False))
 
 
 def uncompile(pipeline: P) -> P:
-    """Give a pipeline its plain denoiser and scheduler back; the same pipeline is returned."""
-    uninstall(_checked_pipeline(pipeline))
+    """Give a pipeline its plain denoiser and scheduler back; the same pipeline is returned.
+
+    Nothing happens to a pipeline that is not compiled.
+
+    Raises:
+        ArgumentError: not a pipeline.
+    """
+    check_pipeline(pipeline)
+    install_assigned(pipeline)
+    uninstall(pipeline)
     return pipeline
 
 
@@ -183,14 +266,23 @@ def get_compiled(pipeline: Any) -> CompiledModel:
     """The compiled denoiser inside a pipeline, for its `report()`.
 
     Raises:
+        ArgumentError: not a pipeline.
         HarmonicaError: the pipeline is not compiled.
     """
-    compiled = installed(denoiser_module(_checked_pipeline(pipeline)))
-    if not isinstance(compiled, CompiledModel):
+    check_pipeline(pipeline)
+    install_assigned(pipeline)
+    module = denoiser_module(pipeline)
+    compiled, name = installed(module), type(pipeline).__name__
+    if isinstance(compiled, CompiledModel):
+        return compiled
+    if compiled is not None:
+        raise HarmonicaError(f"this {name} is not compiled but runs the reference; compile(pipe, schedule) compiles it")
+    if _through_torch_compile(module):
         raise HarmonicaError(
-            f"this {type(pipeline).__name__} is not compiled; harmonica_rt.compile(pipe, schedule) does"
+            f"this {name} is not compiled by harmonica_rt.compile but by torch.compile; "
+            "attach(pipe.transformer).report() reports on it"
         )
-    return compiled
+    raise HarmonicaError(f"this {name} is not compiled; harmonica_rt.compile(pipe, schedule) does")
 
 
 @overload
@@ -207,9 +299,10 @@ def reference(model_or_pipeline: Any, schedule: Schedule) -> Any:
     Takes and returns what `compile` does, and `uncompile` undoes it in a pipeline.
 
     Raises:
-        ScheduleMismatchError, SiteError, HarmonicaError: as `compile`.
+        ScheduleMismatchError, SiteError, ArgumentError, HarmonicaError: as `compile`.
     """
-    model = _model_of(model_or_pipeline)
+    check_schedule(schedule)
+    model = _model_to_compile(model_or_pipeline)
     check_fit(model, schedule)
     denoiser = Denoiser(model, schedule, ReferenceEngine(model, schedule))
     if isinstance(model_or_pipeline, nn.Module):
@@ -224,6 +317,7 @@ def verify(
     *,
     calls: Iterable[Mapping[str, Any]] | None = None,
     lowering: str = DEFAULT_LOWERING,
+    graphs: str = "auto",
     seed: int = 0,
     tolerance: Tolerance = "auto",
     **pipeline_arguments: Any,
@@ -235,6 +329,7 @@ def verify(
         schedule: the schedule to verify.
         calls: for a model, the keyword arguments of one call for each step.
         lowering: see `compile`.
+        graphs: see `compile`; with CUDA graphs it runs as often as it takes to have them all recorded and replayed.
         seed: for a pipeline, seeds the generator of both runs unless one is passed.
         tolerance: `exact` (equal bit for bit), `measured` (at most twice the error of the eager model in this dtype,
             against a reference one precision up; floor one ulp), or `auto`: exact for `plain` on CPU, else measured.
@@ -243,20 +338,35 @@ def verify(
     Raises:
         ParityError: a step or the result is outside the tolerance; names the first step and site that diverge.
         CaptureError: the model cannot be captured.
-        HarmonicaError: `calls` is missing or has another number of entries than the schedule has steps.
+        ArgumentError: `calls` is missing or has another number of entries than the schedule has steps; the pipeline
+            cannot be called with these arguments; or as `compile`.
     """
+    check_schedule(schedule)
     check_lowering(lowering)
-    model = _model_of(model_or_pipeline)
+    check_seed(seed)
+    check_tolerance(tolerance)
+    model = _model_to_compile(model_or_pipeline)
     check_fit(model, schedule)
     if not isinstance(model_or_pipeline, nn.Module):
+        if calls is not None:
+            raise ArgumentError("calls=[...] is for a model by itself; for a pipeline pass what it is called with")
+        check_pipeline_arguments(model_or_pipeline, pipeline_arguments)
         return verify_pipeline(
-            model_or_pipeline, schedule, lowering=lowering, seed=seed, tolerance=tolerance, arguments=pipeline_arguments
+            model_or_pipeline,
+            schedule,
+            lowering=lowering,
+            graphs=graphs,
+            seed=seed,
+            tolerance=tolerance,
+            arguments=pipeline_arguments,
         )
-    if calls is None:
-        raise HarmonicaError("verify(model, ...) needs calls=[...], the keyword arguments of one call for each step")
     if pipeline_arguments:
-        raise HarmonicaError(f"a model takes no pipeline arguments, got {', '.join(pipeline_arguments)}")
-    return verify_model(model, schedule, calls, lowering=lowering, tolerance=tolerance)
+        raise ArgumentError(
+            f"verify of a model takes no {', '.join(pipeline_arguments)}: its arguments go into calls=[...], one dict "
+            "per step"
+        )
+    inputs = checked_calls(calls, schedule.steps)
+    return verify_model(model, schedule, inputs, lowering=lowering, graphs=graphs, tolerance=tolerance)
 
 
 def _planned(
@@ -267,15 +377,23 @@ def _planned(
     *,
     strict: bool,
     max_plans: int,
+    max_plan_bytes: int | None,
     debug: bool = False,
 ) -> PlannedEngine:
+    check_schedule(schedule)
     check_lowering(lowering)
-    if max_plans < 1:
-        raise HarmonicaError(f"max_plans is {max_plans}; at least 1 plan must be kept")
-    model = _model_of(model_or_pipeline)
+    check_limits(max_plans, max_plan_bytes)
+    model = _model_to_compile(model_or_pipeline)
     check_fit(model, schedule)
     return PlannedEngine(
-        model, schedule, lowering=lowering, strict=strict, max_plans=max_plans, debug=debug, graphs=graphs_of(graphs)
+        model,
+        schedule,
+        lowering=lowering,
+        strict=strict,
+        max_plans=max_plans,
+        max_plan_bytes=max_plan_bytes,
+        debug=debug,
+        graphs=graphs_of(graphs),
     )
 
 
@@ -289,14 +407,34 @@ def _take_over(model_or_pipeline: Any, compiled: CompiledModel) -> Any:
 
 
 def _model_of(model_or_pipeline: Any) -> nn.Module:
+    check_subject(model_or_pipeline)
+    if isinstance(model_or_pipeline, Denoiser):
+        return model_or_pipeline.model
     if isinstance(model_or_pipeline, nn.Module):
         return model_or_pipeline
-    return denoiser_module(_checked_pipeline(model_or_pipeline))
+    return denoiser_module(model_or_pipeline)
 
 
-def _checked_pipeline(candidate: Any) -> Any:
-    if not is_pipeline(candidate):
+def _model_to_compile(model_or_pipeline: Any) -> nn.Module:
+    """The plain model, in whose place another call may be put."""
+    check_subject(model_or_pipeline)
+    if not isinstance(model_or_pipeline, nn.Module):
+        install_assigned(model_or_pipeline)
+    model = _model_of(model_or_pipeline)
+    wrapped = getattr(model, "_orig_mod", None)
+    if wrapped is not None and _through_torch_compile(model):
         raise HarmonicaError(
-            f"expected an nn.Module or a diffusers pipeline (with a scheduler), got {type(candidate).__name__}"
+            f"this {type(wrapped).__name__} is compiled already, by torch.compile with this package's backend. Undo "
+            "that first: harmonica_rt.attach(pipe.transformer).detach(), then "
+            "pipe.transformer = pipe.transformer._orig_mod"
         )
-    return candidate
+    return model
+
+
+def _through_torch_compile(module: nn.Module) -> bool:
+    """Whether torch.compile compiled it with our backend."""
+    if not hasattr(module, "_orig_mod") and not isinstance(module.__dict__.get("_compiled_call_impl"), FunctionType):
+        return False
+    from harmonica_rt.backend import is_backend_of  # dynamo is in use already where this is asked
+
+    return is_backend_of(module)

@@ -6,9 +6,18 @@ run that went wrong), so that code which does not know this package can still ha
 
 from __future__ import annotations
 
+from harmonica_rt.untrusted.text import printable
+
 
 class HarmonicaError(Exception):
-    """Base of all errors of this package."""
+    """Base of all errors of this package. Messages cite files and names, so what does not print is escaped in them."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+class ArgumentError(HarmonicaError, TypeError, ValueError):
+    """A public function was handed something else than it takes."""
 
 
 class ScheduleError(HarmonicaError, ValueError):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from harmonica_rt.errors import HarmonicaError, ScheduleMismatchError, SiteError
+from harmonica_rt.errors import ArgumentError, ScheduleMismatchError, SiteError
 from harmonica_rt.lower import LOWERINGS
 from harmonica_rt.schedule import ModelInfo, Schedule
 from harmonica_rt.schedule.sites import check_sites
@@ -16,7 +16,14 @@ log = logging.getLogger(__name__)
 
 
 def model_info(model: nn.Module) -> ModelInfo:
-    """Class name and config fingerprint of a model, to record in a schedule."""
+    """Class name and config fingerprint of a model, to record in a schedule.
+
+    Raises:
+        ArgumentError: not a module.
+    """
+    if not isinstance(model, nn.Module):
+        remedy = "; pass its denoiser: model_info(pipe.transformer)" if hasattr(model, "scheduler") else ""
+        raise ArgumentError(f"model_info takes an nn.Module, got an object of class {type(model).__name__}{remedy}")
     return ModelInfo.of(model)
 
 
@@ -38,9 +45,9 @@ def check_fit(model: nn.Module, schedule: Schedule) -> None:
 
 
 def check_lowering(lowering: str) -> None:
-    """Raise HarmonicaError for the name of no lowering."""
+    """Raise ArgumentError for the name of no lowering."""
     if lowering not in LOWERINGS:
-        raise HarmonicaError(f"lowering {lowering!r} is not known; choose one of {', '.join(LOWERINGS)}")
+        raise ArgumentError(f"lowering {lowering!r} is not known; choose one of {', '.join(LOWERINGS)}")
 
 
 def warn_about_sampler(pipeline: Any, schedule: Schedule) -> None:

@@ -6,14 +6,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from harmonica_rt.capture.call import Signature
 from harmonica_rt.capture.reasons import CaptureFailure
-from harmonica_rt.lower import Lowering
 from harmonica_rt.lower.inductor import InductorLowering
-from harmonica_rt.plan.plan import Plan
-from harmonica_rt.runtime.plans import Plans
+from harmonica_rt.runtime.execution import PlanRuntime
+from harmonica_rt.runtime.plans import PlanKey, Plans
 from harmonica_rt.runtime.run import RunStats
 from harmonica_rt.schedule import Schedule
+from harmonica_rt.untrusted.text import printable
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ class PlanReport:
         site_addresses_bytes: what it would take to give each site one address for the whole run.
         capture_seconds, plan_seconds, lower_seconds: compile time by stage.
         compile_seconds: all of it, the checks of the plan included.
+        held_bytes: held now: arenas, the inputs of graphs, and what graphs reserved.
         hoisted: number of values computed before the steps.
         hoisted_bytes: what they take in one stream.
         fusions: fused calls of each step program, by operator, and what was left; empty where nothing is fused.
@@ -70,6 +70,7 @@ class PlanReport:
     plan_seconds: float
     lower_seconds: float
     compile_seconds: float
+    held_bytes: int
     hoisted: int
     hoisted_bytes: int
     fusions: tuple[dict[str, int], ...]
@@ -80,11 +81,9 @@ class PlanReport:
     whole: tuple[int, int] | None
 
     @classmethod
-    def of(
-        cls, plan: Plan, lowered: Lowering, signature: str, *, lower_seconds: float, compile_seconds: float
-    ) -> PlanReport:
+    def of(cls, runtime: PlanRuntime, signature: str) -> PlanReport:
         """Read a plan and what it was lowered to."""
-        steps = []
+        plan, lowered, steps = runtime.plan, runtime.lowered, []
         inductor = lowered if isinstance(lowered, InductorLowering) else None
         for index, step in enumerate(plan.steps):
             row = plan.schedule.compute[index]
@@ -111,8 +110,9 @@ class PlanReport:
             site_addresses_bytes=plan.table.site_addresses_bytes,
             capture_seconds=plan.captured.seconds,
             plan_seconds=plan.seconds,
-            lower_seconds=lower_seconds,
-            compile_seconds=compile_seconds,
+            lower_seconds=runtime.lower_seconds,
+            compile_seconds=runtime.compile_seconds,
+            held_bytes=runtime.nbytes,
             hoisted=len(lowered.prologue.names) if lowered.prologue else 0,
             hoisted_bytes=lowered.prologue.nbytes if lowered.prologue else 0,
             fusions=lowered.fusions,
@@ -130,7 +130,7 @@ class GraphReport:
 
     Attributes:
         recorded: number of graphs, of step programs and prologues.
-        pool_bytes: what they reserved for values between their inputs and outputs, shared by all.
+        pool_bytes: what they reserved for values between their inputs and outputs; the graphs of a plan share it.
         static_bytes: of the tensors that inputs are copied into.
         refusals: why step programs and prologues run without one, with how many each.
     """
@@ -188,22 +188,13 @@ class Report:
         schedule: Schedule,
         plans: Plans,
         stats: RunStats | None,
-        failures: Mapping[Signature, CaptureFailure] | None = None,
+        failures: Mapping[PlanKey, CaptureFailure] | None = None,
     ) -> Report:
         """Read the plans of a model, and what its last run did."""
         return cls(
             model=model,
             cur=schedule.cur,
-            plans=tuple(
-                PlanReport.of(
-                    runtime.plan,
-                    runtime.lowered,
-                    str(signature),
-                    lower_seconds=runtime.lower_seconds,
-                    compile_seconds=runtime.compile_seconds,
-                )
-                for signature, runtime in plans.held.items()
-            ),
+            plans=tuple(PlanReport.of(runtime, str(signature)) for signature, runtime in plans.held.items()),
             fallbacks=tuple(f"{signature}: {failure}" for signature, failure in (failures or {}).items()),
             last_calls=stats.calls if stats is not None else 0,
             last_cur=stats.reused / stats.entries if stats is not None and stats.entries else None,
@@ -238,7 +229,7 @@ class Report:
             lines.append(f"it began at step {self.last_first} of the schedule: the steps before were left out")
         if self.last_catch_ups:
             lines.append(f"steps computed in full to catch up: {', '.join(map(str, self.last_catch_ups))}")
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
 def _whole(lowered: InductorLowering) -> tuple[int, int]:
@@ -254,7 +245,7 @@ def _plan_lines(plan: PlanReport) -> list[str]:
         f"{_mib(plan.arena_bytes)} (lower bound {_mib(plan.lower_bound_bytes)}, one address a site "
         f"{_mib(plan.site_addresses_bytes)})",
         f"  compiled in {plan.compile_seconds:.2f} s: capture {plan.capture_seconds:.2f}, plan "
-        f"{plan.plan_seconds:.2f}, lower {plan.lower_seconds:.2f}",
+        f"{plan.plan_seconds:.2f}, lower {plan.lower_seconds:.2f}; holds {_mib(plan.held_bytes)}",
     ]
     if plan.hoisted:
         lines.append(f"  {plan.hoisted} values are computed before the steps, {_mib(plan.hoisted_bytes)} a stream")

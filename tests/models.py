@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
+
+from harmonica_rt import Schedule, find_sites
 
 
 class Block(nn.Module):
@@ -47,6 +50,14 @@ def stack_call(step: int, batch: int = 2, tokens: int = 4, width: int = 8) -> di
     generator = torch.Generator().manual_seed(step)
     latents = torch.randn(batch, tokens, width, generator=generator)
     return {"latents": latents, "timestep": torch.full((batch,), 1.0 - step / 100)}
+
+
+def random_schedule(model: nn.Module, steps: int, seed: int = 0) -> Schedule:
+    """About half of all entries reused."""
+    sites = find_sites(model)
+    mask = np.random.default_rng(seed).random((steps, len(sites))) < 0.5
+    mask[0] = True
+    return Schedule.from_array(mask, sites=sites)
 
 
 SITES = ["blocks.*.attn", "blocks.*.mlp"]

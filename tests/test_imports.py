@@ -16,7 +16,7 @@ ROOTS = {"harmonica_rt": REPO, "harmonica_kernels": REPO / "kernels", "harmonica
 
 # Each stage may import itself, the stages before it, the base and harmonica_kernels.
 STAGES = ("capture", "passes", "plan", "lower", "runtime", "parity")
-BASE = ("errors", "indices")
+BASE = ("errors", "indices", "changes", "untrusted")
 
 
 def allowed(importer: str, imported: str) -> bool:
@@ -28,13 +28,13 @@ def allowed(importer: str, imported: str) -> bool:
         return False
     part, target_part = (f"{name}.".split(".")[1] for name in (importer, imported))
     if package == "harmonica_training":
-        return target == "harmonica_rt" and target_part in ("schedule", "errors")
+        return target == "harmonica_rt" and target_part in ("schedule", "errors", "changes", "untrusted")
     if target == "harmonica_training":
         return part == "cli"  # one command line for both
     if part in BASE:
         return target == "harmonica_rt" and target_part in BASE
     if part == "schedule":
-        return target == "harmonica_rt" and target_part in ("schedule", "errors")
+        return target == "harmonica_rt" and target_part in ("schedule", "errors", "untrusted")
     if part not in STAGES:  # the surface: api, backend, cli, ...
         return True
     earlier = STAGES[: STAGES.index(part) + 1]

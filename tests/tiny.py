@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers as d
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
@@ -17,7 +16,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from harmonica_rt import Schedule, find_sites
+from tests.models import random_schedule as random_schedule
 
 
 def randomised(model: Any) -> Any:
@@ -214,14 +213,6 @@ def saved_and_loaded(build: Callable[[], Any], directory: Path) -> Any:
     pipeline = type(built).from_pretrained(directory, **dict.fromkeys(absent))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def random_schedule(model: nn.Module, steps: int, seed: int = 0) -> Schedule:
-    """About half of all entries reused."""
-    sites = find_sites(model)
-    mask = np.random.default_rng(seed).random((steps, len(sites))) < 0.5
-    mask[0] = True
-    return Schedule.from_array(mask, sites=sites)
 
 
 def sample(pipeline: Any, steps: int, seed: int = 0, **arguments: Any) -> NDArray[Any]:

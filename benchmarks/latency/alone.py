@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.latency.cases import Task, case_of, geometries, schedules_of
-from benchmarks.latency.measure import clock_of, seconds_of
+from benchmarks.latency.measure import clock_of, seconds_of, use
 from benchmarks.latency.providers import PROVIDERS
 
 RECOMPILES = 256  # of one function: no peer is stopped by torch.compile's limit
@@ -59,6 +59,7 @@ def measure_here(spec: Spec) -> Alone:
     """Measure in this process."""
     torch._dynamo.config.recompile_limit = RECOMPILES
     device = torch.device(spec.device)
+    use(device)
     geometry = geometries(spec.flux_blocks)[spec.model]
     case = case_of(geometry, spec.images, spec.steps, device, getattr(torch, spec.dtype))
     task = Task(case, spec.schedule, schedules_of(case.model, spec.steps)[spec.schedule], spec.computes)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,6 +80,19 @@ class Case:
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             weights[id(tensor)] = tensor if dtype is None else _converted(tensor, dtype)
         return copy.deepcopy(self.model, weights)
+
+    @contextmanager
+    def in_precision(self, dtype: torch.dtype) -> Iterator[None]:
+        """Within this block the weights are in a higher precision, in the place of their own and not beside them."""
+        tensors = [t for t in (*self.model.parameters(), *self.model.buffers()) if t.is_floating_point()]
+        before = [tensor.dtype for tensor in tensors]
+        try:
+            for tensor in tensors:
+                tensor.data = tensor.data.to(dtype)
+            yield
+        finally:
+            for tensor, own in zip(tensors, before, strict=True):
+                tensor.data = tensor.data.to(own)  # exact: it was of this precision
 
     def call(self) -> Call:
         """The first call, normalised."""

@@ -119,7 +119,7 @@ def _tensor(layout: Layout, device: torch.device) -> Tensor:
 @torch.no_grad()
 def _best(function: Callable[[], object], device: torch.device) -> float:
     """Best seconds of one call among rounds of several."""
-    round_ = _recorded(function) if device.type == "cuda" else lambda: _repeat(function)
+    round_ = _recorded(function, device) if device.type == "cuda" else lambda: _repeat(function)
     clock = clock_of(device)
     return min(seconds_of(round_, clock) for _ in range(ROUNDS)) / CALLS
 
@@ -129,15 +129,15 @@ def _repeat(function: Callable[[], object]) -> None:
         function()
 
 
-def _recorded(function: Callable[[], object]) -> Callable[[], object]:
+def _recorded(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
     """A round as one CUDA graph, so that launches are not what is timed."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    side.wait_stream(current)
     with torch.cuda.stream(side):
         _repeat(function)
-    torch.cuda.current_stream().wait_stream(side)
+    current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         _repeat(function)
     graph.replay()
     return graph.replay

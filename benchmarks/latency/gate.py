@@ -62,10 +62,9 @@ def truth_of(task: Task) -> Truth:
     """Run the reference in the case's precision and one up."""
     case, raised = task.case, one_up(task.case.dtype)
     higher = pytree.tree_map_only(Tensor, lambda t: t.to(raised) if t.is_floating_point() else t, case.calls)
-    return Truth(
-        _reference(case.tree(), task.schedule, case.calls),
-        _reference(case.tree(raised), task.schedule, higher),
-    )
+    expected = _reference(case.tree(), task.schedule, case.calls)
+    with case.in_precision(raised):
+        return Truth(expected, _reference(case.tree(), task.schedule, higher))
 
 
 def gate(role: Role, truth: Truth, outputs: list[Tensor], device: torch.device) -> str:

@@ -36,21 +36,23 @@ class CudaClock:
     """Moments in the current stream of a GPU.
 
     Args:
+        device: the GPU; None for the current one.
         cuda: `torch.cuda` (or what stands in for it).
     """
 
-    def __init__(self, cuda: Any = torch.cuda) -> None:
+    def __init__(self, device: torch.device | None = None, cuda: Any = torch.cuda) -> None:
+        self._device = device
         self._cuda = cuda
 
     def mark(self) -> Mark:
         """When the work given to the stream so far is done."""
         event = self._cuda.Event(enable_timing=True)
-        event.record()
+        event.record(self._cuda.current_stream(self._device))
         return event
 
     def wait(self) -> None:
         """Until all work is done."""
-        self._cuda.synchronize()
+        self._cuda.synchronize(self._device)
 
     def between(self, first: Mark, second: Mark) -> float:
         """Seconds; after `wait`."""
@@ -60,9 +62,15 @@ class CudaClock:
 Clock = CpuClock | CudaClock
 
 
+def use(device: torch.device) -> None:
+    """Make a GPU the current one: peers, and graphs of torch.compile, launch there without being told."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
 def clock_of(device: torch.device) -> Clock:
     """The clock of a device."""
-    return CudaClock() if device.type == "cuda" else CpuClock()
+    return CudaClock(device) if device.type == "cuda" else CpuClock()
 
 
 @dataclass

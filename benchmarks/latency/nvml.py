@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +19,16 @@ class Snapshot:
         sm_mhz, memory_mhz: clocks.
         celsius: temperature.
         throttled: reasons for which the clocks are below what was asked, without idleness and clocks that were set.
-        joules: consumed since the driver was loaded; None where the device does not count.
+        joules: consumed since the driver was loaded.
+
+    Each is None where NVML does not tell it: a slice of a GPU has no clocks, older devices count no energy, and a
+    container may not be allowed to ask.
     """
 
-    sm_mhz: int
-    memory_mhz: int
-    celsius: int
-    throttled: tuple[str, ...]
+    sm_mhz: int | None
+    memory_mhz: int | None
+    celsius: int | None
+    throttled: tuple[str, ...] | None
     joules: float | None
 
 
@@ -40,7 +42,12 @@ class Conditions:
     @property
     def throttled(self) -> tuple[str, ...]:
         """Reasons seen at either end; a run with any is spoiled."""
-        return tuple(dict.fromkeys((*self.before.throttled, *self.after.throttled)))
+        return tuple(dict.fromkeys((*(self.before.throttled or ()), *(self.after.throttled or ()))))
+
+    @property
+    def known(self) -> bool:
+        """Whether it is known at both ends if clocks were throttled."""
+        return self.before.throttled is not None and self.after.throttled is not None
 
     @property
     def joules(self) -> float | None:
@@ -72,17 +79,22 @@ class Sensor:
     def snapshot(self) -> Snapshot:
         """Look now."""
         nvml, handle = self._nvml, self._handle
-        bits = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
-        joules = None
-        with contextlib.suppress(nvml.NVMLError):  # older devices have no counter
-            joules = nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / MILLIJOULES
+        bits = self._asked(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle)
+        millijoules = self._asked(nvml.nvmlDeviceGetTotalEnergyConsumption, handle)
         return Snapshot(
-            sm_mhz=nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
-            memory_mhz=nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
-            celsius=nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
-            throttled=tuple(reason for bit, reason in self._reasons.items() if bits & bit),
-            joules=joules,
+            sm_mhz=self._asked(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM),
+            memory_mhz=self._asked(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_MEM),
+            celsius=self._asked(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
+            throttled=None if bits is None else tuple(reason for bit, reason in self._reasons.items() if bits & bit),
+            joules=None if millijoules is None else millijoules / MILLIJOULES,
         )
+
+    def _asked(self, question: Callable[..., int], *arguments: Any) -> int | None:
+        """What NVML answers; None where it does not."""
+        try:
+            return question(*arguments)
+        except self._nvml.NVMLError:
+            return None
 
 
 def open_sensor(device: torch.device) -> tuple[Sensor | None, str]:
@@ -95,19 +107,30 @@ def open_sensor(device: torch.device) -> tuple[Sensor | None, str]:
         return None, "nvidia-ml-py is not installed"
     try:
         pynvml.nvmlInit()
-        uuid = torch.cuda.get_device_properties(device).uuid
-        return Sensor(pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")), ""
+        return Sensor(pynvml, _handle_of(pynvml, str(torch.cuda.get_device_properties(device).uuid))), ""
     except pynvml.NVMLError as error:
         return None, f"NVML: {error}"
 
 
+def _handle_of(nvml: Any, uuid: str) -> Any:
+    """By UUID, because NVML numbers the GPUs of the machine and torch those that CUDA_VISIBLE_DEVICES leaves."""
+    try:
+        return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+    except nvml.NVMLError:
+        return nvml.nvmlDeviceGetHandleByUUID(f"MIG-{uuid}")  # a slice of one
+
+
 def summary(conditions: list[Conditions]) -> dict[str, Any]:
-    """Lowest clock and highest temperature at ends of runs, all reasons, how many runs were throttled; JSON-ready."""
-    looks = [dataclasses.astuple(look)[:3] for one in conditions for look in (one.before, one.after)]
+    """Lowest clock and highest temperature at ends of runs, all reasons, how many runs were throttled; JSON-ready.
+
+    None for what NVML did not tell.
+    """
+    looks = [look for one in conditions for look in (one.before, one.after)]
+    known = all(one.known for one in conditions)
     return {
-        "sm_mhz_min": min(look[0] for look in looks),
-        "memory_mhz_min": min(look[1] for look in looks),
-        "celsius_max": max(look[2] for look in looks),
-        "throttled": sorted({reason for one in conditions for reason in one.throttled}),
-        "throttled_runs": sum(bool(one.throttled) for one in conditions),
+        "sm_mhz_min": min((look.sm_mhz for look in looks if look.sm_mhz is not None), default=None),
+        "memory_mhz_min": min((look.memory_mhz for look in looks if look.memory_mhz is not None), default=None),
+        "celsius_max": max((look.celsius for look in looks if look.celsius is not None), default=None),
+        "throttled": sorted({reason for one in conditions for reason in one.throttled}) if known else None,
+        "throttled_runs": sum(bool(one.throttled) for one in conditions) if known else None,
     }

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks import rows
 from benchmarks.latency.measure import Samples
 from benchmarks.latency.nvml import summary
-from benchmarks.latency.providers.base import Role, Runner
+from benchmarks.latency.providers.base import Role
 from benchmarks.timing import Spread
 
 
@@ -82,14 +82,21 @@ class LatencyRow:
 
 
 def measured(
-    row: LatencyRow, runner: Runner, samples: Mapping[str, Samples], name: str, peers: Iterable[str], no_sensor: str
+    row: LatencyRow,
+    computes: tuple[bool, ...],
+    images: int,
+    samples: Mapping[str, Samples],
+    name: str,
+    peers: Iterable[str],
+    no_sensor: str,
 ) -> LatencyRow:
     """The row with the figures of one runner.
 
     Args:
         row: with which, gate, difference and theory.
-        runner: the runner.
-        samples: of all runners of the task; `eager` among them.
+        computes: whether each step of the runner computes everything.
+        images: that one run makes.
+        samples: of all runners of the task, and of `eager` as it ran in turn with this one.
         name: of the runner.
         peers: names of those that cache by another method.
         no_sensor: why nothing is known of the GPU, where nothing is.
@@ -100,15 +107,15 @@ def measured(
     best = min(others, key=lambda peer: Spread.of(samples[peer].seconds).p50) if others else None
     gpu = summary(mine.conditions) if mine.conditions else None
     joules = [one.joules for one in mine.conditions if one.joules is not None]
-    partial = tuple(not computed for computed in runner.computes)
+    partial = tuple(not computed for computed in computes)
     return dataclasses.replace(
         row,
-        computes="".join(str(int(computed)) for computed in runner.computes),
+        computes="".join(str(int(computed)) for computed in computes),
         run=time.p50,
         run_p20=time.p20,
         run_p80=time.p80,
         repeats=len(mine.seconds),
-        full_step=mine.step_median(runner.computes),
+        full_step=mine.step_median(computes),
         partial_step=mine.step_median(partial),
         host_step=mine.host_median() if row.device != "cpu" else None,
         vs_eager=speedup.p50,
@@ -117,7 +124,7 @@ def measured(
         vs_graphs=_ratios(samples["reduce-overhead"], mine).p50 if "reduce-overhead" in samples else None,
         vs_best_peer=_ratios(samples[best], mine).p50 if best and row.role == "ours" else None,
         realised=speedup.p50 / row.theory if row.theory else None,
-        joules_image=Spread.of(joules).p50 / runner.task.case.images if joules else None,
+        joules_image=Spread.of(joules).p50 / images if joules else None,
         gpu=gpu or no_sensor,
         spoiled=bool(gpu and gpu["throttled_runs"]),
     )

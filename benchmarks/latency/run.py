@@ -16,7 +16,7 @@ from benchmarks.latency.alone import RECOMPILES, Spec, measure_apart
 from benchmarks.latency.cases import Task, case_of, geometries, schedules_of
 from benchmarks.latency.floor import floors
 from benchmarks.latency.gate import Truth, gate, outputs_of, relative_rms, truth_of
-from benchmarks.latency.measure import clock_of, interleave
+from benchmarks.latency.measure import Samples, clock_of, interleave, use
 from benchmarks.latency.nvml import open_sensor
 from benchmarks.latency.providers import PROVIDERS
 from benchmarks.latency.providers.base import Provider, Runner
@@ -66,6 +66,7 @@ class Settings:
 def run(settings: Settings) -> Iterator[LatencyRow]:
     """Rows of every case and schedule, as each is done."""
     torch._dynamo.config.recompile_limit = RECOMPILES
+    use(settings.device)
     known = geometries(settings.flux_blocks)
     for model in settings.models:
         for images in settings.images:
@@ -99,39 +100,57 @@ def measure_task(
     """
     chosen = settings.chosen if providers is None else dict(providers)
     rows: dict[str, LatencyRow] = {}
-    runners: dict[str, Runner] = {}
+    done: dict[str, _Measured] = {}
     truth = truth_of(task)
     _release(task.case.device)  # the reference one precision up may be most of the memory
     uncached: list[Tensor] = []
+    sensor, no_sensor = open_sensor(task.case.device)
+    eager = chosen["eager"].prepare(task)
+    names = ["eager", *(name for name in chosen if name != "eager")]
     try:
-        for name, provider in chosen.items():
-            row = _blank(task, provider)
-            reason = provider.applies(task)
+        for name in names:
+            provider = chosen[name]
+            row, reason, runner = _blank(task, provider), provider.applies(task), None
             if reason is None:
                 try:
-                    runners[name] = provider.prepare(task)
-                    row = _checked(row, provider, runners[name], truth, uncached)
+                    runner = eager if name == "eager" else provider.prepare(task)
+                    row = _checked(row, provider, runner, truth, uncached)
+                    pair = {"eager": eager, name: runner}
+                    done[name] = _Measured(
+                        runner.computes, interleave(pair, settings.repeats, clock_of(task.case.device), sensor)
+                    )
                 except FAILURES as error:
                     if name == "eager":
                         raise  # all others are measured against it
                     reason = f"{type(error).__name__}: {_first_line(error)}"
-                    if name in runners:
-                        runners.pop(name).close()
+                finally:
+                    if runner is not None and runner is not eager:
+                        runner.close()
+                    runner = None
+                    if name != "eager":
+                        torch.compiler.reset()
+                    _release(task.case.device)  # the next one finds the memory as this one did
             rows[name] = dataclasses.replace(row, reason=reason)
-        sensor, no_sensor = open_sensor(task.case.device)
-        samples = interleave(runners, settings.repeats, clock_of(task.case.device), sensor)
-        peers = [name for name in runners if chosen[name].role == "peer"]
-        limits = np.array(floors(task)) if settings.floor else None
-        for name, runner in runners.items():
-            row = measured(rows[name], runner, samples, name, peers, no_sensor)
-            rows[name] = _with_floors(row, runner, limits) if row.role in ("hooks", "ours") else row
     finally:
-        for runner in runners.values():
-            runner.close()
-        runners.clear()
+        eager.close()
         torch.compiler.reset()
         _release(task.case.device)
-    return rows
+    limits = np.array(floors(task)) if settings.floor else None
+    peers = [name for name in done if chosen[name].role == "peer"]
+    samples = {name: one.samples[name] for name, one in done.items()}
+    for name, one in done.items():
+        known = {**samples, "eager": one.samples["eager"]}
+        row = measured(rows[name], one.computes, task.case.images, known, name, peers, no_sensor)
+        rows[name] = _with_floors(row, one.computes, limits) if row.role in ("hooks", "ours") else row
+    return {name: rows[name] for name in chosen}
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One provider, run in turn with `eager`: whether each of its steps computes everything, and both their samples."""
+
+    computes: tuple[bool, ...]
+    samples: dict[str, Samples]
 
 
 def _release(device: torch.device) -> None:
@@ -165,12 +184,12 @@ def _checked(row: LatencyRow, provider: Provider, runner: Runner, truth: Truth, 
     return dataclasses.replace(row, gate=held, difference=relative_rms(outputs, uncached), theory=runner.theory())
 
 
-def _with_floors(row: LatencyRow, runner: Runner, limits: Any) -> LatencyRow:
+def _with_floors(row: LatencyRow, computes: tuple[bool, ...], limits: Any) -> LatencyRow:
     if limits is None:
         return row
-    full = np.array(runner.computes)
+    full = np.array(computes)
     full[0] = False  # it is not in the median of the steps either
-    partial = ~np.array(runner.computes)
+    partial = ~np.array(computes)
     return dataclasses.replace(
         row,
         floor_full=float(np.median(limits[full])) if full.any() else None,

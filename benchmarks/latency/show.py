@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.latency.results import LatencyRow
+from harmonica_rt.schedule.files import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +66,7 @@ def draw(rows: Sequence[LatencyRow], path: Path) -> None:
         axis.set_axis_off()
     figure.supxlabel("speed-up over the eager uncached model; | theoretical; whiskers: 20 and 80 %", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _panel(axis: Axes, rows: list[LatencyRow]) -> None:

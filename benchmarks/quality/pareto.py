@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.quality.matrix import UNCACHED, Row
+from harmonica_rt.schedule.files import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,7 +115,7 @@ def draw(summaries: Iterable[Summary], path: Path) -> None:
     if handles:
         figure.legend(handles, labels, loc="outside right center", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _line(axis: Axes, points: list[Summary], metric: str, style: str, colour: int) -> None:

@@ -15,12 +15,14 @@ from typing import Any, TypeVar, overload
 
 from torch import fx, nn
 
+from harmonica_rt.arguments import check_subject
 from harmonica_rt.backend.session import NAME, GraphSession, Options
 from harmonica_rt.capture.dynamo import SEE_THE_BREAK, DynamoGraph, traced_frame
-from harmonica_rt.capture.snapshot import check_capturable
+from harmonica_rt.capture.refusals import check_capturable
 from harmonica_rt.errors import HarmonicaError, ScheduleMismatchError
 from harmonica_rt.fit import check_fit, warn_about_sampler
-from harmonica_rt.runtime.pipelines import denoiser_module, is_pipeline
+from harmonica_rt.runtime.denoiser import Denoiser
+from harmonica_rt.runtime.pipelines import denoiser_module, follower_of, installed
 from harmonica_rt.runtime.scheduler import listener_of
 
 P = TypeVar("P")
@@ -32,7 +34,7 @@ def harmonica(graph: fx.GraphModule, example_inputs: list[Any], **given: Any) ->
     """The backend: called by dynamo with each graph that it made; returns what runs in the graph's place.
 
     Raises:
-        HarmonicaError: a bad option.
+        HarmonicaError: a bad option, or a model that `harmonica_rt.compile` compiled already.
         ScheduleMismatchError: the schedule was made for another model.
         CaptureError: the model is in training mode, or a graph break split its sites.
     """
@@ -41,6 +43,11 @@ def harmonica(graph: fx.GraphModule, example_inputs: list[Any], **given: Any) ->
         raise HarmonicaError(f"backend {NAME!r} has no modes; it takes options={{...}}")
     options = Options.of(given.get("options"))
     frame = traced_frame(graph)
+    if follower_of(frame.model) is not None:
+        raise HarmonicaError(
+            f"this {type(frame.model).__name__} is compiled already, by harmonica_rt.compile(pipe, ...). Undo that "
+            "first: harmonica_rt.uncompile(pipe)"
+        )
     try:
         check_fit(frame.model, options.schedule)
     except ScheduleMismatchError as error:
@@ -57,7 +64,7 @@ def harmonica(graph: fx.GraphModule, example_inputs: list[Any], **given: Any) ->
         """Called by dynamo with the graph's arguments."""
         owner = session()
         if owner is None:
-            raise HarmonicaError("the model of this compiled graph is no more")
+            raise HarmonicaError("the model of this compiled graph has been garbage-collected")
         return owner.call(traced.call(values))
 
     return planned
@@ -87,13 +94,13 @@ def attach(compiled: Any) -> Any:
     next run. `report()` of that session tells what is computed and saved; its `detach()` undoes `attach(pipe)`.
 
     Raises:
+        ArgumentError: neither a model nor a pipeline.
         HarmonicaError: it is not compiled with this backend, or its scheduler drives another compiled model.
         ScheduleMismatchError: the schedule was made for another model.
     """
+    check_subject(compiled)
     if isinstance(compiled, nn.Module):
         return _session_of(compiled)
-    if not is_pipeline(compiled):
-        raise HarmonicaError(f"expected a compiled model or a pipeline that holds one, got a {type(compiled).__name__}")
     session = _session_of(denoiser_module(compiled))
     before = listener_of(compiled.scheduler)
     if isinstance(before, GraphSession) and before is not session:
@@ -107,15 +114,20 @@ def attach(compiled: Any) -> Any:
 
 def _session_of(compiled: nn.Module) -> GraphSession:
     model = getattr(compiled, "_orig_mod", compiled)
-    backend = _backend_of(compiled)
-    if getattr(backend, "compiler_fn", backend) is not harmonica:
-        raise HarmonicaError(
-            f"this {type(model).__name__} is not compiled with backend {NAME!r}: "
-            f'torch.compile(model, backend="{NAME}", options={{"schedule": schedule}}) does, or model.compile(...)'
-        )
-    options = Options.of(getattr(backend, "kwargs", {}).get("options"))
+    if not is_backend_of(compiled):
+        remedy = f'torch.compile(model, backend="{NAME}", options={{"schedule": schedule}}) does, or model.compile(...)'
+        if isinstance(compiled, Denoiser) or installed(model) is not None:
+            remedy = "harmonica_rt.compile compiled it, which needs no attach (get_compiled(pipe) has the report)"
+        raise HarmonicaError(f"this {model.__class__.__name__} is not compiled with backend {NAME!r}: {remedy}")
+    options = Options.of(getattr(_backend_of(compiled), "kwargs", {}).get("options"))
     check_fit(model, options.schedule)
     return _session(model, options)
+
+
+def is_backend_of(compiled: nn.Module) -> bool:
+    """Whether torch.compile compiled this module with our backend."""
+    backend = _backend_of(compiled)
+    return getattr(backend, "compiler_fn", backend) is harmonica
 
 
 def _backend_of(compiled: nn.Module) -> Any:

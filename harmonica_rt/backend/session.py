@@ -10,17 +10,20 @@ from typing import Any
 
 import torch
 
+from harmonica_rt.arguments import check_flags, check_limits, check_schedule, described
 from harmonica_rt.capture.call import Call, Signature
 from harmonica_rt.capture.dynamo import GraphCall
 from harmonica_rt.capture.roles import roles
-from harmonica_rt.errors import HarmonicaError
+from harmonica_rt.capture.tensors import TensorNote, same_objects
+from harmonica_rt.changes import Changes
+from harmonica_rt.errors import ArgumentError, HarmonicaError
 from harmonica_rt.fit import check_lowering
 from harmonica_rt.lower import DEFAULT as DEFAULT_LOWERING
 from harmonica_rt.plan.plan import build_plan
 from harmonica_rt.report import Report
 from harmonica_rt.runtime.engine import RunKey, Stream
 from harmonica_rt.runtime.graphs import graphs_of
-from harmonica_rt.runtime.plans import Plans
+from harmonica_rt.runtime.plans import PlanKey, Plans
 from harmonica_rt.runtime.session import Session
 from harmonica_rt.schedule import Schedule
 
@@ -37,35 +40,44 @@ class Options:
         lowering: see `harmonica_rt.compile`.
         graphs: see `harmonica_rt.compile`.
         debug: see `harmonica_rt.compile`.
+        max_plan_bytes: see `harmonica_rt.compile`.
     """
 
     schedule: Schedule
     lowering: str = DEFAULT_LOWERING
     graphs: str = "auto"
     debug: bool = False
+    max_plan_bytes: int | None = None
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> Options:
         """Check what was given.
 
         Raises:
-            HarmonicaError: no schedule or something else in its place, an unknown option, lowering or graph mode.
+            ArgumentError: no schedule or something else in its place, or an option of the wrong kind.
+            HarmonicaError: an unknown option, lowering or graph mode.
         """
-        given = given or {}
+        given = {} if given is None else given
+        if not isinstance(given, Mapping):
+            raise ArgumentError(
+                f"backend {NAME!r} takes its options as a dict, got {described(given)}: "
+                f'torch.compile(model, backend="{NAME}", options={{"schedule": schedule}})'
+            )
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = [name for name in given if name not in names]
         if unknown:
             raise HarmonicaError(f"backend {NAME!r} has no option {unknown[0]!r}; it has {', '.join(names)}")
-        schedule = given.get("schedule")
-        if not isinstance(schedule, Schedule):
-            came = f"a {type(schedule).__name__}" if "schedule" in given else "none"
-            raise HarmonicaError(
-                f"backend {NAME!r} needs a harmonica_rt.Schedule, {came} came: "
+        if "schedule" not in given:
+            raise ArgumentError(
+                f"backend {NAME!r} needs a harmonica_rt.Schedule: "
                 f'torch.compile(model, backend="{NAME}", options={{"schedule": schedule}})'
             )
+        check_schedule(given["schedule"])
         options = cls(**given)
         check_lowering(options.lowering)
         graphs_of(options.graphs)
+        check_flags(debug=options.debug)
+        check_limits(MAX_PLANS, options.max_plan_bytes)
         return options
 
 
@@ -73,6 +85,7 @@ class GraphSession(Session):
     """The runs of one torch.compile'd model: `reset()` begins the next one, `report()` tells what the last one did."""
 
     engine: GraphEngine
+    undone_by = "harmonica_rt.attach(pipe.transformer).detach()"
 
     def __init__(self, model_name: str, options: Options) -> None:
         super().__init__(model_name, options.schedule, GraphEngine(model_name, options))
@@ -83,7 +96,9 @@ class GraphSession(Session):
         Raises:
             RunError, ScheduleMismatchError, ConcurrentRunError, CaptureError: as a call of `CompiledModel`.
         """
-        with self._exclusively():
+        changes = Changes()
+        with changes, changes:
+            self._enter(changes)
             return self._call(call, lambda: call.graph.module(*call.values))
 
     def report(self) -> Report:
@@ -94,11 +109,29 @@ class GraphSession(Session):
 class GraphEngine:
     """Plans of one model's dynamo graphs, one for each signature of their calls. See `Engine`."""
 
+    looks_late = False
+
     def __init__(self, model_name: str, options: Options) -> None:
         graphs = graphs_of(options.graphs)
-        self.plans = Plans(model_name, lowering=options.lowering, graphs=graphs, debug=options.debug, limit=MAX_PLANS)
+        self.plans = Plans(
+            model_name,
+            lowering=options.lowering,
+            graphs=graphs,
+            debug=options.debug,
+            limit=MAX_PLANS,
+            max_bytes=options.max_plan_bytes,
+        )
         self._schedule = options.schedule
-        self._weights: dict[Signature, _Weights] = {}
+        self._weights: dict[PlanKey, _Weights] = {}
+        self._states: dict[Signature, TensorNote] = {}
+
+    def state(self, call: Call) -> object:
+        """See `Engine.state`. Dynamo guards what its graphs take for granted, but hands over weights with each call."""
+        tensors = list(_graph_call(call).weights().values())
+        state = self._states.get(call.signature)
+        if state is None or not state.is_of(tensors) or not state.hold():
+            state = self._states[call.signature] = TensorNote(tensors)
+        return state
 
     def begin_run(self, key: RunKey | None = None) -> None:
         """See `Engine.begin_run`."""
@@ -106,24 +139,35 @@ class GraphEngine:
 
     def new_stream(self, call: Call) -> Stream:
         """See `Engine.new_stream`."""
-        if not isinstance(call, GraphCall):
-            raise TypeError(f"expected the call of a dynamo graph, got a {type(call).__name__}")
-        signature = call.signature
-        weights = self._weights.setdefault(signature, _Weights(call))
-        weights.call = call
-        if signature not in self.plans:
+        graph_call, key = _graph_call(call), PlanKey(call.signature)
+        weights = self._weights.setdefault(key, _Weights())
+        weights.renew(graph_call)
+        if key not in self.plans:
             started = time.perf_counter()
-            plan = build_plan(call.graph.capture(call), self._schedule)
-            self.plans.add(signature, plan, weights, roles(call), started=started)
+            plan = build_plan(graph_call.graph.capture(graph_call), self._schedule)
+            self.plans.add(key, plan, weights, roles(call), started=started)
             self._weights = {kept: self._weights[kept] for kept in self.plans.held}
-        return self.plans[signature].new_stream()
+            self._states = {held.signature: self._states[held.signature] for held in self.plans.held}
+        return self.plans[key].new_stream()
 
 
 class _Weights:
     """The weights of a plan: those that came with the first call of its last stream, and so with the first of a run."""
 
-    def __init__(self, call: GraphCall) -> None:
-        self.call = call
+    def __init__(self) -> None:
+        self._held: dict[str, torch.Tensor] = {}
+
+    def renew(self, call: GraphCall) -> None:
+        """Take those of a call; the mapping stays the same where the tensors do."""
+        came = call.weights()
+        if not same_objects(came.values(), self._held.values()):
+            self._held = came
 
     def __call__(self) -> dict[str, torch.Tensor]:
-        return self.call.weights()
+        return self._held
+
+
+def _graph_call(call: Call) -> GraphCall:
+    if not isinstance(call, GraphCall):
+        raise TypeError(f"expected the call of a dynamo graph, got a {type(call).__name__}")
+    return call

@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from harmonica_rt.capture.facts import own_attributes
 from harmonica_rt.capture.forward import own_forward
-from harmonica_rt.capture.snapshot import named_tensors, plain_attributes, shared_names
+from harmonica_rt.capture.tensors import named_tensors, shared_names
 from harmonica_rt.errors import PlanFileError
 
 _SCALARS = (
     type(None), bool, int, float, complex, str, bytes, range, type(...), enum.Enum, np.generic,
-    torch.dtype, torch.device, torch.layout, torch.memory_format,
+    torch.dtype, torch.layout, torch.memory_format,
 )  # fmt: skip
 _NO_CODE = frozenset({"builtins", "torch", "numpy", "collections"})  # packages whose version, if any, says it all
 _CONFIG = "_internal_dict"  # where diffusers' models keep their config
@@ -58,7 +59,7 @@ class _Reader:
             yield f"module {path} {self._name(type(module))}"
             if not path:
                 yield f"forward {self._text(own_forward(module))}"
-            for name in sorted(plain_attributes(path, module).keys() - {"forward", "hooks"}):
+            for name in own_attributes(module, root=not path):
                 try:
                     yield f"{name} = {self._attribute(name, module.__dict__[name])}"
                 except PlanFileError as error:
@@ -75,6 +76,8 @@ class _Reader:
         return self._text(value)
 
     def _text(self, value: Any) -> str:
+        if isinstance(value, torch.device):
+            return f"device {value.type}"  # plans move with the model
         if isinstance(value, _SCALARS):
             return f"{type(value).__name__} {value!r}"
         if isinstance(value, torch.Tensor):

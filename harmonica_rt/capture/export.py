@@ -1,12 +1,9 @@
-"""Trace a module into one functional graph, and leave the module as it was."""
+"""Trace a module into one functional graph."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -15,9 +12,11 @@ from torch.export.graph_signature import ConstantArgument, OutputKind, TensorArg
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
+from harmonica_rt.capture.alone import keep_torch_state, take_capture_lock
 from harmonica_rt.capture.functional import functionalise, is_mutating
 from harmonica_rt.capture.layout import same_layout
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
+from harmonica_rt.changes import Changes
 
 
 class GivenUp(Exception):
@@ -28,43 +27,6 @@ class GivenUp(Exception):
         self.failure = failure
 
 
-@contextmanager
-def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Undo what happens to attributes within this block: tracing would leave tensors without values in them."""
-    before = [(held, dict(held)) for held in _attributes(model)]
-    try:
-        yield
-    finally:
-        for held, attributes in before:
-            for name in [name for name in held if name not in attributes]:
-                del held[name]
-            held.update((name, value) for name, value in attributes.items() if held.get(name) is not value)
-        for cached in {value for kind in map(type, model.modules()) for value in vars(kind).values() if _caches(value)}:
-            cached.cache_clear()
-
-
-def _attributes(model: nn.Module) -> list[dict[str, Any]]:
-    """The attributes of all modules, and of the plain objects that they hold (some make tables of rotations there)."""
-    found = [module.__dict__ for module in model.modules()]
-    plain = {id(value): value for attributes in found for value in attributes.values() if _is_plain_object(value)}
-    return [*found, *(value.__dict__ for value in plain.values())]
-
-
-def _caches(value: Any) -> bool:
-    """Whether a method keeps what it returned, as `functools.lru_cache` makes it."""
-    return callable(getattr(value, "cache_clear", None))
-
-
-def _is_plain_object(value: Any) -> bool:
-    kinds = (nn.Module, torch.Tensor, type, FunctionType, MethodType, ModuleType)
-    return isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, kinds)
-
-
-def identities(model: nn.Module) -> list[dict[str, int]]:
-    """What the attributes are, to be compared: whether the model made something."""
-    return [{name: id(value) for name, value in attributes.items()} for attributes in _attributes(model)]
-
-
 def export_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
     """Trace `module` for these arguments; no node of the graph mutates anything or changes nothing.
 
@@ -72,9 +34,15 @@ def export_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         CaptureError: it cannot be traced, or is not a function of its arguments.
     """
     lazily = _use_lazy_graph_module(True)  # no one calls the modules that tracing makes on its way: no code for them
-    with warnings.catch_warnings(), _silent_about_values(), torch.inference_mode(False), torch.no_grad(), lazily:
+    changes = Changes()
+    with changes, changes, warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad(), lazily:
+        take_capture_lock(changes)
+        keep_torch_state(changes)
+        _silence_about_values(changes)
         # Raised inside torch.export by torch's own use of its deprecated names.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
+        # Capture finds out by itself what a forward writes, and says it as a reason.
+        warnings.filterwarnings("ignore", category=UserWarning, message=".*assigned during export")
         args, kwargs = pytree.tree_map_only(torch.Tensor, _as_ordinary, (args, kwargs))
         try:
             program = torch.export.export(module, args, kwargs, strict=False)
@@ -92,19 +60,15 @@ def export_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     return program
 
 
-@contextmanager
-def _silent_about_values() -> Iterator[None]:
+def _has_advice(record: logging.LogRecord) -> bool:
+    return "Unable to find user code" not in record.msg
+
+
+def _silence_about_values(changes: Changes) -> None:
     """Keep torch from logging that it has no advice for a size that depends on values: the failure says what it is."""
     log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-
-    def is_said(record: logging.LogRecord) -> bool:
-        return "Unable to find user code" not in record.msg
-
-    log.addFilter(is_said)
-    try:
-        yield
-    finally:
-        log.removeFilter(is_said)
+    changes.undone_by(lambda: log.removeFilter(_has_advice))
+    log.addFilter(_has_advice)
 
 
 def _renew_users(graph: fx.Graph) -> None:

@@ -7,14 +7,13 @@ forward under them: not a call installed in the module's place, not torch's forw
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
-_SET_ASIDE = ("_forward_hooks", "_forward_pre_hooks", "_compiled_call_impl", "forward")
+from harmonica_rt.changes import Changes
 
 
 class Swapped:
@@ -44,16 +43,11 @@ def own_forward(model: nn.Module) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-@contextmanager
-def only_own_forward(model: nn.Module) -> Iterator[None]:
-    """Within this block a call of `model` runs its own forward and nothing else."""
-    forward = own_forward(model)
-    before = {name: model.__dict__[name] for name in _SET_ASIDE if name in model.__dict__}
-    model.__dict__.pop("_compiled_call_impl", None)
-    model.__dict__.update(forward=forward, _forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
-    try:
-        yield
-    finally:
-        for name in _SET_ASIDE:
-            model.__dict__.pop(name, None)
-        model.__dict__.update(before)
+def keep_only_own_forward(model: nn.Module, changes: Changes) -> None:
+    """Let a call of `model` run its own forward and nothing else until `changes` are undone."""
+    held = model.__dict__
+    changes.set(held, "forward", own_forward(model))
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        changes.set(held, hooks, OrderedDict())
+    if "_compiled_call_impl" in held:
+        changes.set(held, "_compiled_call_impl", None)

@@ -8,9 +8,11 @@ where its values leave the module: reading `nn_module_stack`, every value made i
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +23,11 @@ from torch.export.graph_signature import InputKind, TensorArgument
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
+from harmonica_rt.capture.alone import take_capture_lock
 from harmonica_rt.capture.call import Call
-from harmonica_rt.capture.export import GivenUp, attributes_kept, export_functional, identities, not_traced
-from harmonica_rt.capture.forward import only_own_forward, own_forward
+from harmonica_rt.capture.export import GivenUp, export_functional, not_traced
+from harmonica_rt.capture.facts import Facts
+from harmonica_rt.capture.forward import keep_only_own_forward, own_forward
 from harmonica_rt.capture.inference import check_draws_nothing, modes_of
 from harmonica_rt.capture.marking import (
     StopsAtUnknownSizes,
@@ -33,9 +37,10 @@ from harmonica_rt.capture.marking import (
     site_columns,
     without_call_suffix,
 )
-from harmonica_rt.capture.reads import Reading, RequestReads, reads_of
+from harmonica_rt.capture.reads import Reading, RequestReads, keep_lists_whole, reads_of
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
-from harmonica_rt.capture.snapshot import check_capturable
+from harmonica_rt.capture.refusals import check_capturable
+from harmonica_rt.changes import Changes
 from harmonica_rt.indices import SiteIndex
 
 log = logging.getLogger(__name__)
@@ -87,7 +92,12 @@ def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph
     """
     check_capturable(model)
     started = time.perf_counter()
-    program, values = _export(model, call, sites)
+    changes = Changes()
+    with changes, changes:
+        take_capture_lock(changes)
+        _check_results_of(model, sites, changes)
+        traced = _trace(model, call, sites)
+    program, values = traced.program, traced.values
     check_draws_nothing(program.graph, modes_of(model))
     weights, constants, inputs = placeholders(program, len(call.leaves))
     out_spec, reads = program.call_spec.out_spec, None
@@ -114,60 +124,118 @@ def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph
     )
 
 
-def _export(
-    model: nn.Module, call: Call, sites: Sequence[str]
-) -> tuple[torch.export.ExportedProgram, list[torch.Tensor] | None]:
-    """The traced model; and where its outputs are its own and, beside them, what it read: the values of that.
+@dataclass(frozen=True)
+class _Traced:
+    """A traced model.
 
-    A model that cannot be traced without values is traced with what it reads of its request; or may be once it has run:
-    it then has made the tables that it makes at its first call.
+    Attributes:
+        program: the trace.
+        written: what the forward changed of the model, or of what hangs on it, in words.
+        values: what it read of its request, where its outputs are its own and, beside them, what it read.
     """
-    hooks = [model.get_submodule(site).register_forward_hook(check_site_result, with_kwargs=True) for site in sites]
 
-    def attempt(forward: Callable[..., Any]) -> torch.export.ExportedProgram | CaptureFailure:
+    program: torch.export.ExportedProgram
+    written: tuple[str, ...]
+    values: list[torch.Tensor] | None = None
+
+
+def _trace(model: nn.Module, call: Call, sites: Sequence[str]) -> _Traced:
+    """Trace a model whose forward leaves it as it is.
+
+    A model may make tables at its first call. So one that changes while it is traced is run once and traced again; if
+    it changes then as well (a counter, a store), what it computes may depend on how often it ran.
+
+    Raises:
+        CaptureError: it cannot be traced, or changes whenever it runs. It is then as it was before.
+    """
+    traced = _trace_as_it_is(model, call, sites)
+    if not traced.written:
+        return traced
+    before = Facts(model)
+    _run_once(model, call)
+    traced = _trace_as_it_is(model, call, sites)
+    if traced.written:
+        before.put_back()
+        raise CaptureError(CaptureFailure(Obstacle.STATE, "; ".join(traced.written)))
+    return traced
+
+
+def _trace_as_it_is(model: nn.Module, call: Call, sites: Sequence[str]) -> _Traced:
+    """Trace a model, and leave it as it was.
+
+    One that cannot be traced without values is traced with what it reads of its request; or may be once it has run: it
+    then has made the tables that it makes at its first call.
+    """
+
+    def attempt(forward: Callable[..., Any]) -> _Traced | CaptureFailure:
+        changes, written = Changes(), list[str]()
         try:
-            with only_own_forward(model), attributes_kept(model):
-                model.forward = forward
+            with changes, changes:
+                changes.undone_by(Facts(model).put_back)  # tracing leaves tensors without values where a forward writes
+                keep_only_own_forward(model, changes)
+                model.forward = _noting_changes(forward, model, written)
                 program = export_functional(model, (), call.kwargs)
             check_sizes(program.graph, site_columns(model, sites))
-            return program
+            return _Traced(program, tuple(written))
         except CaptureError as error:
             return error.failure  # not the error, which holds on to all that was traced
 
     forward = own_forward(model)
     reading = Reading(call)
-    try:
-        first = attempt(_stopping_early(forward))
-        if isinstance(first, torch.export.ExportedProgram):
-            return first, None
-        if first.obstacle is not Obstacle.EXPORT or _has_no_values(model, call):
-            raise CaptureError(first)
-        second = attempt(_that_reads(forward, reading))
-        if isinstance(second, torch.export.ExportedProgram):
-            return second, reading.values
-        failure = second if reading.read_anything else first
-        if failure.obstacle is not Obstacle.EXPORT or reading.refused or not _makes_something(model, call):
-            raise CaptureError(failure)
-        third = attempt(_that_reads(forward, reading))
-        if isinstance(third, torch.export.ExportedProgram):
-            return third, reading.values
-        raise CaptureError(third)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    first = attempt(_stopping_early(forward))
+    if isinstance(first, _Traced):
+        return first
+    if first.obstacle is not Obstacle.EXPORT or _has_no_values(model, call):
+        raise CaptureError(first)
+    second = attempt(_that_reads(forward, reading))
+    if isinstance(second, _Traced):
+        return dataclasses.replace(second, values=reading.values)
+    failure = second if reading.read_anything else first
+    if failure.obstacle is not Obstacle.EXPORT or reading.refused or not _makes_something(model, call):
+        raise CaptureError(failure)
+    third = attempt(_that_reads(forward, reading))
+    if isinstance(third, _Traced):
+        return dataclasses.replace(third, values=reading.values)
+    raise CaptureError(third)
+
+
+def _check_results_of(model: nn.Module, sites: Sequence[str], changes: Changes) -> None:
+    """Let `check_site_result` look at what sites return until `changes` are undone."""
+    for held in (model.get_submodule(site).__dict__ for site in sites):
+        for hooks, mine in (("_forward_hooks", check_site_result), ("_forward_hooks_with_kwargs", True)):
+            changes.set(held, hooks, OrderedDict({**held[hooks], "harmonica_rt": mine}))
 
 
 def _makes_something(model: nn.Module, call: Call) -> bool:
-    """Run the model; whether it then has attributes that it had not before."""
-    before = identities(model)
-    with only_own_forward(model), torch.no_grad():
+    """Run the model; whether that changed it."""
+    before = Facts(model)
+    _run_once(model, call)
+    return bool(before.changes(model))
+
+
+def _run_once(model: nn.Module, call: Call) -> None:
+    changes = Changes()
+    with changes, changes, torch.no_grad():
+        keep_only_own_forward(model, changes)
         model(**call.kwargs)
-    return identities(model) != before
 
 
 def _has_no_values(model: nn.Module, call: Call) -> bool:
     tensors = (*model.parameters(), *(leaf for leaf in call.leaves if isinstance(leaf, torch.Tensor)))
     return any(tensor.device.type == "meta" for tensor in tensors)
+
+
+def _noting_changes(forward: Callable[..., Any], model: nn.Module, changes: list[str]) -> Callable[..., Any]:
+    """`forward`, which says what it changed of its model; afterwards torch.export undoes some of that in silence."""
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        before = Facts(model)
+        output = forward(*args, **kwargs)
+        changes[:] = before.changes(model)
+        return output
+
+    return run
 
 
 def _stopping_early(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -186,7 +254,9 @@ def _that_reads(forward: Callable[..., Any], reading: Reading) -> Callable[..., 
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with reading.of(kwargs):
+        changes = Changes()
+        with changes, changes, reading.of(kwargs):
+            keep_lists_whole(changes)
             output = forward(*args, **kwargs)
         return output, tuple(reading.tensors)
 

@@ -11,6 +11,7 @@ weights may change in every step; then there is no static plan.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ from harmonica_rt.capture.call import Call
 from harmonica_rt.capture.functional import is_mutating, storages_of, written_storages
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
 from harmonica_rt.capture.roles import Role, roles
+from harmonica_rt.changes import Changes
 
 T = TypeVar("T")
 Values = tuple[tuple[Any, ...], ...]
@@ -70,7 +72,6 @@ class Reading(TorchFunctionMode):
         self._call = call
         self._arguments: dict[fx.Node, int] = {}
         self._tracer: Any = None
-        self._own_lists: dict[Any, Any] = {}
 
     def of(self, kwargs: Any) -> Reading:
         """This mode, for a trace in which the arguments of the call are `kwargs`."""
@@ -83,19 +84,6 @@ class Reading(TorchFunctionMode):
         self._autocast = tuple(map(_autocast_of, sorted(devices)))
         self.values, self.tensors = [], []
         return self
-
-    def __enter__(self) -> Reading:
-        """The values are answered from the first one on."""
-        for kind in (kind for kind in _TRACED if "tolist" in kind.__dict__):  # their own take a list apart into items
-            self._own_lists[kind] = kind.__dict__["tolist"]
-            kind.tolist = torch.Tensor.tolist
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        for kind, own in self._own_lists.items():
-            kind.tolist = own
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See `TorchFunctionMode`."""
@@ -184,6 +172,13 @@ class Reading(TorchFunctionMode):
 
     def _number(self, limit: Any) -> Any:
         return self._read(limit, int) if isinstance(limit, torch.Tensor) else limit
+
+
+def keep_lists_whole(changes: Changes) -> None:
+    """Let `Reading` answer `tolist()` of traced tensors until `changes` are undone: their own makes items of it."""
+    for kind in (kind for kind in _TRACED if "tolist" in kind.__dict__):
+        changes.undone_by(functools.partial(setattr, kind, "tolist", kind.__dict__["tolist"]))
+        kind.tolist = torch.Tensor.tolist
 
 
 @dataclass(frozen=True)

@@ -1,236 +1,336 @@
 """A captured graph as JSON, without weights.
 
-Holds what the graph is: operators by their registered names, arguments, layouts of values. Nothing in it is code:
-operators are looked up by name among those that torch knows, and only such as compute tensors and write to nothing.
+Holds what the graph is: operators by their registered names, arguments, what each placeholder stands for, layouts of
+values. Nothing in it is believed. Operators are looked up among those on a list, and their arguments checked against
+their schemas; nodes are named anew; placeholders are checked against the model and the signature; layouts are inferred
+again and only compared. So text of a file never becomes code, and no layout makes code read beyond a tensor.
 """
 
 from __future__ import annotations
 
 import base64
-import math
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from harmonica_rt.capture.call import Signature
 from harmonica_rt.capture.graph import CapturedGraph
+from harmonica_rt.capture.inferred import Inference, Layout, layout_of, layouts_of
 from harmonica_rt.capture.layout import laid_out
+from harmonica_rt.capture.marking import find_site_outputs, site_columns, without_call_suffix
+from harmonica_rt.capture.operators import check_arguments, check_node, name_of, operator_of
+from harmonica_rt.capture.reasons import CaptureError
+from harmonica_rt.capture.records import fields_of, integer_of, items_of, refused, text_of
+from harmonica_rt.capture.tensors import named_tensors, plain_tensors
 from harmonica_rt.capture.trees import decode_tree, encode_tree
+from harmonica_rt.capture.values import Devices, decode_layout, decode_value, encode_layout, encode_value
 from harmonica_rt.errors import PlanFileError
+from harmonica_rt.untrusted.text import one_line, quoted
 
 LARGEST_CONSTANT = 2**20  # bytes; larger tensors made while tracing are no small print of a graph
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {"operator.getitem": operator.getitem}
-_FILES = ("aten.from_file", "aten.save")  # operators that reach for files
-_NAMED = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
+_PLACEHOLDERS = ("weight", "constant", "input")
 
 
-def encode(captured: CapturedGraph, attributes: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a saved graph is held to.
+
+    Attributes:
+        model: the model.
+        tensors: its parameters and buffers by name.
+        attributes: its plain tensors by name.
+        modules: paths of its modules, all of those that a module in several places has.
+        devices: where its tensors lie.
+    """
+
+    model: nn.Module
+    tensors: Mapping[str, torch.Tensor]
+    attributes: Mapping[str, torch.Tensor]
+    modules: frozenset[str]
+    devices: Devices
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelFacts:
+        """The facts of a model as it is now.
+
+        Raises:
+            PlanFileError: it lies on several devices of one type.
+        """
+        tensors = named_tensors(model)
+        modules = frozenset(path for path, _ in model.named_modules(remove_duplicate=False))
+        return cls(model, tensors, plain_tensors(model), modules, Devices(tensors.values()))
+
+
+def encode(captured: CapturedGraph, facts: ModelFacts) -> dict[str, Any]:
     """The graph as plain JSON values.
 
-    Args:
-        captured: the graph.
-        attributes: plain tensors of the model by name. What the graph took from there is saved as that name, and all
-            other constants with their values.
+    What it took from the model's plain tensors is saved as their names, and all other constants with their values.
 
     Raises:
-        PlanFileError: it holds something that has no such form: a nested region, a function that is no registered
-            operator, a large constant, values of the request that the model reads.
+        PlanFileError: it holds something that has no such form: a nested region, an operator that is not on the list
+            of those that a file may hold, a large constant, values of the request that the model reads.
     """
     if captured.reads is not None:
         raise PlanFileError(
             "the model reads values of its request (the length of a prompt, say), and this plan holds for those of "
             "one: it cannot be saved"
         )
-    names = {id(tensor): name for name, tensor in attributes.items()}
+    numbers: dict[fx.Node, int] = {}
+    nodes = []
+    for node in captured.graph.nodes:
+        if node.op == "output" or (node.op == "placeholder" and not node.users):
+            continue
+        nodes.append(_encode_node(node, captured, facts, numbers))
+        numbers[node] = len(numbers)
+    results: Any = captured.output.args[0]
     return {
-        "nodes": [_encode_node(node) for node in captured.graph.nodes],
-        "weights": captured.weights,
-        "constants": {
-            name: {"attribute": names[id(tensor)]} if id(tensor) in names else _encode_constant(name, tensor)
-            for name, tensor in captured.constants.items()
-        },
-        "inputs": captured.inputs,
+        "nodes": nodes,
+        "outputs": [encode_value(result, facts.devices, numbers) for result in results],
         "out_spec": encode_tree(captured.out_spec),
-        "sites": list(captured.sites),
-        "site_outputs": [[node.name for node in nodes] for nodes in captured.site_outputs],
+        "site_outputs": [[numbers[node] for node in outputs] for outputs in captured.site_outputs],
     }
 
 
-def decode(record: dict[str, Any], attributes: Mapping[str, torch.Tensor]) -> CapturedGraph:
-    """The graph that `encode` was given; `attributes` are those of the model that it is for now.
+def decode(
+    record: Any, facts: ModelFacts, signature: Signature, sites: tuple[str, ...], place: str = "graph"
+) -> CapturedGraph:
+    """The graph that `encode` was given.
+
+    Args:
+        record: from `encode`, or from a file that anyone may have written.
+        facts: of the model that it is to run on.
+        signature: of its calls.
+        sites: of the schedule that it runs under.
+        place: of the record, for messages.
 
     Raises:
-        PlanFileError: an operator that this torch does not have, or none that a captured graph can hold.
-        KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError: not what `encode` wrote.
+        PlanFileError: not what `encode` wrote for this model, signature and sites.
     """
-    graph, nodes = fx.Graph(), dict[str, fx.Node]()
-    with FakeTensorMode():
-        for entry in record["nodes"]:
-            node = _decode_node(graph, entry, nodes)
-            if "value" in entry:
-                node.meta["val"] = _decode_layout(entry["value"])
-            node.meta["nn_module_stack"] = {path: (path, "") for path in entry.get("modules", ())}
-            nodes[entry["name"]] = node
-    graph.lint()
+    entry = fields_of(record, place, ("nodes", "outputs", "out_spec", "site_outputs"))
+    decoder = _Decoder(facts, signature)
+    with signature.in_its_autocast(), decoder.inference.active():
+        for number, node in enumerate(items_of(entry["nodes"], f"{place}.nodes")):
+            decoder.add(node, f"{place}.nodes[{number}]")
+    nodes, graph = decoder.nodes, decoder.graph
+    outputs = items_of(entry["outputs"], f"{place}.outputs")
+    results = [_result(value, decoder, f"{place}.outputs[{i}]") for i, value in enumerate(outputs)]
+    graph.output(tuple(results))
+    out_spec = decode_tree(entry["out_spec"], f"{place}.out_spec")
+    if out_spec.num_leaves != len(results):
+        raise refused(f"{place}.outputs", f"{out_spec.num_leaves} values, as out_spec has", outputs)
+    found = _site_outputs(graph, facts, sites, f"{place}.site_outputs")
+    numbers = {node: number for number, node in enumerate(nodes)}
+    if [[numbers[node] for node in outputs] for outputs in found] != entry["site_outputs"]:
+        raise PlanFileError(f"{place}.site_outputs: not the values that leave the sites of the schedule in this graph")
     return CapturedGraph(
         graph=graph,
         root=nn.Module(),
-        # fx gives a name of its own where the old one is a word of Python
-        weights={nodes[name].name: str(weight) for name, weight in record["weights"].items()},
-        constants={
-            nodes[name].name: attributes[entry["attribute"]] if "attribute" in entry else _decode_constant(entry)
-            for name, entry in record["constants"].items()
-        },
-        inputs={nodes[name].name: int(index) for name, index in record["inputs"].items()},
-        out_spec=decode_tree(record["out_spec"]),
-        sites=tuple(record["sites"]),
-        site_outputs=tuple(tuple(nodes[name] for name in names) for names in record["site_outputs"]),
+        weights=decoder.weights,
+        constants=decoder.constants,
+        inputs=decoder.inputs,
+        out_spec=out_spec,
+        sites=sites,
+        site_outputs=found,
         seconds=0.0,
     )
 
 
-def _encode_node(node: fx.Node) -> dict[str, Any]:
-    entry: dict[str, Any] = {"name": node.name, "op": node.op}
-    if node.op == "call_function":
-        entry["target"] = _name_of(node)
-    elif node.op not in ("placeholder", "output"):
+class _Decoder:
+    """A graph as far as it was read."""
+
+    def __init__(self, facts: ModelFacts, signature: Signature) -> None:
+        self.graph = fx.Graph()
+        self.nodes: list[fx.Node] = []
+        self.weights: dict[str, str] = {}
+        self.constants: dict[str, torch.Tensor] = {}
+        self.inputs: dict[str, int] = {}
+        self.inference = Inference(trial=True)
+        self._facts = facts
+        self._signature = signature
+
+    def add(self, record: Any, place: str) -> None:
+        """Read one more node."""
+        if isinstance(record, dict) and "call" in record:
+            node = self._call(record, place)
+        else:
+            node = self._placeholder(record, place)
+        self.nodes.append(node)
+
+    def _placeholder(self, record: Any, place: str) -> fx.Node:
+        kind = next((kind for kind in _PLACEHOLDERS if isinstance(record, dict) and kind in record), "call")
+        entry = fields_of(record, place, (kind, "value"))
+        said = decode_layout(entry["value"], self._facts.devices, f"{place}.value")
+        node = self.graph.placeholder(f"{kind}_{len(self.nodes)}")
+        if kind == "weight":
+            name = text_of(entry[kind], f"{place}.weight")
+            found = _own_layout(self._facts.tensors, name, f"{place}.weight")
+            self.weights[node.name] = name
+        elif kind == "constant":
+            tensor = self._constant(entry[kind], said, f"{place}.constant")
+            found = layout_of(tensor)
+            self.constants[node.name] = tensor
+        else:
+            index = integer_of(entry[kind], f"{place}.input", most=len(self._signature.leaves) - 1)
+            found = _leaf_layout(self._signature.leaves[index], said, f"{place}.input")
+            if index in self.inputs.values():
+                raise PlanFileError(f"{place}.input: another node stands for the argument {index} of the call")
+            self.inputs[node.name] = index
+        _check_same(found, said, f"{place}.value")
+        node.meta["val"] = self.inference.tensor(found, place)
+        return node
+
+    def _constant(self, record: Any, layout: Layout, place: str) -> torch.Tensor:
+        if isinstance(record, dict) and "attribute" in record:
+            name = text_of(fields_of(record, place, ("attribute",))["attribute"], f"{place}.attribute")
+            _own_layout(self._facts.attributes, name, f"{place}.attribute")
+            return self._facts.attributes[name]
+        return _decode_constant(fields_of(record, place, ("data",))["data"], layout, place)
+
+    def _call(self, record: Any, place: str) -> fx.Node:
+        entry = fields_of(record, place, ("call", "args", "value"), ("kwargs", "modules"))
+        target = operator_of(text_of(entry["call"], f"{place}.call"), f"{place}.call")
+        devices = self._facts.devices
+        args = tuple(
+            decode_value(value, devices, f"{place}.args[{i}]", self.nodes)
+            for i, value in enumerate(items_of(entry["args"], f"{place}.args"))
+        )
+        given = entry.get("kwargs", {})
+        if not isinstance(given, dict):
+            raise refused(f"{place}.kwargs", "an object", given)
+        kwargs = {
+            name: decode_value(value, devices, f"{place}.kwargs[{quoted(name)}]", self.nodes)
+            for name, value in given.items()
+        }
+        check_arguments(target, args, kwargs, place)
+        node = self.graph.call_function(target, args, kwargs)
+        check_node(node, place)
+        node.meta["val"] = self.inference.run(node, place)
+        said = entry["value"]
+        if isinstance(said, list):
+            layouts: Any = [decode_layout(item, devices, f"{place}.value[{i}]") for i, item in enumerate(said)]
+        else:
+            layouts = decode_layout(said, devices, f"{place}.value")
+        _check_same(layouts_of(node.meta["val"]), layouts, f"{place}.value")
+        modules = items_of(entry.get("modules", []), f"{place}.modules")
+        for path in modules:
+            if without_call_suffix(text_of(path, f"{place}.modules")) not in self._facts.modules:
+                raise refused(f"{place}.modules", "paths of modules of the model", path)
+        node.meta["nn_module_stack"] = {path: (path, "") for path in modules}
+        return node
+
+
+def _encode_node(
+    node: fx.Node, captured: CapturedGraph, facts: ModelFacts, numbers: Mapping[fx.Node, int]
+) -> dict[str, Any]:
+    if node.op not in ("placeholder", "call_function"):
         raise PlanFileError(f"{node.name}: a graph with nested regions ({node.op}) cannot be saved")
-    entry["args"] = [encode_value(argument) for argument in node.args]
+    try:
+        layouts = layouts_of(node.meta.get("val"))
+    except PlanFileError as error:
+        raise PlanFileError(f"{node.name}: {error}") from error
+    value = (
+        encode_layout(layouts, facts.devices)
+        if isinstance(layouts, Layout)
+        else [encode_layout(layout, facts.devices) for layout in layouts]
+    )
+    if node.op == "placeholder":
+        return {**_encode_placeholder(node, captured, facts), "value": value}
+    entry: dict[str, Any] = {"call": name_of(node)}
+    entry["args"] = [encode_value(argument, facts.devices, numbers) for argument in node.args]
     if node.kwargs:
-        entry["kwargs"] = {name: encode_value(value) for name, value in node.kwargs.items()}
-    if "val" in node.meta:
-        entry["value"] = _encode_layout(node.meta["val"])
+        entry["kwargs"] = {name: encode_value(item, facts.devices, numbers) for name, item in node.kwargs.items()}
     modules = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
     if modules:
         entry["modules"] = modules
-    return entry
+    return {**entry, "value": value}
 
 
-def _decode_node(graph: fx.Graph, entry: dict[str, Any], nodes: dict[str, fx.Node]) -> fx.Node:
-    args = tuple(decode_value(argument, nodes) for argument in entry["args"])
-    kwargs = {name: decode_value(value, nodes) for name, value in entry.get("kwargs", {}).items()}
-    if entry["op"] == "call_function":
-        target: Any = _function(entry["target"])
-    elif entry["op"] in ("placeholder", "output"):
-        target = entry["name"]
-    else:
-        raise ValueError(f"a node of kind {entry['op']!r}")
-    return graph.create_node(entry["op"], target, args, kwargs, name=entry["name"])
-
-
-def _name_of(node: fx.Node) -> str:
-    if isinstance(node.target, torch._ops.OpOverload):
-        return str(node.target)
-    for name, function in _FUNCTIONS.items():
-        if node.target is function:
-            return name
-    raise PlanFileError(f"{node.name}: a graph that calls {node.target} cannot be saved")
-
-
-def _function(name: str) -> Callable[..., Any]:
-    if name in _FUNCTIONS:
-        return _FUNCTIONS[name]
-    namespace, operator_name, overload = name.split(".")
-    found = getattr(getattr(getattr(torch.ops, namespace), operator_name, None), overload, None)
-    if not isinstance(found, torch._ops.OpOverload):
-        raise PlanFileError(f"this torch ({torch.__version__}) has no operator {name}")
-    computes = any("Tensor" in str(result.type) for result in found._schema.returns)
-    if found._schema.is_mutable or not computes or f"{namespace}.{operator_name}" in _FILES:
-        raise PlanFileError(f"the operator {name} does more than to compute tensors; no captured graph holds it")
-    return found
-
-
-def encode_value(value: Any) -> Any:
-    """Plain values as they are; everything else as an object of one entry that says what it is."""
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else {"float": str(value)}
-    if isinstance(value, fx.Node):
-        return {"node": value.name}
-    if isinstance(value, (list, tuple)):
-        return {"tuple" if isinstance(value, tuple) else "list": [encode_value(item) for item in value]}
-    if isinstance(value, slice):
-        return {"slice": [encode_value(part) for part in (value.start, value.stop, value.step)]}
-    if isinstance(value, torch.device):
-        return {"device": str(value)}
-    for name, kind in _NAMED.items():
-        if isinstance(value, kind):
-            return {name: str(value).removeprefix("torch.")}
-    raise PlanFileError(f"a graph that holds a {type(value).__name__} cannot be saved")
-
-
-def decode_value(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
-    """What `encode_value` was given.
-
-    Raises:
-        KeyError, TypeError, ValueError, AttributeError: not what `encode_value` wrote.
-    """
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    if kind == "node":
-        return nodes[content]
-    if kind in ("list", "tuple", "slice"):
-        items = [decode_value(item, nodes) for item in content]
-        return items if kind == "list" else tuple(items) if kind == "tuple" else slice(*items)
-    if kind == "float":
-        return float(content)
-    if kind == "device":
-        return torch.device(content)
-    return named(kind, content)
-
-
-def named(kind: str, name: str) -> Any:
-    """`torch.float32` of `("dtype", "float32")` and the like.
-
-    Raises:
-        ValueError: there is no such thing.
-    """
-    found = getattr(torch, name, None)
-    if kind not in _NAMED or not isinstance(found, _NAMED[kind]):
-        raise ValueError(f"{kind} {name!r}")
-    return found
-
-
-def _encode_layout(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return {
-            "shape": [int(n) for n in value.shape],
-            "stride": [int(n) for n in value.stride()],
-            "dtype": str(value.dtype).removeprefix("torch."),
-            "device": str(value.device),
-        }
-    if isinstance(value, (list, tuple)):
-        return [_encode_layout(item) for item in value]
-    return None
-
-
-def _decode_layout(entry: Any) -> Any:
-    if isinstance(entry, list):
-        return [_decode_layout(item) for item in entry]
-    if entry is None:
-        return None
-    dtype = named("dtype", entry["dtype"])
-    return torch.empty_strided(entry["shape"], entry["stride"], dtype=dtype, device=entry["device"])
+def _encode_placeholder(node: fx.Node, captured: CapturedGraph, facts: ModelFacts) -> dict[str, Any]:
+    if node.name in captured.weights:
+        return {"weight": captured.weights[node.name]}
+    if node.name in captured.inputs:
+        return {"input": captured.inputs[node.name]}
+    tensor = captured.constants[node.name]
+    names = [name for name, attribute in facts.attributes.items() if attribute is tensor]
+    return {"constant": {"attribute": names[0]} if names else _encode_constant(node.name, tensor)}
 
 
 def _encode_constant(name: str, tensor: torch.Tensor) -> dict[str, Any]:
-    if tensor.nbytes > LARGEST_CONSTANT:
+    if layout_of(tensor).nbytes > LARGEST_CONSTANT or tensor.nbytes > LARGEST_CONSTANT:
         raise PlanFileError(
             f"{name}: tracing made a constant of {tensor.nbytes} bytes; at most {LARGEST_CONSTANT} are saved"
         )
     plain = tensor.detach().cpu().contiguous()
-    data = base64.b64encode(plain.reshape(-1).view(torch.uint8).numpy().tobytes()).decode("ascii")
-    return {**_encode_layout(tensor), "data": data}
+    return {"data": base64.b64encode(plain.reshape(-1).view(torch.uint8).numpy().tobytes()).decode("ascii")}
 
 
-def _decode_constant(entry: dict[str, Any]) -> torch.Tensor:
-    dtype = named("dtype", entry["dtype"])
-    data = bytearray(base64.b64decode(entry["data"], validate=True))
-    flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-    return laid_out(flat.view(entry["shape"]).to(entry["device"]), entry["stride"])
+def _decode_constant(value: Any, layout: Layout, place: str) -> torch.Tensor:
+    elements = 1
+    for n in layout.shape:
+        elements *= n
+    nbytes = elements * layout.dtype.itemsize
+    if max(nbytes, layout.nbytes) > LARGEST_CONSTANT:
+        raise PlanFileError(f"{place}: a constant of {max(nbytes, layout.nbytes)} bytes; at most {LARGEST_CONSTANT}")
+    text = text_of(value, place)
+    try:
+        data = bytearray(base64.b64decode(text, validate=True))
+    except ValueError as error:  # binascii.Error is one, and what is not ASCII another
+        raise refused(place, "text in base64", value) from error
+    if len(data) != nbytes:
+        raise PlanFileError(f"{place}: expected {nbytes} bytes, got {len(data)}")
+    if layout.dtype is torch.bool and not set(data) <= {0, 1}:
+        raise PlanFileError(f"{place}: expected bytes of 0 and 1")
+    flat = torch.frombuffer(data, dtype=layout.dtype) if data else torch.empty(0, dtype=layout.dtype)
+    return laid_out(flat.view(layout.shape).to(layout.device), layout.stride)
+
+
+def _own_layout(tensors: Mapping[str, torch.Tensor], name: str, place: str) -> Layout:
+    if name not in tensors:
+        raise refused(place, "the name of a tensor of the model", name)
+    if is_traceable_wrapper_subclass(tensors[name]):
+        raise PlanFileError(
+            f"{place}: {name} is made of other tensors (quantised?): its plan cannot be saved or loaded"
+        )
+    return layout_of(tensors[name])
+
+
+def _leaf_layout(leaf: Any, said: Layout, place: str) -> Layout:
+    """The layout of a leaf; strides of dimensions of one element, which signatures leave out, as the file has them."""
+    if not isinstance(leaf, tuple):
+        raise refused(place, "the index of an argument that is a tensor", leaf)
+    shape, stride, dtype, device = leaf
+    if said.shape == shape:
+        stride = tuple(other if n == 1 else s for n, s, other in zip(shape, stride, said.stride, strict=True))
+    return Layout(shape, stride, dtype, device)
+
+
+def _check_same(found: Any, said: Any, place: str) -> None:
+    if found != said:
+        told = [one_line(", ".join(map(str, v)) if isinstance(v, list) else v) for v in (found, said)]
+        raise PlanFileError(f"{place}: expected {told[0]}, got {told[1]}")
+
+
+def _result(value: Any, decoder: _Decoder, place: str) -> Any:
+    """An output of the model: a tensor or a plain value."""
+    result = decode_value(value, decoder._facts.devices, place, decoder.nodes)
+    if isinstance(result, fx.Node):
+        if not isinstance(result.meta["val"], torch.Tensor):
+            raise refused(place, "one tensor", value)
+    elif result is not None and not isinstance(result, (bool, int, float, str)):
+        raise refused(place, "a tensor or a plain value", value)
+    return result
+
+
+def _site_outputs(
+    graph: fx.Graph, facts: ModelFacts, sites: tuple[str, ...], place: str
+) -> tuple[tuple[fx.Node, ...], ...]:
+    columns = site_columns(facts.model, sites)
+    try:
+        return find_site_outputs(graph, sites, lambda path: columns.get(without_call_suffix(path)))
+    except CaptureError as error:
+        raise PlanFileError(f"{place}: {error}") from error

@@ -7,7 +7,8 @@ import sys
 import typer
 
 from harmonica_rt import __version__
-from harmonica_rt.cli import pipeline, schedule
+from harmonica_rt.cli import pipeline, schedule, signals
+from harmonica_rt.cli.command import Command
 from harmonica_rt.cli.console import fail, set_debug
 from harmonica_rt.cli.doctor import doctor
 from harmonica_rt.cli.train import train
@@ -15,13 +16,8 @@ from harmonica_rt.errors import HarmonicaError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(schedule.app, name="schedule", help="Show, make, convert and draw schedule files.")
-app.command()(pipeline.demo)
-app.command()(pipeline.sites)
-app.command()(pipeline.recipes)
-app.command()(pipeline.verify)
-app.command()(pipeline.bench)
-app.command()(train)
-app.command()(doctor)
+for function in (pipeline.demo, pipeline.sites, pipeline.recipes, pipeline.verify, pipeline.bench, train, doctor):
+    app.command(cls=Command)(function)
 
 
 def _version(wanted: bool) -> None:
@@ -41,7 +37,8 @@ def _options(
 
 def main() -> None:
     """Run the command line; errors of this package and of the file system end as one message and exit status 2."""
-    try:
-        app()
-    except (HarmonicaError, OSError) as error:
-        sys.exit(fail(error))
+    with signals.raised():
+        try:
+            app()
+        except (HarmonicaError, OSError) as error:
+            sys.exit(fail(error))

@@ -44,7 +44,7 @@ def doctor() -> None:
     )
     _line("CUDA graphs", "one a step program" if torch.cuda.is_available() else "none: no CUDA device")
     if not build.extension and not build.chosen:
-        console.print("[yellow]the C++ ops were meant to be built; see the reason above[/]")
+        console.print("the C++ ops were meant to be built; see the reason above", style="yellow")
         raise typer.Exit(1)
 
 
@@ -88,8 +88,8 @@ def _version(package: str) -> str:
 
 
 def _title(text: str) -> None:
-    console.print(f"[bold]{text}[/]")
+    console.print(text, style="bold")
 
 
 def _line(name: str, value: object) -> None:
-    console.print(f"  {name:14} {value}", markup=False)
+    console.print(f"  {name:14} {value}", soft_wrap=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,9 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from harmonica_rt.cli import packages
+from harmonica_rt.cli.command import out_of_memory
 from harmonica_rt.cli.console import debugging
+from harmonica_rt.cli.options import one_of
 from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.runtime.pipelines import denoiser_module
+
+_REFERENCE = re.compile(r"\s*\([^()]*(?:stack ?trace|traceback)[^()]*\)|[^.\n]*(?:stack ?trace|traceback)[^.\n]*\.?")
+"""A parenthesis or a sentence that sends the reader to a stack trace."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,27 +51,35 @@ def load_pipeline(
     Raises:
         HarmonicaError: there is no pipeline, it cannot be loaded, or an argument is unknown.
     """
-    if dtype not in DTYPES:
-        raise HarmonicaError(f"dtype {dtype} is not known; choose one of {', '.join(DTYPES)}")
+    one_of("--dtype", dtype, list(DTYPES))
     place = _device(device)
-    if not (model / "model_index.json").is_file() and (model.exists() or len(model.parts) != 2 or model.is_absolute()):
-        raise HarmonicaError(f"{model} holds no diffusers pipeline (no model_index.json in it)")
+    local = (model / "model_index.json").is_file()
+    if not local and (model.exists() or len(model.parts) != 2 or model.is_absolute()):
+        what = "holds no diffusers pipeline (no model_index.json in it)" if model.is_dir() else "is no directory"
+        raise HarmonicaError(f"{model} {what}; give a directory that a pipeline was saved in, or its id on the hub")
     with nullcontext() if debugging() else _quiet():
         from diffusers import AutoModel, DiffusionPipeline
 
         load: Any = DiffusionPipeline.from_pretrained
         what = f"the pipeline in {model}"
         try:
+            directory = str(model) if local else DiffusionPipeline.download(str(model))
+            _check_packages(DiffusionPipeline.load_config(directory), what)
             components = {}
             if transformer is not None:
                 what = f"the denoiser in {transformer}"
                 within = "transformer" if not (Path(transformer) / "config.json").is_file() else None
                 components["transformer"] = AutoModel.from_pretrained(transformer, subfolder=within)
                 what = f"the pipeline in {model}"
-            pipeline = load(str(model), **components)
-        # a file that is missing or damaged, contents of a wrong value or type, a class or a package that is not there
-        except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
-            raise HarmonicaError(f"{what} cannot be loaded: {error}") from error
+            pipeline = load(directory, **components)
+        except HarmonicaError:
+            raise
+        # What a damaged file brings about in diffusers, transformers and the readers of their files has no end of types
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            absent = "" if local else f"there is no directory {model}, and "
+            raise HarmonicaError(f"{absent}{what} cannot be loaded: {_said(error)}") from error
     if sampler is not None or sampler_arguments:
         pipeline.scheduler = _scheduler(pipeline.scheduler, sampler, sampler_arguments)
     pipeline = pipeline.to(place)
@@ -72,6 +87,50 @@ def load_pipeline(
         pipeline = pipeline.to(DTYPES[dtype])
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _check_packages(index: Mapping[str, Any], what: str) -> None:
+    """Raise HarmonicaError where a component of a pipeline is of a package that is missing.
+
+    diffusers stumbles over it with an `AttributeError` that names nothing.
+    """
+    for value in index.values():
+        if isinstance(value, list) and value and isinstance(value[0], str) and (told := packages.missing(value[0])):
+            raise HarmonicaError(f"{what} has components of {value[0]}: {told}")
+
+
+def _said(error: Exception) -> str:
+    """What an error says; in the place of a stack trace that it refers to and nobody sees, what caused it."""
+    if isinstance(error, ImportError) and (told := packages.remedy(error)):
+        return told
+    text = str(error) or "no reason given"
+    kept = _REFERENCE.sub("", text)
+    if kept != text and (cause := error.__cause__ or error.__context__) is not None:
+        kept = f"{kept.strip()} ({type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]})"
+    plain = isinstance(error, OSError | ValueError | TypeError | AttributeError | ImportError)
+    return kept if plain else f"{type(error).__name__}: {kept}"
+
+
+@contextmanager
+def calling(pipeline: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Within this block what the pipeline raises for arguments that it cannot take becomes a HarmonicaError.
+
+    Args:
+        pipeline: what is called.
+        arguments: of its call.
+    """
+    try:
+        yield
+    except HarmonicaError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
+        given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        raise HarmonicaError(
+            f"{type(pipeline).__name__} failed when called with {given}: {type(error).__name__}: {error} "
+            "(`harmonica-rt --debug ...` shows where it failed)"
+        ) from error
 
 
 def _scheduler(present: Any, sampler: str | None, given: Sequence[str]) -> Any:
@@ -112,9 +171,12 @@ def call_arguments(pipeline: Any, given: Sequence[str], steps: int, guidance: fl
         arguments["class_labels"] = [0, 1]
     elif "prompt" in known:
         arguments["prompt"] = "a photo"
+    pairs = _pairs("--arg", given)
     if guidance is not None:
+        if "guidance_scale" in pairs:
+            raise HarmonicaError("--guidance and --arg guidance_scale=... say the same; give one of them")
         arguments["guidance_scale"] = guidance
-    for name, value in _pairs("--arg", given).items():
+    for name, value in pairs.items():
         if name == "generator":
             raise HarmonicaError(f"--arg {name}: generators are made from --seed")
         if name not in known:
@@ -132,7 +194,7 @@ def _pairs(option: str, given: Sequence[str]) -> dict[str, Any]:
             raise HarmonicaError(f"{option} {pair}: expected name=value")
         try:
             pairs[name] = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON, or nested or long beyond what json reads
             pairs[name] = text
     return pairs
 

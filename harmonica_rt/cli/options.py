@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from harmonica_rt.errors import HarmonicaError
+from harmonica_rt.untrusted.text import one_line, quoted
 
 PICTURES = (".png", ".svg", ".pdf")
 
 MODEL: Any = typer.Argument(
     ..., metavar="MODEL", help="A directory that a pipeline was saved in, or its id on the Hugging Face hub."
 )
-SCHEDULE: Any = typer.Argument(..., metavar="SCHEDULE", help="A schedule file.")
+SCHEDULE: Any = typer.Argument(..., metavar="SCHEDULE", help="A schedule file, or a directory with a schedule.json.")
+PATTERN: Any = typer.Option([], help="A glob over module paths that chooses sites, not the rule; may be repeated.")
 ARGUMENTS: Any = typer.Option([], "--arg", metavar="NAME=VALUE", help="An argument of the call; may be repeated.")
 GUIDANCE: Any = typer.Option(None, help="Guidance scale (default: the pipeline's own).")
 REPEATS: Any = typer.Option(5, min=1, help="Timed rounds.")
@@ -37,13 +40,19 @@ def _take_recipes(ctx: typer.Context, names: list[str]) -> list[str]:
     """Make the options of the recipes the command's defaults; of two recipes the later one wins."""
     from harmonica_rt.recipes import read
 
-    known = {parameter.name for parameter in ctx.command.params}
+    known = {parameter.name: bool(getattr(parameter, "multiple", False)) for parameter in ctx.command.params}
     chosen: dict[str, Any] = {}
     for name in names:
         recipe = read(name)
         options = {**recipe.options, **(recipe.train if ctx.info_name == "train" else {})}
-        if unknown := sorted(set(options) - known):
-            raise HarmonicaError(f"recipe {name}: the command {ctx.info_name} has no option {', '.join(unknown)}")
+        if unknown := sorted(set(options) - set(known)):
+            raise HarmonicaError(
+                f"recipe {name}: the command {ctx.info_name} has no option {one_line(', '.join(unknown))}"
+            )
+        for option, value in options.items():
+            if isinstance(value, list) != known[option]:
+                expected = "a list" if known[option] else "one value"
+                raise HarmonicaError(f"recipe {name}: {option}: expected {expected}, got {quoted(value)}")
         chosen.update(options)
     ctx.default_map = {**(ctx.default_map or {}), **chosen}
     return names
@@ -58,12 +67,29 @@ RECIPE: Any = typer.Option(
 )
 
 
+def one_of(option: str, value: str, known: Sequence[str]) -> None:
+    """Raise HarmonicaError where the value of an option is none of the known ones."""
+    if value not in known:
+        raise HarmonicaError(f"{option} {value} is not known; choose one of {', '.join(known)}")
+
+
 def writable(path: Path) -> Path:
     """The path, if a file can be put there: a run of minutes must not end at its last line."""
     if not path.parent.is_dir():
         raise typer.BadParameter(f"there is no directory {path.parent} to write {path.name} in")
     if not os.access(path.parent, os.W_OK):
         raise typer.BadParameter(f"the directory {path.parent} may not be written in")
+    return path
+
+
+def writable_directory(path: Path | None) -> Path | None:
+    """The path, if it is a directory that can be written in, or one that can be made."""
+    if path is not None:
+        there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        if not there.is_dir():
+            raise typer.BadParameter(f"{there} is a file, so there can be no directory {path}")
+        if not os.access(there, os.W_OK):
+            raise typer.BadParameter(f"the directory {there} may not be written in")
     return path
 
 

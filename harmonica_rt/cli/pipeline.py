@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.markup import escape
 
-from harmonica_rt.cli.console import console
+from harmonica_rt.cli.console import console, line, unwrapped
 from harmonica_rt.cli.options import (
     ARGUMENTS,
     DEVICE,
@@ -17,6 +16,7 @@ from harmonica_rt.cli.options import (
     GUIDANCE,
     LOWERING,
     MODEL,
+    PATTERN,
     RECIPE,
     REPEATS,
     SAMPLER,
@@ -24,8 +24,10 @@ from harmonica_rt.cli.options import (
     SCHEDULE,
     SEED,
     TRANSFORMER,
+    one_of,
     writable_picture,
 )
+from harmonica_rt.cli.schedule import read
 from harmonica_rt.errors import HarmonicaError
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ def demo(
     """Sample the bundled model uncached, with the reference and compiled; compare, time, draw."""
     with console.status("load libraries"):
         import harmonica_rt as hrt
-        from harmonica_rt.cli.loading import load_pipeline
+        from harmonica_rt.cli.loading import calling, load_pipeline
         from harmonica_rt.demo import bundled_model, bundled_schedule
         from harmonica_rt.demo.run import guidance_of, run_demo
 
@@ -65,7 +67,9 @@ def demo(
     if type(pipeline).__name__ != "DiTPipeline":
         raise HarmonicaError(f"the demo is for a DiTPipeline, {directory} holds a {type(pipeline).__name__}; see bench")
     if schedule is not None:
-        chosen = hrt.Schedule.load(schedule)
+        chosen = read(schedule)
+        if steps not in (None, chosen.steps):
+            raise HarmonicaError(f"--steps says {steps}, and {schedule} is for {chosen.steps} steps; leave --steps out")
     elif model is None and steps is None:
         chosen = hrt.Schedule.load(bundled_schedule())
     else:
@@ -73,29 +77,39 @@ def demo(
     with console.status("begin") as status:
 
         def say(what: str) -> None:
-            console.print(f"[dim]- {what}[/]")
+            console.print(f"- {what}", style="dim")
             status.update(what)
 
+        def count(number: int) -> None:
+            if console.is_terminal:
+                status.update(f"round {number} of {repeats}")
+            else:
+                console.print(f"  round {number} of {repeats}", style="dim")
+
+        labels = tuple(i % 10 for i in range(batch))
+        guidance = guidance_of(directory)
         try:
-            result = run_demo(
-                pipeline,
-                chosen,
-                labels=tuple(i % 10 for i in range(batch)),
-                guidance=guidance_of(directory),
-                seed=seed,
-                repeats=repeats,
-                picture=out,
-                say=say,
-            )
+            with calling(pipeline, {"class_labels": list(labels), "guidance_scale": guidance}):
+                result = run_demo(
+                    pipeline,
+                    chosen,
+                    labels=labels,
+                    guidance=guidance,
+                    seed=seed,
+                    repeats=repeats,
+                    picture=out,
+                    say=say,
+                    count=count,
+                )
         except hrt.ParityError as error:
-            console.print(f"[bold red]{escape(str(error))}[/]\nno speed-up is told for images that differ")
+            console.print(line((str(error), "bold red"), "\nno speed-up is told for images that differ"))
             raise typer.Exit(1) from None
     _print_demo(result)
 
 
 def sites(
     model: Path = MODEL,
-    pattern: list[str] = typer.Option([], help="A glob over module paths instead of the rule; may be repeated."),
+    pattern: list[str] = PATTERN,
 ) -> None:
     """List the cacheable sub-layers of a pipeline's denoiser, in execution order."""
     from collections import Counter
@@ -107,23 +121,24 @@ def sites(
     denoiser = load_denoiser(model)
     found = find_sites(denoiser, pattern or None)
     for site in found:
-        console.print(site)
+        unwrapped(site)
     kinds = Counter(site_kind(site) for site in found)
     counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    console.print(f"[bold]{len(found)} sites of {type(denoiser).__name__}[/]: {counted}")
+    console.print(line((f"{len(found)} sites of {type(denoiser).__name__}", "bold"), f": {counted}"))
 
 
 def recipes() -> None:
     """List the known set-ups that `--recipe` takes."""
-    from rich.table import Table
+    from rich.padding import Padding
 
-    from harmonica_rt.recipes import known, read
+    from harmonica_rt import recipes
 
-    table = Table("recipe", "model", "what it is")
-    for name in known():
-        recipe = read(name)
-        table.add_row(name, recipe.model or "", recipe.about)
-    console.print(table)
+    for name in recipes.known():
+        recipe = recipes.read(name)
+        unwrapped(name)
+        if recipe.model is not None:
+            unwrapped(f"    model: {recipe.model}")
+        console.print(Padding(recipe.about, (0, 0, 1, 4)))
 
 
 def verify(
@@ -144,20 +159,18 @@ def verify(
     """Hold a schedule's compiled run against the reference, step by step; exit status 1 where they differ."""
     from typing import get_args
 
-    import harmonica_rt as hrt
     from harmonica_rt.cli.loading import call_arguments, load_pipeline
     from harmonica_rt.parity.lockstep import Tolerance
 
-    if tolerance not in get_args(Tolerance):
-        raise HarmonicaError(f"--tolerance {tolerance} is not known; choose one of {', '.join(get_args(Tolerance))}")
-    chosen = hrt.Schedule.load(schedule)
+    one_of("--tolerance", tolerance, get_args(Tolerance))
+    chosen = read(schedule)
     pipeline = load_pipeline(
         model, dtype, device, transformer=transformer, sampler=sampler, sampler_arguments=sampler_arg
     )
     arguments = call_arguments(pipeline, arg, chosen.steps, guidance)
     report = _checked_parity(pipeline, chosen, arguments, lowering=lowering, seed=seed, tolerance=tolerance)
     console.print(_parity_table(report))
-    console.print(f"[bold green]{report}[/]")
+    console.print(str(report), style="bold green")
 
 
 def bench(
@@ -182,7 +195,7 @@ def bench(
     from harmonica_rt.cli.loading import call_arguments, load_pipeline
     from harmonica_rt.demo.measure import compare
 
-    chosen = hrt.Schedule.load(schedule)
+    chosen = read(schedule)
     pipeline = load_pipeline(
         model, dtype, device, transformer=transformer, sampler=sampler, sampler_arguments=sampler_arg
     )
@@ -194,8 +207,14 @@ def bench(
     parity = _checked_parity(pipeline, chosen, arguments, lowering=lowering, seed=seed)
     hrt.compile(pipeline, chosen, lowering=lowering, strict=True)
     compiled = hrt.get_compiled(pipeline)
-    with console.status(f"time {repeats} rounds"):
-        latency = compare(pipeline, compiled, generate, repeats=repeats)
+    with console.status("warm up") as status:
+        latency = compare(
+            pipeline,
+            compiled,
+            generate,
+            repeats=repeats,
+            begun=lambda number: status.update(f"round {number} of {repeats}"),
+        )
     console.print(str(compiled.report()))
     console.print(str(parity))
     console.print(_latency_table(latency))
@@ -204,20 +223,14 @@ def bench(
 def _checked_parity(pipeline: Any, schedule: Schedule, arguments: dict[str, Any], **options: Any) -> ParityReport:
     """The report of a passed check; where it fails, the command ends with exit status 1."""
     import harmonica_rt as hrt
+    from harmonica_rt.cli.loading import calling
 
     try:
-        with console.status("reference and compiled, side by side"):
+        with console.status("reference and compiled, side by side"), calling(pipeline, arguments):
             return hrt.verify(pipeline, schedule, **options, **arguments)
     except hrt.ParityError as error:
-        console.print(f"[bold red]{escape(str(error))}[/]")
+        console.print(str(error), style="bold red")
         raise typer.Exit(1) from None
-    except HarmonicaError:
-        raise
-    except (TypeError, ValueError) as error:  # what pipelines raise for values that they cannot take
-        raise HarmonicaError(
-            f"{type(pipeline).__name__} cannot be called with {', '.join(arguments)}: {error} "
-            "(--arg sets the values, harmonica-rt --debug shows where it failed)"
-        ) from error
 
 
 def _print_demo(result: DemoResult) -> None:
@@ -225,7 +238,7 @@ def _print_demo(result: DemoResult) -> None:
     console.print(_latency_table(result.latency))
     psnr = "equal" if math.isinf(result.psnr) else f"{result.psnr:.1f} dB PSNR"
     rows = {
-        "parity": f"[green]{result.parity}[/]",
+        "parity": str(result.parity),
         "CUR": f"{result.report.last_cur or 0:.1%} of all entries reused in the last run",
         "cache": f"{plan.arena_bytes / 2**20:.2f} MiB in {plan.slots} slots (lower bound "
         f"{plan.lower_bound_bytes / 2**20:.2f} MiB)",
@@ -234,7 +247,7 @@ def _print_demo(result: DemoResult) -> None:
         "picture": str(result.picture),
     }
     for name, text in rows.items():
-        console.print(f"[bold]{name:8}[/] {text}")
+        unwrapped(line((f"{name:8}", "bold"), " ", (text, "green" if name == "parity" else "")))
 
 
 def _latency_table(latency: Comparison) -> Any:

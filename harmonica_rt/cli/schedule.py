@@ -3,25 +3,57 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
-from harmonica_rt.cli.console import console
-from harmonica_rt.cli.options import MODEL, SCHEDULE, SCHEDULE_OUT, SEED, writable_picture
-from harmonica_rt.errors import HarmonicaError
+from harmonica_rt.cli.command import Command
+from harmonica_rt.cli.console import console, unwrapped
+from harmonica_rt.cli.options import MODEL, PATTERN, SCHEDULE, SCHEDULE_OUT, SEED, one_of, writable_picture
+from harmonica_rt.errors import HarmonicaError, ScheduleError
+
+if TYPE_CHECKING:
+    from harmonica_rt.schedule import Schedule
 
 app = typer.Typer(no_args_is_help=True)
 
+_ROUTERS = (".pt", ".pth", ".ckpt", ".bin")
 
-@app.command()
+
+def read(path: Path) -> Schedule:
+    """The schedule in a file, or in a directory that holds one under the name that `save_pretrained` gives it.
+
+    Raises:
+        HarmonicaError: there is none, or the file is malformed.
+        OSError: the file cannot be read.
+    """
+    from harmonica_rt.schedule import Schedule
+    from harmonica_rt.schedule.hub import FILE
+
+    if path.is_dir():
+        if not (path / FILE).is_file():
+            there = sorted(found.name for found in path.glob("*.json"))[:5]
+            beside = f" (it has {', '.join(there)})" if there else ""
+            raise HarmonicaError(f"{path} is a directory without a {FILE}; give the schedule file itself{beside}")
+        path = path / FILE
+    try:
+        return Schedule.load(path)
+    except ScheduleError as error:
+        if path.suffix not in _ROUTERS or not path.is_file():
+            raise
+        hint = "`harmonica-rt schedule convert` makes schedules of router checkpoints"
+        raise ScheduleError(f"{error}; {hint}") from error
+
+
+@app.command(cls=Command)
 def show(schedule: Path = SCHEDULE) -> None:
     """Draw a schedule in the terminal: steps down, sites across."""
-    from harmonica_rt.schedule import Schedule, render
+    from harmonica_rt.schedule import render
 
-    console.print(render(Schedule.load(schedule), width=console.width))
+    console.print(render(read(schedule), width=console.width))
 
 
-@app.command()
+@app.command(cls=Command)
 def plot(
     schedule: Path = SCHEDULE,
     out: Path = typer.Argument(
@@ -34,13 +66,11 @@ def plot(
     ),
 ) -> None:
     """Draw a schedule as a heat map."""
-    from harmonica_rt.schedule import Schedule
-
-    Schedule.load(schedule).plot(out)
-    console.print(f"written to {out}")
+    read(schedule).plot(out)
+    unwrapped(f"written to {out}")
 
 
-@app.command()
+@app.command(cls=Command)
 def convert(
     router: Path = typer.Argument(..., metavar="CHECKPOINT", help="A HarmoniCa or Learning-to-Cache router."),
     out: Path = SCHEDULE_OUT,
@@ -53,38 +83,42 @@ def convert(
 
     from harmonica_rt.schedule import RouterKind, Schedule
 
-    kinds = get_args(RouterKind)
-    if kind not in kinds:
-        raise HarmonicaError(f"--kind {kind} is not known; choose one of {', '.join(kinds)}")
+    one_of("--kind", kind, get_args(RouterKind))
     made = Schedule.from_router(router, threshold=threshold, kind=kind, steps=steps)  # type: ignore[arg-type]
     made.save(out)
-    console.print(f"{made}\nwritten to {out}")
+    unwrapped(f"{made}\nwritten to {out}")
 
 
-@app.command()
+@app.command(cls=Command)
 def make(
     model: Path = MODEL,
     out: Path = SCHEDULE_OUT,
-    steps: int = typer.Option(20, min=1, help="Model evaluations of a run, where no --mask says."),
+    steps: int | None = typer.Option(None, min=1, help="Model evaluations of a run (default: 20, or as --mask says)."),
     every: int | None = typer.Option(None, min=1, help="Compute every k-th step."),
     random: float | None = typer.Option(None, min=0, max=1, help="Reuse this share of entries at random."),
     mask: str | None = typer.Option(None, help="One 0 or 1 for each step, 1 = compute."),
+    pattern: list[str] = PATTERN,
     seed: int = SEED,
 ) -> None:
     """Make a schedule for the sites of a pipeline by hand: one of --every, --random, --mask."""
-    from harmonica_rt import Schedule, find_sites, model_info
-    from harmonica_rt.cli.loading import load_denoiser
+    from harmonica_rt.schedule import Schedule
 
     if sum(option is not None for option in (every, random, mask)) != 1:
         raise HarmonicaError("say one of --every K, --random CUR, --mask 1010...")
+    if mask is not None and steps not in (None, len(mask)):
+        raise HarmonicaError(f"--mask has {len(mask)} entries, one for each step, and --steps says {steps}; drop one")
+
+    from harmonica_rt import find_sites, model_info
+    from harmonica_rt.cli.loading import load_denoiser
+
     denoiser = load_denoiser(model)
-    sites = find_sites(denoiser)
+    sites = find_sites(denoiser, pattern or None)
     if every is not None:
-        made = Schedule.every(every, steps=steps, sites=sites)
+        made = Schedule.every(every, steps=steps or 20, sites=sites)
     elif random is not None:
-        made = Schedule.random(random, steps=steps, sites=sites, seed=seed)
+        made = Schedule.random(random, steps=steps or 20, sites=sites, seed=seed)
     else:
         made = Schedule.from_mask(mask or "", sites=sites)
     made = made.with_provenance(model=model_info(denoiser))
     made.save(out)
-    console.print(f"{made}\nwritten to {out}")
+    unwrapped(f"{made}\nwritten to {out}")

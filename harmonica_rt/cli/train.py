@@ -3,33 +3,48 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from harmonica_rt.cli.console import console
+from harmonica_rt.cli import signals
+from harmonica_rt.cli.console import console, line, tell, unwrapped
+from harmonica_rt.cli.going_on import how_to_go_on
 from harmonica_rt.cli.options import (
     ARGUMENTS,
     DEVICE,
     DTYPE,
     GUIDANCE,
     MODEL,
+    PATTERN,
     RECIPE,
     SAMPLER,
     SAMPLER_ARGUMENTS,
     SEED,
     TRANSFORMER,
+    one_of,
     writable,
+    writable_directory,
 )
+from harmonica_rt.cli.schedule import read
 from harmonica_rt.errors import HarmonicaError
 
 if TYPE_CHECKING:
     from harmonica_training import Conditions, TrainingResult
+    from harmonica_training.progress import Progress
 
 _HOW_MUCH = "How much to cache (one of them)"
 _WHAT = "What to generate"
 _HOW = "How to train"
+_OWN_OPTIONS = {
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "class_labels": "--labels",
+    "prompt": "--prompts",
+}
+"""Arguments of the call that `--arg` may not set here."""
 
 
 def train(
@@ -58,7 +73,7 @@ def train(
     ),
     guidance: float | None = GUIDANCE,
     arg: list[str] = ARGUMENTS,
-    pattern: list[str] = typer.Option([], help="A glob over module paths that chooses sites; may be repeated."),
+    pattern: list[str] = PATTERN,
     iterations: int = typer.Option(100, min=1, help="Runs to walk.", rich_help_panel=_HOW),
     batch: int = typer.Option(8, min=1, help="Samples of a run, over all processes.", rich_help_panel=_HOW),
     learning_rate: float = typer.Option(0.1, min=0.0, help="Of AdamW.", rich_help_panel=_HOW),
@@ -85,6 +100,7 @@ def train(
     work: Path | None = typer.Option(
         None,
         file_okay=False,
+        callback=writable_directory,
         help="Directory of checkpoints and of the TensorBoard log; a training found there goes on.",
         rich_help_panel=_HOW,
     ),
@@ -98,18 +114,14 @@ def train(
 ) -> None:
     """Learn a cache schedule (HarmoniCa), without images; `torchrun -m harmonica_rt.cli train` shares the work."""
     with console.status("load libraries"):
-        from harmonica_rt.cli.loading import call_arguments, load_pipeline
-        from harmonica_rt.schedule import Schedule
-        from harmonica_training import TrainConfig, train
+        from harmonica_rt.cli.loading import call_arguments, calling, load_pipeline
+        from harmonica_training import TrainConfig, TrainingInterrupted, train
         from harmonica_training.distributed import leave, rank
-        from harmonica_training.progress import ConsoleProgress, Several, TensorBoardLog
+        from harmonica_training.progress import ConsoleProgress, Several
 
-    pipeline = load_pipeline(
-        model, dtype, _own_device(device), transformer=transformer, sampler=sampler, sampler_arguments=sampler_arg
-    )
-    given = call_arguments(pipeline, arg, steps, guidance)
-    for name in ("num_inference_steps", "guidance_scale", "class_labels", "prompt"):
-        given.pop(name, None)
+    one_of("--image-error", image_error, ["sensitivity", "leave-one-out", "progressive", "none"])
+    one_of("--gates", gates, ["hard", "soft"])
+    one_of("--precision", precision, ["fp32", "bf16", "fp16"])
     choices: dict[str, Any] = {
         "image_error": None if image_error == "none" else image_error,
         "gates": gates,
@@ -119,7 +131,6 @@ def train(
         steps=steps,
         **_how_much(ctx),
         guidance=guidance,
-        arguments=given,
         patterns=tuple(pattern) or None,
         coherence=coherence,
         renew_every=renew_every,
@@ -134,22 +145,54 @@ def train(
         seed=seed,
         **choices,
     )
-    conditions = _conditions(pipeline, config, labels, prompts, embeddings)
-    logs = [ConsoleProgress()] if work is None else [ConsoleProgress(), TensorBoardLog(work / "log")]
+    for pair in arg:
+        if own := _OWN_OPTIONS.get(pair.partition("=")[0]):
+            raise HarmonicaError(f"--arg {pair}: {own} sets this here")
+    beginning = read(start) if start else None
+    pipeline = load_pipeline(
+        model, dtype, _own_device(device), transformer=transformer, sampler=sampler, sampler_arguments=sampler_arg
+    )
+    given = call_arguments(pipeline, arg, steps, guidance)
+    for name in _OWN_OPTIONS:
+        given.pop(name, None)
+    config = replace(config, arguments=given)
+    with calling(pipeline, given):
+        conditions = _conditions(pipeline, config, labels, prompts, embeddings)
     try:
-        result = train(
-            pipeline,
-            config,
-            conditions=conditions,
-            start=Schedule.load(start) if start else None,
-            directory=work,
-            progress=Several(*logs),
-        )
+        with calling(pipeline, given):
+            result = train(
+                pipeline,
+                config,
+                conditions=conditions,
+                start=beginning,
+                directory=work,
+                progress=Several(ConsoleProgress(), *_logs(work)),
+            )
         if rank() == 0:
             result.schedule.save(out)
             _print_result(result, out)
+    except TrainingInterrupted as stop:
+        if rank() == 0:
+            tell(how_to_go_on(stop, work, out))
+        cause = stop.__cause__
+        raise typer.Exit(signals.exit_status(cause if isinstance(cause, KeyboardInterrupt) else stop)) from None
     finally:
         leave()
+
+
+def _logs(work: Path | None) -> list[Progress]:
+    """The TensorBoard log in the directory of the checkpoints; none without TensorBoard, which is said."""
+    from harmonica_training import TrainingError
+    from harmonica_training.progress import TensorBoardLog
+
+    if work is None:
+        return []
+    try:
+        return [TensorBoardLog(work / "log")]
+    except TrainingError as error:
+        if os.environ.get("RANK", "0") == "0":
+            tell(f"no log is written, checkpoints are: {error}")
+        return []
 
 
 def _how_much(ctx: typer.Context) -> dict[str, Any]:
@@ -159,7 +202,12 @@ def _how_much(ctx: typer.Context) -> dict[str, Any]:
     }
     sources = {name: ctx.get_parameter_source(name) for name in given}
     own = {name: given[name] for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-    return own or given
+    chosen = own or given
+    if len(chosen) != 1:
+        options = [f"--{name.replace('_', '-')}" for name in chosen]
+        got = f", not {' and '.join(options)}" if options else ""
+        raise HarmonicaError(f"give one of --target-speedup, --target-cur and --beta{got}")
+    return chosen
 
 
 def _own_device(device: str) -> str:
@@ -198,7 +246,10 @@ def _print_result(result: TrainingResult, out: Path) -> None:
     from harmonica_rt.schedule import render
 
     console.print(render(result.schedule))
-    console.print(
-        f"[bold]{out}[/]: theoretical speed-up {result.speedup:.3f}x, CUR {result.schedule.cur:.1%}, "
-        f"beta {result.beta:.3g} at the end"
+    unwrapped(
+        line(
+            (str(out), "bold"),
+            f": theoretical speed-up {result.speedup:.3f}x, CUR {result.schedule.cur:.1%}, "
+            f"beta {result.beta:.3g} at the end",
+        )
     )

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from harmonica_rt.api import CompiledModel
-from harmonica_rt.runtime.pipelines import denoiser_module, temporarily
+from harmonica_rt.changes import Changes
+from harmonica_rt.runtime.pipelines import denoiser_module, put_temporarily
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,14 @@ class Comparison:
         return self.denoiser_speedup / self.theoretical
 
 
-def compare(pipeline: Any, compiled: CompiledModel, generate: Callable[[], object], *, repeats: int) -> Comparison:
+def compare(
+    pipeline: Any,
+    compiled: CompiledModel,
+    generate: Callable[[], object],
+    *,
+    repeats: int,
+    begun: Callable[[int], object] | None = None,
+) -> Comparison:
     """Time `generate` with the plain denoiser and with `compiled` in turn, after one run of each that does not count.
 
     Args:
@@ -56,11 +64,16 @@ def compare(pipeline: Any, compiled: CompiledModel, generate: Callable[[], objec
         compiled: its compiled denoiser.
         generate: runs the pipeline once, always with the same arguments.
         repeats: rounds, at least 1.
+        begun: told the number of each round as it begins, from 1; not told of the warm-up.
     """
     samples: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
-    for _ in range(repeats + 1):
+    for number in range(repeats + 1):
+        if begun is not None and number > 0:
+            begun(number)
         for use_plan in (False, True):
-            with temporarily(pipeline, compiled if use_plan else None):
+            changes = Changes()
+            with changes, changes:
+                put_temporarily(pipeline, compiled if use_plan else None, changes)
                 samples[use_plan].append(_run(denoiser_module(pipeline), generate))
     plain, planned = (list(zip(*samples[key][1:], strict=True)) for key in (False, True))
     theoretical = compiled.report().plans[-1].theoretical_speedup

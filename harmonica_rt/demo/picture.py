@@ -10,15 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harmonica_rt.schedule import Schedule
+from harmonica_rt.schedule.files import save_figure
 
-_INK = "#2b2b2b"
+_INK, _FAINT = "#2b2b2b", "#6b6b6b"
 
 
 def draw(rows: Mapping[str, NDArray[np.float32]], schedule: Schedule, title: str, path: str | os.PathLike[str]) -> None:
     """Write a PNG.
 
     Args:
-        rows: label -> images `[N, H, W, C]` in 0 ... 1; the same N for each.
+        rows: label -> images `[N, H, W, C]` in 0 ... 1; the same N for each. A second line of a label is small.
         schedule: drawn as a heat map below the images.
         title: one line at the top.
         path: where to write.
@@ -44,7 +45,7 @@ def draw(rows: Mapping[str, NDArray[np.float32]], schedule: Schedule, title: str
         1,
         hspace=0.08,
         height_ratios=heights,
-        left=0.1,
+        left=0.12,
         right=0.99,
         top=1 - 0.6 / figure.get_figheight(),
         bottom=0.01,
@@ -53,7 +54,9 @@ def draw(rows: Mapping[str, NDArray[np.float32]], schedule: Schedule, title: str
     for row, (label, strip) in enumerate(strips.items()):
         axis = figure.add_subplot(grid[row])
         axis.imshow(strip if strip.shape[-1] == 3 else strip[..., 0], cmap="gray", vmin=0, vmax=1)
-        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=10, color=_INK)
+        head, _, detail = label.partition("\n")
+        axis.text(-0.01, 0.5, head, transform=axis.transAxes, ha="right", va="center", fontsize=10, color=_INK)
+        axis.text(-0.01, 0.3, detail, transform=axis.transAxes, ha="right", va="center", fontsize=7, color=_FAINT)
         axis.set_xticks([])
         axis.set_yticks([])
         for spine in axis.spines.values():
@@ -61,4 +64,4 @@ def draw(rows: Mapping[str, NDArray[np.float32]], schedule: Schedule, title: str
     axis = figure.add_subplot(grid[len(strips)])
     axis.imshow(canvas, interpolation="antialiased")
     axis.axis("off")
-    figure.savefig(path)
+    save_figure(figure, path)

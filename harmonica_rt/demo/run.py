@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,11 @@ import harmonica_rt as hrt
 from harmonica_rt.demo.measure import Comparison, compare
 from harmonica_rt.demo.picture import draw
 from harmonica_rt.report import Report
+from harmonica_rt.schedule.checks import check_number
+from harmonica_rt.untrusted import strict_json
 
 DEFAULT_GUIDANCE = 4.0  # what DiTPipeline itself uses
+DIFFERENCE_SCALE = 10  # of the row that shows what the cache changed
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ def run_demo(
     repeats: int,
     picture: Path,
     say: Callable[[str], None],
+    count: Callable[[int], None],
 ) -> DemoResult:
     """Sample `labels` uncached, with the reference and compiled; compare, time, draw.
 
@@ -65,6 +69,7 @@ def run_demo(
         repeats: timed rounds.
         picture: where the PNG goes.
         say: told what begins, one line each.
+        count: told the number of each timed round as it begins, from 1.
 
     Raises:
         ParityError: compiled and reference differ.
@@ -92,18 +97,21 @@ def run_demo(
     rows["compiled"] = generate()
     compiled = hrt.get_compiled(pipeline)
     say(f"time uncached and compiled in turn, {repeats} rounds after a warm-up")
-    latency = compare(pipeline, compiled, generate, repeats=repeats)
+    latency = compare(pipeline, compiled, generate, repeats=repeats, begun=count)
     report = compiled.report()
     hrt.uncompile(pipeline)
     say("draw")
+    closeness = psnr(rows["uncached"], rows["compiled"])
     title = (
         f"{schedule.steps} steps, CUR {schedule.cur:.0%}: denoiser {latency.denoiser_speedup:.2f}x faster "
-        f"(theory {latency.theoretical:.2f}x)"
+        f"(theory {latency.theoretical:.2f}x), "
+        + ("equal to uncached" if math.isinf(closeness) else f"{closeness:.1f} dB PSNR to uncached")
     )
     if parity.trajectory_same_bits:
         title += ", compiled = reference bit for bit"
+    rows[f"difference x {DIFFERENCE_SCALE}\n|compiled - uncached|"] = difference(rows["uncached"], rows["compiled"])
     draw(rows, schedule, title, picture)
-    return DemoResult(parity, latency, report, psnr(rows["uncached"], rows["compiled"]), labels, guidance, picture)
+    return DemoResult(parity, latency, report, closeness, labels, guidance, picture)
 
 
 def guidance_of(model: Path) -> float:
@@ -116,12 +124,20 @@ def guidance_of(model: Path) -> float:
     if not record.exists():
         return DEFAULT_GUIDANCE
     try:
-        evaluation = json.loads(record.read_text("utf-8")).get("evaluation", {})
-        return float(evaluation.get("guidance_scale", DEFAULT_GUIDANCE))
-    except (AttributeError, TypeError, ValueError) as error:
+        evaluation = strict_json.parse_object(record.read_bytes()).get("evaluation", {})
+        if not isinstance(evaluation, dict):
+            raise ValueError(f"evaluation is {strict_json.type_name(evaluation)}")
+        return check_number(evaluation.get("guidance_scale", DEFAULT_GUIDANCE), "guidance_scale")
+    except (ValueError, OSError) as error:
         raise hrt.HarmonicaError(
             f'{record}: expected {{"evaluation": {{"guidance_scale": a number}}}} ({error}); mend it or take it away'
         ) from error
+
+
+def difference(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`|a - b|` times `DIFFERENCE_SCALE`, at most 1: black where the images agree."""
+    scaled: NDArray[np.float32] = np.minimum(np.abs(a - b) * np.float32(DIFFERENCE_SCALE), np.float32(1))
+    return scaled
 
 
 def psnr(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:

@@ -6,7 +6,6 @@ own, not on what earlier errors made of its inputs.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping
@@ -20,9 +19,9 @@ from harmonica_rt.capture.call import Call
 from harmonica_rt.indices import SiteIndex, SiteOutput, StepIndex
 from harmonica_rt.lower import EXACT
 from harmonica_rt.lower.plain import Program
-from harmonica_rt.parity.promoted import Promoted
+from harmonica_rt.parity.higher import HigherStream
 from harmonica_rt.parity.report import ParityError, ParityReport, StepParity
-from harmonica_rt.parity.tolerance import NONE, Allowance, Error, limit_from, one_up, same_bits
+from harmonica_rt.parity.tolerance import NONE, Allowance, Error, limit_from, same_bits
 from harmonica_rt.passes.specialise import Pattern, specialise
 from harmonica_rt.runtime.engine import RunKey, Stream
 from harmonica_rt.runtime.execution import PlanStream
@@ -57,20 +56,21 @@ class LockstepEngine:
         self._model = model
         self._schedule = schedule
         self._reference = ReferenceEngine(model, schedule)
-        self._higher = ReferenceEngine(_one_precision_up(model), schedule) if tolerance == "measured" else None
-        self.dtype = _dtype_of(model)
+
+    looks_late = False
+
+    def state(self, call: Call) -> object:
+        """See `Engine.state`; where the compiled engine does not see a change, its steps differ."""
+        return self.planned.state(call)
 
     def begin_run(self, key: RunKey | None = None) -> None:
         """A run begins for all engines, with a report of its own."""
         self.planned.begin_run(key)
         self.report = ParityReport(self.report.tolerance)
-        if self._higher is not None:
-            self._higher = None  # before there is another copy of the model
-            self._higher = ReferenceEngine(_one_precision_up(self._model), self._schedule)
 
     def new_stream(self, call: Call) -> Stream:
         """Streams of all engines, as one."""
-        higher = self._higher.new_stream(call) if self._higher is not None else None
+        higher = HigherStream(self._model, self._schedule) if self.report.tolerance == "measured" else None
         return _LockstepStream(self, self._reference.new_stream(call), self.planned.new_stream(call), higher)
 
 
@@ -98,7 +98,7 @@ class _LockstepStream:
         """Run all of them; what the reference gave."""
         expected = self._reference.run(step, call, catch_up=catch_up)
         got = self._planned.run(step, call, catch_up=catch_up)
-        truth = self._run_higher(step, call, catch_up)
+        truth = self._higher.run(step, call, catch_up=catch_up) if self._higher is not None else None
         higher = _tensors(truth) if truth is not None else None
         parity = _compare(step, _tensors(expected), _tensors(got), higher, self._allowances)
         planned = self._planned.in_use if isinstance(self._planned, ReadingStream) else self._planned
@@ -110,12 +110,6 @@ class _LockstepStream:
         if not parity.ok and self._engine.raise_at_once:
             raise ParityError(report)
         return expected
-
-    def _run_higher(self, step: StepIndex, call: Call, catch_up: bool) -> Any:
-        if self._higher is None:
-            return None
-        with Promoted(self._engine.dtype, one_up(self._engine.dtype)):
-            return self._higher.run(step, _upcast(call), catch_up=catch_up)
 
 
 def _compare(
@@ -193,19 +187,3 @@ def _worst(errors: list[Error]) -> Error:
 
 def _tensors(output: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-
-
-def _dtype_of(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
-
-
-def _one_precision_up(model: nn.Module) -> nn.Module:
-    # torch's own `to`: that of diffusers' models warns of casts that would make results worse
-    return nn.Module.to(copy.deepcopy(model), one_up(_dtype_of(model))).eval()
-
-
-def _upcast(call: Call) -> Call:
-    def up(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(one_up(tensor.dtype)) if tensor.dtype.is_floating_point else tensor
-
-    return dataclasses.replace(call, kwargs=pytree.tree_map_only(torch.Tensor, up, call.kwargs))

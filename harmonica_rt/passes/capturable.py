@@ -22,7 +22,8 @@ def obstacle(step: StepGraph | Part, *others: torch.device) -> str | None:
         step: the graph.
         others: devices that it is recorded on, or with; a graph may lie on the CPU as a whole.
     """
-    devices = {*others} | {device for node in step.graph.nodes if (device := _device(node)) is not None}
+    found = (device for node in step.graph.nodes if (device := _device(node)) is not None)
+    devices = list(dict.fromkeys((*others, *found)))
     for node in step.graph.nodes:
         reason = None if _is_number(node, step) else _reason(node, devices)
         if reason is not None:
@@ -30,10 +31,13 @@ def obstacle(step: StepGraph | Part, *others: torch.device) -> str | None:
     return None
 
 
-def _reason(node: fx.Node, devices: set[torch.device]) -> str | None:
+def _reason(node: fx.Node, devices: list[torch.device]) -> str | None:
     device = _device(node)
     if len(devices) > 1 and device is not None and device.type == "cpu":
         return "lies on the CPU, other values do not"
+    first = next((device for device in devices if device.type != "cpu"), None)
+    if device is not None and device.type != "cpu" and device != first:
+        return f"lies on {device}, other values on {first}: a graph holds the work of one device"
     tags: Any = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else ()
     if torch.Tag.data_dependent_output in tags:
         return "waits for a value"

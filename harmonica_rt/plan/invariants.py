@@ -6,7 +6,8 @@
 4. Two slots of one device alive in one step do not overlap, and all lie inside their arena, aligned.
 5. A slot has the shape, strides and dtype of the placeholder or value it is bound to.
 6. Step graphs hold no mutating operator and nothing that feeds nothing (`check_step_graph`).
-7. The arena is no smaller than the lower bound, and equal to it where all slots have one size.
+7. The arena is no smaller than the lower bound, and equal to it where all slots have one size. It is no larger than
+   all slots together.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def _check_memory(plan: Plan) -> None:
         slots = [slot for slot in plan.table.slots if slot.value.device == device]
         for slot in slots:
             _require(slot.offset % ALIGNMENT == 0, f"slot {slot.id} is not aligned")
-            _require(slot.offset + slot.value.size <= size, f"slot {slot.id} lies outside its arena")
+            _require(0 <= slot.offset <= size - slot.value.size, f"slot {slot.id} lies outside its arena")
         for step in range(len(plan.steps)):
             alive = [slot for slot in slots if slot.value.first <= step <= slot.value.last]
             _check_disjoint(alive, step)
@@ -96,6 +97,8 @@ def _check_memory(plan: Plan) -> None:
         _require(size >= bound, f"an arena of {size} bytes cannot hold {bound}")
         if len({slot.value.size for slot in slots}) == 1:
             _require(size == bound, f"slots of one size take {size} bytes where {bound} are enough")
+        total = sum(slot.value.size for slot in slots)
+        _require(size <= total, f"an arena of {size} bytes for slots of {total} bytes in all")
 
 
 def _check_disjoint(alive: list[Slot], step: int) -> None:

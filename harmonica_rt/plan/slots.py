@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from harmonica_rt.errors import InvariantError
 from harmonica_rt.indices import SiteOutput, SlotId, StepIndex
 
 ALIGNMENT = 64  # bytes; a cache line, and more than any vector load needs
@@ -80,7 +81,13 @@ def place(values: Sequence[Value]) -> SlotTable:
 
 
 def placed(values: Sequence[Value], offsets: Sequence[int]) -> SlotTable:
-    """The table of values whose places are chosen, bytes into the arena of their device."""
+    """The table of values whose places are chosen, bytes into the arena of their device.
+
+    Raises:
+        InvariantError: there is another number of places than of values.
+    """
+    if len(offsets) != len(values):
+        raise InvariantError(f"{len(offsets)} places for {len(values)} slots")
     slots = tuple(Slot(SlotId(i), v, offset) for i, (v, offset) in enumerate(zip(values, offsets, strict=True)))
     on: dict[torch.device, list[Slot]] = {}
     for slot in slots:

@@ -6,13 +6,15 @@ every command that takes them) and `train` (of the command `train` alone), both 
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from harmonica_rt.errors import HarmonicaError
+from harmonica_rt.untrusted import strict_json
+from harmonica_rt.untrusted.text import one_line, quoted
 
 
 @dataclass(frozen=True)
@@ -42,24 +44,46 @@ def read(name_or_file: str) -> Recipe:
     """A recipe of the package by its name, or one of your own by its file.
 
     Raises:
-        HarmonicaError: there is none, or it is malformed.
+        HarmonicaError: there is none, it cannot be read, or it is malformed: no strict JSON, fields that are unknown or
+            missing, or options that are no text, numbers, booleans or lists of these.
     """
-    if name_or_file in known():
-        text = (resources.files(__name__) / f"{name_or_file}.json").read_text("utf-8")
-    else:
-        try:
-            text = Path(name_or_file).read_text("utf-8")
-        except OSError as error:
-            raise HarmonicaError(
-                f"recipe {name_or_file}: no such file, and no recipe of that name; there are {', '.join(known())}"
-            ) from error
     try:
-        fields = json.loads(text)
-        recipe = Recipe(**fields)
-    except (ValueError, TypeError) as error:
+        if name_or_file in known():
+            data = (resources.files(__name__) / f"{name_or_file}.json").read_bytes()
+        else:
+            data = Path(name_or_file).read_bytes()
+    except FileNotFoundError as error:
+        raise HarmonicaError(
+            f"recipe {name_or_file}: no such file, and no recipe of that name; there are {', '.join(known())}"
+        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise HarmonicaError(f"recipe {name_or_file}: cannot be read ({error})") from error
+    try:
+        return _recipe(strict_json.parse_object(data))
+    except ValueError as error:
         raise HarmonicaError(
             f"recipe {name_or_file}: expected a JSON object with about, model, options and train: {error}"
         ) from error
-    if not isinstance(recipe.options, dict) or not isinstance(recipe.train, dict):
-        raise HarmonicaError(f"recipe {name_or_file}: options and train must be JSON objects")
-    return recipe
+
+
+def _recipe(fields: dict[str, object]) -> Recipe:
+    """The recipe of these fields, or ValueError saying which of them is wrong."""
+    names = [field.name for field in dataclasses.fields(Recipe)]
+    if unknown := [name for name in fields if name not in names]:
+        raise ValueError(f"{one_line(unknown[0])}: unknown field")
+    if missing := [name for name in names if name not in fields]:
+        raise ValueError(f"{missing[0]}: missing field")
+    match fields:
+        case {"about": str(about), "model": str() | None as model, "options": dict(options), "train": dict(train)}:
+            for name, value in [*options.items(), *train.items()]:
+                _check_option(name, value)
+            return Recipe(about, model, options, train)
+    raise ValueError("about must be text, model text or null; options and train must be JSON objects")
+
+
+def _check_option(name: str, value: object) -> None:
+    values = value if isinstance(value, list) else [value]
+    if not all(isinstance(one, str | bool | int | float) for one in values):
+        raise ValueError(
+            f"{one_line(name)}: expected text, a number, a boolean, or a list of them, got {quoted(value)}"
+        )

@@ -11,12 +11,12 @@ from harmonica_rt.plan.plan import Plan
 
 
 class SlotBuffers:
-    """The memory of one stream: an arena a device, and one tensor a slot that looks into it."""
+    """The memory of one stream: an arena per device, and one tensor per slot that looks into it."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         with torch.inference_mode(False), torch.no_grad():
-            self._arenas = {
+            self.arenas = {
                 device: torch.empty(size, dtype=torch.uint8, device=device)
                 for device, size in plan.table.arena_bytes.items()
             }
@@ -29,7 +29,7 @@ class SlotBuffers:
     @property
     def nbytes(self) -> int:
         """Bytes of the arenas."""
-        return sum(arena.nbytes for arena in self._arenas.values())
+        return sum(arena.nbytes for arena in self.arenas.values())
 
     def poison_all(self) -> None:
         """Fill every slot with NaN (integers: their largest value)."""
@@ -43,7 +43,7 @@ class SlotBuffers:
                 _poison(self.slots[slot.id])
 
     def _view(self, value: Any, offset: int) -> torch.Tensor:
-        arena = self._arenas[value.device]
+        arena = self.arenas[value.device]
         flat = arena[offset : offset + value.extent].view(value.dtype)
         return flat.as_strided(value.shape, value.stride)
 

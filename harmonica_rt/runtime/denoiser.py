@@ -3,26 +3,62 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
-from harmonica_rt.capture.call import CallConvention
+from harmonica_rt.capture.call import Call, CallConvention
 from harmonica_rt.capture.forward import own_forward
+from harmonica_rt.changes import Changes
+from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.runtime.engine import Engine
 from harmonica_rt.runtime.hooks import call_with_hooks
+from harmonica_rt.runtime.origin import Origin, calling_pipelines
 from harmonica_rt.runtime.session import Session
 from harmonica_rt.schedule import Schedule
 
+C = TypeVar("C", bound=Callable[..., Any])
+
+
+def _outside_dynamo(call: C) -> C:
+    """`call`, left alone by torch.compile: a plan is compiled already, and a trace would bake the state of a run in.
+
+    Does what `torch.compiler.disable` does, but imports dynamo with the first call.
+    """
+    untraced: list[Callable[..., Any]] = []
+
+    @functools.wraps(call)
+    def outer(*args: Any, **kwargs: Any) -> Any:
+        if not untraced:
+            untraced.append(torch.compiler.disable(call))
+        return untraced[0](*args, **kwargs)
+
+    return outer  # type: ignore[return-value]
+
 
 class Denoiser(Session):
-    """The model under a schedule. Everything but the call (config, dtype, parameters(), ...) is the model's own."""
+    """The model under a schedule. Everything but the call (config, dtype, parameters(), ...) is the model's own.
+
+    It passes for the model where a class is asked for, because pipelines save, move and offload what is a module of
+    the class that they know. Attributes that are set on it are set on the model.
+    """
 
     def __init__(self, model: nn.Module, schedule: Schedule, engine: Engine) -> None:
         super().__init__(type(model).__name__, schedule, engine)
         self.model = model
         self._convention = CallConvention(model)
+        self.__module__ = type(model).__module__  # with the class's name, what diffusers writes into a saved pipeline
+        self._complete = True
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The model's, for `isinstance`; `type()` tells the truth."""
+        return type(self.model) if "model" in self.__dict__ else type(self)
+
+    @_outside_dynamo
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One call of the denoiser, in the current step of the current run. Arguments and result are the model's.
 
@@ -32,23 +68,60 @@ class Denoiser(Session):
             ConcurrentRunError: another thread is using this denoiser.
             CaptureError: in strict mode, the model cannot be captured.
         """
-        with self._exclusively():
+        changes = Changes()
+        with changes, changes:
+            self._enter(changes)
             return call_with_hooks(self.model, self._forward, args, kwargs)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of a {type(self.model).__name__}, {self.schedule!r}>"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_complete" not in self.__dict__:
+            super().__setattr__(name, value)
+        elif name in ("model", "schedule", "engine"):
+            raise HarmonicaError(
+                f"the {name} of a compiled model is fixed; compile the model or the pipeline again for another one"
+            )
+        elif name in self.__dict__:
+            super().__setattr__(name, value)
+        else:
+            setattr(self.model, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__:
+            super().__delattr__(name)
+        else:
+            delattr(self.model, name)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "model" not in self.__dict__:
             raise AttributeError(name)
         value = getattr(self.model, name)
-        if getattr(value, "__self__", None) is not self.model:
+        if not isinstance(value, MethodType) or value.__self__ is not self.model or name == "forward":
             return value
 
-        @functools.wraps(value)
-        def method(*args: Any, **kwargs: Any) -> Any:
+        @functools.wraps(value.__func__)
+        def method(self: Denoiser, *args: Any, **kwargs: Any) -> Any:
             """`to`, `half`, `eval` and the like return the module itself: here, that is this denoiser."""
             result = value(*args, **kwargs)
             return self if result is self.model else result
 
-        return method
+        return MethodType(method, self)  # dynamo takes the methods of a module for bound ones
+
+    def _call(self, call: Call, uncached: Callable[[], Any]) -> Any:
+        if self._run is None or self._run.untouched or not self._following:
+            self._settle_in(list(calling_pipelines()))
+        return super()._call(call, uncached)
+
+    def _settle_in(self, callers: list[Any]) -> None:
+        """Take over in a pipeline that this was assigned to; its run began, unseen, before this call."""
+        pipeline = next((p for p in callers if any(value is self for value in vars(p).values())), None)
+        if pipeline is not None:
+            from harmonica_rt.runtime.pipelines import install_assigned  # which imports this module
+
+            install_assigned(pipeline)
+            self._begin_driven(pipeline.scheduler, Origin(pipeline.scheduler, seen=False))
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self._convention.normalise(args, kwargs)

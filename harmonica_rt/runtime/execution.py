@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from harmonica_rt.runtime.buffers import SlotBuffers
 from harmonica_rt.runtime.engine import RunKey
 from harmonica_rt.runtime.graphed import GraphedPrograms
 from harmonica_rt.runtime.graphs import Pool
+from harmonica_rt.runtime.launches import LaunchOrder
 from harmonica_rt.runtime.prologue import ForecastKey, LoweredPart, LoweredPrologue, StreamPrologue
 from harmonica_rt.runtime.static import HoistedMemory
 
@@ -40,7 +41,7 @@ class PlanRuntime:
         leaf_roles: of the leaves of its calls.
         lowering: one of `harmonica_rt.lower.LOWERINGS`.
         debug: fill slots with NaN before they are written and after their last read.
-        pool: records step programs as graphs; None runs them launch by launch.
+        pool: records step programs as graphs, of this plan alone; None runs them launch by launch.
         measured: keep a graph only where it is faster.
     """
 
@@ -63,6 +64,7 @@ class PlanRuntime:
             pool = None
         self.pool = pool
         self.key: RunKey | None = None  # of the current run
+        self.launches = LaunchOrder(_devices(plan))
         self._measured = measured
         self._comparable = pool is None and _on_cpu(plan)
         started = time.perf_counter()
@@ -102,14 +104,24 @@ class PlanRuntime:
         """Bytes of all arenas held now: one set for each stream that ran at once."""
         return sum(memory.buffers.nbytes for memory in (*self._free, *self._lent))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds now: arenas, the inputs of graphs, and what graphs reserved."""
+        return self.cache_bytes + self.static_bytes + (self.pool.nbytes if self.pool is not None else 0)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether the run at hand has a stream over it."""
+        return bool(self._lent)
+
     def begin_run(self, key: RunKey | None = None) -> None:
         """Take back all arenas, to be lent in the same order again; fetch the weights anew at their first use."""
         self.key = key
         self._free, self._lent = [*self._free, *reversed(self._lent)], []
         self._weights_checked = False
         if self._fetch_weights() is not self._weights:
+            self._bound.clear()  # first, or an interruption here would leave what is bound for what is current
             self._weights = {}  # or a plan that is not used again would keep weights that were replaced
-            self._bound.clear()
 
     def new_stream(self) -> PlanStream:
         """A stream with an arena of its own, the one that was taken back first."""
@@ -123,7 +135,8 @@ class PlanRuntime:
         order = len(self._lent)
         self._lent.append(memory)
         if self.debug:
-            memory.buffers.poison_all()
+            with self.launches.turn(memory.tensors):
+                memory.buffers.poison_all()
         prologue = None
         if self._prologue is not None:
             prologue = StreamPrologue(
@@ -149,7 +162,7 @@ class PlanRuntime:
 
     def bound(self, program: Program | LoweredPart) -> tuple[Any, ...]:
         """The weights and constants of `program`, as the model holds them in this run."""
-        if not self._weights_checked:
+        if not self._weights_checked or self._fetch_weights() is not self._weights:  # replaced in mid-run
             self._check_weights()
         bound = self._bound.get(program)
         if bound is None:
@@ -164,8 +177,8 @@ class PlanRuntime:
         self._weights_checked = True
         weights = self._fetch_weights()
         if weights is not self._weights:
-            self._weights = weights
             self._bound.clear()
+            self._weights = weights
         if self.pool is None:
             return
         constants = self.plan.captured.constants.values()
@@ -188,6 +201,14 @@ class _Memory:
     graphs: GraphedPrograms | None
     hoisted: HoistedMemory | None
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All that is written again and again, each storage at least once."""
+        yield from self.buffers.arenas.values()
+        if self.graphs is not None:
+            yield from self.graphs.tensors
+        if self.hoisted is not None:
+            yield from self.hoisted.owned
+
 
 class PlanStream:
     """A stream that runs step programs over one set of slots, and what was computed for them beforehand."""
@@ -196,7 +217,7 @@ class PlanStream:
         self.runtime = runtime
         self.buffers = memory.buffers
         self.prologue = prologue
-        self._graphs = memory.graphs
+        self._memory = memory
 
     def begin(self) -> None:
         """See `Stream.begin`."""
@@ -206,10 +227,20 @@ class PlanStream:
     def end(self) -> None:
         """See `Stream.end`."""
         if self.prologue is not None:
-            self.prologue.end()
+            with self.runtime.launches.turn(self._tensors):
+                self.prologue.end()
 
     def run(self, step: StepIndex, call: Call, *, catch_up: bool) -> Any:
         """See `Stream.run`."""
+        with self.runtime.launches.turn(self._tensors):
+            return self._run(step, call, catch_up=catch_up)
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        yield from self._memory.tensors()
+        if self.prologue is not None:
+            yield from self.prologue.tensors()
+
+    def _run(self, step: StepIndex, call: Call, *, catch_up: bool) -> Any:
         runtime, leaves = self.runtime, call.leaves
         hoisted = self.prologue.at(step, call) if self.prologue is not None else {}
         slots: tuple[list[torch.Tensor], list[torch.Tensor]]
@@ -219,13 +250,19 @@ class PlanStream:
         else:
             program, slots = runtime.program(runtime.plan.steps[step].program), self.buffers.steps[step]
         bound = runtime.bound(program)
-        if self._graphs is not None and not catch_up:
-            outputs = self._graphs.run(runtime.places[step], program, bound, leaves, slots, hoisted)
+        if self._memory.graphs is not None and not catch_up:
+            outputs = self._memory.graphs.run(runtime.places[step], program, bound, leaves, slots, hoisted)
         else:
             outputs = program(bound, leaves, *slots, [hoisted[name] for name in program.step.hoisted])
         if runtime.debug:
             self.buffers.poison_dead(step)
         return pytree.tree_unflatten(outputs, runtime.plan.captured.out_spec)
+
+
+def _devices(plan: Plan) -> set[torch.device]:
+    """Where the inputs, parameters and slots of a plan lie."""
+    values = (node.meta.get("val") for node in plan.captured.graph.nodes if node.op == "placeholder")
+    return {*plan.table.arena_bytes, *(value.device for value in values if isinstance(value, torch.Tensor))}
 
 
 def _on_cpu(plan: Plan) -> bool:

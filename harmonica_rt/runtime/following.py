@@ -85,7 +85,7 @@ class Following:
         if listener is None or current is listener:
             return
         if current is not None:
-            raise HarmonicaError("this scheduler already drives another compiled model; give each pipeline its own")
+            raise scheduler_in_use(current)
         watch(scheduler, listener)
 
     def _release(self, scheduler: Any) -> None:
@@ -93,3 +93,11 @@ class Following:
             listener = listener_of(scheduler)
             if listener is not None and listener is self._listener():
                 unwatch(scheduler)
+
+
+def scheduler_in_use(listener: Listener) -> HarmonicaError:
+    """The error for a scheduler that has a listener already."""
+    return HarmonicaError(
+        "this scheduler already drives another compiled model. Give each pipeline a scheduler of its own; if it is "
+        f"this pipeline that was compiled before, undo that first: {listener.undone_by}"
+    )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
+import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,7 +29,8 @@ RESTLESS = "weights lie elsewhere in every run (is offloading on?)"
 class GraphedPrograms:
     """The graphs of one stream and the static tensors that they read.
 
-    A body runs plainly at its first use, which warms it up, is recorded at its second, and replayed from then on.
+    A body runs plainly at its first use, which warms it up, is recorded at its second, and replayed from then on. A
+    thread records only what it warmed up itself: libraries make handles for each thread, which recording forbids.
 
     Args:
         pool: records.
@@ -38,7 +41,7 @@ class GraphedPrograms:
         self.refusals: dict[Hashable, str] = {}  # what runs plainly (programs, the prologue), and why
         self._pool = pool
         self._measured = measured
-        self._warm: set[Hashable] = set()
+        self._warm = _Warm()
         self._graphs: dict[Hashable, Graph] = {}  # of places, and of the prologue
         self._moves = 0  # runs in a row
         self._leaves = StaticTensors()
@@ -52,6 +55,11 @@ class GraphedPrograms:
     def nbytes(self) -> int:
         """Bytes of the static tensors; the pool counts its own."""
         return self._leaves.nbytes + self._request.nbytes
+
+    @property
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """The static tensors."""
+        return itertools.chain(self._leaves.tensors.values(), self._request.tensors.values())
 
     def begin_run(self, *, moved: bool) -> None:
         """A run begins; with `moved`, something that graphs hold the address of was replaced, and they are dropped."""
@@ -119,7 +127,7 @@ class GraphedPrograms:
             body(fixed, [tensors[name] for name in timesteps])
             return ()
 
-        if prologue not in self._warm:
+        if prologue not in self._warm.keys:
             fill()
         parts = (prologue.once.part, prologue.each.part)
         self._warm_up_or_record(
@@ -136,13 +144,14 @@ class GraphedPrograms:
             self.refusals.setdefault(whose, RESTLESS)
         if whose in self.refusals:
             return body()
-        if key not in self._warm:
-            self._warm.add(key)
+        if key not in self._warm.keys:
             reason = find_obstacle()
             if reason is not None:
                 return self._refuse(whose, reason, body)
             with _casting_anew():
-                return self._pool.warm_up(body)
+                outputs = self._pool.warm_up(body)
+            self._warm.keys.add(key)
+            return outputs
         reason = self._record(key, body)
         return copies(self._graphs[key].replay()) if reason is None else self._refuse(whose, reason, body)
 
@@ -165,6 +174,13 @@ class GraphedPrograms:
         log.info("%s runs without a graph: %s", what, reason)
         self.refusals[whose] = reason
         return body()
+
+
+class _Warm(threading.local):
+    """What the thread at hand has warmed up."""
+
+    def __init__(self) -> None:
+        self.keys: set[Hashable] = set()
 
 
 @contextmanager

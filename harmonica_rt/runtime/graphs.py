@@ -1,22 +1,30 @@
 """CUDA graphs: record the launches of a step once, send them again with one.
 
 A graph holds addresses, so all it reads and writes must stay where it was. What it makes in between lies in a pool that
-all graphs share: the outputs of one are overwritten by the next, and must be copied at once.
+all graphs of a plan share: the outputs of one are overwritten by the next, and must be copied at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from harmonica_rt.errors import HarmonicaError
+from harmonica_rt.errors import ArgumentError
+from harmonica_rt.runtime.launches import has_streams
 
 MODES = ("auto", "on", "off")
+MAX_FAILURES = 3  # recordings of a pool that may fail; the memory that each one took is not given back
+
+# torch allows one recording at a time. Its CUDA streams are few and handed out in turn, so that two pools may have the
+# same one: what one thread launched there would get into what another one records.
+_RECORDING = threading.Lock()
 
 Body = Callable[[], tuple[Any, ...]]
 
@@ -41,7 +49,7 @@ class Pool(Protocol):
         """Record `body`, which was warmed up.
 
         Raises:
-            RuntimeError: something in it cannot be recorded.
+            RuntimeError: something in it cannot be recorded. Other bodies still can.
         """
 
     def seconds(self, run: Callable[[], object]) -> float:
@@ -53,7 +61,7 @@ class Graphs:
     """How steps become graphs.
 
     Attributes:
-        make_pool: makes the pool of a device; None where the device has no graphs.
+        make_pool: makes the pool of a plan on a device; None where the device has no graphs.
         measured: keep a graph only where it is faster than the launches it stands for.
     """
 
@@ -65,45 +73,69 @@ def graphs_of(mode: str) -> Graphs | None:
     """The graphs that `compile(graphs=mode)` means; None for no graphs.
 
     Raises:
-        HarmonicaError: the mode is not one of `MODES`.
+        ArgumentError: the mode is not one of `MODES`.
     """
     if mode not in MODES:
-        raise HarmonicaError(f"graphs={mode!r} is not known; choose one of {', '.join(MODES)}")
+        raise ArgumentError(f"graphs={mode!r} is not known; choose one of {', '.join(MODES)}")
     return None if mode == "off" else Graphs(_cuda_pool, measured=mode == "auto")
 
 
 def _cuda_pool(device: torch.device) -> Pool | None:
-    return CudaPool(device) if device.type == "cuda" else None
+    return CudaPool(device) if has_streams(device) else None
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Where graphs are recorded: a private pool by its handle, and the CUDA stream that its memory belongs to."""
+
+    handle: Any
+    stream: torch.cuda.Stream
 
 
 class CudaPool:
-    """One private memory pool and one stream for all graphs of a device."""
+    """One private memory pool and one CUDA stream for all graphs of a plan. Its memory is freed with the graphs.
+
+    A recording that fails leaves its pool open (`CUDAGraph.capture_end` raises before it closes the pool), and torch
+    refuses to record into an open pool. So the place of a recording is taken away before it begins and only given back
+    when it has ended well; otherwise the next one makes a new place. Graphs recorded before keep the old pool alive.
+    torch counts a recording that could not be ended as a user of its pool for good, so the memory that it took is lost:
+    after a few of those nothing more is recorded.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.nbytes = 0
         self.device = device
-        self._handle = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        self._place = self._new_place()
         self._anchor: Graph | None = None  # a pool is freed with its last graph, and its handle is no good from then on
+        self._failures = 0
+        self._usable = True
 
     def warm_up(self, body: Body) -> tuple[Any, ...]:
-        """See `Pool.warm_up`: on the stream that records, because libraries keep workspaces for each stream."""
-        current = torch.cuda.current_stream(self.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            outputs = body()
-        current.wait_stream(self._stream)
-        return copies(outputs)  # made on the caller's stream: the originals belong to this one
+        """See `Pool.warm_up`: on the CUDA stream that records, because libraries keep workspaces for each stream."""
+        with _RECORDING:
+            stream, current = self._usable_place().stream, torch.cuda.current_stream(self.device)
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                outputs = body()
+            current.wait_stream(stream)
+            return copies(outputs)  # made on the caller's CUDA stream: the originals belong to this one
 
     def record(self, body: Body) -> Graph:
-        """See `Pool.record`."""
-        torch.cuda.synchronize(self.device)
-        before = torch.cuda.memory_reserved(self.device)
-        if self._anchor is None:
-            self._anchor = self._recorded(lambda: (torch.zeros(1, device=self.device),))
-        graph = self._recorded(body)
-        self.nbytes += torch.cuda.memory_reserved(self.device) - before
-        return graph
+        """See `Pool.record`. The thread must have run `body` before: libraries make handles of their own for each."""
+        if self._failures >= MAX_FAILURES:
+            raise RuntimeError(
+                f"{self._failures} recordings of this plan failed already, and kept the memory they took"
+            )
+        with _RECORDING:
+            torch.cuda.synchronize(self.device)
+            place = self._usable_place()
+            self._usable = False
+            if self._anchor is None:
+                torch.cuda.empty_cache()  # a private pool takes nothing from the cache, only what the device has left
+                self._anchor = self._recorded(place, lambda: (torch.zeros(1, device=self.device),))
+            graph = self._recorded(place, body)
+            self._usable = True
+            return graph
 
     def seconds(self, run: Callable[[], object]) -> float:
         """See `Pool.seconds`."""
@@ -113,18 +145,54 @@ class CudaPool:
         torch.cuda.synchronize(self.device)
         return time.perf_counter() - started
 
-    def _recorded(self, body: Body) -> Graph:
+    def _new_place(self) -> _Place:
+        return _Place(torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device))
+
+    def _usable_place(self) -> _Place:
+        if not self._usable:
+            self._place, self._anchor, self._usable = self._new_place(), None, True
+        return self._place
+
+    def _recorded(self, place: _Place, body: Body) -> Graph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.device(self.device), torch.cuda.stream(place.stream), _own_workspaces():
+            before = torch.cuda.memory_reserved(self.device)
             try:
-                graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
+                graph.capture_begin(pool=place.handle, capture_error_mode="thread_local")
                 outputs = body()
+                graph.capture_end()
             except BaseException:
-                with contextlib.suppress(RuntimeError):  # says once more that the recording failed
-                    graph.capture_end()
+                self._abandon(graph, place)
                 raise
-            graph.capture_end()
+            finally:
+                self.nbytes += torch.cuda.memory_reserved(self.device) - before
         return _CudaGraph(graph, outputs)
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph, place: _Place) -> None:
+        """End a recording, and the allocation to its pool, however far it came."""
+        try:
+            graph.capture_end()
+        except RuntimeError:  # says once more that the recording failed
+            self._failures += 1
+        finally:
+            with contextlib.suppress(RuntimeError):  # the pool is closed already, as it should be
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), place.handle)
+
+
+@contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """Within this block, on the current CUDA stream, what is recorded takes its cuBLAS workspaces from its own pool.
+
+    torch keeps a workspace for each handle and CUDA stream (before 2.12 in graphs, too). A graph that used one from
+    outside would share it with plain launches, and one from its pool that was kept would be overwritten by graphs. The
+    thread's handle is made first: making it is not allowed while recording.
+    """
+    torch.cuda.current_blas_handle()
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 class _CudaGraph:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from harmonica_rt.capture.forward import Swapped, forward_attribute, own_forward
+from harmonica_rt.changes import Changes
 from harmonica_rt.errors import HarmonicaError
 
 
@@ -34,15 +35,10 @@ def call_with_hooks(
     name = forward_attribute(model)
     if name == "forward" and not _has_hooks(model):
         return inner(*args, **kwargs)
-    before = model.__dict__.get(name)
-    model.__dict__[name] = Swapped(inner, own_forward(model))
-    try:
+    changes = Changes()
+    with changes, changes:
+        changes.set(model.__dict__, name, Swapped(inner, own_forward(model)))
         return model._call_impl(*args, **kwargs)
-    finally:
-        if before is None:
-            del model.__dict__[name]
-        else:
-            model.__dict__[name] = before
 
 
 def _has_hooks(model: nn.Module) -> bool:

@@ -129,9 +129,14 @@ class Origin:
         return len(beneath) if self._mark is None else None
 
 
+def calling_pipelines() -> Iterator[Any]:
+    """The pipelines whose `__call__` is running, innermost first."""
+    return (frame.f_locals["self"] for frame in _callers() if _scheduler_of(frame) is not None)
+
+
 def calling_scheduler() -> Any | None:
     """The scheduler of the pipeline that makes the call under way; None for a loop of one's own."""
-    return next((found for frame in _callers() if (found := _scheduler_of(frame)) is not None), None)
+    return next((pipeline.scheduler for pipeline in calling_pipelines()), None)
 
 
 def _callers() -> Iterator[FrameType]:

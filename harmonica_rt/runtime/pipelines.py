@@ -6,16 +6,19 @@ place where `nn.Module.compile` puts one. Copies and saved files of the module k
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
+import weakref
 from typing import Any
 
 from torch import nn
 
+from harmonica_rt.changes import Changes
 from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.runtime.denoiser import Denoiser
+from harmonica_rt.runtime.following import scheduler_in_use
 from harmonica_rt.runtime.scheduler import listener_of
 
+_last_installed: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Denoiser]] = weakref.WeakKeyDictionary()
 _DENOISER_NAMES = ("transformer", "unet", "denoiser")
 
 
@@ -33,7 +36,7 @@ def denoiser_module(pipeline: Any) -> nn.Module:
     for name in _DENOISER_NAMES:
         module = getattr(pipeline, name, None)
         if isinstance(module, nn.Module):
-            return module
+            return module.model if isinstance(module, Denoiser) else module
     raise HarmonicaError(
         f"{type(pipeline).__name__} has no denoiser named {' or '.join(_DENOISER_NAMES)}; compile the model itself"
     )
@@ -53,12 +56,41 @@ def install(pipeline: Any, denoiser: Denoiser) -> None:
     before = installed(denoiser.model)
     current = listener_of(pipeline.scheduler)
     if current is not None and current is not before and _left_over(pipeline) is None:
-        raise HarmonicaError("this scheduler already drives another compiled model; give each pipeline its own")
+        raise scheduler_in_use(current)
     sharing = [other for other in before.pipelines if denoiser_module(other) is denoiser.model] if before else []
     uninstall(pipeline)
     for one in (*sharing, pipeline):
         denoiser.attach(one)
-    denoiser.model._compiled_call_impl = denoiser
+    # Not by setattr: a denoiser passes for a module, and a module that is set becomes a child.
+    denoiser.model.__dict__["_compiled_call_impl"] = denoiser
+    _last_installed[denoiser.model] = weakref.ref(denoiser)
+
+
+def follower_of(module: nn.Module) -> Denoiser | None:
+    """The denoiser that was put into pipelines for `module` and follows them still, displaced or not."""
+    last = _last_installed.get(module)
+    denoiser = last() if last is not None else None
+    return denoiser if denoiser is not None and denoiser.pipelines else None
+
+
+def install_assigned(pipeline: Any) -> None:
+    """Compile the pipeline where a compiled model was assigned to it.
+
+    That is what `pipe.transformer = compile(pipe.transformer, schedule)` means. The pipeline gets its own module back,
+    with the call of that module taken over.
+
+    Raises:
+        HarmonicaError: it was assigned to something else than the denoiser.
+    """
+    assigned = {name: value for name, value in vars(pipeline).items() if isinstance(value, Denoiser)}
+    for name, denoiser in assigned.items():
+        if denoiser_module(pipeline) is not denoiser.model:
+            raise HarmonicaError(
+                f"{type(pipeline).__name__}.{name} is a compiled model, but the denoiser of this pipeline is another "
+                f"one, and it alone can be compiled. Give the plain model back: pipe.{name} = pipe.{name}.model"
+            )
+        install(pipeline, denoiser)
+        setattr(pipeline, name, denoiser.model)  # last: whatever interrupts this, the next call finds it assigned
 
 
 def uninstall(pipeline: Any) -> None:
@@ -72,9 +104,9 @@ def uninstall(pipeline: Any) -> None:
     for before in (installed(module), left_over):
         if before is None or (before.model is not module and before.pipelines):  # others still run it
             continue
-        before.detach()
-        if installed(before.model) is before:
+        if installed(before.model) is before:  # first: one that is called but follows nobody would miscount steps
             del before.model._compiled_call_impl
+        before.detach()
 
 
 def _left_over(pipeline: Any) -> Denoiser | None:
@@ -86,20 +118,19 @@ def _left_over(pipeline: Any) -> Denoiser | None:
     return listener if not followed or any(one is pipeline for one in followed) else None
 
 
-@contextmanager
-def temporarily(pipeline: Any, denoiser: Denoiser | None) -> Iterator[None]:
-    """Within this block `denoiser` (None: the plain module) runs in the pipeline; after it, what ran before."""
+def put_temporarily(pipeline: Any, denoiser: Denoiser | None, changes: Changes) -> None:
+    """Until `changes` are undone `denoiser` (None: the plain module) runs in the pipeline; then, what ran before."""
     before = installed(denoiser_module(pipeline))
-    followed = before.pipelines if before is not None else []
+    changes.undone_by(functools.partial(_put_back, pipeline, before, before.pipelines if before is not None else []))
     if denoiser is None:
         uninstall(pipeline)
     else:
         install(pipeline, denoiser)
-    try:
-        yield
-    finally:
-        uninstall(pipeline)
-        if before is not None:
-            install(pipeline, before)
-            for other in followed:
-                before.attach(other)
+
+
+def _put_back(pipeline: Any, denoiser: Denoiser | None, followed: list[Any]) -> None:
+    uninstall(pipeline)
+    if denoiser is not None:
+        install(pipeline, denoiser)
+        for other in followed:
+            denoiser.attach(other)

@@ -9,15 +9,17 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
-from harmonica_rt.capture.call import Call, Signature
+from harmonica_rt.capture.call import Call
+from harmonica_rt.capture.facts import Facts
 from harmonica_rt.capture.graph import capture
 from harmonica_rt.capture.reads import RequestReads
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
+from harmonica_rt.capture.refusals import check_capturable
 from harmonica_rt.capture.roles import roles
-from harmonica_rt.capture.snapshot import ModelSnapshot, check_capturable, named_tensors, plain_tensors
+from harmonica_rt.capture.saved import ModelFacts
+from harmonica_rt.capture.watch import ModelState, ModelWatch
 from harmonica_rt.errors import PlanFileError
 from harmonica_rt.indices import StepIndex
 from harmonica_rt.plan import saved
@@ -25,7 +27,7 @@ from harmonica_rt.plan.plan import build_plan
 from harmonica_rt.runtime.engine import RunKey, Stream
 from harmonica_rt.runtime.execution import PlanRuntime
 from harmonica_rt.runtime.graphs import Graphs
-from harmonica_rt.runtime.plans import Plans
+from harmonica_rt.runtime.plans import PlanKey, Plans
 from harmonica_rt.runtime.reference import ReferenceEngine
 from harmonica_rt.schedule import Schedule
 
@@ -36,19 +38,7 @@ class FallbackWarning(UserWarning):
     """A model could not be captured and runs eagerly with the same schedule: same images, less speed."""
 
 
-class LiveWeights:
-    """The parameters and buffers of a model by name, as its snapshot last saw them.
-
-    Plans hold this in the place of the engine that holds them, so that they are freed with it.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.snapshot: ModelSnapshot | None = None
-        self._model = model
-
-    def __call__(self) -> dict[str, torch.Tensor]:
-        """The same mapping as long as no tensor was replaced."""
-        return self.snapshot.tensors if self.snapshot is not None else named_tensors(self._model)
+NEW_STATES = 4  # of the model in one run that plans are made for; in further ones it runs eagerly
 
 
 class ReadingStream:
@@ -105,6 +95,7 @@ class PlannedEngine:
         lowering: how step programs are made, one of `harmonica_rt.lower.LOWERINGS`.
         strict: raise CaptureError instead of falling back.
         max_plans: plans kept; the one unused longest goes first.
+        max_plan_bytes: that all plans may hold, see `Plans`.
         debug: fill slots with NaN before they are written and after their last read.
         graphs: how step programs become graphs; None runs them launch by launch.
     """
@@ -119,29 +110,51 @@ class PlannedEngine:
         max_plans: int,
         debug: bool,
         graphs: Graphs | None = None,
+        max_plan_bytes: int | None = None,
     ) -> None:
         self.lowering = lowering
-        self.cache = Plans(type(model).__name__, lowering=lowering, graphs=graphs, debug=debug, limit=max_plans)
-        self.failures: dict[Signature, CaptureFailure] = {}
+        self.cache = Plans(
+            type(model).__name__,
+            lowering=lowering,
+            graphs=graphs,
+            debug=debug,
+            limit=max_plans,
+            max_bytes=max_plan_bytes,
+        )
+        self.failures: dict[PlanKey, CaptureFailure] = {}
         self._model = model
         self._schedule = schedule
         self._strict = strict
-        self._weights = LiveWeights(model)
-        self._reference = ReferenceEngine(model, schedule)
+        self._watch = ModelWatch(model)
+        self._state: ModelState | None = None  # that the call under way finds
+        self._change: str | None = None  # of the model, that no plan was made for yet
+        self._new: list[Facts] = []  # that this run was the first to find
+        self._said_restless = False  # in this run
+        self._ran_eagerly = False  # in this run
+        self._reference = ReferenceEngine(model, schedule, self._watch)
 
     @property
-    def plans(self) -> dict[Signature, PlanRuntime]:
+    def plans(self) -> dict[PlanKey, PlanRuntime]:
         """The plans in the cache, the one used last at the end."""
         return self.cache.held
 
+    @property
+    def looks_late(self) -> bool:
+        """On a GPU: its queue is filled before the host looks at the model."""
+        return not self._ran_eagerly and any(key.signature.device.type == "cuda" for key in self.plans)
+
+    def state(self, call: Call) -> ModelState:
+        """See `Engine.state`: plans are made for it, and kept for when it comes back."""
+        before, self._state = self._state, self._watch.look()
+        if before is not None and self._state.facts is not before.facts:
+            self._change = self._watch.difference
+        return self._state
+
     def begin_run(self, key: RunKey | None = None) -> None:
-        """Drop plans that the model has outgrown; fetch its weights anew."""
-        difference = self._difference()
-        if difference is not None:
-            log.warning("%s was captured again: %s", type(self._model).__name__, difference)
-            self.cache.clear()
-            self.failures.clear()
-            self._weights.snapshot = None
+        """All streams are over; weights are fetched anew."""
+        self._watch.begin_run()
+        self._new.clear()
+        self._said_restless = self._ran_eagerly = False
         self.cache.begin_run(key)
 
     def new_stream(self, call: Call) -> Stream:
@@ -152,19 +165,20 @@ class PlannedEngine:
     def stream_for(self, call: Call) -> tuple[Stream, RequestReads | None]:
         """A stream for `call`, and the values of its request that it holds for; None where it holds for all."""
         found = self._planned_for(call)
-        if found is None and call.signature not in self.failures:
+        if found is None and self._key(call) not in self.failures and not self._is_restless(self._key(call).model):
             found = self._add_plan(call)
         if found is None:
+            self._ran_eagerly = True
             return self._reference.new_stream(call), None
         return found.new_stream(), found.plan.captured.reads
 
     def _planned_for(self, call: Call) -> PlanRuntime | None:
         """The plan for the signature of `call`, and for what the model reads of its request."""
-        signature = call.signature
-        if signature in self.cache:
-            return self.cache[signature]
+        key = self._key(call)
+        if key in self.cache:
+            return self.cache[key]
         for held, runtime in self.plans.items():
-            if held.read and dataclasses.replace(held, read=()) == signature:
+            if held.signature.read and held.without_reads() == key:
                 reads = runtime.plan.captured.reads
                 if reads is not None and reads.hold(call.leaves):
                     return self.cache[held]
@@ -176,30 +190,36 @@ class PlannedEngine:
         Raises:
             PlanFileError: one has no such form, or the model is not as it was when they were made.
         """
-        difference = self._difference()
-        if difference is not None:
-            raise PlanFileError(f"the plans are of the model as it was: {difference}. Run it once more, then save")
-        attributes = plain_tensors(self._model)
-        return [
-            saved.encode(runtime.plan, signature, runtime.roles, attributes)
-            for signature, runtime in self.plans.items()
-        ]
+        facts = self._watch.look().facts
+        fitting = {key: runtime for key, runtime in self.plans.items() if key.model is facts}
+        if self.plans and not fitting:
+            raise PlanFileError(
+                f"the plans are of the model as it was: {self._watch.difference}. Run it once more, then save"
+            )
+        model = ModelFacts.of(self._model)
+        return [saved.encode(runtime.plan, key.signature, runtime.roles, model) for key, runtime in fitting.items()]
 
-    def restore(self, records: Iterable[dict[str, Any]]) -> None:
+    def restore(self, records: Iterable[Any]) -> None:
         """Keep plans that `saved` gave, for a model that is as it was then.
+
+        Args:
+            records: the plans, from a file that anyone may have written.
 
         Raises:
             CaptureError: the model is in a state that no plan can stand for.
-            PlanFileError, InvariantError: not what `saved` gave.
+            PlanFileError: not what `saved` gave.
             RegionError: Inductor cannot compile a region.
         """
         check_capturable(self._model)
-        self._weights.snapshot = ModelSnapshot(self._model)
-        attributes = plain_tensors(self._model)
-        for record in records:
-            started = time.perf_counter()
-            plan, signature, leaf_roles = saved.decode(record, self._schedule, attributes)
-            self.cache.add(signature, plan, self._weights, leaf_roles, started=started)
+        facts = self._watch.look().facts
+        model = ModelFacts.of(self._model)
+        for number, record in enumerate(records):
+            started, place = time.perf_counter(), f"plans[{number}]"
+            plan, signature, leaf_roles = saved.decode(record, self._schedule, model, place)
+            key = PlanKey(signature, facts)
+            if key in self.cache:
+                raise PlanFileError(f"{place}: a second plan for calls of {signature}")
+            self.cache.add(key, plan, self._watch.live_tensors, leaf_roles, started=started, loaded=True)
 
     def _add_plan(self, call: Call) -> PlanRuntime | None:
         started = time.perf_counter()
@@ -210,20 +230,41 @@ class PlannedEngine:
             # What the user can mend at once is no reason to run slowly.
             if self._strict or error.failure.obstacle in (Obstacle.TRAINING, Obstacle.SITE):
                 raise
-            self.failures[call.signature] = error.failure
+            self.failures[self._key(call)] = error.failure
             message = f"{name} runs without a compiled plan, eagerly with the same schedule. {error.failure}"
             log.warning("%s", message)
             warnings.warn(message, FallbackWarning, stacklevel=2)
             return None
-        finally:
-            if self._weights.snapshot is None:  # after the capture: a model may make tables when it first runs
-                self._weights.snapshot = ModelSnapshot(self._model)
-        signature = call.signature
+        self._watch.accept()  # a model may make tables when it first runs
+        key = self._key(call)
         if captured.reads is not None:
-            signature = dataclasses.replace(signature, read=captured.reads.key)
+            key = key._replace(signature=dataclasses.replace(key.signature, read=captured.reads.key))
         plan = build_plan(captured, self._schedule)
-        return self.cache.add(signature, plan, self._weights, roles(call), started=started)
+        return self.cache.add(key, plan, self._watch.live_tensors, roles(call), started=started)
 
-    def _difference(self) -> str | None:
-        snapshot = self._weights.snapshot
-        return snapshot.difference(self._model) if snapshot is not None else None
+    def _key(self, call: Call) -> PlanKey:
+        """What a plan for this call is kept under."""
+        state = self._state or self.state(call)
+        return PlanKey(call.signature, state.facts)
+
+    def _is_restless(self, facts: Facts | None) -> bool:
+        """Whether the model changed so often in this run that a plan for what it is now would not pay."""
+        if facts is None or facts in self._new or any(key.model is facts for key in self.plans):
+            return False
+        name, change = type(self._model).__name__, self._change
+        self._change = None
+        if len(self._new) == NEW_STATES:
+            said, self._said_restless = self._said_restless, True
+            if said:
+                return True
+            log.warning(
+                "%s changed more than %d times in this run (last: %s): where it is what no plan was made for, it runs "
+                "eagerly and reuses nothing. Keep what changes in every step out of the model, or pass it as a "
+                "tensor argument",
+                *(name, NEW_STATES - 1, change),
+            )
+            return True
+        self._new.append(facts)
+        if change is not None:
+            log.warning("%s was captured again: %s", name, change)
+        return False

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -231,6 +231,12 @@ class StreamPrologue:
                 "computed with those: its result is wrong, the next run will be right. A step was left out or "
                 "repeated, or the pipeline changes timesteps from run to run"
             )
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """What it computed itself and keeps from call to call."""
+        yield from (self._once or {}).values()
+        for kept in (self._given, self._steps, self._foreseen or (), self._given_timesteps or ()):
+            yield from kept
 
     def _compute(self, leaves: Sequence[Any], foreseen: Timesteps | None) -> None:
         """The values of a request; those of all its steps too, where their timesteps are foreseen."""

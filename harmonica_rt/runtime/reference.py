@@ -7,8 +7,8 @@ on to change it in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from torch.utils import _pytree as pytree
 from harmonica_rt.capture.call import Call
 from harmonica_rt.capture.forward import own_forward
 from harmonica_rt.capture.marking import check_site_result
+from harmonica_rt.capture.watch import ModelState, ModelWatch
+from harmonica_rt.changes import Changes
 from harmonica_rt.errors import SiteError
 from harmonica_rt.indices import SiteIndex, StepIndex
 from harmonica_rt.runtime.engine import RunKey
@@ -25,26 +27,35 @@ from harmonica_rt.schedule import Schedule
 
 
 class ReferenceEngine:
-    """Makes streams that run `model` itself."""
+    """Makes streams that run `model` itself; `watch` is of that model, where there is one already."""
 
-    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+    looks_late = False
+
+    def __init__(self, model: nn.Module, schedule: Schedule, watch: ModelWatch | None = None) -> None:
         self._model = model
         self._schedule = schedule
+        self._watch = watch or ModelWatch(model)
+
+    def state(self, call: Call) -> ModelState:
+        """See `Engine.state`."""
+        return self._watch.look()
 
     def begin_run(self, key: RunKey | None = None) -> None:
         """Nothing is kept between runs."""
+        self._watch.begin_run()
 
     def new_stream(self, call: Call) -> ReferenceStream:
         """A stream with nothing stored."""
-        return ReferenceStream(self._model, self._schedule)
+        return ReferenceStream(self._model, self._schedule, self._watch)
 
 
 class ReferenceStream:
     """A stream whose cache is a dict: site -> the outputs of its calls in one forward (a module may run twice)."""
 
-    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+    def __init__(self, model: nn.Module, schedule: Schedule, watch: ModelWatch) -> None:
         self._model = model
         self._schedule = schedule
+        self._watch = watch
         self.cache: dict[SiteIndex, list[Any]] = {}
 
     def begin(self) -> None:
@@ -59,39 +70,44 @@ class ReferenceStream:
         row = self._schedule.compute[step]
         reuse = set() if catch_up else {SiteIndex(i) for i, computed in enumerate(row) if not computed}
         fresh: dict[SiteIndex, list[Any]] = {}
-        with _replaced_sites(self._model, self._schedule.sites, reuse, self.cache, fresh):
+        changes = Changes()
+        with changes, changes:
+            _replace_sites(self._model, self._schedule.sites, reuse, self.cache, fresh, changes)
             output = own_forward(self._model)(**call.kwargs)
-        self.cache.update(fresh)
+        self.cache.update({site: outputs for site, outputs in fresh.items() if outputs})
+        self._watch.accept()  # tables that a model makes at its first call are no change by others
         return output
 
 
-@contextmanager
-def _replaced_sites(
+def _replace_sites(
     model: nn.Module,
     sites: tuple[str, ...],
     reuse: set[SiteIndex],
     cache: dict[SiteIndex, list[Any]],
     fresh: dict[SiteIndex, list[Any]],
-) -> Iterator[None]:
-    """Within this block calls of reused sites hand out `cache`, and calls of all other sites are kept in `fresh`."""
-    modules = [model.get_submodule(site) for site in sites]
-    before = [module.__dict__.get("_compiled_call_impl") for module in modules]
-    for index, module in enumerate(modules):
-        site = SiteIndex(index)
+    changes: Changes,
+) -> None:
+    """Until `changes` are undone, calls of reused sites return `cache`, and those of all other sites go to `fresh`."""
+    for index, name in enumerate(sites):
+        site, module = SiteIndex(index), model.get_submodule(name)
+        plain = module.__dict__.get("_compiled_call_impl") or module._call_impl
         if site in reuse:
-            module._compiled_call_impl = _Reused(cache.get(site, []))
+            call: Callable[..., Any] = _Reused(cache.get(site, []))
         else:
-            module._compiled_call_impl = _Recorded(module, fresh.setdefault(site, []), before[index])
-    try:
-        yield
-    finally:
-        for module, impl in zip(modules, before, strict=True):
-            if impl is None:
-                del module._compiled_call_impl
-            else:
-                module._compiled_call_impl = impl
-        for site in [site for site, outputs in fresh.items() if not outputs]:
-            del fresh[site]
+            call = _Recorded(module, fresh.setdefault(site, []), plain)
+        changes.set(module.__dict__, "_compiled_call_impl", _InThisThread(call, plain))
+
+
+class _InThisThread:
+    """Runs `call` in the thread that made this, and the plain module in others, which share the model."""
+
+    def __init__(self, call: Callable[..., Any], plain: Callable[..., Any]) -> None:
+        self._call = call
+        self._plain = plain
+        self._thread = threading.get_ident()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self._call if threading.get_ident() == self._thread else self._plain)(*args, **kwargs)
 
 
 class _Reused:
@@ -109,9 +125,9 @@ class _Reused:
 class _Recorded:
     """Runs a site and keeps a copy of what it returns."""
 
-    def __init__(self, module: nn.Module, kept: list[Any], compiled: Callable[..., Any] | None) -> None:
+    def __init__(self, module: nn.Module, kept: list[Any], call: Callable[..., Any]) -> None:
         self._module = module
-        self._call: Callable[..., Any] = compiled or module._call_impl
+        self._call = call
         self._kept = kept
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

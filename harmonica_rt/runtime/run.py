@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,8 +29,11 @@ from harmonica_rt.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
+_NOT_RUN = object()
+
 MAX_STREAMS = 16  # of one step; each has slots of its own
 MAX_IDLE_STREAMS = 3  # kept in case their conditioning comes back; each has slots of its own
+MAX_IDLE_STATES = 3  # of the model whose streams are kept in case they come back
 
 
 @dataclass
@@ -46,8 +50,9 @@ class RunStats:
 class _StreamState:
     """A stream of the run, and which step each site that it holds was stored in."""
 
-    def __init__(self, stream: Stream, call: Call, order: int, tables: _Tables) -> None:
+    def __init__(self, stream: Stream, call: Call, order: int, tables: _Tables, model_state: object) -> None:
         self.stream = stream
+        self.model_state = model_state  # that its features are of
         self.signature: Signature = call.signature
         self.last_step = -1
         self.conditioning = Conditioning(call)
@@ -73,6 +78,12 @@ class _StreamState:
                 self._stored = self._tables.latest[before].copy()
         reused = self._tables.reused[step]
         return bool((self._stored[reused] < self._tables.source[step, reused]).any())
+
+    def spoil(self, before: int) -> None:
+        """Its step did not count: it was run for a model that had changed. It goes on after the step `before`."""
+        self.last_step = before
+        self._regular = False
+        self._stored[:] = -1
 
     def ran(self, step: StepIndex, *, all_sites: bool) -> None:
         """It ran `step`, as scheduled or with all sites computed."""
@@ -119,6 +130,8 @@ class Run:
         self._engine = engine
         self._tables = _tables_of(schedule)
         self._streams: list[_StreamState] = []
+        self._model_state: object = None  # that the last call found
+        self._errors: list[RunError] = []  # of streams that were dropped
         self.calls_in_step = 0
         self._calls_before = 0  # in the last step
         self._changed_in: dict[str, StepIndex] = {}  # conditioning -> the step that came with another value of it
@@ -157,8 +170,8 @@ class Run:
                 "pipeline) for each thread, or let the runs take turns"
             )
 
-    def call(self, call: Call) -> object:
-        """Run the denoiser for one call in the current step."""
+    def call(self, call: Call, *, counts_as_step: bool) -> object:
+        """Run the denoiser for one call in the current step, which is over then if calls count as steps."""
         if self.failed:
             raise RunError("an earlier step of this run failed; begin a new run (reset() does, or the pipeline's call)")
         if self.finished:
@@ -170,11 +183,12 @@ class Run:
                 "`scheduler`: then set_timesteps begins a run and step ends a step"
             )
         self._timesteps.check(call, self.step)
-        try:
-            return self._call(call)
-        except BaseException:
-            self.failed = True
-            raise
+        self.failed = True  # until the call is over: whatever ends it before, nobody goes on with half a step
+        output = self._call(call)
+        if counts_as_step:
+            self.advance()
+        self.failed = False
+        return output
 
     def advance(self) -> None:
         """The current step is over.
@@ -199,22 +213,40 @@ class Run:
         self._streams.clear()
 
     def _end(self) -> list[RunError]:
-        """Every stream is over, also where another one turns out wrong: each learns from the run."""
-        errors = []
-        for end in (end for state in self._streams for end in (state.conditioning.end, state.stream.end)):
-            try:
-                end()
-            except RunError as error:
-                errors.append(error)
-        return errors
+        return [*self._errors, *_ended(self._streams)]
 
     def _call(self, call: Call) -> object:
         if self.untouched:
             self._engine.begin_run(self.key)  # now, not when the run began: the model may have changed until here
-        state, before = self._stream_for(call)
+        if self._engine.looks_late and self._model_state is not None:
+            output = self._early(call, self._model_state)
+            if output is not _NOT_RUN:
+                return output
+        self._model_state = self._engine.state(call)
+        state, before = self._stream_for(call, self._model_state)
         catch_up = state.lacks_features(self.step, before)
         with torch.no_grad():
             output = state.stream.run(self.step, call, catch_up=catch_up)
+        return self._done(state, output, catch_up=catch_up)
+
+    def _early(self, call: Call, model_state: object) -> object:
+        """Run the call for the model as it was last, and look at the model meanwhile; `_NOT_RUN` where it changed."""
+        state, before = self._stream_for(call, model_state)
+        catch_up = state.lacks_features(self.step, before)
+        try:
+            with torch.no_grad():
+                output = state.stream.run(self.step, call, catch_up=catch_up)
+        except Exception:
+            if self._engine.state(call) is model_state:
+                raise
+        else:
+            if self._engine.state(call) is model_state:
+                return self._done(state, output, catch_up=catch_up)
+        state.spoil(before)
+        self.calls_in_step -= 1
+        return _NOT_RUN
+
+    def _done(self, state: _StreamState, output: object, *, catch_up: bool) -> object:
         if catch_up:
             log.warning("step %d is computed in full: its stream has no features from an earlier step", self.step)
             self.stats.catch_ups.append(self.step)
@@ -225,20 +257,26 @@ class Run:
         self.stats.calls += 1
         return output
 
-    def _stream_for(self, call: Call) -> tuple[_StreamState, int]:
-        """The stream that goes on with `call`, and its last step before this one."""
+    def _stream_for(self, call: Call, model_state: object) -> tuple[_StreamState, int]:
+        """The stream of a model's state that goes on with `call`, and its last step before this one."""
         order = self.calls_in_step
         self.calls_in_step += 1
-        open_streams = [s for s in self._streams if s.last_step != self.step and s.signature == call.signature]
+        open_streams = [
+            s
+            for s in self._streams
+            if s.last_step != self.step and s.signature == call.signature and s.model_state is model_state
+        ]
         open_streams.sort(key=lambda s: (s.order != order, s.order))
         state = next((s for s in open_streams if s.conditioning.recognises(call)), None)
         if state is None:
-            state = self._stream_by_values(call, order, open_streams)
+            state = self._stream_by_values(call, order, open_streams, model_state)
         before = state.last_step
         state.last_step = self.step
         return state, before
 
-    def _stream_by_values(self, call: Call, order: int, open_streams: list[_StreamState]) -> _StreamState:
+    def _stream_by_values(
+        self, call: Call, order: int, open_streams: list[_StreamState], model_state: object
+    ) -> _StreamState:
         """As `_stream_for`, where no stream recognises the call: values decide, which waits for a device."""
         changed = {id(s): s.conditioning.changed(call) for s in open_streams}
         state = next((s for s in open_streams if not changed[id(s)]), None)
@@ -252,7 +290,7 @@ class Run:
             state = min(open_streams, key=lambda s: s.last_step)
             state.begin(call, order)
             return state
-        return self._open_stream(call, order)
+        return self._open_stream(call, order, model_state)
 
     def _note_changes(self, names: list[str]) -> None:
         """Say so where the same arguments change in every step: then nothing can be reused, however long it goes on."""
@@ -268,7 +306,7 @@ class Run:
                 ", ".join(again),
             )
 
-    def _open_stream(self, call: Call, order: int) -> _StreamState:
+    def _open_stream(self, call: Call, order: int, model_state: object) -> _StreamState:
         for other in self._streams:
             if other.last_step == self.step - 1 and (changed := call.plain_difference(other.signature)):
                 log.warning(
@@ -276,9 +314,27 @@ class Run:
                     "reused across them. Pass numbers that change as tensors",
                     changed,
                 )
-        state = _StreamState(self._engine.new_stream(call), call, order, self._tables)
-        self._streams.append(state)
+        state = _StreamState(self._engine.new_stream(call), call, order, self._tables, model_state)
+        self._streams = [*self._of_recent_states(model_state), state]
         return state
+
+    def _of_recent_states(self, model_state: object) -> list[_StreamState]:
+        """All streams but those of the model's states that it left long ago: each has slots of its own."""
+        recent = dict.fromkeys(id(s.model_state) for s in sorted(self._streams, key=lambda s: -s.last_step))
+        kept = {id(model_state), *list(recent)[:MAX_IDLE_STATES]}
+        self._errors += _ended(s for s in self._streams if id(s.model_state) not in kept)
+        return [s for s in self._streams if id(s.model_state) in kept]
+
+
+def _ended(streams: Iterable[_StreamState]) -> list[RunError]:
+    """Each stream is over, also where another one turns out wrong: each learns from the run. What turned out wrong."""
+    errors = []
+    for end in (end for state in streams for end in (state.conditioning.end, state.stream.end)):
+        try:
+            end()
+        except RunError as error:
+            errors.append(error)
+    return errors
 
 
 class TimestepOrder:

@@ -26,7 +26,13 @@ from harmonica_rt.errors import HarmonicaError
 
 
 class Listener(Protocol):
-    """What a watched scheduler tells."""
+    """What a watched scheduler tells.
+
+    Attributes:
+        undone_by: the call that makes it stop listening, for messages.
+    """
+
+    undone_by: str
 
     def run_begins(self, scheduler: Any) -> None:
         """`set_timesteps` is about to be called."""

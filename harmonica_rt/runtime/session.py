@@ -8,11 +8,14 @@ come from the function that began the run (`origin`) are the plain model's.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
+from harmonica_rt.capture.alone import keep_torch_state
 from harmonica_rt.capture.call import Call
+from harmonica_rt.changes import Changes, Turns
 from harmonica_rt.errors import ConcurrentRunError, ScheduleMismatchError
 from harmonica_rt.indices import StepIndex
 from harmonica_rt.runtime.counting import StepCount
@@ -38,14 +41,19 @@ class Session:
         model_name: its class, for messages.
         schedule: what to reuse when.
         engine: makes the streams of a run.
+
+    Attributes:
+        undone_by: the call that takes it out of a pipeline, for messages.
     """
+
+    undone_by = "harmonica_rt.uncompile(pipe)"
 
     def __init__(self, model_name: str, schedule: Schedule, engine: Engine) -> None:
         self.schedule = schedule
         self.engine = engine
         self.last_stats: RunStats | None = None
         self._model_name = model_name
-        self._lock = threading.Lock()
+        self._turns = Turns()
         self._run: Run | None = None
         self._following = Following(self)
         self._scheduler: Any = None  # of the current run
@@ -56,15 +64,23 @@ class Session:
         self._begun = False  # whether a scheduler ever began a run
         self._displaced: set[int] = set()  # threads in whose pipeline run another thread began its own
 
-    def reset(self, timesteps: Sequence[float] | None = None) -> None:
+    def reset(self, timesteps: Sequence[float] | torch.Tensor | None = None) -> None:
         """Begin a new run: the next call is step 0. A pipeline's denoiser does it by itself.
 
         Args:
-            timesteps: of the run, in any scale; tells that it is like earlier runs of equal ones. On a GPU, where
-                comparing timesteps would wait for the device, only runs that say so compute timestep work beforehand.
+            timesteps: of the run, one per step of the schedule, in any scale and on any device; tells that it is like
+                earlier runs of equal ones. On a GPU, where comparing timesteps would wait for the device, only runs
+                that say so compute timestep work beforehand.
+
+        Raises:
+            ScheduleMismatchError: another number of timesteps than the schedule has steps.
+            ArgumentError: something else than numbers.
         """
-        with self._exclusively():
-            self._begin().key = None if timesteps is None else RunKey(tuple(float(value) for value in timesteps))
+        key = None if timesteps is None else RunKey.of(timesteps, self.schedule.steps)
+        changes = Changes()
+        with changes, changes:
+            self._enter(changes)
+            self._begin().key = key
 
     @property
     def stats(self) -> RunStats | None:
@@ -97,7 +113,9 @@ class Session:
 
     def run_begins(self, scheduler: Any) -> None:
         """A scheduler sets its timesteps: whatever run there was is over, finished or not."""
-        with self._exclusively():
+        changes = Changes()
+        with changes, changes:
+            self._enter(changes)
             self._begin_driven(scheduler, Origin(scheduler))
 
     def step_begins(self, scheduler: Any, timestep: Any) -> None:
@@ -121,7 +139,9 @@ class Session:
 
     def step_ends(self, scheduler: Any) -> None:
         """The step is over."""
-        with self._exclusively():
+        changes = Changes()
+        with changes, changes:
+            self._enter(changes)
             run = self._run_driven_by(scheduler)
             if run is None or run.untouched or self._count is None:
                 return
@@ -145,9 +165,7 @@ class Session:
             return self._call_in_pipeline(call, uncached)
         run = self._run or self._begin()
         run.check_thread()
-        output = run.call(call)
-        run.advance()
-        return output
+        return run.call(call, counts_as_step=True)
 
     def _call_in_pipeline(self, call: Call, uncached: Callable[[], Any]) -> Any:
         caller, replaced = calling_scheduler(), self._following.replaced()
@@ -163,7 +181,7 @@ class Session:
             self._count = self._set_out(run)
         if self._count is not None and not run.failed and not self._count.admits(call):
             return uncached()
-        return run.call(call)
+        return run.call(call, counts_as_step=False)
 
     def _makes_this_call(self, run: Run, caller: Any) -> bool:
         """Whether the call under way, from the pipeline with the scheduler `caller` (None: no pipeline), is the run's.
@@ -243,7 +261,9 @@ class Session:
             if self._origin.suspended or unknown:
                 self._suspended.append((self._origin, self._scheduler))
         self._suspended = [
-            one for one in self._suspended if not (one[0].over or one[0].same(origin) or one[1] is scheduler)
+            (other, driver)
+            for other, driver in self._suspended
+            if not (other.over or other.same(origin) or (driver is scheduler and not other.known))
         ]
         self._begin()
         self._scheduler, self._origin, self._begun = scheduler, origin, True
@@ -288,14 +308,15 @@ class Session:
             run.failed = True
             raise ConcurrentRunError(_INTERLEAVED)
 
-    @contextmanager
-    def _exclusively(self) -> Iterator[None]:
-        if not self._lock.acquire(blocking=False):
+    def _enter(self, changes: Changes) -> None:
+        """Let nobody else in until `changes` are undone; torch's state of the thread is then as it is now.
+
+        Raises:
+            ConcurrentRunError: another call is under way.
+        """
+        if not self._turns.take(changes):
             raise ConcurrentRunError(
                 f"{self._model_name} is in a call in another thread. Use one compiled model (and one "
                 "pipeline) for each thread, or let the runs take turns"
             )
-        try:
-            yield
-        finally:
-            self._lock.release()
+        keep_torch_state(changes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -69,7 +69,12 @@ class StaticRows:
     @property
     def nbytes(self) -> int:
         """Bytes of the row and of the table."""
-        return sum(tensor.nbytes for tensor in (*self._row.values(), *self._table.values()))
+        return sum(tensor.nbytes for tensor in self.owned)
+
+    @property
+    def owned(self) -> tuple[torch.Tensor, ...]:
+        """The row and the table."""
+        return (*self._row.values(), *self._table.values())
 
     def put(self, values: Mapping[str, torch.Tensor]) -> None:
         """Bring in the values of a step as they are."""
@@ -113,6 +118,13 @@ class HoistedMemory:
     def nbytes(self) -> int:
         """Bytes of all of them."""
         return self._once.nbytes + (self._each.nbytes if self._each is not None else 0)
+
+    @property
+    def owned(self) -> Iterator[torch.Tensor]:
+        """The tensors that all of them lie in."""
+        yield from self._once.tensors.values()
+        if self._each is not None:
+            yield from self._each.owned
 
     def begin(
         self, once: Mapping[str, torch.Tensor], each: Sequence[str], steps: tuple[torch.Tensor, ...] | None

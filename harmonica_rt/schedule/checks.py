@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from harmonica_rt.errors import ScheduleError
+from harmonica_rt.untrusted.text import one_line, quoted
 
 
 def check_name(value: object, field: str) -> str:
     """A non-empty string, or ScheduleError naming `field`."""
     if not isinstance(value, str) or not value.strip():
-        raise ScheduleError(f"{field}: expected a non-empty string, got {value!r}")
+        raise ScheduleError(f"{field}: expected a non-empty string, got {quoted(value)}")
+    return check_text(value, field)
+
+
+def check_text(value: str, field: str) -> str:
+    """A string that UTF-8 can write, or ScheduleError naming `field`: halves of surrogate pairs can reach Python."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ScheduleError(f"{field}: expected text that UTF-8 can write, got {quoted(value)}") from error
     return value
 
 
@@ -23,7 +34,7 @@ def check_number(value: object, field: str) -> float:
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ScheduleError(f"{field}: expected a number, got {value!r}")
+        raise ScheduleError(f"{field}: expected a number, got {quoted(value)}")
     try:
         number = float(value)
     except OverflowError:
@@ -65,16 +76,20 @@ def check_compute(mask: ArrayLike) -> NDArray[np.bool_]:
 def check_sites(sites: Iterable[object]) -> tuple[str, ...]:
     """Distinct dotted module paths, or ScheduleError."""
     if isinstance(sites, str) or not isinstance(sites, Iterable):
-        raise ScheduleError(f"sites: expected a list of dotted module paths, got {sites!r}")
+        raise ScheduleError(f"sites: expected a list of dotted module paths, got {quoted(sites)}")
     names = tuple(sites)
     if not names:
         raise ScheduleError("sites: expected at least one site, got none")
+    if isinstance(sites, set | frozenset):
+        raise ScheduleError("sites: expected a list in the order of the columns, got a set, which has no order")
     for i, name in enumerate(names):
         if not isinstance(name, str) or not all(name.split(".")) or any(c.isspace() for c in name):
-            raise ScheduleError(f"sites[{i}]: expected a dotted module path such as 'blocks.0.attn1', got {name!r}")
-    paths = tuple(str(name) for name in names)
-    if twice := sorted({path for path in paths if paths.count(path) > 1}):
-        raise ScheduleError(f"sites: each site may stand once, got more than once: {', '.join(twice)}")
+            raise ScheduleError(
+                f"sites[{i}]: expected a dotted module path such as 'blocks.0.attn1', got {quoted(name)}"
+            )
+    paths = tuple(check_text(str(name), f"sites[{i}]") for i, name in enumerate(names))
+    if twice := sorted(path for path, times in Counter(paths).items() if times > 1):
+        raise ScheduleError(f"sites: each site may stand once, got more than once: {one_line(', '.join(twice))}")
     return paths
 
 

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from harmonica_rt.schedule.files import save_figure
 from harmonica_rt.schedule.producers import site_kind
+from harmonica_rt.untrusted.text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,17 +27,23 @@ if TYPE_CHECKING:
     from harmonica_rt.schedule.schedule import Schedule
 
 _MAX_PANELS = 8  # with more kinds than this the sites stand in one panel, in execution order
+_LABEL, _FACT = 60, 2000  # characters at most
+_WIDEST, _HIGHEST = 40.0, 100.0  # inches of a heat map; what is larger is drawn smaller
 _COMPUTE, _REUSE, _INK, _PAPER = "#27476e", "#f6d8a8", "#2b2b2b", "white"
 
 
 @dataclass(frozen=True)
 class _Panel:
-    """Sites of one kind: their columns in the schedule, and a short label for each."""
+    """Sites of one kind: their columns in the schedule, and a short label for each, all fit to be shown."""
 
     title: str
     columns: tuple[int, ...]
     labels: tuple[str, ...]
     axis: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "title", one_line(self.title, _LABEL))
+        object.__setattr__(self, "labels", tuple(one_line(label, _LABEL) for label in self.labels))
 
 
 def _panels(sites: Sequence[str]) -> list[_Panel]:
@@ -56,11 +64,6 @@ def _panel(kind: str, columns: list[int], sites: Sequence[str]) -> _Panel:
     return _Panel(kind, tuple(columns), tuple(owners), "")
 
 
-def _printable(text: object) -> str:
-    """`text` without control characters: what a file says must not steer the terminal."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))
-
-
 def _facts(schedule: Schedule) -> list[tuple[str, str]]:
     """The provenance, as (name, what it says); nothing for what is not known."""
     facts = []
@@ -77,7 +80,7 @@ def _facts(schedule: Schedule) -> list[tuple[str, str]]:
         params = "".join(f", {name}={value}" for name, value in made.hyper_parameters.items())
         tau = "" if made.threshold is None else f", threshold {made.threshold:g}"
         facts.append(("made by", made.method + params + tau + (", with scores" if made.scores is not None else "")))
-    return [(name, _printable(value)) for name, value in facts]
+    return [(name, one_line(value, _FACT)) for name, value in facts]
 
 
 def render(schedule: Schedule, width: int | None = None) -> Text:
@@ -101,7 +104,7 @@ def render(schedule: Schedule, width: int | None = None) -> Text:
     text.append(f"{schedule.steps} steps x {len(schedule.sites)} sites, ", "bold")
     text.append(f"CUR {schedule.cur:.2%}", "bold green")
     text.append(f", {patterns}\n")
-    kinds = ", ".join(f"{_printable(kind)} {cur:.2%}" for kind, cur in schedule.cur_per_kind().items())
+    kinds = ", ".join(f"{one_line(kind)} {cur:.2%}" for kind, cur in schedule.cur_per_kind().items())
     for name, value in [("CUR by kind", kinds), *_facts(schedule)]:
         text.append(f"{name:<12}", "dim")
         text.append(f"{value}\n")
@@ -121,7 +124,7 @@ def _append_rows(text: Text, schedule: Schedule, room: int) -> None:
     # a panel is as wide as its title where there is room for that
     titled = [max(part.shape[1], len(panel.title)) for panel, part in zip(panels, parts, strict=True)]
     widths = titled if margin + sum(titled) <= room else [part.shape[1] for part in parts]
-    titles = [_printable(panel.title)[:cells].ljust(cells) for panel, cells in zip(panels, widths, strict=True)]
+    titles = [panel.title[:cells].ljust(cells) for panel, cells in zip(panels, widths, strict=True)]
     text.append("step  " + "   ".join(titles) + "    CUR\n", "dim")
     for step, cur in enumerate(schedule.cur_per_step()):
         text.append(f"{step:>4}  ", "dim")
@@ -164,11 +167,12 @@ def plot(schedule: Schedule, path: str | os.PathLike[str] | None = None) -> Figu
     long_labels = max(len(label) for panel in panels for label in panel.labels) > 5
     # no panel is narrower than its title needs
     widths = [max(cell_w * len(panel.columns), 0.09 * len(panel.title) + 0.2) for panel in panels]
-    made = f"  ·  {_printable(schedule.made_by.method)}" if schedule.made_by else ""
+    made = f"  ·  {one_line(schedule.made_by.method)}" if schedule.made_by else ""
     title = f"CUR {schedule.cur:.2%}  ·  {steps} steps x {sites} sites{made}"
     width = max(sum(widths) + bars_w + 0.25 * len(panels) + 1.1, 0.125 * len(title))
+    height = cell_h * steps + (2.9 if long_labels else 1.9)
     figure = Figure(
-        figsize=(width, cell_h * steps + (2.9 if long_labels else 1.9)),
+        figsize=(min(width, _WIDEST), min(height, _HIGHEST)),
         layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08),
         facecolor=_PAPER,
     )
@@ -182,13 +186,13 @@ def plot(schedule: Schedule, path: str | os.PathLike[str] | None = None) -> Figu
     stride = _stride(steps, 25)
     axes[0].set_yticks(np.arange(0, steps, stride) + 0.5, [str(s) for s in range(0, steps, stride)])
     axes[0].set_ylabel("step", color=_INK)
-    figure.suptitle(title, fontsize=13, fontweight="bold", color=_INK)
+    figure.suptitle(title, fontsize=13, fontweight="bold", color=_INK, parse_math=False)
     figure.legend(
         handles=[Patch(facecolor=_COMPUTE, label="compute"), Patch(facecolor=_REUSE, label="reuse")],
         loc="outside lower center", ncols=2, frameon=False, fontsize=9,
     )  # fmt: skip
     if path is not None:
-        figure.savefig(path, dpi=160)
+        save_figure(figure, path, dpi=160)
     return figure
 
 
@@ -202,7 +206,7 @@ def _draw_panel(axis: Axes, schedule: Schedule, panel: _Panel, inches: float) ->
         edgecolors=_PAPER, linewidth=min(0.8, 6 * inches / count),
     )  # fmt: skip
     cur = 1.0 - schedule.compute[:, panel.columns].mean()
-    axis.set_title(f"{_printable(panel.title)}\n{cur:.1%}", fontsize=10, color=_INK)
+    axis.set_title(f"{panel.title}\n{cur:.1%}", fontsize=10, color=_INK, parse_math=False)
     size = 7
     upright = max(map(len, panel.labels)) > 3
     room = inches * 72 / (size * 1.3 if upright else size * 0.75 * max(map(len, panel.labels)) + 3)
@@ -210,9 +214,10 @@ def _draw_panel(axis: Axes, schedule: Schedule, panel: _Panel, inches: float) ->
     ticks = range(0, count, stride)
     axis.set_xticks(
         np.array(ticks) + 0.5,
-        [_printable(panel.labels[i]) for i in ticks],
+        [panel.labels[i] for i in ticks],
         fontsize=size,
         rotation=90 if upright else 0,
+        parse_math=False,  # a name with two dollar signs is a name
     )
     axis.set_xlabel(panel.axis, fontsize=8, color=_INK)
     _strip(axis)

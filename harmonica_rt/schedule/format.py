@@ -2,19 +2,17 @@
 
 The hazard: JSON readers are lenient - of two equal keys the last wins, NaN passes, unknown keys are dropped -
 so a merge gone wrong or a typo would load as another schedule. Here each of these is an error that names the
-field.
+field; what `untrusted.strict_json` lets pass is checked field by field.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-import os
-import secrets
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +20,6 @@ from numpy.typing import NDArray
 from harmonica_rt.errors import ScheduleError
 from harmonica_rt.schedule.checks import check_number, check_sequence, check_sites
 from harmonica_rt.schedule.provenance import (
-    MAX_DIGITS,
     SCORE_DECIMALS,
     MadeBy,
     ModelInfo,
@@ -30,6 +27,8 @@ from harmonica_rt.schedule.provenance import (
     ScheduleFields,
     check_mapping,
 )
+from harmonica_rt.untrusted import strict_json
+from harmonica_rt.untrusted.text import one_line, quoted
 
 if TYPE_CHECKING:
     from harmonica_rt.schedule.schedule import Schedule
@@ -71,19 +70,6 @@ def to_text(schedule: Schedule) -> str:
     return "{\n" + ",\n".join("  " + field for field in fields) + "\n}\n"
 
 
-def write_atomically(path: str, text: str) -> None:
-    """Write beside `path`, then rename: a reader sees the old file or the new one, never half of one."""
-    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
-    try:
-        with open(temporary, "xb") as file:
-            file.write(text.encode("utf-8"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
 def _made_by_text(made_by: MadeBy) -> str:
     params = check_mapping(made_by.hyper_parameters, "made_by.hyper_parameters").plain()
     fields = [f'"method": {_json(made_by.method)}', f'"hyper_parameters": {_json(params, indent=4)}']
@@ -116,11 +102,22 @@ def _json(value: object, indent: int | None = None) -> str:
 
 
 def read_bytes(path: str) -> bytes:
-    """The bytes of a schedule file, or ScheduleFileNotFoundError."""
+    """The bytes of a schedule file.
+
+    Raises:
+        ScheduleFileNotFoundError: there is no such file.
+        ScheduleError: it is a folder, or cannot be read.
+    """
     try:
         return Path(path).read_bytes()
     except FileNotFoundError as error:
         raise ScheduleFileNotFoundError(f"{path}: no such schedule file") from error
+    except IsADirectoryError as error:
+        raise ScheduleError(
+            f"{path}: expected a schedule file, and this is a folder; Schedule.from_pretrained reads folders"
+        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise ScheduleError(f"{path}: cannot be read as a schedule file ({error})") from error
 
 
 def known_names() -> tuple[str, ...]:
@@ -132,7 +129,9 @@ def known_names() -> tuple[str, ...]:
 def read_known(name: str) -> bytes:
     """The bytes of a bundled schedule, or ScheduleFileNotFoundError with the names there are."""
     if name not in known_names():
-        raise ScheduleFileNotFoundError(f"no schedule {name!r} comes with the package; there are {list(known_names())}")
+        raise ScheduleFileNotFoundError(
+            f"no schedule {quoted(name)} comes with the package; there are {list(known_names())}"
+        )
     return (resources.files("harmonica_rt.schedule") / _KNOWN / f"{name}.json").read_bytes()
 
 
@@ -140,24 +139,13 @@ def read_object(data: bytes, refusal: str) -> dict[str, Any]:
     """The JSON object in `data`, read strictly.
 
     Raises:
-        ScheduleError: beginning with `refusal`: not UTF-8, not JSON, no object; or a key that stands twice.
+        ScheduleError: beginning with `refusal`: it is not the strict JSON that `untrusted.strict_json` reads, or no
+            object.
     """
     try:
-        document = json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=_no_duplicates,
-            parse_constant=_no_constant,
-            parse_int=_int,
-        )
-    except UnicodeDecodeError as error:
-        raise ScheduleError(f"{refusal}: not UTF-8 text ({error})") from error
-    except json.JSONDecodeError as error:
-        raise ScheduleError(f"{refusal}: not JSON, {error.msg} at line {error.lineno}, column {error.colno}") from error
-    except RecursionError as error:
-        raise ScheduleError(f"{refusal}: JSON nested too deep") from error
-    if not isinstance(document, dict):
-        raise ScheduleError(f"{refusal}: expected a JSON object, got {_type(document)}")
-    return document
+        return strict_json.parse_object(data)
+    except strict_json.JsonError as error:
+        raise ScheduleError(f"{refusal}: {error}") from error
 
 
 def parse(data: bytes) -> ScheduleFields:
@@ -190,11 +178,13 @@ def parse(data: bytes) -> ScheduleFields:
 def _check_header(document: dict[str, object]) -> None:
     name, version = document.get("format"), document.get("version")
     if name != FORMAT:
-        raise ScheduleError(f"format: expected {FORMAT!r}, got {name!r}; this is no schedule file of harmonica-rt")
+        raise ScheduleError(
+            f"format: expected {FORMAT!r}, got {quoted(name)}; this is no schedule file of harmonica-rt"
+        )
     if isinstance(version, bool) or version not in READABLE_VERSIONS or not isinstance(version, int):
         readable = ", ".join(map(str, READABLE_VERSIONS))
         raise ScheduleError(
-            f"version: this harmonica-rt reads version {readable}, got {version!r}; "
+            f"version: this harmonica-rt reads version {readable}, got {quoted(version)}; "
             f"a newer file needs a newer harmonica-rt"
         )
 
@@ -205,7 +195,7 @@ def _check_fields(value: dict[str, object], where: str, required: Sequence[str],
         if field not in allowed:
             near = difflib.get_close_matches(field, [name for name in allowed if name not in value] or allowed, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(allowed)}"
-            raise ScheduleError(f"{where}{field}: unknown field; {hint}")
+            raise ScheduleError(f"{where}{one_line(field)}: unknown field; {hint}")
     if missing := [field for field in required if field not in value]:
         raise ScheduleError(f"{where}{missing[0]}: missing field; required are {', '.join(required)}")
     for field, entry in value.items():
@@ -216,7 +206,7 @@ def _check_fields(value: dict[str, object], where: str, required: Sequence[str],
 def _object(value: object, field: str, required: Sequence[str], optional: Sequence[str]) -> dict[str, Any]:
     # Any: the dataclass that takes the fields checks their types
     if not isinstance(value, dict):
-        raise ScheduleError(f"{field}: expected an object, got {_type(value)}")
+        raise ScheduleError(f"{field}: expected an object, got {strict_json.type_name(value)}")
     _check_fields(value, f"{field}.", required, optional)
     return value
 
@@ -224,12 +214,12 @@ def _object(value: object, field: str, required: Sequence[str], optional: Sequen
 def _parse_compute(document: dict[str, object], n_sites: int) -> NDArray[np.bool_]:
     steps, rows = document["steps"], check_sequence(document["compute"], "compute")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ScheduleError(f"steps: expected a whole number of at least 1, got {steps!r}")
+        raise ScheduleError(f"steps: expected a whole number of at least 1, got {quoted(steps)}")
     if len(rows) != steps:
         raise ScheduleError(f"compute: expected one string a step ({steps} by the field 'steps'), got {len(rows)}")
     for step, row in enumerate(rows):
         if not isinstance(row, str):
-            raise ScheduleError(f"compute, step {step}: expected a string of 0 and 1, got {_type(row)}")
+            raise ScheduleError(f"compute, step {step}: expected a string of 0 and 1, got {strict_json.type_name(row)}")
         if other := [c for c in row if c not in "01"]:
             raise ScheduleError(
                 f"compute, step {step}: expected only 0 (reuse) and 1 (compute), "
@@ -238,34 +228,3 @@ def _parse_compute(document: dict[str, object], n_sites: int) -> NDArray[np.bool
         if len(row) != n_sites:
             raise ScheduleError(f"compute, step {step}: expected one entry a site ({n_sites}), got {len(row)}")
     return np.array([[c == "1" for c in str(row)] for row in rows], dtype=np.bool_)
-
-
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ScheduleError(f"{twice}: the field stands more than once; keep one (a merge gone wrong?)")
-    return value
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ScheduleError(f"not a schedule file: {name} is not JSON; numbers must be finite")
-
-
-def _int(digits: str) -> int:
-    if len(digits.lstrip("-")) > MAX_DIGITS:
-        raise ScheduleError(f"not a schedule file: a number of {len(digits)} digits")
-    return int(digits)
-
-
-def _type(value: object) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a string",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-    }
-    return names.get(type(value), "null")

@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harmonica_rt.errors import ScheduleError
+from harmonica_rt.schedule.files import write_atomically
 from harmonica_rt.schedule.format import ScheduleFileNotFoundError
 from harmonica_rt.schedule.provenance import check_mapping
+from harmonica_rt.untrusted.text import one_line
 
 if TYPE_CHECKING:
     from harmonica_rt.schedule.schedule import Schedule
 
 FILE, PICTURE, CARD = "schedule.json", "schedule.png", "README.md"
 LIBRARY = "harmonica-rt"  # `library_name` of our cards
+_IN_CODE = str.maketrans({"`": "'", "|": r"\|"})  # what ends code, or a cell of a table, in Markdown
 
 
 def find_file(repo_or_dir: str | os.PathLike[str], filename: str, **download: Any) -> str:
@@ -58,8 +63,8 @@ def write_folder(schedule: Schedule, folder: str | os.PathLike[str], base_model:
     target.mkdir(parents=True, exist_ok=True)
     schedule.save(target / FILE)
     schedule.plot(target / PICTURE)
-    if not (target / CARD).exists() or is_ours((target / CARD).read_text("utf-8")):
-        (target / CARD).write_text(card(schedule, base_model), "utf-8")
+    if not (target / CARD).exists() or is_ours((target / CARD).read_bytes()):
+        write_atomically(target / CARD, card(schedule, base_model))
 
 
 def push(
@@ -81,17 +86,19 @@ def push(
         write_folder(schedule, folder, base_model)
         if api.file_exists(repo_id, CARD, revision=revision):
             theirs = api.hf_hub_download(repo_id, CARD, revision=revision)
-            if not is_ours(Path(theirs).read_text("utf-8")):
+            if not is_ours(Path(theirs).read_bytes()):
                 (Path(folder) / CARD).unlink()
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message)
     return str(commit.commit_url)
 
 
-def is_ours(text: str) -> bool:
-    """Whether this card is one that we wrote."""
-    from huggingface_hub import ModelCard
+def is_ours(card: bytes) -> bool:
+    """Whether this card is one that we wrote; one that cannot be read is not.
 
-    return bool(ModelCard(text, ignore_metadata_errors=True).data.get("library_name") == LIBRARY)
+    The header is looked at line by line and not parsed: YAML from anywhere may be huge, or end in errors of any kind.
+    """
+    first, *lines = card.decode("utf-8", "replace").splitlines() or [""]
+    return first == "---" and f"library_name: {LIBRARY}" in takewhile(lambda line: line != "---", lines)
 
 
 def card(schedule: Schedule, base_model: str | None) -> str:
@@ -99,7 +106,7 @@ def card(schedule: Schedule, base_model: str | None) -> str:
     from huggingface_hub import ModelCardData
 
     header = ModelCardData(library_name=LIBRARY, base_model=base_model, tags=["diffusion", "feature-caching"])
-    kinds = [[f"`{kind}`", f"{cur:.1%}"] for kind, cur in schedule.cur_per_kind().items()]
+    kinds = [[_code(kind), f"{cur:.1%}"] for kind, cur in schedule.cur_per_kind().items()]
     figures = [
         ["steps", str(schedule.steps)],
         ["sites", str(len(schedule.sites))],
@@ -110,16 +117,16 @@ def card(schedule: Schedule, base_model: str | None) -> str:
     if schedule.model is not None:
         fingerprint = schedule.model.config_fingerprint
         made_for.append(
-            ["model", f"`{schedule.model.class_name}`" + (f", config `{fingerprint}`" if fingerprint else "")]
+            ["model", _code(schedule.model.class_name) + (f", config {_code(fingerprint)}" if fingerprint else "")]
         )
     if schedule.sampler is not None:
-        made_for.append(["sampler", f"`{schedule.sampler.class_name}`"])
+        made_for.append(["sampler", _code(schedule.sampler.class_name)])
     if schedule.guidance is not None:
         made_for.append(["guidance", f"{schedule.guidance:g}"])
     if schedule.made_by is not None:
-        made_for.append(["method", schedule.made_by.method])
+        made_for.append(["method", _plain(schedule.made_by.method)])
         parameters = check_mapping(schedule.made_by.hyper_parameters, "hyper_parameters").plain()
-        made_for += [[f"`{name}`", f"`{json.dumps(value)}`"] for name, value in sorted(parameters.items())]
+        made_for += [[_code(name), _code(json.dumps(value))] for name, value in sorted(parameters.items())]
     return "\n".join(
         [
             f"---\n{header.to_yaml()}\n---\n",
@@ -137,6 +144,16 @@ def card(schedule: Schedule, base_model: str | None) -> str:
             "```\n",
         ]
     )
+
+
+def _code(text: str) -> str:
+    """Code in a cell of a table, from a schedule: it cannot end the code, the cell or the line."""
+    return f"`{one_line(text, 1000).translate(_IN_CODE)}`"
+
+
+def _plain(text: str) -> str:
+    """Text in a cell of a table, from a schedule: no Markdown and no HTML of its own."""
+    return re.sub(r"([\\`*_{}\[\]<>#|!&])", r"\\\1", one_line(text, 1000))
 
 
 def _table(left: str, right: str, rows: list[list[str]]) -> str:

@@ -17,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harmonica_rt.errors import ScheduleError
+from harmonica_rt.schedule.checks import check_sequence
 from harmonica_rt.schedule.producers import mask_column
+from harmonica_rt.untrusted.text import one_line, quoted
 
 if TYPE_CHECKING:
     from harmonica_rt.schedule.schedule import Schedule
@@ -36,18 +38,18 @@ def smoothcache_mask(
     Raises:
         ScheduleError: something else than lists of 0 and 1 of one length, or one that decides no site.
     """
-    columns = {key: mask_column(value, key) for key, value in lists.items()}
+    columns = {key: mask_column(check_sequence(value, one_line(key)), one_line(key)) for key, value in lists.items()}
     lengths = {key: len(column) for key, column in columns.items()}
     if len(set(lengths.values())) != 1:
-        raise ScheduleError(f"expected lists of one length, one entry a step; got lengths {lengths}")
+        raise ScheduleError(f"expected lists of one length, one entry a step; got lengths {quoted(lengths)}")
     steps = next(iter(lengths.values()))
     names = {ours: theirs for theirs, ours in components.items()}
     keys = [[key for key in _keys(site, names) if key in columns] for site in sites]
     if idle := columns.keys() - {found[0] for found in keys if found}:
         raise ScheduleError(
-            f"the lists {sorted(idle)} decide no site: expected the last name of a site's path, as in {sites[0]!r}, "
-            f"with or without '-' and the block's number; say components={{name in the file: name in the model}} where "
-            f"they differ"
+            f"the lists {quoted(sorted(idle))} decide no site: expected the last name of a site's path, as in "
+            f"{quoted(sites[0])}, with or without '-' and the block's number; say components={{name in the file: "
+            f"name in the model}} where they differ"
         )
     return np.stack([columns[found[0]] if found else np.ones(steps, np.bool_) for found in keys], axis=1)
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from harmonica_rt.errors import ScheduleError
 from harmonica_rt.schedule.checks import check_sequence
+from harmonica_rt.untrusted.text import quoted
 
 StepMask = str | Sequence[int]
 """1 = compute at this step, 0 = reuse: `"1010"` or `[1, 0, 1, 0]`."""
@@ -72,6 +73,8 @@ def step_mask(mask: StepMask | Mapping[str, StepMask], sites: Sequence[str]) -> 
         return np.repeat(mask_column(mask, "mask")[:, None], len(sites), axis=1)
     if not mask:
         raise ScheduleError("mask: expected at least one pattern, got an empty mapping")
+    if odd := [pattern for pattern in mask if not isinstance(pattern, str)]:
+        raise ScheduleError(f"mask: expected patterns of sites as keys, got {odd[0]!r}")
     columns = {pattern: mask_column(bits, f"mask[{pattern!r}]") for pattern, bits in mask.items()}
     lengths = {pattern: len(bits) for pattern, bits in columns.items()}
     if len(set(lengths.values())) > 1:
@@ -100,7 +103,7 @@ def mask_column(mask: object, field: str) -> NDArray[np.bool_]:
     entries = list(mask if isinstance(mask, str) else check_sequence(mask, field))
     for step, entry in enumerate(entries):
         if entry not in (("0", "1") if isinstance(mask, str) else (0, 1)):
-            raise ScheduleError(f"{field}: expected only 0 (reuse) and 1 (compute), got {entry!r} at step {step}")
+            raise ScheduleError(f"{field}: expected only 0 (reuse) and 1 (compute), got {quoted(entry)} at step {step}")
     if not entries:
         raise ScheduleError(f"{field}: expected one entry a step, got none")
     return np.array([entry in (1, "1") for entry in entries], dtype=np.bool_)

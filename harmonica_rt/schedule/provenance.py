@@ -16,10 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harmonica_rt.errors import ScheduleError
-from harmonica_rt.schedule.checks import check_name, check_number, check_sequence
+from harmonica_rt.schedule.checks import check_name, check_number, check_sequence, check_text
 from harmonica_rt.schedule.fingerprint import config_fingerprint
+from harmonica_rt.untrusted.strict_json import MAX_DEPTH, MAX_DIGITS
+from harmonica_rt.untrusted.text import one_line, quoted
 
-MAX_DIGITS = 400  # of an integer: more than any float holds; Python itself refuses to read more than 4300
+_DEEPEST = MAX_DEPTH - 3  # lists and mappings in one another; in a file they lie in three more
 SCORE_DECIMALS = 4  # enough to redraw a threshold, few enough to read and diff
 
 
@@ -27,14 +29,16 @@ class FrozenMap(Mapping[str, object]):
     """A read-only, hashable mapping of plain JSON values: lists are tuples, mappings `FrozenMap`s.
 
     Raises:
-        ScheduleError: a key is no string, or a value is none of bool, int, finite float, str, None, list,
-            mapping.
+        ScheduleError: a key is no string, a value is none of bool, int, finite float, str, None, list, mapping, or
+            lists and mappings lie deeper in one another than a file may hold them.
     """
 
     __slots__ = ("_items",)
 
-    def __init__(self, items: Mapping[str, object], *, field: str = "config") -> None:
-        self._items = {_key(key, field): _freeze(value, f"{field}.{key}") for key, value in items.items()}
+    def __init__(self, items: Mapping[str, object], *, field: str = "config", depth: int = 0) -> None:
+        self._items = {
+            _key(key, field): _freeze(value, f"{field}.{one_line(key)}", depth + 1) for key, value in items.items()
+        }
 
     def __getitem__(self, key: str) -> object:
         return self._items[key]
@@ -77,8 +81,10 @@ class ModelInfo:
     @classmethod
     def of(cls, model: object) -> ModelInfo:
         """Of a model, with the fingerprint of its `config` if it has one."""
+        model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
         config = getattr(model, "config", None)
-        return cls(type(model).__name__, config_fingerprint(config) if isinstance(config, Mapping) else None)
+        # __class__ and not type(): a compiled model stands for the model inside
+        return cls(model.__class__.__name__, config_fingerprint(config) if isinstance(config, Mapping) else None)
 
     def __post_init__(self) -> None:
         check_name(self.class_name, "model.class_name")
@@ -171,23 +177,27 @@ def _check_scores(scores: object) -> tuple[tuple[float, ...] | None, ...]:
 
 def _key(key: object, field: str) -> str:
     if not isinstance(key, str):
-        raise ScheduleError(f"{field}: keys must be strings, got {key!r}")
-    return key
+        raise ScheduleError(f"{field}: keys must be strings, got {quoted(key)}")
+    return check_text(key, field)
 
 
-def _freeze(value: object, field: str) -> object:
+def _freeze(value: object, field: str, depth: int) -> object:
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, float):
         return check_number(value, field)
     if isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:
         raise ScheduleError(f"{field}: expected a number of at most {MAX_DIGITS} digits")
-    if value is None or isinstance(value, bool | int | str):
+    if isinstance(value, str):
+        return check_text(value, field)
+    if value is None or isinstance(value, bool | int):
         return value
+    if isinstance(value, Mapping | list | tuple) and depth > _DEEPEST:
+        raise ScheduleError(f"{one_line(field)}: nested too deep, more than {_DEEPEST} lists and mappings")
     if isinstance(value, Mapping):
-        return check_mapping(value, field)
+        return FrozenMap(value, field=field, depth=depth)
     if isinstance(value, list | tuple):
-        return tuple(_freeze(item, f"{field}[{i}]") for i, item in enumerate(value))
+        return tuple(_freeze(item, f"{field}[{i}]", depth + 1) for i, item in enumerate(value))
     raise ScheduleError(
         f"{field}: a {type(value).__name__} cannot be written to JSON; give a bool, number, string, None, list or dict"
     )

@@ -10,20 +10,17 @@ even = attention, odd = MLP. The hazards, all of which give a plausible wrong ma
 - Its U-ViT is a bare state dict whose rows run *forwards* and number solver steps of two evaluations each:
   evaluation 2k, for k >= 1, uses row k; every other evaluation computes all; rows from T / 2 on are noise.
 
-A checkpoint is a pickle: it is read by torch's weights-only unpickler with one more class,
-`argparse.Namespace`, and never otherwise.
+A checkpoint is a pickle with tensors beside it. It is read as data, by `untrusted.torch_archive`: nothing that it names
+is imported or called, and no row can be longer than what the file holds for it.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import pickle
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,15 +29,14 @@ from harmonica_rt.errors import ScheduleError
 from harmonica_rt.schedule.checks import check_number
 from harmonica_rt.schedule.format import ScheduleFileNotFoundError
 from harmonica_rt.schedule.provenance import MadeBy, ModelInfo, ScheduleFields
-
-if TYPE_CHECKING:
-    import torch
+from harmonica_rt.untrusted.pickle_data import Call, ForbiddenNameError
+from harmonica_rt.untrusted.text import one_line, quoted
+from harmonica_rt.untrusted.torch_archive import FLOATING, ArchiveError, StoredTensor, TorchArchive, tensor_of
 
 RouterKind = Literal["auto", "harmonica", "l2c-dit", "l2c-uvit"]
 
+MAX_LOGITS = 2**20  # of a file: 1,000 steps of 500 blocks
 FIXED_LOGIT = 5.0  # HarmoniCa's row for the first step
-# what torch's readers were seen to raise on damaged bytes
-_BROKEN_FILE = (RuntimeError, EOFError, LookupError, ValueError, AttributeError, TypeError, struct.error)
 _DIT = "DiTTransformer2DModel"
 _THRESHOLDS = {
     "harmonica": 0.1,
@@ -85,7 +81,8 @@ def read_router(
     Raises:
         ScheduleFileNotFoundError: there is no such file.
         ScheduleError: the file is no router checkpoint, needs code to be run to be read, has missing or
-            ragged rows, does not fit `sites` or `steps`, or its kind cannot be told.
+            ragged rows or numbers that are not finite, does not fit `sites` or `steps`, holds more than
+            `MAX_LOGITS` logits, or its kind cannot be told.
     """
     if kind not in get_args(RouterKind):
         raise ScheduleError(f"kind: expected one of {', '.join(get_args(RouterKind))}, got {kind!r}")
@@ -114,11 +111,11 @@ def read_router(
     args = checkpoint.args
     known = {name: args[name] for name in _HYPER_PARAMETERS if isinstance(args.get(name), bool | int | float | str)}
     scores = [None if row is None else checkpoint.logits[row].tolist() for row in used]
-    fields = ScheduleFields(
-        compute=compute,
-        sites=sites or _default_sites(found, width // 2, source),
-        made_by=MadeBy(_METHODS[found], known, threshold=tau, scores=scores),
-    )
+    try:
+        made_by = MadeBy(_METHODS[found], known, threshold=tau, scores=scores)
+    except ScheduleError as error:
+        raise ScheduleError(f"{source}: args: {error}") from error
+    fields = ScheduleFields(compute=compute, sites=sites or _default_sites(found, width // 2, source), made_by=made_by)
     if sites is None:
         fields["model"] = ModelInfo("UViT" if found == "l2c-uvit" else _DIT)
     if "cfg_scale" in known:
@@ -169,78 +166,92 @@ def _default_sites(kind: str, depth: int, source: str) -> tuple[str, ...]:
 
 
 def _read(source: str) -> _Checkpoint:
-    content = _load(source)
-    if not isinstance(content, Mapping):
-        raise ScheduleError(f"{source}: expected a router checkpoint (a dict), got {type(content).__name__}")
-    bare = "routers" not in content
-    routers = content if bare else content["routers"]
-    if not isinstance(routers, Mapping) or not routers:
-        raise ScheduleError(f"{source}: expected router logits under 'routers', got {type(routers).__name__}")
-    args = content.get("args") if not bare else None
-    known = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, Mapping) else {}
-    logits = _logits(routers, known, source)
-    # torch's own sigmoid, in fp32 like the released code: at the threshold one ulp decides
-    return _Checkpoint(logits.numpy(), logits.sigmoid().numpy(), known, bare)
-
-
-def _load(source: str) -> object:
     import torch
 
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(source, map_location="cpu", weights_only=True)
+        with TorchArchive(source) as archive:
+            routers, args, bare = _parts(archive.content, source)
+            logits = torch.from_numpy(_logits(archive, routers, args, source))
     except FileNotFoundError as error:
         raise ScheduleFileNotFoundError(f"{source}: no such router checkpoint") from error
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if wanted is None:
-            raise ScheduleError(f"{source}: not a readable torch checkpoint") from error
+    except ForbiddenNameError as error:
         raise ScheduleError(
             f"{source}: refused. Only tensors, plain values and argparse.Namespace are read; this file asks "
-            f"for {wanted[1]}, and to load that could run code the file brings"
+            f"for {one_line(error.name)}, and to load that could run code the file brings"
         ) from error
-    except _BROKEN_FILE as error:
-        raise ScheduleError(f"{source}: not a readable torch checkpoint ({type(error).__name__})") from error
+    except ArchiveError as error:
+        raise ScheduleError(f"{source}: not a readable torch checkpoint: {error}") from error
+    # torch's own sigmoid, in fp32 like the released code: at the threshold one ulp decides
+    return _Checkpoint(logits.numpy(), logits.sigmoid().numpy(), args, bare)
 
 
-def _logits(routers: Mapping[object, object], args: Mapping[str, object], source: str) -> torch.Tensor:
-    """The rows `{i}.prob`, stacked: fp32 `[rows, 2 * depth]`."""
-    import torch
+def _parts(content: object, source: str) -> tuple[Mapping[object, object], Mapping[str, object], bool]:
+    """The routers, the args of the training, and whether the file holds the routers alone."""
+    if not isinstance(content, dict):
+        raise ScheduleError(f"{source}: expected a router checkpoint (a dict), got {_kind(content)}")
+    bare = "routers" not in content
+    routers = content if bare else content["routers"]
+    if not isinstance(routers, dict) or not routers:
+        raise ScheduleError(f"{source}: expected router logits under 'routers', got {_kind(routers)}")
+    args = None if bare else content.get("args")
+    if isinstance(args, Call) and args.function == "argparse.Namespace":
+        args = args.state
+    return routers, args if isinstance(args, dict) else {}, bare
 
-    rows: dict[int, torch.Tensor] = {}
+
+def _kind(value: object) -> str:
+    found = tensor_of(value)
+    return found if isinstance(found, str) else "a tensor"
+
+
+def _logits(
+    archive: TorchArchive, routers: Mapping[object, object], args: Mapping[str, object], source: str
+) -> NDArray[np.float32]:
+    """The rows `{i}.prob`, stacked: fp32 `[rows, 2 * depth]`. Nothing is read before all shapes are known to fit."""
+    tensors: dict[int, StoredTensor] = {}
     for key, value in routers.items():
-        match = re.fullmatch(r"(0|[1-9]\d{0,5})\.prob", key) if isinstance(key, str) else None
+        match = re.fullmatch(r"(0|[1-9]\d{0,5})\.prob", key, re.ASCII) if isinstance(key, str) else None
         if match is None:
-            raise ScheduleError(f"{source}: routers: expected keys '0.prob', '1.prob', ..., got {key!r}")
-        rows[int(match[1])] = _check_row(value, f"{source}: routers[{key!r}]")
+            raise ScheduleError(f"{source}: routers: expected keys '0.prob', '1.prob', ..., got {quoted(key)}")
+        tensors[int(match[1])] = _check_row(value, f"{source}: routers[{key!r}]")
     claimed = args.get("num_sampling_steps")
-    total = max(max(rows) + 1, claimed if type(claimed) is int and claimed < 100_000 else 0)
-    if missing := [row for row in range(total) if row not in rows]:
+    total = max(max(tensors) + 1, claimed if type(claimed) is int and claimed < 100_000 else 0)
+    if missing := [row for row in range(total) if row not in tensors]:
         listed = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
         raise ScheduleError(f"{source}: routers: expected rows 0 ... {total - 1}, missing {listed}")
-    widths = {row: len(rows[row]) for row in range(total)}
-    if ragged := [row for row in widths if widths[row] != widths[0]]:
+    widths = [tensors[row].shape[0] for row in range(total)]
+    if ragged := [row for row in range(total) if widths[row] != widths[0]]:
         raise ScheduleError(
-            f"{source}: routers: rows must be equally long; row 0 has {widths[0]} logits, "
-            f"row {ragged[0]} has {widths[ragged[0]]}"
+            f"{source}: routers: rows must be equally long; row 0 has {quoted(widths[0])} logits, "
+            f"row {ragged[0]} has {quoted(widths[ragged[0]])}"
         )
-    if widths[0] == 0 or widths[0] % 2:
+    if widths[0] < 1 or widths[0] % 2:
         raise ScheduleError(
-            f"{source}: routers: expected two logits a block (attention, MLP), got {widths[0]} in a row"
+            f"{source}: routers: expected two logits a block (attention, MLP), got {quoted(widths[0])} in a row"
         )
-    logits = torch.stack([rows[row].detach().float() for row in range(total)])
-    if not bool(logits.isfinite().all()):
-        raise ScheduleError(f"{source}: routers: row {int((~logits.isfinite()).nonzero()[0, 0])} is not finite")
-    return logits
+    if total * widths[0] > MAX_LOGITS:
+        raise ScheduleError(
+            f"{source}: routers: {total} rows of {quoted(widths[0])} logits are more than any model has; "
+            f"at most {MAX_LOGITS} are read"
+        )
+    rows = []
+    for row in range(total):
+        try:
+            rows.append(archive.vector(tensors[row]))
+        except ArchiveError as error:
+            raise ScheduleError(f"{source}: routers['{row}.prob']: {error}") from error
+        if not np.isfinite(rows[-1]).all():
+            raise ScheduleError(f"{source}: routers: row {row} is not finite")
+    return np.stack(rows)
 
 
-def _check_row(value: object, field: str) -> torch.Tensor:
-    import torch
-
-    if not isinstance(value, torch.Tensor):
-        raise ScheduleError(f"{field}: expected a tensor of logits, got {type(value).__name__}")
-    if value.ndim != 1 or not value.is_floating_point():
+def _check_row(value: object, field: str) -> StoredTensor:
+    tensor = tensor_of(value)
+    if isinstance(tensor, str):
+        raise ScheduleError(f"{field}: expected a tensor of logits, got {tensor}")
+    if len(tensor.shape) != 1 or tensor.dtype not in FLOATING:
         raise ScheduleError(
-            f"{field}: expected a row of floating-point logits, got shape {tuple(value.shape)}, dtype {value.dtype}"
+            f"{field}: expected a row of floating-point logits, got shape {quoted(tensor.shape)}, "
+            f"dtype torch.{one_line(tensor.dtype)}"
         )
-    return value
+    return tensor

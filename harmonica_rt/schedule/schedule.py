@@ -24,8 +24,10 @@ from harmonica_rt.schedule.checks import (
     check_sites,
     check_timesteps,
 )
+from harmonica_rt.schedule.files import write_atomically
 from harmonica_rt.schedule.format import ScheduleFileNotFoundError
 from harmonica_rt.schedule.provenance import MadeBy, ModelInfo, SamplerInfo
+from harmonica_rt.untrusted.text import one_line, quoted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,7 +71,7 @@ class Schedule:
         if not compute[0].all():
             first = [site for site, computes in zip(sites, compute[0], strict=True) if not computes]
             raise ScheduleError(
-                f"compute: step 0 reuses {len(first)} of {len(sites)} sites ({first[0]!r} first), but "
+                f"compute: step 0 reuses {len(first)} of {len(sites)} sites ({quoted(first[0])} first), but "
                 f"nothing is stored before it; make every entry of step 0 compute"
             )
         set_ = object.__setattr__
@@ -123,7 +125,7 @@ class Schedule:
         return Schedule, (np.array(self.compute), *self._key()[2:])
 
     def __repr__(self) -> str:
-        made = f", made by {self.made_by.method}" if self.made_by else ""
+        made = f", made by {one_line(self.made_by.method)}" if self.made_by else ""
         return f"<Schedule {self.steps} steps x {len(self.sites)} sites, CUR {self.cur:.2%}{made}>"
 
     def _key(self) -> tuple[object, ...]:
@@ -262,7 +264,7 @@ class Schedule:
 
     def save(self, path: FilePath) -> None:
         """Write the schedule as JSON (docs/schedule-format.md), whole or not at all."""
-        format.write_atomically(os.fspath(path), format.to_text(self))
+        write_atomically(path, format.to_text(self))
 
     def save_pretrained(self, folder: FilePath, *, base_model: str | None = None) -> None:
         """Write `schedule.json`, a heat map and a card (README.md) to a folder.
@@ -307,7 +309,7 @@ class Schedule:
         Raises:
             ScheduleError: two sites of the same name in blocks of the same number are reused differently.
         """
-        format.write_atomically(os.fspath(path), interchange.smoothcache_text(self, components or {}))
+        write_atomically(path, interchange.smoothcache_text(self, components or {}))
 
     def step_mask(self) -> list[int]:
         """One entry a step, 1 = compute: cache-dit's `steps_computation_mask`; `from_mask` reads it.
@@ -333,9 +335,9 @@ class Schedule:
         """The same mask and sites with the given provenance; what is None stays as it is."""
         return replace(
             self,
-            model=model or self.model,
-            sampler=sampler or self.sampler,
-            timesteps=self.timesteps if timesteps is None else tuple(timesteps),
+            model=self.model if model is None else model,
+            sampler=self.sampler if sampler is None else sampler,
+            timesteps=self.timesteps if timesteps is None else check_timesteps(timesteps, self.steps),
             guidance=self.guidance if guidance is None else guidance,
-            made_by=made_by or self.made_by,
+            made_by=self.made_by if made_by is None else made_by,
         )

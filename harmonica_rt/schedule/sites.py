@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from harmonica_rt.errors import SiteError
+from harmonica_rt.errors import ArgumentError, SiteError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,7 +44,9 @@ def find_sites(model: nn.Module, patterns: Sequence[str] | None = None) -> list[
 
     Raises:
         SiteError: nothing was found, a pattern matches nothing, or one site would lie inside another.
+        ArgumentError: no module, or no list of strings.
     """
+    model = _checked_model(model)
     sites = list(dict.fromkeys(_by_rule(model))) if patterns is None else _by_globs(model, patterns)
     if not sites:
         raise SiteError(
@@ -53,6 +55,18 @@ def find_sites(model: nn.Module, patterns: Sequence[str] | None = None) -> list[
         )
     check_not_nested(sites)
     return sites
+
+
+def _checked_model(model: object) -> nn.Module:
+    """The module whose paths are sites: the one inside, where torch.compile wrapped it."""
+    from torch import nn
+
+    if isinstance(model, nn.Module):
+        inner = getattr(model, "_orig_mod", model)
+        return inner if isinstance(inner, nn.Module) else model
+    name = f"the class {model.__name__}" if isinstance(model, type) else f"an object of class {type(model).__name__}"
+    remedy = "; pass the denoiser of the pipeline: find_sites(pipe.transformer)" if hasattr(model, "scheduler") else ""
+    raise ArgumentError(f"find_sites takes an nn.Module, got {name}{remedy}")
 
 
 def check_sites(model: nn.Module, sites: Iterable[str]) -> None:
@@ -141,13 +155,21 @@ def _has_weights(module: nn.Module) -> bool:
 def _by_globs(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     if isinstance(patterns, str):
         raise SiteError(f'patterns is a list of globs, not one string: find_sites(model, patterns=["{patterns}"])')
+    globs = list(patterns) if isinstance(patterns, Iterable) else [None]
+    if not all(isinstance(pattern, str) for pattern in globs):
+        raise ArgumentError('patterns is a list of globs: find_sites(model, patterns=["blocks.*.mlp"])')
+    if not globs:
+        raise SiteError("patterns is empty, so it chooses no site; leave it out to find sites by rule")
     names = [name for name, _ in model.named_modules() if name]
     chosen: set[str] = set()
-    for pattern in patterns:
+    for pattern in globs:
         regex = _glob_regex(pattern)
         matched = [name for name in names if regex.fullmatch(name)]
         if not matched:
-            raise SiteError(f"the pattern {pattern!r} matches no module of {type(model).__name__}")
+            raise SiteError(
+                f"the pattern {pattern!r} matches no module of {type(model).__name__}: `*` stands for any part of one "
+                "name between dots, `**` for any number of names"
+            )
         chosen.update(matched)
     return [name for name in names if name in chosen]
 

@@ -8,15 +8,19 @@ another release of torch it may fail to load, or load and corrupt memory. So the
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 import warnings
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Final
 
 import torch
 
 _FOLDER: Final = Path(__file__).parent
-_REBUILD: Final = "reinstall harmonica-rt with `pip install --no-build-isolation --force-reinstall --no-deps`"
+_REPOSITORY: Final = "https://github.com/harmonica-rt/harmonica-rt"
+_SETUPTOOLS: Final = 77  # major version that the build needs, see pyproject.toml
 
 
 @dataclass(frozen=True)
@@ -51,28 +55,60 @@ def same_abi(built: str, running: str) -> bool:
     return built.split(".")[:2] == running.split(".")[:2]
 
 
+def rebuild_command(source: str | None) -> str:
+    """The command that builds harmonica-rt for this interpreter and the torch that it has, as a shell takes it.
+
+    Args:
+        source: the folder that it was built from, as the build recorded it; it may be gone.
+    """
+    command = [sys.executable, "-m", "pip", "install", "--force-reinstall", "--no-deps", "--no-cache-dir"]
+    if _setuptools() >= _SETUPTOOLS:  # or else pip fetches it, and builds in isolation
+        command.append("--no-build-isolation")
+    tree = _FOLDER.parent.parent
+    if _is_source(tree):
+        command += ["--editable", str(tree)]
+    elif source is not None and _is_source(Path(source)):
+        command.append(source)
+    else:
+        command.append(f"git+{_REPOSITORY}")
+    return shlex.join(command)
+
+
+def _is_source(folder: Path) -> bool:
+    return (folder / "setup.py").is_file() and (folder / "kernels" / _FOLDER.name / Path(__file__).name).is_file()
+
+
+def _setuptools() -> int:
+    try:
+        return int(metadata.version("setuptools").partition(".")[0])
+    except metadata.PackageNotFoundError:
+        return 0
+
+
 def _load() -> BuildInfo:
     record_file = _FOLDER / "_C.build.json"
     record: dict[str, str | None] = json.loads(record_file.read_text()) if record_file.exists() else {}
     built, compiler = record.get("torch"), record.get("compiler")
     running = str(torch.__version__)
 
+    rebuild = f"build it again with `{rebuild_command(record.get('source'))}`"
     reason: str | None = None
     chosen = False
     if not record:
-        reason = "harmonica_kernels was never built: run `make`, or install the package with pip"
+        reason = f"harmonica_kernels was never built: {rebuild}"
     elif built is None:
-        reason = record.get("reason") or "the build left no reason"
         chosen = record.get("chosen") == "yes"
+        reason = record.get("reason") or "the build left no reason"
+        reason = reason if chosen else f"{reason}: {rebuild}"
     elif not same_abi(built, running):
-        reason = f"it was built against torch {built}, this is torch {running}: {_REBUILD}"
+        reason = f"it was built against torch {built}, this is torch {running}: {rebuild}"
         _warn_unusable(reason)
     else:
         library = _FOLDER / str(record["library"])
         try:
             torch.ops.load_library(str(library))
         except OSError as error:
-            reason = f"{library.name}, built against torch {built}, does not load here: {error}: {_REBUILD}"
+            reason = f"{library.name}, built against torch {built}, does not load here: {error}: {rebuild}"
             _warn_unusable(reason)
     return BuildInfo(
         extension=reason is None,

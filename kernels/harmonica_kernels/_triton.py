@@ -40,7 +40,7 @@ def as_rows(shape: torch.Size, tensors: Sequence[torch.Tensor | None]) -> tuple[
     views that no known model makes, all tensors are copied.
     """
     shape = shape or torch.Size([1])
-    spread = [None if tensor is None else tensor.expand(shape) for tensor in tensors]
+    spread = [None if tensor is None else in_memory(tensor).expand(shape) for tensor in tensors]
     present = [tensor for tensor in spread if tensor is not None]
     merged: list[tuple[int, list[int]]] = []
     for axis, size in enumerate(shape[:-1]):
@@ -55,6 +55,15 @@ def as_rows(shape: torch.Size, tensors: Sequence[torch.Tensor | None]) -> tuple[
     (_, batch), (rows, row) = [single] * (2 - len(merged)) + merged
     steps = zip(batch, row, strict=True)
     return rows, [None if tensor is None else Rows(tensor, *next(steps), tensor.stride(-1)) for tensor in spread]
+
+
+def in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy where its numbers are not those in its memory.
+
+    Those are negated views and zeros without memory. The dispatcher makes them ordinary before it calls an op, but not
+    where they come in a list of optional tensors, as gates do.
+    """
+    return tensor.clone() if tensor.is_neg() or tensor._is_zerotensor() else tensor
 
 
 def takes(x: torch.Tensor, whole: bool = False) -> bool:

@@ -231,9 +231,9 @@ def test_what_else_stands_in_the_way_is_said(model: Stack, schedule: Schedule) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (None, "needs a harmonica_rt.Schedule, none came"),
-        ({"schedule": "dit.json"}, "needs a harmonica_rt.Schedule, a str came"),
-        ({"lowering": "plain"}, "needs a harmonica_rt.Schedule, none came"),
+        (None, "needs a harmonica_rt.Schedule: torch.compile"),
+        ({"schedule": "dit.json"}, "expected a harmonica_rt.Schedule, got 'dit.json'; read it first"),
+        ({"lowering": "plain"}, "needs a harmonica_rt.Schedule: torch.compile"),
         ({"schedule": None, "shedule": 1}, "no option 'shedule'; it has schedule, lowering"),
     ],
 )
@@ -256,7 +256,7 @@ def test_what_attach_takes(model: Stack, schedule: Schedule) -> None:
     for other in (model, torch.compile(model, backend="eager"), stack()):
         with pytest.raises(HarmonicaError, match="Stack is not compiled with backend 'harmonica'"):
             hrt.attach(other)
-    with pytest.raises(HarmonicaError, match="expected a compiled model or a pipeline"):
+    with pytest.raises(HarmonicaError, match=r"expected an nn\.Module or a diffusers pipeline, got 'pipe'"):
         hrt.attach("pipe")
     in_place = stack(depth=2)
     in_place.compile(backend="harmonica", options={"schedule": schedule, "lowering": "plain"})

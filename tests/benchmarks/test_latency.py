@@ -319,7 +319,7 @@ def test_throttled_runs_spoil_a_row(dit: Task) -> None:
 
     def row(fake: FakeNvml) -> results.LatencyRow:
         samples = measure.interleave({"eager": runner}, 2, clock, nvml.Sensor(fake, "handle"))
-        return results.measured(blank, runner, samples, "eager", [], "")
+        return results.measured(blank, runner.computes, 1, samples, "eager", [], "")
 
     spoiled = row(FakeNvml())
     assert spoiled.spoiled
@@ -338,6 +338,69 @@ def test_throttled_runs_spoil_a_row(dit: Task) -> None:
     assert clean.host_step is not None
 
 
+class MuteNvml(FakeNvml):
+    """Answers nothing: in a slice of a GPU, or without permission."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("nvmlDeviceGet"):
+            return self.refuse
+        return super().__getattribute__(name)
+
+    def refuse(self, *arguments: Any) -> int:
+        raise self.NVMLError("not supported")
+
+
+def test_what_nvml_does_not_tell_is_left_out(dit: Task) -> None:
+    runner = PROVIDERS["eager"].prepare(dit)
+    samples = measure.interleave({"eager": runner}, 1, measure.CpuClock(), nvml.Sensor(MuteNvml(), "handle"))
+    blank = results.LatencyRow("case", "every(2)", STEPS, "eager", "uncached", "some GPU", "float32", theory=1.0)
+    row = results.measured(blank, runner.computes, 1, samples, "eager", [], "")
+    assert isinstance(row.gpu, dict)
+    assert set(row.gpu.values()) == {None}
+    assert (row.spoiled, row.joules_image) == (False, None)
+
+
+def test_one_provider_is_alive_at_a_time(dit: Task) -> None:
+    alive: set[str] = set()
+    most = 0
+
+    @dataclasses.dataclass(frozen=True)
+    class Counted:
+        name: str
+        role: Role = "peer"
+
+        def applies(self, task: Task) -> str | None:
+            return None
+
+        def prepare(self, task: Task) -> Runner:
+            nonlocal most
+            alive.add(self.name)
+            most = max(most, len(alive))
+            runner = PROVIDERS["hooks"].prepare(task)
+            close = runner.close
+
+            def closed() -> None:
+                alive.remove(self.name)
+                close()
+
+            runner.close = closed  # type: ignore[method-assign]
+            return runner
+
+    providers = {**chosen("eager"), **{name: Counted(name) for name in ("one", "two", "three")}}
+    rows = measure_task(dit, dataclasses.replace(SETTINGS, repeats=1, floor=False), providers)
+    assert (most, alive) == (1, set())
+    assert all(row.vs_eager is not None for row in rows.values())
+
+
+def test_the_gate_takes_one_copy_of_the_weights(dit: Task) -> None:
+    before = [(parameter.dtype, parameter.clone()) for parameter in dit.case.model.parameters()]
+    with dit.case.in_precision(torch.float64):
+        assert {parameter.dtype for parameter in dit.case.tree().parameters()} == {torch.float64}
+    for parameter, (dtype, value) in zip(dit.case.model.parameters(), before, strict=True):
+        assert parameter.dtype == dtype
+        assert torch.equal(parameter, value)
+
+
 class FakeCuda:
     """A stream whose time goes on by a second with each moment recorded."""
 
@@ -348,7 +411,8 @@ class FakeCuda:
         assert enable_timing
         event = SimpleNamespace()
 
-        def record() -> None:
+        def record(stream: str) -> None:
+            assert stream == "the current one"
             self.recorded += 1
             event.at = self.recorded
 
@@ -356,14 +420,17 @@ class FakeCuda:
         event.elapsed_time = lambda other: 1000.0 * (other.at - event.at)
         return event
 
-    def synchronize(self) -> None:
+    def current_stream(self, device: torch.device | None) -> str:
+        return "the current one"
+
+    def synchronize(self, device: torch.device | None) -> None:
         self.waited += 1
 
 
 def test_steps_on_a_gpu_are_timed_between_events_without_waiting(dit: Task) -> None:
     cuda = FakeCuda()
     runners = {"eager": PROVIDERS["eager"].prepare(dit)}
-    samples = measure.interleave(runners, 1, measure.CudaClock(cuda))["eager"]
+    samples = measure.interleave(runners, 1, measure.CudaClock(cuda=cuda))["eager"]
     assert samples.steps == [[1.0] * STEPS]
     assert cuda.waited == 4  # before and after the whole run, before and after the steps
     computes = (True, True, False, False)

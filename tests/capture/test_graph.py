@@ -12,7 +12,6 @@ from harmonica_rt.capture.call import CallConvention
 from harmonica_rt.capture.functional import is_mutating
 from harmonica_rt.capture.graph import CapturedGraph, capture
 from harmonica_rt.capture.reasons import CaptureError, Obstacle
-from harmonica_rt.capture.snapshot import ModelSnapshot
 from harmonica_rt.indices import SiteIndex
 from tests.models import stack, stack_call
 
@@ -170,66 +169,3 @@ def test_dropped_identities_leave_no_dropout_or_clone_behind() -> None:
     captured = capture(model, CallConvention(model).normalise((torch.randn(2, 4),), {}), ["0"])
     targets = {str(node.target) for node in captured.graph.nodes if node.op == "call_function"}
     assert targets == {"aten.linear.default"}
-
-
-class TestSnapshot:
-    def test_weight_values_may_change(self) -> None:
-        model = stack()
-        snapshot = ModelSnapshot(model)
-        with torch.no_grad():
-            model.embed.weight.mul_(2)
-        model.embed.bias.data = torch.ones(8)
-        assert snapshot.difference(model) is None
-
-    def test_a_parameter_of_another_dtype_is_told(self) -> None:
-        model = stack()
-        snapshot = ModelSnapshot(model)
-        model.embed.half()
-        assert "embed.weight changed from [8, 1] float32" in str(snapshot.difference(model))
-
-    def test_a_replaced_module_is_told(self) -> None:
-        model = stack()
-        snapshot = ModelSnapshot(model)
-        model.embed = nn.Linear(1, 8)
-        assert snapshot.difference(model) == "module embed was replaced"
-
-    def test_an_added_module_is_told(self) -> None:
-        model = stack()
-        snapshot = ModelSnapshot(model)
-        model.embed.lora = nn.Linear(1, 1)
-        assert "added or removed (embed.lora)" in str(snapshot.difference(model))
-
-    def test_a_changed_attribute_is_told(self) -> None:
-        model = stack()
-        model.embed.scaling = {"default": 1.0}
-        snapshot = ModelSnapshot(model)
-        model.embed.scaling["default"] = 0.5
-        assert snapshot.difference(model) == "attribute scaling of embed changed"
-
-    def test_a_renamed_key_is_told(self) -> None:
-        model = stack()
-        value = object()
-        model.embed.scaling = {"default": value}
-        snapshot = ModelSnapshot(model)
-        del model.embed.scaling["default"]
-        model.embed.scaling["other"] = value
-        assert snapshot.difference(model) == "attribute scaling of embed changed"
-
-    def test_a_plain_tensor_of_another_layout_is_told(self) -> None:
-        model = stack()
-        model.embed.table = torch.zeros(4)
-        snapshot = ModelSnapshot(model)
-        model.embed.table.data = torch.zeros(4, dtype=torch.float64)
-        assert snapshot.difference(model) == "attribute table of embed changed"
-
-    def test_weights_that_are_tied_are_told(self) -> None:
-        model = stack()
-        snapshot = ModelSnapshot(model)
-        model.blocks[1].attn.weight = model.blocks[0].attn.weight
-        assert snapshot.difference(model) == "weights were tied, or are no longer"
-
-    def test_a_new_hook_is_told(self) -> None:
-        model = stack()
-        snapshot = ModelSnapshot(model)
-        model.embed.register_forward_pre_hook(lambda *_: None)
-        assert snapshot.difference(model) == "attribute hooks of embed changed"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from harmonica_rt.demo import bundled_model
 from harmonica_rt.demo.run import DEFAULT_GUIDANCE, guidance_of
 from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.lower import plain
-from tests.tiny import dit, pixart_alpha, saved_and_loaded
+from tests.tiny import dit, pixart_alpha, pixart_from_words, saved_and_loaded
 
 STEPS = "4"
 
@@ -51,6 +53,7 @@ def test_demo_compares_measures_and_draws(model: Path, tmp_path: Path) -> None:
     assert "parity ok (measured): 4 calls" in result.output
     assert "theoretical (FLOPs)" in result.output
     assert "50.0% of all entries reused" in result.output
+    assert "  round 1 of 1" in result.output
     height, width, _ = matplotlib.image.imread(picture).shape
     assert width == 1680
     assert 800 < height < 2000
@@ -114,6 +117,57 @@ def test_schedule_make(model: Path, tmp_path: Path, options: list[str], rows: li
     assert json.loads(path.read_text())["compute"] == rows
 
 
+def test_schedule_make_with_chosen_sites(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "made.json"
+    made = run("schedule", "make", model, path, "--every", 2, "--pattern", "*.0.ff", "--pattern", "*.1.attn1")
+    assert made.exit_code == 0, made.exception
+    assert Schedule.load(path).sites == ("transformer_blocks.0.ff", "transformer_blocks.1.attn1")
+    assert Schedule.load(path).steps == 20
+    assert "matches" in str(run("schedule", "make", model, path, "--every", 2, "--pattern", "nothing").exception)
+
+
+@pytest.mark.parametrize(("steps", "works"), [(["--steps", 3], False), (["--steps", 4], True), ([], True)])
+def test_a_mask_and_steps_that_contradict_it(model: Path, tmp_path: Path, steps: list[object], works: bool) -> None:
+    result = run("schedule", "make", model, tmp_path / "x.json", "--mask", "1101", *steps)
+    assert (result.exit_code == 0) is works
+    assert works or "--mask has 4 entries, one for each step, and --steps says 3" in str(result.exception)
+    assert (tmp_path / "x.json").exists() is works
+
+
+def test_a_directory_with_a_schedule_is_one(model: Path, schedule: Path, tmp_path: Path) -> None:
+    Schedule.load(schedule).save_pretrained(tmp_path / "folder")
+    assert "4 steps x 4 sites" in run("schedule", "show", tmp_path / "folder").output
+    assert "parity ok" in run("verify", model, tmp_path / "folder").output
+
+
+def test_a_router_in_the_place_of_a_schedule_is_named_as_one(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "router.pt")
+    assert "`harmonica-rt schedule convert` makes" in str(run("schedule", "show", tmp_path / "router.pt").exception)
+
+
+def test_demo_steps_that_contradict_the_schedule(model: Path, schedule: Path, tmp_path: Path) -> None:
+    result = run("demo", "--model", model, "--schedule", schedule, "--steps", 5, "--out", tmp_path / "demo.png")
+    assert f"--steps says 5, and {schedule} is for 4 steps; leave --steps out" in str(result.exception)
+
+
+@pytest.mark.parametrize("columns", ["20", "40", "200"])
+def test_names_are_never_cut(columns: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from harmonica_rt import recipes
+
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(cli.console.console, "_width", None)
+    lines = run("recipes").output.splitlines()
+    assert [line for line in lines if line and not line.startswith(" ")] == list(recipes.known())
+    assert "    model: facebook/DiT-XL-2-256" in lines
+    assert "transformer_blocks.0.attn1" in run("sites", model).output.splitlines()
+    deep = tmp_path / ("a" * 60) / ("b" * 60)
+    deep.mkdir(parents=True)
+    assert (
+        f"written to {deep / 'x.json'}"
+        in run("schedule", "make", model, deep / "x.json", "--every", 2).output.splitlines()
+    )
+
+
 def test_schedule_make_wants_one_method(model: Path, tmp_path: Path) -> None:
     result = run("schedule", "make", model, tmp_path / "x.json", "--every", 2, "--random", 0.5)
     assert "say one of --every" in str(result.exception)
@@ -154,7 +208,14 @@ def test_verify(model: Path, schedule: Path, monkeypatch: pytest.MonkeyPatch) ->
         (["--tolerance", "loose"], "--tolerance loose is not known"),
         (["--arg", "self=1"], "takes no argument 'self'"),
         (["--arg", "generator=1"], "generators are made from --seed"),
-        (["--arg", "class_labels=7"], "cannot be called with num_inference_steps, class_labels: object of type 'int'"),
+        (["--arg", "class_labels=[77777]"], "failed when called with num_inference_steps=4, class_labels=[77777]: Ind"),
+        (["--arg", "class_labels=[]"], "failed when called with num_inference_steps=4, class_labels=[]: RuntimeError"),
+        (["--arg", "guidance_scale=2", "--guidance", "3"], "say the same; give one of them"),
+        (["--arg", "num_inference_steps=7"], "or pass --arg num_inference_steps=VALUE so that"),
+        (
+            ["--arg", "class_labels=7"],
+            "failed when called with num_inference_steps=4, class_labels=7: TypeError: object of type 'int'",
+        ),
         (["--dtype", "int8"], "dtype int8 is not known"),
         (["--device", "banana"], "device 'banana' is not known"),
         (["--device", "cpu:x"], "device 'cpu:x' is not known"),
@@ -167,6 +228,10 @@ def test_verify(model: Path, schedule: Path, monkeypatch: pytest.MonkeyPatch) ->
         "tolerance",
         "self",
         "generator",
+        "unknown-class",
+        "no-class",
+        "guidance-twice",
+        "steps",
         "value",
         "dtype",
         "device",
@@ -251,7 +316,11 @@ def test_errors_end_as_one_message(
     missing = tmp_path / "missing.json"
     told = fails("schedule", "show", missing, monkeypatch=monkeypatch, capsys=capsys)
     assert told == f"error: {missing}: no such schedule file\n"
-    assert "Is a directory" in fails("schedule", "show", tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    (tmp_path / "mine.json").write_text("{}")
+    told = fails("schedule", "show", tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    assert told == (
+        f"error: {tmp_path} is a directory without a schedule.json; give the schedule file itself (it has mine.json)\n"
+    )
     monkeypatch.setattr(sys, "argv", ["harmonica-rt", "--debug", "schedule", "show", str(missing)])
     with pytest.raises(FileNotFoundError):
         cli.main()
@@ -294,18 +363,126 @@ def test_a_damaged_pipeline_ends_as_one_message(
         (["schedule", "make", "model", ".", "--every", "2"], "is a directory"),
         (["schedule", "plot", "schedule.json", "x.txt"], "expected a name that ends in .png"),
         (["demo", "--out", "none/x.png"], "there is no directory none"),
+        (["train", "model", "x.json", "--work", f"{__file__}/work"], "is a file, so there can be no directory"),
         (["schedule", "make", "model", "x.json", "--every", "0"], "Invalid value for '--every'"),
         (["schedule", "make", "model", "x.json", "--every", "2", "--steps", "-1"], "Invalid value for '--steps'"),
         (["schedule", "make", "model", "x.json", "--random", "1.5"], "Invalid value for '--random'"),
         (["bench", "model", "schedule.json", "--repeats", "0"], "Invalid value for '--repeats'"),
         (["verify", "model", "schedule.json", "--seed", "-1"], "Invalid value for '--seed'"),
     ],
-    ids=["no-parent", "directory", "no-picture", "demo", "every", "steps", "random", "repeats", "seed"],
+    ids=["no-parent", "directory", "no-picture", "demo", "work", "every", "steps", "random", "repeats", "seed"],
 )
 def test_options_are_checked_before_the_work(arguments: list[str], message: str) -> None:
     result = run(*arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_a_damaged_weights_file_of_any_kind_ends_as_one_message(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Errors of readers have types of their own; what memory runs out for is told as that."""
+    import diffusers
+
+    class ReaderError(Exception):
+        pass
+
+    def damaged(*_: object, **__: object) -> None:
+        raise ReaderError("header too large. See the stack trace above.") from KeyError("metadata")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", damaged)
+    told = str(run("sites", model).exception)
+    assert told == f"the pipeline in {model} cannot be loaded: ReaderError: header too large. (KeyError: 'metadata')"
+
+    def exhausted(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee documentation")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", exhausted)
+    result = run("verify", model, bundled_model() / "schedule.json")
+    assert str(result.exception) == (
+        "out of memory: CUDA out of memory. Tried to allocate 20.00 GiB.; it takes less with --dtype bf16"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "expected"),
+    [
+        ("target_speedup: 9 cannot be reached", {"target_speedup": "--target-speedup"}, "--target-speedup: 9 cannot"),
+        ("tau: expected less", {"tau": "--tau"}, "--tau: expected less"),
+        ("pass num_inference_steps=7", {"steps": "--steps"}, "pass num_inference_steps=7"),
+        ("so that num_inference_steps fits", {"steps": "--steps"}, "so that --steps fits"),
+        ("runs/target_cur/x.json: no such file", {"target_cur": "--target-cur"}, "runs/target_cur/x.json: no such"),
+        ("the batch is small", {"batch": "--batch"}, "the batch is small"),
+        ("model: is missing", {"model": "MODEL"}, "model: is missing"),
+    ],
+)
+def test_messages_name_options(text: str, names: dict[str, str], expected: str) -> None:
+    from harmonica_rt.cli.command import in_options
+
+    assert in_options(text, names).startswith(expected)
+
+
+METADATA = ["torch>=2.10", "huggingface_hub", 'transformers>=4; extra == "models"', 'peft; extra == "models"']
+METADATA += ['transformers>=4; extra == "test"', 'peft; extra == "test"', 'pytest; extra == "test"']
+METADATA += ["scikit-learn>=1.4; extra == 'train'"]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            ModuleNotFoundError("x", name="transformers.models"),
+            "transformers is not installed: pip install 'harm.*models",
+        ),
+        (
+            ModuleNotFoundError("x", name="sklearn"),
+            r"scikit-learn is not installed: pip install 'harmonica-rt\[train\]'",
+        ),
+        (
+            ModuleNotFoundError("x", name="huggingface_hub"),
+            "huggingface-hub is not installed: pip install harmonica-rt$",
+        ),
+        (ModuleNotFoundError("x", name="ftfy"), "the package ftfy is not installed: pip install ftfy"),
+        (ImportError("LoRA requires the peft library, which is absent"), r"peft is not installed: .*\[models\]"),
+    ],
+    ids=["extra", "other-name", "required", "of-another-library", "in-words"],
+)
+def test_missing_packages_are_named_with_their_extra(
+    error: ImportError, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from harmonica_rt.cli import packages
+
+    monkeypatch.setattr(packages.metadata, "requires", lambda _: METADATA)
+    monkeypatch.setattr(packages, "_installed", lambda _: False)
+    found = packages.remedy(error)
+    assert found is not None
+    assert re.search(told, found)
+    monkeypatch.setattr(packages, "_installed", lambda _: True)
+    assert packages.remedy(ImportError("peft is of a version that does not do")) is None
+
+
+def test_a_pipeline_without_transformers_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from harmonica_rt.cli import packages
+
+    saved_and_loaded(pixart_from_words, tmp_path)
+    monkeypatch.setattr(packages.metadata, "requires", lambda _: METADATA)
+    installed = packages._installed
+    monkeypatch.setattr(packages, "_installed", lambda name: name != "transformers" and installed(name))
+    assert str(run("sites", tmp_path).exception) == (
+        f"the pipeline in {tmp_path} has components of transformers: "
+        "the package transformers is not installed: pip install 'harmonica-rt[models]'"
+    )
+
+
+@pytest.mark.parametrize("command", ["recipes", "sites", "schedule"])
+def test_a_closed_pipe_and_a_full_disk_behind_the_output(command: str, tmp_path: Path) -> None:
+    arguments = {"recipes": [], "sites": [str(bundled_model())], "schedule": ["show", str(bundled_model())]}[command]
+    shell = f"{shlex.join([sys.executable, '-m', 'harmonica_rt.cli', command, *arguments])}"
+    piped = subprocess.run(["bash", "-c", f"{shell} | true"], capture_output=True, text=True)
+    assert piped.stderr == ""
+    full = subprocess.run(["bash", "-c", f"{shell} > /dev/full"], capture_output=True, text=True)
+    assert full.returncode == 2
+    assert full.stderr == "error: No space left on device\n"
 
 
 def test_loading_is_quiet(

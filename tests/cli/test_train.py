@@ -66,10 +66,16 @@ def test_prompts_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "exactly one of target_speedup, target_cur and beta"),
-        (["--target-cur", "0.4", "--image-error", "lpips"], "image_error: expected one of"),
+        ([], "give one of --target-speedup, --target-cur and --beta$"),
+        (["--target-cur", "0.4", "--beta", "1"], "give one of .*, not --target-cur and --beta"),
+        (["--target-cur", "0.4", "--image-error", "lpips"], "--image-error lpips is not known; choose one of sens"),
+        (["--target-cur", "0.4", "--tau", "1"], "^--tau: expected a number between 0 and 1"),
+        (["--target-cur", "0.4", "--arg", "num_inference_steps=3"], "--arg num_inference_steps=3: --steps sets this"),
+        (["--target-cur", "0.4", "--arg", "guidance_scale=3"], "--arg guidance_scale=3: --guidance sets this"),
+        (["--target-cur", "0.4", "--arg", "height=3"], "takes no argument 'height'"),
+        (["--target-cur", "0.4", "--start", "."], "is a directory without a schedule.json"),
         (["--target-cur", "0.4", "--labels", "one"], "--labels: expected whole numbers"),
-        (["--target-speedup", "9", "--guidance", "1"], "target_speedup: 9 cannot be reached"),
+        (["--target-speedup", "9", "--guidance", "1"], "^--target-speedup: 9 cannot be reached"),
         (["--target-cur", "0.4", "--labels", "77"], "the pipeline has no label 77; it has 0 ... 9"),
     ],
 )
@@ -96,3 +102,49 @@ def test_two_processes_learn_the_same_schedule(model: Path, tmp_path: Path) -> N
     assert two.made_by.hyper_parameters["processes"] == 2
     scores = [np.array([row for row in made.scores or () if row is not None]) for made in (one.made_by, two.made_by)]
     assert np.allclose(*scores, atol=0.02)
+
+
+def test_without_tensorboard_only_the_log_is_missing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    work = tmp_path / "work"
+    told = run(
+        str(model), str(tmp_path / "s.json"), *FEW, "--guidance", "1", "--target-cur", "0.4", "--work", str(work)
+    )
+    assert "no log is written, checkpoints are: " in told
+    assert "pip install 'harmonica-rt[train]'" in told
+    assert [path.name for path in work.iterdir()] == ["iteration-000002.safetensors"]
+
+
+def test_out_of_memory_names_the_options_that_help(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr("harmonica_training.trainer._Training.step", exhausted)
+    with pytest.raises(HarmonicaError, match=r"out of memory: CUDA .*takes less with a smaller --batch or --checkpoin"):
+        run(str(model), str(tmp_path / "s.json"), *FEW, "--guidance", "1", "--target-cur", "0.4")
+
+
+def test_a_full_disk_under_the_log_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    from torch.utils.tensorboard import SummaryWriter
+
+    from harmonica_training.progress import TensorBoardLog
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    log = TensorBoardLog(tmp_path)
+    log.begin(2, 0)
+    try:
+        monkeypatch.setattr(SummaryWriter, "flush", full)
+        with pytest.raises(OSError, match="No space left") as caught:
+            log.renewed(1, [1.0, 2.0])
+        assert caught.value.filename == str(tmp_path)
+    finally:
+        monkeypatch.undo()
+        log.end()

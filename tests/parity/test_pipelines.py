@@ -195,7 +195,7 @@ def test_nan_is_no_error_where_the_model_makes_it() -> None:
 
 def test_models_take_no_pipeline_arguments() -> None:
     model = stack()
-    with pytest.raises(HarmonicaError, match="takes no pipeline arguments, got num_inference_steps"):
+    with pytest.raises(HarmonicaError, match="verify of a model takes no num_inference_steps"):
         hrt.verify(
             model, Schedule.every(2, steps=2, sites=find_sites(model)), calls=[stack_call(0)] * 2, num_inference_steps=2
         )

@@ -102,6 +102,16 @@ def test_recipes_are_listed() -> None:
     assert "facebook/DiT-XL-2-256" in result.output
 
 
+def ascii_start(value: object) -> str:
+    return ascii(value)[:60]
+
+
+def test_names_that_are_no_files(tmp_path: Path) -> None:
+    for name in ("a\x00b", str(tmp_path), "x" * 5000, "\ud800"):
+        with pytest.raises(HarmonicaError, match=r"recipe .*(cannot be read|no such file)"):
+            read(name)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -110,12 +120,30 @@ def test_recipes_are_listed() -> None:
         ('{"about": "", "model": null, "options": {}}', "train"),
         ('{"about": "", "model": null, "options": {"stpes": 4}, "train": {}}', "train has no option stpes"),
         ('{"about": "", "model": null, "options": [], "train": {}}', "must be JSON objects"),
+        ('{"about": "", "model": 3, "options": {}, "train": {}}', "model text or null"),
+        (
+            '{"about": "", "about": "", "model": null, "options": {}, "train": {}}',
+            "about: the field stands more than once",
+        ),
+        ('{"about": "", "model": null, "options": {"guidance": NaN}, "train": {}}', "NaN is not JSON"),
+        (
+            '{"about": "", "model": null, "options": {"seed": 1%s}, "train": {}}' % ("0" * 4300),
+            "a number of 4301 digits",
+        ),
+        ('{"about": "", "model": null, "options": {"arg": {}}, "train": {}}', "arg: expected text, a number"),
+        ('{"about": "", "model": null, "options": {"arg": "a=1"}, "train": {}}', "arg: expected a list, got 'a=1'"),
+        ('{"about": "", "model": null, "options": {}, "train": {"tau": [1]}}', "tau: expected one value, got [1]"),
+        ('{"\\u001b[2J": 1}', "\\x1b[2J: unknown field"),
+        ("[" * 100_000, "JSON nested too deep"),
+        (b"\xff\xfe", "not UTF-8 text"),
+        (b'{"about": "a\x00b"}', "not JSON, Invalid control character"),
     ],
+    ids=ascii_start,
 )
-def test_what_is_no_recipe(stand_ins: dict[str, Path], tmp_path: Path, text: str | None, message: str) -> None:
+def test_what_is_no_recipe(stand_ins: dict[str, Path], tmp_path: Path, text: str | bytes | None, message: str) -> None:
     path = tmp_path / "recipe.json"
     if text is not None:
-        path.write_text(text)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
     result = run("train", stand_ins["dit"], tmp_path / "out.json", "--recipe", path, *FEW)
     assert isinstance(result.exception, HarmonicaError)
     assert message in str(result.exception)

@@ -18,9 +18,8 @@ from harmonica_rt.passes.capturable import obstacle
 from harmonica_rt.runtime import graphed
 from harmonica_rt.runtime.planned import PlannedEngine
 from harmonica_rt.schedule import Schedule
-from tests.models import Stack, stack, stack_call
+from tests.models import Stack, random_schedule, stack, stack_call
 from tests.stand_in import StandInPool, graphs_in
-from tests.tiny import random_schedule
 
 STEPS = 6
 

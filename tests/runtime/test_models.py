@@ -90,11 +90,11 @@ def test_bad_arguments(model: Stack) -> None:
         compiled(torch.zeros(1, 4, 8), timestamp=1)
     with pytest.raises(HarmonicaError, match="'fast' is not known"):
         hrt.compile(model, schedule, lowering="fast")
-    with pytest.raises(HarmonicaError, match="at least 1 plan"):
+    with pytest.raises(HarmonicaError, match="max_plans is a whole number of at least 1"):
         hrt.compile(model, schedule, max_plans=0)
     with pytest.raises(HarmonicaError, match="choose one of the two"):
         hrt.compile(model, schedule, verify=True, debug=True)
-    with pytest.raises(HarmonicaError, match="got str"):
+    with pytest.raises(HarmonicaError, match="got 'model'; load it first"):
         hrt.compile("model", schedule)
 
 

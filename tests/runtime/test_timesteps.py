@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from harmonica_rt.runtime.scheduler import RunTimesteps
+from tests.waiting import no_waiting
 
 VALUES = torch.tensor([900, 900, 500, 100])  # Heun repeats some
 
@@ -44,9 +45,5 @@ def test_strided_and_empty_schedules() -> None:
 def test_on_a_gpu_no_one_waits(element: int, wrong: bool) -> None:
     own = VALUES.cuda()
     timesteps = RunTimesteps(own, VALUES)
-    with torch.cuda.device(own.device):
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            assert timesteps.belongs_to_another(own[element], 1) is wrong
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    with torch.cuda.device(own.device), no_waiting():
+        assert timesteps.belongs_to_another(own[element], 1) is wrong

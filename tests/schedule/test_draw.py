@@ -11,6 +11,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from harmonica_rt.schedule import MadeBy, ModelInfo, SamplerInfo, Schedule, render
+from harmonica_rt.untrusted.text import one_line
 
 
 def blocks(n: int, *kinds: str) -> list[str]:
@@ -74,7 +75,37 @@ def test_sites_of_many_kinds_stand_in_one_panel() -> None:
 
 def test_control_characters_of_a_file_do_not_reach_the_terminal() -> None:
     schedule = Schedule.all_compute(steps=1, sites=["a"]).with_provenance(model=ModelInfo("\x1b[31mred\n"))
-    assert "model       ?[31mred?\n" in render(schedule, width=80).plain
+    assert "model       \\x1b[31mred\\n\n" in render(schedule, width=80).plain
+
+
+def odd_schedule(name: str) -> Schedule:
+    """Every text of the schedule is `name`."""
+    return Schedule.every(2, steps=2, sites=[f"0.{name}", f"1.{name}"]).with_provenance(
+        model=ModelInfo(name, name), sampler=SamplerInfo(name, {name: name}), made_by=MadeBy(name, {name: name})
+    )
+
+
+@pytest.mark.parametrize("name", ["\x1b[2J", "\u202egnp", "\x9b31m", "x\x00y", "y" * 50_000], ids=ascii)
+def test_nothing_that_a_schedule_says_steers_a_terminal(name: str) -> None:
+    schedule = odd_schedule(name)
+    assert render(schedule, width=80).plain.replace("\n", "").isprintable()
+    assert repr(schedule).isprintable()
+    assert len(repr(schedule)) < 250
+
+
+@pytest.mark.parametrize(
+    "name", ["$\\frac{1}{0}$", "$", "[/b]", "\x1b[2J", "_{^", "y" * 50_000], ids=lambda name: ascii(name)[:20]
+)
+def test_names_are_drawn_as_they_are(tmp_path: Path, name: str) -> None:
+    figure = odd_schedule(name).plot(tmp_path / "s.png")
+    titles = [axis.get_title().split("\n")[0] for axis in figure.axes]
+    assert titles[0] == (name if name.isprintable() and len(name) < 60 else one_line(name, 60))
+    assert (tmp_path / "s.png").exists()
+
+
+def test_a_schedule_of_a_thousand_sites_and_steps_is_drawn() -> None:
+    figure = Schedule.every(2, steps=1000, sites=blocks(1500, "ff")).plot()
+    assert tuple(figure.get_size_inches()) == (40.0, 100.0)
 
 
 def test_drawing_prints_through_a_pipe() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +14,9 @@ import pytest
 
 from harmonica_rt import Schedule
 from harmonica_rt.errors import ScheduleError
-from harmonica_rt.schedule import MadeBy, ModelInfo
+from harmonica_rt.schedule import MadeBy, ModelInfo, SamplerInfo
 from harmonica_rt.schedule.format import ScheduleFileNotFoundError
+from harmonica_rt.schedule.hub import card
 
 SITES = ["blocks.0.attn", "blocks.0.mlp"]
 
@@ -87,6 +89,33 @@ def test_a_repository_from_the_hubs_cache(schedule: Schedule, tmp_path: Path) ->
     assert Schedule.from_pretrained("some/one", **options) == schedule
     shutil.copy(repository / "snapshots" / commit / "schedule.json", repository / "snapshots" / commit / "fast.json")
     assert Schedule.from_pretrained("some/one", filename="fast.json", **options) == schedule
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [b"\xff\xfe not text", b"---\nlibrary_name: [\n---\n", b"---\n- a list\n---\n", b"---\n" + b"[" * 10_000, b""],
+    ids=["bytes", "broken-yaml", "list", "deep", "empty"],
+)
+def test_a_card_that_cannot_be_read_is_left_as_it_is(schedule: Schedule, tmp_path: Path, theirs: bytes) -> None:
+    (tmp_path / "README.md").write_bytes(theirs)
+    schedule.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == theirs
+    assert Schedule.from_pretrained(tmp_path) == schedule
+
+
+def test_a_schedule_cannot_write_markdown_into_its_card() -> None:
+    name = "`a` | <script> [x](http://x)\n\n# y \x1b[2J"
+    schedule = Schedule.every(2, steps=2, sites=["a", "0.`x`|y"]).with_provenance(
+        model=ModelInfo(name, name), sampler=SamplerInfo(name), made_by=MadeBy(name, {name: name})
+    )
+    text = card(schedule, None)
+    assert "\x1b" not in text
+    rows = [line for line in text.splitlines() if "script" in line]
+    assert len(rows) == 4
+    for row in rows:
+        left = re.sub(r"\\.", "", re.sub(r"`[^`]*`", "", row))
+        assert left.count("|") == 3  # two cells
+        assert not set(left) & set("<>[]`#*_")
 
 
 class Hub:

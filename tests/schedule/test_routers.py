@@ -6,8 +6,11 @@ import argparse
 import os
 import pickle
 import re
+import tracemalloc
+import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +204,38 @@ ODD_FILES = {
 }
 
 
+def odd_rows() -> dict[str, tuple[object, str]]:
+    """Tensors that are no rows of logits, each with what is said of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sparse, nested and quantised tensors come with advice
+        return {
+            "expanded": (
+                torch.ones(1).expand(2**20),
+                "1048576 numbers 0 apart from place 0 on, of the 1 that are stored",
+            ),
+            "687-gigabytes": (torch.ones(1).expand(171_000_000_000), "171000000000 logits are more than any model has"),
+            "sparse": (torch.ones(4).to_sparse(), "got what torch._utils._rebuild_sparse_tensor makes"),
+            "sparse-rows": (torch.ones(4, 4).to_sparse_csr(), "got what torch._utils._rebuild_sparse_tensor makes"),
+            "meta": (torch.ones(4, device="meta"), "got what torch._utils._rebuild_meta_tensor_no_storage makes"),
+            "huge-meta": (torch.ones(10**15, device="meta"), "_rebuild_meta_tensor_no_storage makes"),
+            "nested": (
+                torch.nested.nested_tensor([torch.ones(2)]),
+                "got what torch._utils._rebuild_nested_tensor makes",
+            ),
+            "quantised": (torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8), "_rebuild_qtensor makes"),
+            "float8": (torch.ones(4).to(torch.float8_e4m3fn), "got what torch._utils._rebuild_tensor_v3 makes"),
+            "negative-view": (torch.ones(4, dtype=torch.complex64).conj().imag, "not simply a shape over a storage"),
+            "complex": (torch.ones(4, dtype=torch.complex64), "got shape (4,), dtype torch.complex64"),
+            "bool": (torch.ones(4, dtype=torch.bool), "got shape (4,), dtype torch.bool"),
+            "scalar": (torch.ones(()), "got shape (), dtype torch.float32"),
+            "infinite": (torch.full((4,), torch.inf), "row 0 is not finite"),
+            "beyond-fp32": (torch.full((4,), 1e300, dtype=torch.float64), "row 0 is not finite"),
+        }
+
+
+ODD_FILES |= {name: ({"routers": {"0.prob": row}}, message) for name, (row, message) in odd_rows().items()}
+
+
 @pytest.mark.parametrize(("content", "message"), ODD_FILES.values(), ids=ODD_FILES)
 def test_malformed_checkpoint(tmp_path: Path, content: object, message: str) -> None:
     torch.save(content, tmp_path / "r.pt")
@@ -289,3 +324,96 @@ def test_logits_from_a_gpu_are_read_on_a_cpu(tmp_path: Path) -> None:
                 data = data.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0")
             target.writestr(item, data)
     assert np.array_equal(Schedule.from_router(other).compute, Schedule.from_router(path).compute)
+
+
+def test_an_expanded_row_costs_no_memory(tmp_path: Path) -> None:
+    rows = {f"{row}.prob": torch.ones(1).expand(10**6) for row in range(1, 10)}
+    torch.save({"routers": {**rows, "0.prob": torch.ones(1).expand(10**11)}}, tmp_path / "r.pt")
+    tracemalloc.start()
+    with pytest.raises(ScheduleError, match="rows must be equally long"):
+        Schedule.from_router(tmp_path / "r.pt")
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+
+
+def test_many_rows_of_one_large_storage_are_too_many(tmp_path: Path) -> None:
+    shared = torch.ones(4096)
+    torch.save({"routers": {f"{row}.prob": shared for row in range(1000)}}, tmp_path / "r.pt")
+    with pytest.raises(ScheduleError, match="1000 rows of 4096 logits are more than any model has; at most 1048576"):
+        Schedule.from_router(tmp_path / "r.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_rows_may_be_views_of_any_floating_type(tmp_path: Path, dtype: torch.dtype) -> None:
+    learned = torch.tensor([-4.25, 9.0, 1.3, 9.0, -0.1, 9.0, 4.0, 9.0], dtype=dtype)
+    rows = {0: learned[::2], 1: torch.full((9,), 5.0, dtype=dtype)[3:7]}
+    made = Schedule.from_router(save(tmp_path / "r.pt", rows, HARMONICA_ARGS | {"num_sampling_steps": 2})).made_by
+    assert made is not None
+    assert made.scores == ((5.0,) * 4, tuple(round(value, 4) for value in learned[::2].float().tolist()))
+
+
+def rewritten(path: Path, edit: Callable[[dict[str, bytes]], None], compression: int = zipfile.ZIP_STORED) -> Path:
+    """The archive with other entries."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    edit(entries)
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+    return path
+
+
+def test_what_unpacks_to_more_than_its_size_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "r.pt", harmonica_rows(), HARMONICA_ARGS)
+    rewritten(path, lambda entries: entries.update({"r/data/0": bytes(2**24)}), zipfile.ZIP_DEFLATED)
+    with pytest.raises(ScheduleError, match=r"r\.pt: not a readable torch checkpoint: compressed entries"):
+        Schedule.from_router(path)
+
+
+def test_numbers_that_the_file_lacks(tmp_path: Path) -> None:
+    path = save(tmp_path / "r.pt", harmonica_rows(), HARMONICA_ARGS)
+    rewritten(path, lambda entries: entries.pop("r/data/1"))
+    with pytest.raises(ScheduleError, match=r"routers\['1\.prob'\]: its numbers are not in the file"):
+        Schedule.from_router(path)
+
+
+def test_numbers_of_a_big_endian_machine(tmp_path: Path) -> None:
+    path = save(tmp_path / "r.pt", harmonica_rows(), HARMONICA_ARGS)
+    expected = Schedule.from_router(path)
+
+    def swap(entries: dict[str, bytes]) -> None:
+        entries["r/byteorder"] = b"big"
+        for name in [name for name in entries if name.startswith("r/data/")]:
+            entries[name] = np.frombuffer(entries[name], "<f4").astype(">f4").tobytes()
+
+    assert Schedule.from_router(rewritten(path, swap)) == expected
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"lr": float("nan")}, "args: made_by.hyper_parameters.lr: expected a finite number, got nan"),
+        ({"lr": 10**5000}, "args: made_by.hyper_parameters.lr: expected a number of at most 400 digits"),
+        ({"cfg_scale": "1.5"}, "args.cfg_scale: expected a number, got '1.5'"),
+        ({"model": "\ud800"}, "args: made_by.hyper_parameters.model: expected text that UTF-8 can write"),
+    ],
+)
+def test_args_that_no_schedule_can_keep(tmp_path: Path, args: dict[str, object], message: str) -> None:
+    path = save(tmp_path / "r.pt", harmonica_rows(), {**HARMONICA_ARGS, **args})
+    with pytest.raises(ScheduleError, match=re.escape(f"{path}: {message}")):
+        Schedule.from_router(path)
+
+
+@pytest.mark.parametrize("key", ["\x1b[2J", 3, 1.5, None, ("0.prob",), "0.prob\n", "0" * 10_000], ids=ascii)
+def test_keys_that_are_no_rows(tmp_path: Path, key: object) -> None:
+    torch.save({"routers": {key: torch.ones(4)}}, tmp_path / "r.pt")
+    with pytest.raises(ScheduleError, match=r"expected keys '0\.prob'|a dict with the key \('0\.prob',\)") as caught:
+        Schedule.from_router(tmp_path / "r.pt")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
+
+
+def test_a_file_of_torch_before_1_6_is_told_from_a_forged_one(tmp_path: Path) -> None:
+    torch.save({"routers": state(harmonica_rows())}, tmp_path / "r.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(ScheduleError, match=r"not a zip archive as torch\.save has written since torch 1\.6"):
+        Schedule.from_router(tmp_path / "r.pt")

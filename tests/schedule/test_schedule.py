@@ -313,3 +313,22 @@ def test_known_schedule_is_the_released_one() -> None:
 def test_unknown_name_lists_the_known() -> None:
     with pytest.raises(FileNotFoundError, match=r"no schedule '\.\./x' comes with the package; there are \['dit-xl"):
         Schedule.known("../x")
+
+
+@pytest.mark.parametrize("field", ["model", "sampler", "made_by"])
+@pytest.mark.parametrize("value", ["", 0, "DiT"], ids=["empty", "zero", "name"])
+def test_provenance_of_another_kind_is_refused_even_where_it_is_empty(field: str, value: object) -> None:
+    schedule = Schedule.every(2, steps=4, sites=["blocks.0.attn"])
+    with pytest.raises(ScheduleError, match=f"{field}: expected a"):
+        schedule.with_provenance(**{field: value})  # type: ignore[arg-type]
+
+
+def test_timesteps_that_are_no_list_are_refused() -> None:
+    schedule = Schedule.every(2, steps=4, sites=["blocks.0.attn"])
+    with pytest.raises(ScheduleError, match="timesteps: expected a list, got int"):
+        schedule.with_provenance(timesteps=4)  # type: ignore[arg-type]
+
+
+def test_the_patterns_of_a_mask_are_text() -> None:
+    with pytest.raises(ScheduleError, match="mask: expected patterns of sites as keys, got 3"):
+        Schedule.from_mask({3: "10"}, sites=["blocks.0.attn"])  # type: ignore[dict-item]

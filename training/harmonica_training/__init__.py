@@ -9,7 +9,7 @@ from harmonica_training.conditions import (
     read_prompts,
 )
 from harmonica_training.config import TrainConfig
-from harmonica_training.errors import CheckpointError, DivergenceError, TrainingError
+from harmonica_training.errors import CheckpointError, DivergenceError, TrainingError, TrainingInterrupted
 from harmonica_training.trainer import TrainingResult, train
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Embeddings",
     "TrainConfig",
     "TrainingError",
+    "TrainingInterrupted",
     "TrainingResult",
     "class_labels",
     "encode_prompts",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from harmonica_rt.changes import Changes
 from harmonica_rt.schedule.sites import check_sites
 from harmonica_training.errors import TrainingError
-from harmonica_training.walk import forward_replaced
+from harmonica_training.walk import replace_forward
 
 Forward = Callable[[], Any]
 Cache = dict[tuple[int, int], Any]
@@ -67,7 +68,9 @@ class CachedForward:
             cache[place] = cloned(output)
             return output
 
-        with self._treated(treat):
+        changes = Changes()
+        with changes, changes:
+            self._treat(treat, changes)
             return forward(), cache
 
     def blend(
@@ -97,7 +100,12 @@ class CachedForward:
                 after[place] = cloned(blended) if holds == "blended" else detached(computed)
             return blended
 
-        with self._checkpointed(treat, cache) if self._blocks else self._treated(treat):
+        changes = Changes()
+        with changes, changes:
+            if self._blocks:
+                self._treat_checkpointed(treat, cache, changes)
+            else:
+                self._treat(treat, changes)
             return forward(), after
 
     def reuse(self, forward: Forward, computes: Sequence[bool], cache: Cache) -> tuple[Any, Cache]:
@@ -111,29 +119,29 @@ class CachedForward:
             after[place] = cloned(output)
             return output
 
-        with self._treated(treat):
+        changes = Changes()
+        with changes, changes:
+            self._treat(treat, changes)
             return forward(), after
 
-    @contextmanager
-    def _treated(self, treat: Treatment, indices: Sequence[int] | None = None) -> Iterator[None]:
-        with ExitStack() as stack:
-            for index in range(len(self._modules)) if indices is None else indices:
-                stack.enter_context(_site_treated(self._modules[index], index, treat))
-            yield
+    def _treat(self, treat: Treatment, changes: Changes, indices: Sequence[int] | None = None) -> None:
+        """Let `treat` answer the calls of sites until `changes` are undone."""
+        for index in range(len(self._modules)) if indices is None else indices:
+            module, calls = self._modules[index], itertools.count()
+            replace_forward(module, functools.partial(_treated, treat, index, calls, module.forward), changes)
 
-    @contextmanager
-    def _checkpointed(self, treat: Treatment, cache: Cache) -> Iterator[None]:
+    def _treat_checkpointed(self, treat: Treatment, cache: Cache, changes: Changes) -> None:
         """Run each block under a checkpoint, which brings the treatment of its sites along when it runs again."""
         if any(call > 0 for _, call in cache):
             raise TrainingError("blocks that run several times in a forward cannot be checkpointed")
-        with ExitStack() as stack:
-            for block, indices in self._blocks.items():
-                stack.enter_context(forward_replaced(block, self._checkpoint(block.forward, treat, indices)))
-            yield
+        for block, indices in self._blocks.items():
+            replace_forward(block, self._checkpoint(block.forward, treat, indices), changes)
 
     def _checkpoint(self, forward: Callable[..., Any], treat: Treatment, indices: list[int]) -> Callable[..., Any]:
         def treated(*args: Any, **kwargs: Any) -> Any:
-            with self._treated(treat, indices):
+            changes = Changes()
+            with changes, changes:
+                self._treat(treat, changes, indices)
                 return forward(*args, **kwargs)
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -145,18 +153,16 @@ class CachedForward:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Within this block `model` is in eval mode and none of its parameters needs a gradient."""
-    modes = {module: module.training for module in model.modules()}
-    needed = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    for parameter in needed:
-        parameter.requires_grad_(False)
-    try:
+    changes = Changes()
+    with changes, changes:
+        for module in model.modules():
+            changes.undone_by(functools.partial(setattr, module, "training", module.training))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                changes.undone_by(functools.partial(parameter.requires_grad_, True))
+                parameter.requires_grad_(False)
+        model.eval()
         yield
-    finally:
-        for parameter in needed:
-            parameter.requires_grad_(True)
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -167,16 +173,10 @@ def first_tensor(output: Any) -> Tensor:
     raise TrainingError(f"the denoiser returned no tensor, but a {type(output).__name__}")
 
 
-@contextmanager
-def _site_treated(module: nn.Module, index: int, treat: Treatment) -> Iterator[None]:
-    forward = module.forward
-    calls = itertools.count()
-
-    def treated(*args: Any, **kwargs: Any) -> Any:
-        return treat((index, next(calls)), functools.partial(forward, *args, **kwargs))
-
-    with forward_replaced(module, treated):
-        yield
+def _treated(
+    treat: Treatment, index: int, calls: Iterator[int], forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    return treat((index, next(calls)), functools.partial(forward, *args, **kwargs))
 
 
 def _lerp(cached: Any, computed: Any, weight: Tensor) -> Any:

@@ -7,6 +7,8 @@ is deleted only after that. A file is plain safetensors with JSON in its header:
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -15,16 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
+from harmonica_rt.untrusted import strict_json
+from harmonica_rt.untrusted.text import one_line, quoted
+from harmonica_training import safetensors_file
 from harmonica_training.errors import CheckpointError
 
 FORMAT_VERSION = "1"
 
 _VERSION_KEY = "harmonica_checkpoint_version"
 _RECORD_KEY = "harmonica_checkpoint"
-_NAME = re.compile(r"iteration-(\d{6,})\.safetensors")
+_NAME = re.compile(r"iteration-([0-9]{6,})\.safetensors")
 _UNFINISHED = ".unfinished"
 
 logger = logging.getLogger(__name__)
@@ -44,6 +49,32 @@ class Checkpoint:
     iteration: int
     tensors: dict[str, Tensor]
     values: dict[str, object]
+
+    def tensor(self, name: str, like: Tensor) -> Tensor:
+        """The tensor of this name.
+
+        Raises:
+            CheckpointError: it is missing, of another shape or dtype than `like`, or not finite.
+        """
+        found = self.tensors.get(name)
+        if found is None:
+            raise CheckpointError(f"{name} is missing")
+        if found.shape != like.shape or found.dtype != like.dtype:
+            raise CheckpointError(
+                f"{name}: expected shape {tuple(like.shape)} of {like.dtype}, got {quoted(tuple(found.shape))} of "
+                f"{found.dtype}"
+            )
+        if not bool(found.isfinite().all()):
+            raise CheckpointError(f"{name} holds numbers that are not finite")
+        return found
+
+    def digest(self) -> int:
+        """A number of 63 bits that differs where anything in the checkpoint does."""
+        content = hashlib.sha256(json.dumps([self.iteration, self.values], sort_keys=True).encode())
+        for name, tensor in sorted(self.tensors.items()):
+            content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            content.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return int.from_bytes(content.digest()[:8], "big") >> 1
 
 
 def save_checkpoint(directory: str | os.PathLike[str], checkpoint: Checkpoint, *, keep: int = 2) -> Path:
@@ -77,18 +108,30 @@ def save_checkpoint(directory: str | os.PathLike[str], checkpoint: Checkpoint, *
             f"further on or from another run; delete that one, or pass another directory"
         )
 
-    path = directory / f"iteration-{checkpoint.iteration:06d}.safetensors"
+    path = directory / file_name(checkpoint.iteration)
     unfinished = path.with_name(path.name + _UNFINISHED)
-    with unfinished.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    try:
+        with unfinished.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:  # a full disk is reported without a name
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     _sync_directory(directory)
     saved[checkpoint.iteration] = path
     for iteration in sorted(saved)[:-keep]:
         saved[iteration].unlink()
     return path
+
+
+def file_name(iteration: int) -> str:
+    """The name of the file of an iteration's checkpoint."""
+    return f"iteration-{iteration:06d}.safetensors"
 
 
 def latest_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint | None:
@@ -100,9 +143,11 @@ def latest_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint | None:
         CheckpointError: there are checkpoints, and not one can be read.
     """
     failure: CheckpointError | None = None
-    for _, path in sorted(_saved(Path(directory)).items(), reverse=True):
+    for iteration, path in sorted(_saved(Path(directory)).items(), reverse=True):
         try:
             checkpoint = load_checkpoint(path)
+            if checkpoint.iteration != iteration:
+                raise CheckpointError(f"{path} holds iteration {checkpoint.iteration}: renamed or damaged; delete it")
         except CheckpointError as error:
             failure = failure or error
             logger.warning("passing over a checkpoint: %s", error)
@@ -121,13 +166,10 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             of its format.
     """
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            # Cloned: the file's own memory is mapped, and aligned as the header happens to be long.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - it is no dict
+        tensors, metadata = safetensors_file.read(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no checkpoint {path}") from error
-    except (OSError, SafetensorError) as error:
+    except safetensors_file.UnreadableError as error:
         raise CheckpointError(
             f"{path} is not a complete safetensors file ({error}); delete it, and go on from the one before it"
         ) from error
@@ -136,8 +178,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{path} is no checkpoint of a training run: its header lacks {', '.join(missing)}")
     if metadata[_VERSION_KEY] != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} is a checkpoint in version {metadata[_VERSION_KEY]} of the format, this release reads version "
-            f"{FORMAT_VERSION}; go on with the release that wrote it, or start anew"
+            f"{path} is a checkpoint in version {one_line(metadata[_VERSION_KEY])} of the format, this release reads "
+            f"version {FORMAT_VERSION}; go on with the release that wrote it, or start anew"
         )
     iteration, values = _decode(metadata[_RECORD_KEY], path)
     return Checkpoint(iteration, tensors, values)
@@ -147,9 +189,10 @@ def _encode(checkpoint: Checkpoint) -> bytes:
     record = {"iteration": checkpoint.iteration, "values": checkpoint.values}
     try:
         text = json.dumps(record, allow_nan=False)
-    except (TypeError, ValueError) as error:
+        again = strict_json.parse(text)
+    except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"the values of a checkpoint must be plain JSON with finite numbers: {error}") from error
-    if json.loads(text) != record:
+    if again != record:
         raise CheckpointError(
             "the values of a checkpoint must come back from JSON as they are: use lists for tuples, and strings as keys"
         )
@@ -161,11 +204,11 @@ def _encode(checkpoint: Checkpoint) -> bytes:
 
 def _decode(text: str, path: str | os.PathLike[str]) -> tuple[int, dict[str, object]]:
     try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:
+        record = strict_json.parse(text)
+    except strict_json.JsonError as error:
         raise CheckpointError(f"the header of {path} holds no JSON under {_RECORD_KEY}: {error}") from error
     match record:
-        case {"iteration": int(iteration), "values": dict(values)}:
+        case {"iteration": int(iteration), "values": dict(values)} if iteration >= 0 and iteration is not True:
             return iteration, values
     raise CheckpointError(f"the header of {path} lacks the iteration or the values under {_RECORD_KEY}")
 

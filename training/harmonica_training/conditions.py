@@ -12,6 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from harmonica_rt.schedule.files import write_atomically
+from harmonica_rt.untrusted.text import one_line, quoted
+from harmonica_training import safetensors_file
 from harmonica_training.errors import TrainingError
 from harmonica_training.prompt_encoder import PromptEncoder, call_parameters
 
@@ -112,7 +115,9 @@ class Embeddings:
         self.absent = tuple(absent)
         counts = {name: len(tensor) if tensor.ndim else 0 for name, tensor in self.tensors.items()}
         if len(set(counts.values())) != 1 or 0 in counts.values():
-            raise TrainingError(f"expected embeddings [N, ...] of one N, 1 or more, for all names; got N of {counts}")
+            raise TrainingError(
+                f"expected embeddings [N, ...] of one N, 1 or more, for all names; got N of {quoted(counts)}"
+            )
         self._count = next(iter(counts.values()))
 
     def __len__(self) -> int:
@@ -135,33 +140,37 @@ class Embeddings:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         tensors = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # the file shares no memory
             for name, tensor in self.tensors.items()
         }
-        save_file(tensors, os.fspath(path), metadata={_VERSION: "1", _ABSENT: ",".join(self.absent)})
+        write_atomically(path, save(tensors, metadata={_VERSION: "1", _ABSENT: ",".join(self.absent)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Embeddings:
         """Read what `save` wrote, or any safetensors file of embeddings named as the pipeline's call names them.
 
         Raises:
-            TrainingError: the file is missing, is not a safetensors file, or is of another version.
+            TrainingError: the file is missing, is not a safetensors file, is of another version, or holds no embeddings
+                [N, ...] of one N with finite numbers.
         """
-        from safetensors import SafetensorError, safe_open
-
+        source = os.fspath(path)
         try:
-            with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (OSError, SafetensorError) as error:
-            raise TrainingError(f"cannot read embeddings from {os.fspath(path)}: {error}") from error
+            tensors, metadata = safetensors_file.read(source, device)
+        except (FileNotFoundError, safetensors_file.UnreadableError) as error:
+            raise TrainingError(f"cannot read embeddings from {source}: {error}") from error
         ours = _VERSION in metadata
         if ours and metadata[_VERSION] != "1":
-            raise TrainingError(f"{os.fspath(path)} holds embeddings of version {metadata[_VERSION]}, expected 1")
-        return cls(tensors, [name for name in metadata.get(_ABSENT, "").split(",") if name] if ours else ())
+            raise TrainingError(f"{source} holds embeddings of version {one_line(metadata[_VERSION])}, expected 1")
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise TrainingError(f"{source}: {one_line(name)} holds numbers that are not finite")
+        try:
+            return cls(tensors, [name for name in metadata.get(_ABSENT, "").split(",") if name] if ours else ())
+        except TrainingError as error:
+            raise TrainingError(f"{source}: {error}") from error
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[str]:
@@ -176,6 +185,8 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
         raise TrainingError(f"cannot read prompts from {os.fspath(path)}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise TrainingError(f"{os.fspath(path)} is not UTF-8 text: {error}; save it as UTF-8") from error
+    except ValueError as error:  # a NUL in the name
+        raise TrainingError(f"cannot read prompts from {os.fspath(path)}: {error}") from error
     prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
         raise TrainingError(f"{os.fspath(path)} holds no prompt; expected one a line")

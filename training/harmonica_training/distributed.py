@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -52,6 +53,16 @@ def mean(tensor: Tensor) -> Tensor:
     total = tensor.clone()
     dist.all_reduce(total)
     return total / world()
+
+
+def gather(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
+    """The numbers of every process, in the order of their ranks; each gives as many, of 64 bits, on its device."""
+    own = torch.tensor(numbers, dtype=torch.int64, device=device)
+    if world() == 1:
+        return [own.tolist()]
+    everyone = [torch.empty_like(own) for _ in range(world())]
+    dist.all_gather(everyone, own)
+    return [one.tolist() for one in everyone]
 
 
 def wait() -> None:

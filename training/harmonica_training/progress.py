@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -110,8 +111,10 @@ class ConsoleProgress(Silent):
         self._begun = 0.0
 
     def begin(self, total: int, done: int) -> None:
-        """Draw the bar, if there is a terminal to draw in."""
+        """Say where a run goes on, and draw the bar if there is a terminal to draw in."""
         self.end()
+        if done:
+            self._console.print(f"goes on after iteration {done} of {total}", highlight=False)
         self._total, self._done, self._begun = total, done, time.monotonic()
         self._every = max(1, math.ceil((total - done) / PLAIN_LINES))
         if self._console.is_terminal and not self._console.is_dumb_terminal:
@@ -164,7 +167,7 @@ class TensorBoardLog:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise TrainingError(
-                f"logging for TensorBoard needs the package tensorboard ({error}): pip install harmonica-rt[train]"
+                f"logging for TensorBoard needs the package tensorboard ({error}): pip install 'harmonica-rt[train]'"
             ) from error
         self._open = SummaryWriter
         self._directory = os.fspath(directory)
@@ -173,7 +176,8 @@ class TensorBoardLog:
     def begin(self, total: int, done: int) -> None:
         """Open an event file that voids what others hold of iterations after `done`."""
         self.end()
-        self._writer = self._open(self._directory, purge_step=done + 1)
+        with self._failures_named():
+            self._writer = self._open(self._directory, purge_step=done + 1)
 
     def iteration(self, record: IterationRecord) -> None:
         """Log the figures of an iteration."""
@@ -196,21 +200,34 @@ class TensorBoardLog:
     def schedule(self, iteration: int, scores: NDArray[np.floating[Any]], compute: NDArray[np.bool_]) -> None:
         """Log two pictures, a row a step and a column a site: scores in greys, computed sites white."""
         writer = self._opened()
-        for tag, values in (("scores", scores), ("schedule", compute)):
-            writer.add_image(tag, _picture(np.asarray(values, np.float64)), iteration, dataformats="HW")
-        writer.flush()
+        with self._failures_named():
+            for tag, values in (("scores", scores), ("schedule", compute)):
+                writer.add_image(tag, _picture(np.asarray(values, np.float64)), iteration, dataformats="HW")
+            writer.flush()
 
     def end(self) -> None:
         """Close the event file."""
         if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+            writer, self._writer = self._writer, None
+            with self._failures_named():
+                writer.close()
 
     def _scalars(self, scalars: dict[str, float], iteration: int) -> None:
         writer = self._opened()
-        for tag, value in scalars.items():
-            writer.add_scalar(tag, value, iteration)
-        writer.flush()
+        with self._failures_named():
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, value, iteration)
+            writer.flush()
+
+    @contextmanager
+    def _failures_named(self) -> Iterator[None]:
+        """TensorBoard writes in a thread of its own, and a full disk is reported without a path."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno is None:
+                raise
+            raise OSError(error.errno, error.strerror, self._directory) from error
 
     def _opened(self) -> SummaryWriter:
         if self._writer is None:

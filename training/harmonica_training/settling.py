@@ -20,12 +20,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from harmonica_rt.untrusted.text import quoted
+from harmonica_training.errors import CheckpointError
 from harmonica_training.validation import Validation
 
 LOOK_EVERY = 2  # iterations between measurements of the schedule of the moment
 HOPELESS = (
     0.2  # of the log of an error: worse than the best by so much after some batches, the others are not looked at
 )
+LARGEST_LOG = 700.0  # whose exponential a float still holds
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Settling:
     def __init__(self, validation: Validation, free: NDArray[np.bool_], exchanges: int) -> None:
         self._validation = validation
         self._exchanges = exchanges
+        self._free = free
         steps = np.flatnonzero(free).tolist()
         self._pairs = sorted(combinations(steps, 2), key=lambda pair: (pair[1] - pair[0], pair))
         self._next = 0  # of the pairs
@@ -109,8 +113,26 @@ class Settling:
         """What a checkpoint keeps, beside `tensors`."""
         return {"logs": list(self.best.logs) if self.best else None, "next": self._next, "vain": self._vain}
 
-    def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Take over `tensors` and `values`."""
-        self._next, self._vain = values["next"], values["vain"]
-        if values["logs"] is not None:
-            self.best = Found(tuple(values["logs"]), tensors["best.computes"].numpy(), tensors["best.logits"])
+    def load(self, tensors: Mapping[str, Tensor], values: object) -> None:
+        """Take over `tensors` and `values`.
+
+        Raises:
+            CheckpointError: they are not what `tensors` and `values` give.
+        """
+        match values:
+            case {"logs": list() | None as logs, "next": int(number), "vain": int(vain), **rest} if (
+                not rest and 0 <= number < max(len(self._pairs), 1) and 0 <= vain <= len(self._pairs)
+            ):
+                self._next, self._vain = number, vain
+            case _:
+                raise CheckpointError(f"settling: expected logs, next and vain, got {quoted(values)}")
+        if logs is None:
+            return
+        if not logs or not all(type(log) in (int, float) and abs(log) < LARGEST_LOG for log in logs):
+            raise CheckpointError(f"settling: expected logs of errors, one a batch, got {quoted(logs)}")
+        if missing := {"best.computes", "best.logits"} - tensors.keys():
+            raise CheckpointError(f"settling: {', '.join(sorted(missing))} is missing")
+        computes = tensors["best.computes"].numpy()
+        if not computes[~self._free].all():
+            raise CheckpointError("settling: best.computes reuses at a step that must compute")
+        self.best = Found(tuple(logs), computes, tensors["best.logits"])

@@ -9,16 +9,16 @@ logits move slowly and the cost they will come to is known late.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from harmonica_rt.untrusted.text import quoted
 from harmonica_training.config import TrainConfig
 from harmonica_training.costs import SiteCosts
-from harmonica_training.errors import TrainingError
+from harmonica_training.errors import CheckpointError, TrainingError
 from harmonica_training.router import logit
 
 GAIN = 5.0  # of log beta a unit of learning rate, a unit of missing share
@@ -26,6 +26,7 @@ DAMPING = 4.0  # of log beta a unit of change of the saved share
 SOFTNESS = 0.5  # width, in logits, of the threshold through which the saved share is seen
 MEMORY = 0.3  # weight of the newest gradient in the prices
 TINY = 1e-12  # a first beta that can grow, where no gradient says more
+LARGEST_BETA = 1e30  # that a checkpoint may hold: further growth still fits a float
 TOLERANCE = 0.02  # relative, between the target and what a schedule reaches
 
 
@@ -171,6 +172,16 @@ class Steering:
         """What a checkpoint keeps beside `prices`."""
         return {"beta": self.beta, "saved": self._saved}
 
-    def load(self, state: Mapping[str, float | None], prices: Tensor) -> None:
-        """Take over `state` and `prices`."""
-        self.beta, self._saved, self.prices = state["beta"], state["saved"], prices
+    def load(self, state: object, prices: Tensor) -> None:
+        """Take over `state` and `prices`.
+
+        Raises:
+            CheckpointError: `state` is not what `state()` gives.
+        """
+        match state:
+            case {"beta": float() | int() | None as beta, "saved": float() | int() | None as saved, **rest} if (
+                not rest and abs(beta or 0) < LARGEST_BETA and abs(saved or 0) <= 1
+            ):
+                self.beta, self._saved, self.prices = beta, saved, prices
+            case _:
+                raise CheckpointError(f"steering: expected beta and saved, numbers or null, got {quoted(state)}")

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.schedule import MadeBy, Schedule
+from harmonica_rt.untrusted.text import one_line, quoted
 from harmonica_training import distributed
 from harmonica_training.cached_forward import frozen
-from harmonica_training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from harmonica_training.checkpoint import Checkpoint, file_name, latest_checkpoint, save_checkpoint
 from harmonica_training.conditions import Conditions
 from harmonica_training.config import TrainConfig
-from harmonica_training.errors import DivergenceError, TrainingError
+from harmonica_training.errors import CheckpointError, DivergenceError, TrainingError, TrainingInterrupted
 from harmonica_training.harmonica import HarmoniCa, Objective
 from harmonica_training.progress import IterationRecord, Progress, Silent
 from harmonica_training.router import Router, logit
@@ -35,6 +38,7 @@ DIVERGED = 10.0  # error of the prediction, relative to its mean square, above w
 LAST_RATE = 0.1  # of the learning rate, at the end of its decay
 FP16_SCALE = 1024.0  # on losses in half precision
 SHOW_EVERY = 10  # iterations between pictures of the schedule
+FAILED = -1  # the iteration of a process that found no checkpoint to go on from, but a broken one
 
 
 @dataclass(frozen=True)
@@ -81,29 +85,35 @@ def train(
         objective: what is learned from.
 
     Raises:
-        TrainingError: the config does not fit the pipeline, or a target cannot be reached.
+        TrainingError: the config does not fit the pipeline, a target cannot be reached, or the processes do not begin
+            alike.
+        CheckpointError: a checkpoint in `directory` is damaged, or holds numbers that are not finite.
         DivergenceError: the error is not finite, or grew out of bounds.
+        TrainingInterrupted: a KeyboardInterrupt ended it; a checkpoint of the last finished iteration was written.
     """
     distributed.join()
     setting = Setting(pipeline, config, conditions)
     training = _Training(setting, objective(setting), start)
     checkpoints = None if directory is None else Path(directory)
-    if checkpoints is not None:
-        training.resume(checkpoints)
+    training.resume(checkpoints)
     shown = progress if progress is not None and distributed.rank() == 0 else Silent()
-    shown.begin(config.iterations, training.iteration)
     history = []
     try:
-        with frozen(setting.model):
-            while training.iteration < config.iterations:
-                history.append(training.step(shown))
-                if checkpoints is not None and training.iteration % config.checkpoint_every == 0:
-                    training.save(checkpoints)
-    finally:
-        shown.end()
-    if checkpoints is not None:
-        training.save(checkpoints)
-    return training.result(tuple(history))
+        try:
+            shown.begin(config.iterations, training.iteration)
+            with frozen(setting.model):
+                while training.iteration < config.iterations:
+                    history.append(training.step(shown))
+                    training.keep()
+                    if checkpoints is not None and training.iteration % config.checkpoint_every == 0:
+                        training.save(checkpoints)
+        finally:
+            shown.end()
+        if checkpoints is not None:
+            training.save(checkpoints)
+        return training.result(tuple(history))
+    except KeyboardInterrupt as stop:  # between any two instructions: what counts is the state that was kept last
+        raise training.interrupted(checkpoints) from stop
 
 
 class _Training:
@@ -133,6 +143,8 @@ class _Training:
         self._settling = Settling(Validation(setting), objective.free, config.exchanges)
         # soft gates stand for no schedule before the end; and under a fixed beta the best images cost the most
         self._settles = config.gates == "hard" and config.beta is None
+        self._begun = 0  # iterations done by earlier processes
+        self._kept: Checkpoint | None = None
 
     def step(self, progress: Progress) -> IterationRecord:
         """One iteration."""
@@ -223,37 +235,86 @@ class _Training:
             save_checkpoint(directory, Checkpoint(self.iteration, self._tensors(), self._values()))
         distributed.wait()
 
-    def resume(self, directory: Path) -> None:
-        """Go on from the newest checkpoint in `directory`, if there is one.
+    def keep(self) -> None:
+        """Remember the state after an iteration: an interruption leaves the next one half done."""
+        tensors = {name: tensor.detach().clone() for name, tensor in self._tensors().items()}
+        self._kept = Checkpoint(self.iteration, tensors, self._values())
+
+    def interrupted(self, directory: Path | None) -> TrainingInterrupted:
+        """What to raise after an interruption. The first process writes what was kept; it waits for no other."""
+        kept, path = self._kept, None
+        if kept is not None and directory is not None and distributed.rank() == 0:
+            path = save_checkpoint(directory, kept)
+        return TrainingInterrupted(kept.iteration if kept else self._begun, kept, path)
+
+    def resume(self, directory: Path | None) -> None:
+        """Go on from the newest checkpoint in `directory`, if there is one; all processes from the same.
 
         Raises:
-            TrainingError: it is of a training with another config or model.
+            CheckpointError: it is damaged, or holds numbers that are not finite.
+            TrainingError: it is of a training with another config or model, or the processes do not stand at the same
+                place: then each of them raises.
         """
+        failure: HarmonicaError | None = None
+        if directory is not None:
+            try:
+                self._go_on_from(directory)
+            except HarmonicaError as error:  # raised below, when all processes know
+                failure = error
+        stands = self.iteration if failure is None else FAILED
+        state = Checkpoint(
+            self.iteration, self._tensors(), {**self._values(), "keeps checkpoints": directory is not None}
+        )
+        everyone = distributed.gather([stands, state.digest()], self._setting.device)
+        if failure is not None:
+            raise failure
+        if any(one != everyone[0] for one in everyone):
+            places = (f"process {rank} {_place(*one)}" for rank, one in enumerate(everyone))
+            raise TrainingError(
+                f"the processes do not begin alike: {', '.join(places)}; give all of them the same directory of "
+                f"checkpoints, config, conditions and schedule to start from"
+            )
+
+    def _go_on_from(self, directory: Path) -> None:
         found = latest_checkpoint(directory)
         if found is None:
             return
+        path = directory / file_name(found.iteration)
         values = self._values()
         for name in ("identity", "steering", "settling"):
             if name not in found.values:
-                raise TrainingError(f"the checkpoint in {directory} has no {name}; give another directory")
+                raise TrainingError(f"the checkpoint {path} has no {name}; give another directory")
         identity, here = found.values["identity"], values["identity"]
         if identity != here:
             raise TrainingError(
-                f"{directory} holds a checkpoint of another training: {_differences(identity, here)}. Give another "
+                f"{path} is a checkpoint of another training: {_differences(identity, here)}. Give another "
                 f"directory, or remove it"
             )
-        self.iteration = found.iteration
-        self._router.load(found.tensors["logits"])
-        self._steering.load(found.values["steering"], found.tensors["prices"])  # type: ignore[arg-type]
-        self._objective.weights = found.tensors["lambda"].to(self._setting.device)
-        self._settling.load(found.tensors, found.values["settling"])  # type: ignore[arg-type]
+        try:
+            self._take_over(found)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} is damaged: {error}; delete it, and go on from the one before it") from error
+
+    def _take_over(self, found: Checkpoint) -> None:
+        here = self._tensors()
+        logits = found.tensor("logits", here["logits"])
+        self.iteration = self._begun = found.iteration
+        self._router.load(logits)
+        self._steering.load(found.values["steering"], found.tensor("prices", here["prices"]))
+        self._objective.weights = found.tensor("lambda", here["lambda"]).to(self._setting.device)
+        best = {"best.computes": torch.zeros(logits.shape, dtype=torch.bool), "best.logits": logits}
+        kept = {name: found.tensor(name, like) for name, like in best.items() if name in found.tensors}
+        self._settling.load(kept, found.values["settling"])
         for index, row in enumerate(self._router.rows):
-            if f"moment.{index}" in found.tensors:
-                moment, square = found.tensors[f"moment.{index}"].to(row)
+            if f"moment.{index}" in found.tensors or f"count.{index}" in found.tensors:
+                moments = found.tensor(f"moment.{index}", torch.stack([row, row])).to(row)
+                count = found.tensor(f"count.{index}", torch.tensor(0.0))
+                if count < 1 or bool((moments[1] < 0).any()):
+                    raise CheckpointError(f"moment.{index} or count.{index} is no moment or count of an optimiser")
                 self._optimizer.state[row] = {
-                    "step": found.tensors[f"count.{index}"].clone(),
-                    "exp_avg": moment.clone(),
-                    "exp_avg_sq": square.clone(),
+                    "step": count.clone(),
+                    "exp_avg": moments[0].clone(),
+                    "exp_avg_sq": moments[1].clone(),
                 }
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -267,6 +328,11 @@ class _Training:
         return tensors
 
     def _values(self) -> dict[str, object]:
+        return {"identity": self._identity, "steering": self._steering.state(), "settling": self._settling.values()}
+
+    @cached_property
+    def _identity(self) -> dict[str, object]:
+        """What tells this training from others, as plain JSON; its conditions may take long to read through."""
         config = self._config.plain()
         for name in ("iterations", "checkpoint_every"):  # a training may go on for longer
             del config[name]
@@ -277,11 +343,8 @@ class _Training:
             "model": [info.model.class_name, info.model.config_fingerprint] if info.model else None,
             "conditions": self._setting.conditions.describe(),
         }
-        return {
-            "identity": json.loads(json.dumps(identity)),
-            "steering": self._steering.state(),
-            "settling": self._settling.values(),
-        }
+        plain: dict[str, object] = json.loads(json.dumps(identity))
+        return plain
 
     def _checked(self, walked: Walked) -> tuple[Tensor, Tensor]:
         """Gradient and errors, over all processes; DivergenceError where they are of no use."""
@@ -309,9 +372,13 @@ class _Training:
         return config.learning_rate * (LAST_RATE + (1 - LAST_RATE) * cosine)
 
 
+def _place(iteration: int, digest: int) -> str:
+    return "cannot go on" if iteration == FAILED else f"at iteration {iteration} (state {digest:016x})"
+
+
 def _differences(found: object, here: object) -> str:
     """The names of what differs between two identities."""
     if not isinstance(found, dict) or not isinstance(here, dict):
-        return f"{found!r} there, {here!r} here"
+        return f"{quoted(found)} there, {quoted(here)} here"
     names = [name for name in {**found, **here} if found.get(name) != here.get(name)]
-    return "; ".join(f"{name}: {_differences(found.get(name), here.get(name))}" for name in names)
+    return "; ".join(f"{one_line(name)}: {_differences(found.get(name), here.get(name))}" for name in names)

@@ -11,8 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from harmonica_rt.changes import Changes
 from harmonica_training.errors import TrainingError
 
 _DENOISER_NAMES = ("transformer", "unet", "denoiser")
@@ -145,8 +145,10 @@ class Walker:
         if hasattr(pipeline, "set_progress_bar_config"):
             pipeline.set_progress_bar_config(disable=True)
         arguments = {**self.arguments, **inputs, "num_inference_steps": self.steps, "generator": list(generators)}
+        changes = Changes()
         try:
-            with torch.no_grad(), forward_replaced(self.denoiser, answer):
+            with changes, changes, torch.no_grad():
+                replace_forward(self.denoiser, answer, changes)
                 pipeline(**arguments)
         except _Ended as end:
             return end.value
@@ -171,21 +173,12 @@ def find_denoiser(pipeline: Any) -> nn.Module:
     )
 
 
-@contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within this block calls of `module` run `forward`, inside the hooks of the module."""
-    before = module.__dict__.get("forward")
-    forward = _Replacement(forward, _own_forward(module))
-    compiled = module.__dict__.pop("_compiled_call_impl", None)
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
-        if compiled is not None:
-            module._compiled_call_impl = compiled
+def replace_forward(module: nn.Module, forward: Callable[..., Any], changes: Changes) -> None:
+    """Let calls of `module` run `forward`, inside the hooks of the module, until `changes` are undone."""
+    replacement = _Replacement(forward, _own_forward(module))
+    if "_compiled_call_impl" in module.__dict__:
+        changes.set(module.__dict__, "_compiled_call_impl", None)
+    changes.set(module.__dict__, "forward", replacement)
 
 
 class _Replacement:

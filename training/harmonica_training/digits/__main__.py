@@ -13,6 +13,7 @@ from pathlib import Path
 from harmonica_training.digits.config import DigitsConfig, EvaluationConfig
 from harmonica_training.digits.data import load_split
 from harmonica_training.digits.evaluate import evaluate, save_grid
+from harmonica_training.digits.files import read_json
 from harmonica_training.digits.run import train_and_save
 
 BUNDLED = Path("harmonica_rt/demo/digits-dit")
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(argv)
     measured = EvaluationConfig(options.images, options.steps, options.guidance_scale)
     if options.evaluate:
-        image_size = json.loads((options.out / "vae" / "config.json").read_text())["sample_size"]
+        image_size = read_json(options.out / "vae" / "config.json")["sample_size"]
         result, images = evaluate(options.out, load_split(image_size), measured)
         if options.grid is not None:
             save_grid(images[:100], options.grid)

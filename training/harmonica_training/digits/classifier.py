@@ -5,15 +5,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from harmonica_rt.schedule.files import write_atomically
+from harmonica_rt.untrusted.text import quoted
 from harmonica_training.digits.config import NUM_CLASSES, DigitsConfig
 from harmonica_training.digits.data import DigitsSplit, augment, batches
+from harmonica_training.digits.files import read_json, read_state
 from harmonica_training.digits.optim import learning_rate, set_learning_rate
+from harmonica_training.errors import TrainingError
 
 FORMAT_VERSION = 1
+LARGEST = 1024  # channels or features
 
 
 class DigitClassifier(nn.Module):
@@ -57,8 +62,8 @@ class DigitClassifier(nn.Module):
 def save_classifier(model: DigitClassifier, directory: Path) -> None:
     """Writes `config.json` and `model.safetensors` (float32) into `directory`, which is made if missing."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(model.config, indent=2) + "\n")
-    save_file(model.state_dict(), str(directory / "model.safetensors"))
+    write_atomically(directory / "config.json", json.dumps(model.config, indent=2) + "\n")
+    write_atomically(directory / "model.safetensors", save(model.state_dict()))
 
 
 def load_classifier(directory: Path | str) -> DigitClassifier:
@@ -66,17 +71,21 @@ def load_classifier(directory: Path | str) -> DigitClassifier:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: its config has another version, or fields that are missing or unknown.
+        TrainingError: a file of it is damaged, or its config has another version, fields that are missing or unknown,
+            or sizes that no classifier has.
     """
-    directory = Path(directory)
-    config = json.loads((directory / "config.json").read_text())
-    if set(config) != {"version", "channels", "features"} or config["version"] != FORMAT_VERSION:
-        raise ValueError(
-            f"expected a classifier config of version {FORMAT_VERSION} with channels and features, "
-            f"got {config}; train it again with `python -m harmonica_training.digits`"
-        )
-    model = DigitClassifier(config["channels"], config["features"])
-    model.load_state_dict(load_file(str(directory / "model.safetensors")))
+    path = Path(directory) / "config.json"
+    match read_json(path):
+        case {"version": int(version), "channels": int(channels), "features": int(features), **rest} if (
+            not rest and version == FORMAT_VERSION and 1 <= channels <= LARGEST and 1 <= features <= LARGEST
+        ):
+            model = DigitClassifier(channels, features)
+        case config:
+            raise TrainingError(
+                f"{path}: expected a classifier config of version {FORMAT_VERSION} with channels and features, each "
+                f"1 ... {LARGEST}, got {quoted(config)}; train it again with `python -m harmonica_training.digits`"
+            )
+    read_state(path.with_name("model.safetensors"), model)
     return model.eval()
 
 

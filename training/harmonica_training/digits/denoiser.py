@@ -17,12 +17,16 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from harmonica_rt.untrusted.text import one_line
 from harmonica_training.digits.autoencoder import DOWNSAMPLING, LATENT_CHANNELS
 from harmonica_training.digits.config import NULL_CLASS, NUM_CLASSES, DigitsConfig
 from harmonica_training.digits.data import batches
+from harmonica_training.digits.files import read_torch
 from harmonica_training.digits.optim import AveragedWeights, learning_rate, set_learning_rate
+from harmonica_training.errors import TrainingError
 
 logger = logging.getLogger(__name__)
+STATE = ("model", "averages", "optimizer", "generator", "step", "losses", "seconds", "resumed")  # of a checkpoint
 LOSS_WINDOW = 100  # steps a reported loss is the mean of
 
 
@@ -174,6 +178,9 @@ def train_denoiser(config: DigitsConfig, latents: Tensor, labels: Tensor, checkp
         labels: int64 [N], 0 to 9.
         checkpoint: file of the model, averages, optimiser, generator and step.
 
+    Raises:
+        TrainingError: the checkpoint is damaged, or of another model.
+
     Returns:
         the denoiser with averaged weights. A resumed run shuffles the latents anew, so it is not bit for bit
         the run without the break.
@@ -186,13 +193,16 @@ def train_denoiser(config: DigitsConfig, latents: Tensor, labels: Tensor, checkp
     alphas_cumprod = build_scheduler().alphas_cumprod
     first, losses, earlier, resumed = 0, list[float](), 0.0, list[int]()
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        averages.restore(state["averages"], state["step"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
-        first, losses, earlier = state["step"], state["losses"], state["seconds"]
-        resumed = [*state["resumed"], first] if first < config.denoiser_steps else state["resumed"]
+        state = read_torch(checkpoint, STATE)
+        try:
+            model.load_state_dict(state["model"])
+            averages.restore(state["averages"], state["step"])
+            optimizer.load_state_dict(state["optimizer"])
+            generator.set_state(state["generator"])
+            first, losses, earlier = int(state["step"]), list(state["losses"]), float(state["seconds"])
+            resumed = [*state["resumed"], first] if first < config.denoiser_steps else list(state["resumed"])
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise TrainingError(f"{checkpoint} is of another model, or damaged: {one_line(error, 300)}") from error
         logger.info("going on from step %d of %s", first, checkpoint.name)
     workers = torch.get_num_threads()
     torch.set_num_threads(1)  # inside operators, until this is done: the workers are the threads
@@ -245,8 +255,12 @@ def load_averaged(config: DigitsConfig, checkpoint: Path) -> DenoiserTraining:
 
     Raises:
         FileNotFoundError: there is no checkpoint.
+        TrainingError: it is damaged, or of another model.
     """
-    state = torch.load(checkpoint, weights_only=True)
+    state = read_torch(checkpoint, STATE)
     model = build_denoiser(config)
-    model.load_state_dict(state["averages"])  # parameters only: the position table is not persistent
+    try:
+        model.load_state_dict(state["averages"])  # parameters only: the position table is not persistent
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise TrainingError(f"{checkpoint} is of another model, or damaged: {one_line(error, 300)}") from error
     return DenoiserTraining(model, state["step"], state["losses"], state["seconds"], state["resumed"])

@@ -1,6 +1,7 @@
 """Measures a saved model: does the classifier recognise what was asked for, and are the images different?"""
 
 import dataclasses
+import io
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from diffusers import DiTPipeline
 from torch import Tensor
 from tqdm import tqdm
 
+from harmonica_rt.schedule.files import write_atomically
 from harmonica_training.digits.classifier import accuracy, load_classifier, penultimate_features
 from harmonica_training.digits.config import NUM_CLASSES, EvaluationConfig
 from harmonica_training.digits.data import DigitsSplit
@@ -143,4 +145,6 @@ def save_grid(images: Tensor, path: Path, columns: int = 10) -> None:
         raise ValueError(f"a grid of {columns} columns needs at least {columns} images, got {len(images)}")
     tiles = images[: rows * columns, 0].reshape(rows, columns, height, width)
     sheet = tiles.permute(0, 2, 1, 3).reshape(rows * height, columns * width)
-    Image.fromarray((sheet * 255.0).round().byte().numpy()).save(path)
+    buffer = io.BytesIO()
+    Image.fromarray((sheet * 255.0).round().byte().numpy()).save(buffer, format="png")
+    write_atomically(path, buffer.getvalue())

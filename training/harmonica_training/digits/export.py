@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 
+from harmonica_rt.schedule.files import write_atomically
 from harmonica_training.digits.classifier import DigitClassifier, save_classifier
 from harmonica_training.digits.config import NUM_CLASSES, DigitsConfig, EvaluationConfig
 from harmonica_training.digits.data import HELD_OUT
@@ -130,7 +131,7 @@ def write_card(directory: Path, record: dict[str, Any], parameters: int) -> None
         parameters: number of the denoiser's parameters.
     """
     config, measured = record["config"], record["evaluation"]
-    (directory / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n")
+    write_atomically(directory / PROVENANCE, json.dumps(record, indent=2) + "\n")
     card = CARD.format(
         parameters=parameters / 1e6,
         layers=config["layers"],
@@ -150,4 +151,4 @@ def write_card(directory: Path, record: dict[str, Any], parameters: int) -> None
         train=record["data"]["train_images"],
         held_out=record["data"]["held_out_images"],
     )
-    (directory / "README.md").write_text(card)
+    write_atomically(directory / "README.md", card)

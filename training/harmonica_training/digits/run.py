@@ -11,6 +11,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from harmonica_rt.schedule.files import write_atomically
+from harmonica_rt.untrusted.text import one_line
 from harmonica_training.digits.autoencoder import decode, encode, train_autoencoder
 from harmonica_training.digits.classifier import (
     DigitClassifier,
@@ -23,6 +25,7 @@ from harmonica_training.digits.data import DigitsSplit, augment, load_split
 from harmonica_training.digits.denoiser import DenoiserTraining, load_averaged, train_denoiser
 from harmonica_training.digits.evaluate import Evaluation, evaluate
 from harmonica_training.digits.export import provenance, save_model, write_card
+from harmonica_training.digits.files import read_json, read_torch
 
 logger = logging.getLogger(__name__)
 
@@ -32,17 +35,18 @@ def claim_work(work: Path, config: DigitsConfig) -> None:
 
     Raises:
         ValueError: it holds the stages of another one.
+        TrainingError: what says so is damaged.
     """
     work.mkdir(parents=True, exist_ok=True)
     path = work / "config.json"
     wanted = dataclasses.asdict(config)
-    if path.exists() and (found := json.loads(path.read_text())) != wanted:
+    if path.exists() and (found := read_json(path)) != wanted:
         differing = sorted(key for key in wanted | found if wanted.get(key) != found.get(key))
         raise ValueError(
-            f"{work} holds stages of another configuration, which differs in {', '.join(differing)}; "
+            f"{work} holds stages of another configuration, which differs in {one_line(', '.join(differing))}; "
             "pass another --work, or delete it"
         )
-    path.write_text(json.dumps(wanted, indent=2) + "\n")
+    write_atomically(path, json.dumps(wanted, indent=2) + "\n")
 
 
 def classifier_stage(config: DigitsConfig, data: DigitsSplit, work: Path) -> DigitClassifier:
@@ -62,11 +66,11 @@ def autoencoder_stage(config: DigitsConfig, data: DigitsSplit, work: Path) -> tu
         trained = train_autoencoder(config, data)
         trained.model.save_pretrained(str(directory))
         seconds = time.monotonic() - started
-        record.write_text(json.dumps({"final_loss": trained.final_loss, "seconds": seconds}))
+        write_atomically(record, json.dumps({"final_loss": trained.final_loss, "seconds": seconds}))
     model = AutoencoderKL.from_pretrained(str(directory))
     if not isinstance(model, AutoencoderKL):
         raise TypeError(f"expected an AutoencoderKL in {directory}, got {type(model).__name__}")
-    return model.eval(), json.loads(record.read_text())
+    return model.eval(), read_json(record)
 
 
 def latents_stage(config: DigitsConfig, data: DigitsSplit, vae: AutoencoderKL, work: Path) -> tuple[Tensor, Tensor]:
@@ -76,8 +80,11 @@ def latents_stage(config: DigitsConfig, data: DigitsSplit, vae: AutoencoderKL, w
         logger.info("encoding %d copies of the training images", config.augmentations)
         generator = torch.Generator().manual_seed(config.seed)
         parts = [encode(vae, augment(data.train_images, generator)) for _ in range(config.augmentations)]
-        torch.save({"latents": torch.cat(parts), "labels": data.train_labels.repeat(config.augmentations)}, path)
-    saved = torch.load(path, weights_only=True)
+        latents = {"latents": torch.cat(parts), "labels": data.train_labels.repeat(config.augmentations)}
+        partial = path.with_suffix(".partial")
+        torch.save(latents, partial)
+        partial.replace(path)
+    saved = read_torch(path, ("latents", "labels"))
     return saved["latents"], saved["labels"]
 
 

@@ -1,0 +1,18 @@
+"""All formats, by name."""
+
+from __future__ import annotations
+
+from benchmarks.fuzz import checkpoints, conditions, plan_file, recipes, routers, schedules, smoothcache
+from benchmarks.fuzz.format import Format
+
+_ALL = (
+    schedules.FORMAT,
+    routers.FORMAT,
+    smoothcache.FORMAT,
+    recipes.FORMAT,
+    checkpoints.FORMAT,
+    conditions.EMBEDDINGS,
+    conditions.PROMPTS,
+    plan_file.FORMAT,
+)
+FORMATS: dict[str, Format] = {format.name: format for format in _ALL}

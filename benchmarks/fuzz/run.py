@@ -1,0 +1,125 @@
+"""Read files of a format, one after the other, and count what becomes of them.
+
+File number `n` depends on the format, the seed and `n` alone: a finding is made again from these three.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+import traceback
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+from benchmarks.fuzz.format import Format
+
+VALID_EVERY = 8  # one file in so many is a valid one, which must be read
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A file that was neither read nor refused as documented.
+
+    Attributes:
+        number: of the file.
+        why: what happened, with the traceback where there is one.
+        data: the file.
+    """
+
+    number: int
+    why: str
+    data: bytes
+
+
+@dataclass
+class Outcome:
+    """What became of the files of a format.
+
+    Attributes:
+        files: how many there were.
+        accepted: how many were read.
+        refused: how many met a documented error.
+        findings: the others.
+        slowest: seconds that the slowest file took.
+        grown: bytes by which the process outgrew what it had ever used before.
+    """
+
+    files: int = 0
+    accepted: int = 0
+    refused: int = 0
+    findings: list[Finding] = field(default_factory=list)
+    slowest: float = 0.0
+    grown: int = 0
+
+
+def bytes_of(format: Format, seed: int, number: int) -> bytes:
+    """File `number` of a format."""
+    rng = Random(f"{format.name} {seed} {number}")
+    return format.valid(rng) if number % VALID_EVERY == 0 else format.damaged(rng)
+
+
+def run(format: Format, numbers: Iterable[int], seed: int, folder: Path, until: float | None = None) -> Outcome:
+    """Read the numbered files, until they or the time (of `time.monotonic`) are used up.
+
+    Args:
+        format: what to read.
+        numbers: of the files.
+        seed: of all that is random.
+        folder: where each file is written in turn.
+        until: when to stop; None for never.
+    """
+    outcome, before = Outcome(), _peak()
+    path = folder / format.file
+    for number in numbers:
+        if until is not None and time.monotonic() > until:
+            break
+        data = bytes_of(format, seed, number)
+        path.write_bytes(data)
+        outcome.files += 1
+        started = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            why = _read(format, path, valid=number % VALID_EVERY == 0, outcome=outcome)
+        outcome.slowest = max(outcome.slowest, time.perf_counter() - started)
+        if why is not None:
+            outcome.findings.append(Finding(number, why, data))
+    outcome.grown = _peak() - before
+    return outcome
+
+
+def _read(format: Format, path: Path, *, valid: bool, outcome: Outcome) -> str | None:
+    """Read a file and count it; what is wrong with that, or None."""
+    try:
+        result = format.read(path)
+    except format.errors as error:
+        outcome.refused += 1
+        if valid:
+            return f"a valid file was refused: {error}"
+        return _unfit(str(error), path)
+    except Exception:  # this is what is looked for: an error that nobody documented
+        return traceback.format_exc()
+    outcome.accepted += 1
+    try:
+        format.check(result, path)
+    except Exception:  # likewise: whatever a result that was read cannot do
+        return f"read, but unfit for use: {traceback.format_exc()}"
+    return None
+
+
+def _unfit(message: str, path: Path) -> str | None:
+    """What is wrong with the message of an error, or None."""
+    if str(path) not in message:
+        return f"the error does not name the file: {message[:500]}"
+    if not all(c.isprintable() or c in "\n\t" for c in message):
+        return f"the error would steer a terminal: {message[:500]!r}"
+    if len(message) > 2000 + len(str(path)):
+        return f"the error is {len(message)} characters long: {message[:500]}"
+    return None
+
+
+def _peak() -> int:
+    """The most memory that this process ever used, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

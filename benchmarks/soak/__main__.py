@@ -1,0 +1,63 @@
+"""`python -m benchmarks soak [--runs N] [--seed S] [--save]`, or `--kind KIND --world SEED [--shrink]`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+
+from benchmarks import rows
+from benchmarks.soak.drive import KINDS, Fault, Tally, faults_of, soak
+from benchmarks.soak.shrink import shrunk
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run at random against an oracle of hooks; exit with 1 where anything was wrong."""
+    names = {kind.name: kind for kind in KINDS}
+    parser = argparse.ArgumentParser(prog="python -m benchmarks soak", description=main.__doc__)
+    parser.add_argument("--runs", type=int, default=10_000, help="how many, over all kinds (default: 10000)")
+    parser.add_argument("--seed", type=int, default=0, help="of all worlds (default: 0)")
+    parser.add_argument("--kind", choices=names, metavar="KIND", help="with --world: which kind it is of")
+    parser.add_argument("--world", type=int, metavar="SEED", help="run the one world of this seed, as a fault named it")
+    parser.add_argument(
+        "--shrink", action="store_true", help="with --world: leave out what the first fault does not need"
+    )
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/soak.json")
+    options = parser.parse_args(arguments)
+    if (options.world is None) != (options.kind is None):
+        parser.error("--kind and --world go together")
+    if options.runs < 1:
+        parser.error("--runs must be at least 1")
+    logging.getLogger("harmonica_rt").setLevel(logging.ERROR)  # it warns of the very things that are provoked here
+    torch.set_num_threads(1)
+    if options.world is not None:
+        sys.exit(_again(names[options.kind], options.world, shrink=options.shrink))
+    started = time.perf_counter()
+    tallies = soak(options.runs, options.seed, lambda fault: print(fault, flush=True))
+    seconds = time.perf_counter() - started
+    found = [row for name, tally in tallies.items() for row in tally.rows(name)]
+    found.append(rows.Row("soak", "all", "random", "runs", sum(t.runs for t in tallies.values()), "count"))
+    found.append(rows.Row("soak", "all", "random", "time", seconds, "s"))
+    rows.show(found)
+    if options.save:
+        print(f"written to {rows.save('soak', found)}")
+    sys.exit(int(any(tally.faults for tally in tallies.values())))
+
+
+def _again(kind: object, seed: int, *, shrink: bool) -> int:
+    faults: list[Fault] = []
+    for fault in faults_of(kind, seed, Tally()):  # type: ignore[arg-type]
+        faults.append(fault)
+        print(fault, flush=True)
+        if shrink:
+            print(f"shrunk to {shrunk(fault)}")
+            break
+    return int(bool(faults))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Many worlds, one after the other, their runs counted by kind and their faults by what is wrong."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from benchmarks.rows import Row
+from benchmarks.soak.runs import Run, World, random_world
+from benchmarks.soak.together import faults_apart, faults_shared
+from benchmarks.soak.world import Pair
+
+FAULTS = (
+    "wrong image",
+    "wrong call from outside",
+    "undocumented error",
+    "refused",
+    "other entries reused",
+    "not compiled",
+)
+OFTEN = 40  # runs of a world of pipelines of diffusers, which take longer to capture; others have twice as many
+SELDOM = 10  # of a world behind torch.compile, which traces anew for each change
+THREADS = 3
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of world, and the share of runs that it has."""
+
+    name: str
+    subject: str
+    share: float
+    door: str = "compile"
+    runs: int = OFTEN
+    together: str = ""
+
+
+KINDS = (
+    Kind("a pipeline of one's own", "loop", 0.58, runs=2 * OFTEN),
+    Kind("a model by itself", "loop", 0.08, door="model", runs=2 * OFTEN),
+    Kind("the reference engine", "loop", 0.02, door="reference", runs=2 * OFTEN),
+    Kind("behind torch.compile", "loop", 0.01, door="torch.compile", runs=SELDOM),
+    Kind("PixArt-alpha behind torch.compile", "pixart", 0.005, door="torch.compile", runs=SELDOM),
+    Kind("threads, a pipeline each", "loop", 0.08, together="apart"),
+    Kind("threads over one denoiser", "loop", 0.02, together="threads"),
+    Kind("coroutines over one denoiser", "loop", 0.02, together="coroutines"),
+    Kind("threads over one model by itself", "loop", 0.01, door="model", together="threads"),
+    Kind("coroutines over one model by itself", "loop", 0.01, door="model", together="coroutines"),
+    Kind("DiT", "dit", 0.025),
+    Kind("PixArt-alpha", "pixart", 0.035),
+    Kind("SD3", "sd3", 0.03),
+    Kind("SD3 from an image", "sd3, from an image", 0.02),
+    Kind("SD3 with LoRAs", "sd3, LoRA", 0.02),
+    Kind("Flux", "flux", 0.02),
+    Kind("Flux with an image prompt", "flux, image prompt", 0.02),
+)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A run that went wrong, and what brings it back: `python -m benchmarks soak --kind KIND --world WORLD`."""
+
+    kind: str
+    world: World
+    run: int
+    what: str
+
+    def __str__(self) -> str:
+        world = replace(self.world, runs=())
+        return (
+            f"--kind {self.kind!r} --world {self.world.seed}, run {self.run}: {self.what}\n"
+            f"  in {world}\n  run {self.world.runs[self.run]}"
+        )
+
+
+@dataclass
+class Tally:
+    """What was counted for one kind."""
+
+    runs: int = 0
+    faults: list[Fault] = field(default_factory=list)
+
+    def rows(self, kind: str) -> list[Row]:
+        """One row for the runs, and one for each kind of fault."""
+        counted = Counter(fault.what.partition(":")[0] for fault in self.faults)
+        found = [Row("soak", kind, "random", "runs", self.runs, "count")]
+        return found + [Row("soak", kind, "random", what, counted[what], "count", target="0") for what in FAULTS]
+
+
+def soak(count: int, seed: int, tell: Callable[[Fault], None]) -> dict[str, Tally]:
+    """At least `count` runs, of all kinds by their shares; `tell` is called with each fault.
+
+    Args:
+        count: how many runs.
+        seed: of all worlds; the same seed gives the same ones.
+        tell: called with each fault as it is found.
+    """
+    tallies = {kind.name: Tally() for kind in KINDS}
+    draw = random.Random(seed)
+    for kind in KINDS:
+        tally, wanted = tallies[kind.name], round(kind.share * count)
+        while tally.runs < wanted:
+            world = draw.randrange(10**9)
+            for fault in faults_of(kind, world, tally, wanted - tally.runs):
+                tally.faults.append(fault)
+                tell(fault)
+    return tallies
+
+
+def faults_of(kind: Kind, seed: int, tally: Tally, most: int | None = None) -> Iterator[Fault]:
+    """The faults of one world, at most `most` runs of it; the world is built anew after each."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if kind.together == "apart":
+            yield from _apart(kind, seed, tally, most or kind.runs)
+        elif kind.together:
+            yield from _shared(kind, seed, tally, most or kind.runs)
+        else:
+            yield from _alone(kind, seed, tally, most or kind.runs)
+
+
+def _alone(kind: Kind, seed: int, tally: Tally, most: int) -> Iterator[Fault]:
+    world = random_world(seed, runs=kind.runs, subject=kind.subject, door=kind.door)
+    pair = Pair(world)
+    try:
+        for index, run in enumerate(world.runs[:most]):
+            tally.runs += 1
+            what = pair.fault(run)
+            if what is not None:
+                yield Fault(kind.name, world, index, what)
+                pair.close()
+                pair = Pair(world)
+    finally:
+        pair.close()
+
+
+def _apart(kind: Kind, seed: int, tally: Tally, most: int) -> Iterator[Fault]:
+    """Worlds with seeds in a row, one per thread."""
+    worlds = [
+        random_world(seed + index, runs=kind.runs // THREADS, subject=kind.subject, private=True)
+        for index in range(THREADS)
+    ]
+    worlds = [replace(world, runs=tuple(replace(run, interrupted_at=0) for run in world.runs)) for world in worlds]
+    pairs = [Pair(world) for world in worlds]
+    for index in range(min(kind.runs, most) // THREADS or 1):
+        tally.runs += THREADS
+        found = faults_apart(pairs, [world.runs[index] for world in worlds])
+        for world, what in zip(worlds, found, strict=True):
+            if what is not None:
+                yield Fault(kind.name, world, index, what)
+        if any(found):
+            pairs = [Pair(world) for world in worlds]
+
+
+def _shared(kind: Kind, seed: int, tally: Tally, most: int) -> Iterator[Fault]:
+    """Two runs at once, then one alone, which must be right again."""
+    world = random_world(seed, runs=kind.runs, subject=kind.subject, door=kind.door)
+    plain = [Run(seed=run.seed, batch=run.batch, guided=run.guided, prompt=run.prompt) for run in world.runs]
+    world = replace(world, runs=tuple(plain), lowering="plain")
+    draw, pair = random.Random(seed), Pair(world)
+    for index in range(0, min(kind.runs, most) - 2, 3):
+        tally.runs += 3
+        found = faults_shared(pair, plain[index : index + 2], draw, threads=kind.together == "threads")
+        found.append(pair.fault(plain[index + 2]))
+        for offset, what in enumerate(found):
+            if what is not None:
+                yield Fault(kind.name, world, index + offset, what)
+        if any(found):
+            pair = Pair(world)

@@ -1,0 +1,142 @@
+// Whether Python containers still hold the very objects that they held when they were noted.
+//
+// A compiled model asks this before each call for some thousand containers with some ten thousand objects: identities
+// are compared, nothing is called and no object is created but the value of an attribute that a class computes.
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+namespace {
+
+// Compares what a container yields, one object after another, with what was noted.
+class Noted {
+ public:
+  explicit Noted(PyObject* items) : items_(items), count_(PyTuple_GET_SIZE(items)) {}
+
+  bool next_is(PyObject* object) { return index_ < count_ && PyTuple_GET_ITEM(items_, index_++) == object; }
+  bool at_end() const { return index_ == count_; }
+
+ private:
+  PyObject* items_;
+  Py_ssize_t count_;
+  Py_ssize_t index_ = 0;
+};
+
+PyObject* or_none(PyObject* object) { return object != nullptr ? object : Py_None; }
+
+bool same_dict(PyObject* dict, Noted& noted) {
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(dict, &position, &key, &value)) {
+    if (!noted.next_is(key) || !noted.next_is(value)) return false;
+  }
+  return true;
+}
+
+// The dict of an object or a class. A new reference; null without an error where there is none.
+PyObject* attributes_of(PyObject* object) {
+  if (PyType_Check(object)) {
+    PyObject* dict = reinterpret_cast<PyTypeObject*>(object)->tp_dict;
+    Py_XINCREF(dict);
+    return dict;
+  }
+  PyObject* dict = PyObject_GenericGetDict(object, nullptr);
+  if (dict == nullptr) PyErr_Clear();
+  return dict;
+}
+
+// What stands under a name in a dict, or as the attribute of an object; None where nothing does.
+bool same_entry(PyObject* owner, PyObject* name, Noted& noted) {
+  if (PyDict_Check(owner)) {
+    PyObject* found = PyDict_GetItemWithError(owner, name);
+    if (found == nullptr) PyErr_Clear();
+    return noted.next_is(or_none(found));
+  }
+  PyObject* found = PyObject_GetAttr(owner, name);
+  if (found == nullptr) PyErr_Clear();
+  const bool same = noted.next_is(or_none(found));
+  Py_XDECREF(found);
+  return same;
+}
+
+bool same_iteration(PyObject* container, Noted& noted) {
+  PyObject* iterator = PyObject_GetIter(container);
+  if (iterator == nullptr) {
+    PyErr_Clear();
+    return false;
+  }
+  bool same = true;
+  while (same) {
+    PyObject* item = PyIter_Next(iterator);
+    if (item == nullptr) break;
+    same = noted.next_is(item);
+    Py_DECREF(item);
+  }
+  Py_DECREF(iterator);
+  if (PyErr_Occurred() != nullptr) {
+    PyErr_Clear();
+    return false;
+  }
+  return same;
+}
+
+// In the order of `contents` in harmonica_rt/capture/identity.py.
+bool same_contents(PyObject* container, PyObject* items) {
+  Noted noted(items);
+  bool same = true;
+  if (PyDict_Check(container)) {
+    same = same_dict(container, noted);
+  } else if (PyList_Check(container)) {
+    for (Py_ssize_t i = 0; same && i < PyList_GET_SIZE(container); ++i) {
+      same = noted.next_is(PyList_GET_ITEM(container, i));
+    }
+  } else if (PyTuple_Check(container)) {
+    same = same_entry(PyTuple_GET_ITEM(container, 0), PyTuple_GET_ITEM(container, 1), noted);
+  } else if (PyCell_Check(container)) {
+    same = noted.next_is(or_none(PyCell_GET(container)));
+  } else if (PyFunction_Check(container)) {
+    same = noted.next_is(PyFunction_GET_CODE(container)) &&
+           noted.next_is(or_none(PyFunction_GET_DEFAULTS(container))) &&
+           noted.next_is(or_none(PyFunction_GET_KW_DEFAULTS(container)));
+  } else if (PyObject* attributes = attributes_of(container)) {
+    PyObject* kind = PyType_Check(container) ? reinterpret_cast<PyTypeObject*>(container)->tp_mro
+                                             : reinterpret_cast<PyObject*>(Py_TYPE(container));
+    same = noted.next_is(kind) && same_dict(attributes, noted);
+    Py_DECREF(attributes);
+  } else {
+    same = same_iteration(container, noted);
+  }
+  return same && noted.at_end();
+}
+
+PyObject* first_change(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 2 || !PyList_Check(arguments[0]) || !PyList_Check(arguments[1]) ||
+      PyList_GET_SIZE(arguments[0]) != PyList_GET_SIZE(arguments[1])) {
+    PyErr_SetString(PyExc_TypeError, "first_change takes two lists of one length: containers, and their contents");
+    return nullptr;
+  }
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(arguments[0]); ++i) {
+    PyObject* container = PyList_GET_ITEM(arguments[0], i);
+    PyObject* items = PyList_GET_ITEM(arguments[1], i);
+    if (!PyTuple_Check(items) || (PyTuple_Check(container) && PyTuple_GET_SIZE(container) != 2)) {
+      PyErr_SetString(PyExc_TypeError, "contents are tuples, and so is a pair of an owner and a name");
+      return nullptr;
+    }
+    if (!same_contents(container, items)) return PyLong_FromSsize_t(i);
+  }
+  return PyLong_FromLong(-1);
+}
+
+PyMethodDef methods[] = {
+    {"first_change", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(first_change)), METH_FASTCALL,
+     "first_change(containers, contents) -> index of the first container that holds other objects; -1 for none"},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_C", "Host-side helpers of harmonica-rt.", -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+// The library is loaded by torch for its operators, and imported for this.
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }

@@ -1,0 +1,156 @@
+"""What callers hand to the public functions, checked before anything is done with it.
+
+Each check says what was expected, what came and what to do, in the words of the caller: by the time a wrong argument
+fails inside, the message is about something that the caller never wrote.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args
+
+from torch import nn
+
+from harmonica_rt.errors import ArgumentError
+from harmonica_rt.parity.lockstep import Tolerance
+from harmonica_rt.runtime.denoiser import Denoiser
+from harmonica_rt.runtime.pipelines import is_pipeline
+from harmonica_rt.schedule import Schedule
+
+
+def check_schedule(given: object) -> None:
+    """Raise ArgumentError unless `given` is a schedule."""
+    if isinstance(given, Schedule):
+        return
+    remedy = "Schedule.load(path) reads one, Schedule.every(2, steps=20, sites=hrt.find_sites(model)) makes one"
+    if given is Schedule:
+        remedy = "make one of it, as with Schedule.every(2, steps=20, sites=hrt.find_sites(model))"
+    elif isinstance(given, str | os.PathLike):
+        remedy = f"read it first: Schedule.load({os.fspath(given)!r})"
+    elif isinstance(given, nn.Module) or is_pipeline(given):
+        remedy = "the model or pipeline comes first, the schedule second"
+    elif isinstance(given, Mapping):
+        remedy = "one schedule at a time; Schedule.load(path) reads the JSON of a file"
+    elif hasattr(given, "__array__"):
+        remedy = "Schedule.from_array(mask, sites) makes one of a mask"
+    raise ArgumentError(f"expected a harmonica_rt.Schedule, got {described(given)}; {remedy}")
+
+
+def check_subject(given: object) -> None:
+    """Raise ArgumentError unless `given` is a model or a pipeline."""
+    if isinstance(given, nn.Module) or is_pipeline(given):
+        return
+    remedy = "pass the model, or a pipeline that has a scheduler"
+    if isinstance(given, type):
+        remedy = f"make an object of it, as with {given.__name__}.from_pretrained(...)"
+    elif isinstance(given, Schedule):
+        remedy = "the model or pipeline comes first, the schedule second"
+    elif isinstance(given, str | os.PathLike):
+        remedy = f"load it first: DiffusionPipeline.from_pretrained({os.fspath(given)!r})"
+    elif isinstance(given, Mapping | Iterable):
+        remedy = "pass one model or pipeline at a time"
+    raise ArgumentError(f"expected an nn.Module or a diffusers pipeline, got {described(given)}; {remedy}")
+
+
+def check_pipeline(given: object) -> None:
+    """Raise ArgumentError unless `given` is a pipeline."""
+    check_subject(given)
+    if isinstance(given, Denoiser):
+        raise ArgumentError(
+            f"expected a pipeline, got {described(given)}, which is a compiled model by itself: report() and save() "
+            "are its own methods, and its `model` is as it was"
+        )
+    if isinstance(given, nn.Module):
+        raise ArgumentError(f"expected a pipeline, got {described(given)}; pass the pipeline that was compiled")
+
+
+def check_flags(**given: object) -> None:
+    """Raise ArgumentError unless all are True or False: `strict="no"` would be taken for yes."""
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise ArgumentError(f"{name} is either True or False, got {described(value)}")
+
+
+def check_whole_number(name: str, given: object, least: int) -> None:
+    """Raise ArgumentError unless `given` is an int of at least `least`."""
+    if isinstance(given, bool) or not isinstance(given, int):
+        raise ArgumentError(f"{name} is a whole number, got {described(given)}")
+    if given < least:
+        raise ArgumentError(f"{name} is a whole number of at least {least}, got {given}")
+
+
+def check_limits(max_plans: object, max_plan_bytes: object) -> None:
+    """Raise ArgumentError unless these are limits of what `compile` keeps: at least one plan, and one byte or None."""
+    check_whole_number("max_plans", max_plans, least=1)
+    if max_plan_bytes is not None:
+        check_whole_number("max_plan_bytes", max_plan_bytes, least=1)
+
+
+def check_seed(given: object) -> None:
+    """Raise ArgumentError unless `given` is an int that torch takes for a seed."""
+    if isinstance(given, bool) or not isinstance(given, int):
+        raise ArgumentError(f"seed is a whole number, got {described(given)}")
+
+
+def check_tolerance(given: object) -> None:
+    """Raise ArgumentError unless `given` is the name of a tolerance: numbers are measured, not chosen."""
+    if not isinstance(given, str) or given not in get_args(Tolerance):
+        names = ", ".join(get_args(Tolerance))
+        raise ArgumentError(f"tolerance is one of {names}, got {described(given)}; `measured` finds the number itself")
+
+
+def check_path(given: object) -> None:
+    """Raise ArgumentError unless `given` names a file."""
+    if isinstance(given, str | os.PathLike) and os.fspath(given):
+        return
+    remedy = ""
+    if isinstance(given, nn.Module) or is_pipeline(given):
+        remedy = "; the path comes first, the model or pipeline second"
+    elif isinstance(given, Schedule):
+        remedy = "; a schedule goes to compile(model_or_pipeline, schedule)"
+    raise ArgumentError(f"expected the path of a file, got {described(given)}{remedy}")
+
+
+def checked_calls(given: object, steps: int) -> list[Mapping[str, Any]]:
+    """The calls for `verify(model, ...)`, one mapping of keyword arguments per step.
+
+    Raises:
+        ArgumentError: not a list of mappings, or of another length than `steps`.
+    """
+    expected = "calls=[...] holds the keyword arguments of one call per step, as a list of dicts"
+    if given is None:
+        raise ArgumentError(f"verify(model, schedule) needs calls: {expected}")
+    if isinstance(given, str | Mapping) or not isinstance(given, Iterable):
+        raise ArgumentError(f"{expected}; got {described(given)}")
+    calls = list(given)
+    for index, call in enumerate(calls):
+        if not isinstance(call, Mapping) or not all(isinstance(name, str) for name in call):
+            raise ArgumentError(f"{expected}; call {index} is {described(call)}")
+    if len(calls) != steps:
+        raise ArgumentError(f"calls holds {len(calls)} calls, the schedule has {steps} steps: pass one per step")
+    return calls
+
+
+def check_pipeline_arguments(pipeline: Any, given: Mapping[str, Any]) -> None:
+    """Raise ArgumentError unless the pipeline can be called with these keyword arguments."""
+    name, signature = type(pipeline).__name__, inspect.signature(type(pipeline).__call__)
+    try:
+        signature.bind(pipeline, **given)
+    except TypeError as error:
+        raise ArgumentError(
+            f"verify calls the pipeline, and {name} cannot be called like this: {error}. Pass what you pass to the "
+            "pipeline, by name: verify(pipe, schedule, num_inference_steps=..., ...)"
+        ) from error
+
+
+def described(given: object) -> str:
+    """What came, in a few words."""
+    if isinstance(given, type):
+        return f"the class {given.__name__} itself"
+    if given is None or isinstance(given, bool | int | float | str | bytes | os.PathLike):
+        text = repr(given)
+        return text if len(text) <= 80 else f"{text[:77]}..."
+    name = type(given).__name__
+    return f"{'an' if name[:1] in 'AEIOUaeiou' else 'a'} {name}"

@@ -1,0 +1,60 @@
+"""Capture by one thread at a time, and leave torch's state of the thread as it was.
+
+Hazard: while torch traces, it replaces methods of `nn.Module` for the whole process, and its stacks of modes are taken
+apart and put together again. Two traces at once break each other: they fail, or attribute what they trace to the
+modules of the other one.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from harmonica_rt.changes import Changes
+
+
+def take_capture_lock(changes: Changes) -> None:
+    """Wait until no other thread captures or compiles, and keep them from it until `changes` are undone.
+
+    The lock is the one that torch.compile takes, so that captures wait for it and it waits for them. A thread that has
+    it already goes ahead.
+    """
+    from torch._dynamo import convert_frame  # here, since it takes a second to import
+
+    lock: Any = convert_frame.compile_lock
+    if not lock._is_owned():
+        changes.undone_by(lambda: lock.release() if lock._is_owned() else None)
+        lock.acquire()
+
+
+def _free_in_child() -> None:
+    """A fork inherits the lock as it is; the thread that would release it stays behind."""
+    convert_frame: Any = sys.modules.get("torch._dynamo.convert_frame")
+    if convert_frame is not None and not convert_frame.compile_lock._is_owned():
+        convert_frame.compile_lock._at_fork_reinit()
+
+
+os.register_at_fork(after_in_child=_free_in_child)
+
+
+def keep_torch_state(changes: Changes) -> None:
+    """Put grad mode and the stacks of modes of this thread back when `changes` are undone.
+
+    Torch's own context managers do so too, unless they are interrupted.
+    """
+    changes.undone_by(functools.partial(torch._C._set_grad_enabled, torch.is_grad_enabled()))
+    for size_of, pop in (
+        (torch._C._len_torch_function_stack, torch._C._pop_torch_function_stack),
+        (torch._C._len_torch_dispatch_stack, torch._C._pop_torch_dispatch_stack),
+    ):
+        changes.undone_by(functools.partial(_pop_to, size_of(), size_of, pop))
+
+
+def _pop_to(size: int, size_of: Callable[[], int], pop: Callable[[], object]) -> None:
+    while size_of() > size:
+        pop()

@@ -1,0 +1,464 @@
+"""What a model's forward may take for granted: everything it can read besides its arguments and its weights' values.
+
+The hazard: a captured graph bakes in whatever Python read while it was traced - attributes, what hangs on them at any
+depth, classes, closures, the functions that are called by name - and goes on with it when that has changed: a wrong
+image, without an error. So all of it is written down, as a list of facts that can be compared, together with the
+containers that hold it, which tell quickly that nothing was touched.
+
+What is reached: the module tree with its plain attributes and whatever objects hang there; the classes of all of
+them; and, by the names in their code, from `forward` on, the methods, functions and module attributes that these use.
+Packages whose code is not the model's (torch, the standard library) are taken to do what they do: their functions count
+by identity, so that a replaced one is seen, and are not followed.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import itertools
+import sys
+from collections import deque
+from collections.abc import Iterator
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules import module as every_module
+
+from harmonica_rt.capture.forward import own_forward
+from harmonica_rt.capture.identity import Contents, cell_contents, contents, first_change, put_back
+from harmonica_rt.capture.tensors import metadata
+
+LARGEST_CONTAINER = 10_000  # items; a larger one is no setting of a model, and counts by identity and length
+TOLD = 5  # changes named in a message
+
+_SCALARS = (bool, int, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, range)
+_BY_TEXT = (float, complex)  # not by value: NaN equals nothing, and -0.0 equals 0.0
+_CLOSED = (sys.stdlib_module_names | {"torch", "numpy", "harmonica_rt", "harmonica_kernels"}) - {"__main__"}
+_PLAIN_OBJECTS = frozenset({"types", "argparse", "collections", "dataclasses"})  # whose objects just hold attributes
+
+# Of every module: not read by a forward, or looked at in a way of their own.
+UNREAD = frozenset((*nn.Module().__dict__, "_compiled_call_impl")) - {"training", "_parameters", "_buffers", "_modules"}
+# Of the model itself: what runs around a plan; its innermost forward is looked at by itself.
+UNREAD_OF_ROOT = UNREAD | {"forward", "_old_forward", "_hf_hook", "_diffusers_hook"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_NOT_OF_A_CLASS = frozenset(
+    (
+        *("__dict__", "__weakref__", "__doc__", "__module__", "__qualname__", "__hash__", "__slots__"),
+        *("__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__orig_bases__"),
+        *("__abstractmethods__", "_abc_impl", "__firstlineno__", "__static_attributes__", "__match_args__"),
+        *("__dataclass_fields__", "__dataclass_params__", "__parameters__"),
+    )
+)
+_CALLED_UNNAMED = (
+    "forward", "__call__", "__getattr__", "__getattribute__", "__getitem__", "__iter__", "__next__", "__len__",
+    "__contains__", "__bool__", "__enter__", "__exit__", "__new__", "__init__", "__post_init__", "__get__",
+    "__torch_function__", "__torch_dispatch__",
+)  # fmt: skip
+
+
+def own_attributes(module: nn.Module, *, root: bool) -> list[str]:
+    """Names of what a module has besides parameters, buffers, children and hooks; without what runs around the root."""
+    held_apart = {"_parameters", "_buffers", "_modules", "_hf_hook", "_diffusers_hook"}
+    return sorted(module.__dict__.keys() - (UNREAD_OF_ROOT if root else UNREAD) - held_apart)
+
+
+class Is:
+    """An object, told from others by identity; keeps it alive, so that no other one gets its address."""
+
+    __slots__ = ("thing",)
+
+    def __init__(self, thing: Any) -> None:
+        self.thing = thing
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Is) and other.thing is self.thing
+
+    def __hash__(self) -> int:
+        return id(self.thing)
+
+
+class _Place(NamedTuple):
+    """Where a fact lies: under that of another fact, by name."""
+
+    parent: int
+    name: str
+
+
+class Facts:
+    """What a model's forward may take for granted, as it was when this was made.
+
+    Attributes:
+        containers: what holds it, for `identity.first_change`.
+        noted: the contents of each container.
+        tensors: plain tensors among it: neither parameters nor buffers of the model.
+        arrays: numpy arrays among it, each with its bytes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        walk = _Walk(model)
+        self.containers = walk.containers
+        self.noted: list[Contents] = list(map(contents, self.containers))
+        self.tensors = tuple(walk.tensors)
+        self.arrays = tuple(walk.arrays)
+        self._caches = tuple(walk.caches)
+        self._values = walk.values
+        self._places = walk.places
+
+    def __len__(self) -> int:
+        """Number of facts."""
+        return len(self._values)
+
+    def same_as(self, other: Facts) -> bool:
+        """Whether a graph captured under one holds under the other."""
+        return self._values == other._values
+
+    def differences(self, other: Facts) -> Iterator[str]:
+        """What is otherwise in `other`, in words, the first difference first."""
+        mine, theirs = self._by_place(), other._by_place()
+        for place in {**theirs, **mine}:
+            before, now = mine.get(place), theirs.get(place)
+            if before != now:
+                yield _told(place, before, now)
+
+    def changes(self, model: nn.Module) -> tuple[str, ...]:
+        """What is otherwise in the model now, in words; a few of many."""
+        if first_change(self.containers, self.noted) < 0:
+            return ()
+        return tuple(itertools.islice(self.differences(Facts(model)), TOLD))
+
+    def _by_place(self) -> dict[str, Any]:
+        texts: list[str] = []
+        for parent, name in self._places:
+            texts.append(f"{texts[parent]}{name}" if parent >= 0 else name)
+        values = (("the same as", texts[value[1]]) if _is_repeated(value) else value for value in self._values)
+        return dict(zip((text.lstrip(".") for text in texts), values, strict=True))
+
+    def put_back(self) -> None:
+        """Let everything be again what it was, and nothing be left in caches: tracing leaves tensors without values."""
+        changed = first_change(self.containers, self.noted)
+        for index in range(changed, len(self.containers)) if changed >= 0 else ():
+            put_back(self.containers[index], self.noted[index])
+        for cache in self._caches:
+            cache.cache_clear()
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and value[0] in (*_SCALARS, *_BY_TEXT)
+
+
+def _is_repeated(value: Any) -> bool:
+    return isinstance(value, tuple) and bool(value) and value[0] == "the same as"
+
+
+def _told(place: str, before: Any, now: Any) -> str:
+    where = place or "the model"
+    if before is None:
+        return f"{where} was added"
+    if now is None:
+        return f"{where} was removed"
+    if _is_plain(before) and _is_plain(now):
+        return f"{where} changed from {before[1]!s:.80} to {now[1]!s:.80}"
+    return f"{where} changed"
+
+
+class _Walk:
+    """One walk over a model; everything in a fixed order, so that equal models give equal lists."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.values: list[Any] = []
+        self.places: list[_Place] = []
+        self.containers: list[Any] = []
+        self.tensors: list[torch.Tensor] = []
+        self.arrays: list[tuple[np.ndarray[Any, Any], bytes]] = []
+        self.caches: list[Any] = []
+        self._root = model
+        self._seen: dict[int, int] = {}  # object -> its fact
+        self._kept: list[Any] = []  # objects made on the way, whose addresses must stay theirs
+        self._pending: list[tuple[int, str, Any]] = []
+        self._entries: set[tuple[int, str]] = set()  # names that are watched in dicts of globals
+        self._reached: dict[str, None] = dict.fromkeys(_CALLED_UNNAMED)
+        self._methods: dict[str, list[tuple[int, FunctionType]]] = {}
+        self._tree = {id(module) for module in model.modules()}
+        hooks = (every_module._global_forward_hooks, every_module._global_forward_pre_hooks)
+        self.containers += hooks
+        self._note(-1, "hooks of every module", tuple(Is(hook) for held in hooks for hook in held.values()))
+        self._visit(-1, "", model)
+        self._run()
+
+    def _run(self) -> None:
+        while self._pending:
+            parent, name, value = self._pending.pop()
+            self._visit(parent, name, value)
+
+    def _note(self, parent: int, name: str, value: Any) -> int:
+        self.values.append(value)
+        self.places.append(_Place(parent, name))
+        return len(self.values) - 1
+
+    def _visit(self, parent: int, name: str, value: Any) -> None:
+        kind = type(value)
+        if kind in _SCALARS:
+            self._note(parent, name, (kind, value))
+        elif kind in _BY_TEXT:
+            self._note(parent, name, (kind, repr(value)))
+        elif kind is not tuple and id(value) in self._seen:
+            self._note(parent, name, ("the same as", self._seen[id(value)]))
+        else:
+            self._seen[id(value)] = len(self.values)
+            self._kept.append(value)
+            self._open(parent, name, value)
+
+    def _open(self, parent: int, name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            self.tensors.append(value)
+            self._note(parent, name, (Is(value), *metadata(value)))
+        elif isinstance(value, nn.Module):
+            self._module(parent, name, value)
+        elif isinstance(value, type):
+            self._class(parent, name, value)
+        elif isinstance(value, (dict, list, tuple, set, frozenset, deque)):
+            self._container(parent, name, value)
+        elif isinstance(value, FunctionType):
+            self._function(parent, name, value)
+        elif isinstance(value, MethodType):
+            fact = self._note(parent, name, ("method",))
+            self._later(fact, [(".__func__", value.__func__), (".__self__", value.__self__)])
+        elif isinstance(value, functools.partial):
+            fact = self._note(parent, name, ("partial",))
+            self._later(fact, [(".func", value.func), (".args", value.args), (".keywords", value.keywords)])
+        elif isinstance(value, np.ndarray) and not value.dtype.hasobject and value.nbytes <= 2**20:
+            data = value.tobytes()
+            self.arrays.append((value, data))
+            self._note(parent, name, (value.dtype.str, value.shape, data))
+        elif _is_opened(value):
+            self._object(parent, name, value)
+        else:
+            fact = self._note(parent, name, Is(value))
+            if isinstance(value, functools._lru_cache_wrapper):
+                self.caches.append(value)
+                self._later(fact, [(".__wrapped__", value.__wrapped__)])
+
+    def _later(self, parent: int, children: list[tuple[str, Any]]) -> None:
+        self._pending += [(parent, name, value) for name, value in reversed(children)]
+
+    # ---- containers and objects
+
+    def _container(self, parent: int, name: str, value: Any) -> None:
+        kind = type(value)
+        if len(value) > LARGEST_CONTAINER:
+            self._note(parent, name, (Is(value), len(value)))
+            return
+        if not isinstance(value, (tuple, frozenset)):
+            self.containers.append(value)
+        if isinstance(value, dict):
+            keys = tuple(map(_key, dict.keys(value)))
+            fact = self._note(parent, name, (kind, keys))
+            self._later(fact, [(f"[{key!r:.80}]", item) for key, item in dict.items(value)])
+            if getattr(value, "__dict__", None):  # a config with its entries as attributes as well
+                self._visit(fact, ".__dict__", value.__dict__)
+        elif isinstance(value, (set, frozenset)):
+            self._note(parent, name, (kind, frozenset(map(_key, value))))
+        else:
+            fact = self._note(parent, name, (kind, len(value)))
+            self._later(fact, [(f"[{index}]", item) for index, item in enumerate(value)])
+
+    def _object(self, parent: int, name: str, value: Any) -> None:
+        self._seen_class(type(value))
+        slots = [slot for slot in _slots(type(value)) if hasattr(value, slot)]
+        attributes = {**{slot: getattr(value, slot) for slot in slots}, **getattr(value, "__dict__", {})}
+        if hasattr(value, "__dict__"):
+            self.containers.append(value)
+        self.containers += [(value, slot) for slot in slots]
+        # what is written in C holds more than it shows
+        own = None if all(base is object or base.__flags__ & _HEAP_TYPE for base in type(value).__mro__) else Is(value)
+        fact = self._note(parent, name, (Is(type(value)), tuple(sorted(attributes)), own))
+        self._later(fact, [(f".{key}", attributes[key]) for key in sorted(attributes)])
+
+    def _module(self, parent: int, name: str, module: nn.Module) -> None:
+        root, attributes = module is self._root, module.__dict__
+        self._seen_class(type(module))
+        self.containers.append(module)
+        names = own_attributes(module, root=root)
+        in_tree = id(module) in self._tree
+        fact = self._note(parent, name, (Is(type(module)), tuple(names), _hooks(module) if not root else None))
+        children: list[tuple[str, Any]] = []
+        if root:
+            own = own_forward(module)
+            children.append((".forward", getattr(own, "__func__", own)))
+        children += [(f".{key}", attributes[key]) for key in names]
+        for held in ("_parameters", "_buffers"):
+            tensors = attributes[held]
+            if tensors:
+                self.containers.append(tensors)
+            for key, tensor in tensors.items():
+                if in_tree:
+                    self._weight(fact, f".{key}", tensor)
+                else:
+                    children.append((f".{key}", tensor))
+        for key in _HOOKS:
+            self.containers.append(attributes[key])
+        if (registry := attributes.get("_diffusers_hook")) is not None:
+            self.containers.append(registry.hooks)
+        if modules := attributes["_modules"]:
+            self.containers.append(modules)
+            children += [(f".{key}", child) for key, child in modules.items()]
+        self._later(fact, children)
+
+    def _weight(self, parent: int, name: str, tensor: torch.Tensor | None) -> None:
+        """Its values are live, and another one in its place is fetched: only what it looks like counts."""
+        if tensor is None:
+            self._note(parent, name, (type(None), None))
+        elif id(tensor) in self._seen:
+            self._note(parent, name, ("the same as", self._seen[id(tensor)]))
+        else:
+            self._seen[id(tensor)] = self._note(parent, name, ("weight", *metadata(tensor)))
+
+    # ---- code
+
+    def _seen_class(self, cls: type) -> None:
+        """Of the class of an object, which is reached without a name."""
+        if id(cls) not in self._seen:
+            self._visit(-1, _qualified(cls), cls)
+
+    def _class(self, parent: int, name: str, cls: type) -> None:
+        fact = self._note(parent, name, Is(cls))
+        for base in cls.__mro__[1:]:
+            self._seen_class(base)
+        if not cls.__flags__ & _HEAP_TYPE:
+            return
+        self.containers.append(cls)
+        attributes = {key: value for key, value in cls.__dict__.items() if key not in _NOT_OF_A_CLASS}
+        if _package(cls) in _CLOSED:
+            self._note(fact, ".__dict__", tuple((key, Is(attributes[key])) for key in sorted(attributes)))
+            return
+        children = []
+        for key in sorted(attributes):
+            value = attributes[key]
+            function = _function_in(value)
+            if isinstance(value, functools._lru_cache_wrapper):
+                self.caches.append(value)
+            if function is None:
+                children.append((f".{key}", value))
+                continue
+            method = self._note(fact, f".{key}", (type(value), Is(function.__code__)))
+            self._methods.setdefault(key, []).append((method, function))
+            if key in self._reached and not (key == "__init__" and issubclass(cls, nn.Module)):
+                self._later(method, [("()", function)])
+        self._later(fact, children)
+
+    def _function(self, parent: int, name: str, function: FunctionType) -> None:
+        if _package(function) in _CLOSED and function.__closure__ is None:
+            self._note(parent, name, Is(function))
+            return
+        self.containers.append(function)
+        fact = self._note(parent, name, (Is(function.__code__),))
+        children: list[tuple[str, Any]] = [
+            (".__defaults__", function.__defaults__),
+            (".__kwdefaults__", function.__kwdefaults__),
+        ]
+        for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            self.containers.append(cell)
+            children.append((f".{variable}", cell_contents(cell)))
+        if function.__dict__:
+            children.append((".__dict__", function.__dict__))
+        self._later(fact, children)
+        if _package(function) not in _CLOSED:
+            self._follow(function)
+
+    def _follow(self, function: FunctionType) -> None:
+        """Reach what the names in a function's code mean."""
+        names, where = _names(function.__code__), function.__globals__
+        for name in names:
+            self._reach(name)
+            if name in where:
+                self._global(f"{function.__module__}.", where, name, names)
+
+    def _reach(self, name: str) -> None:
+        """Methods of that name may be called."""
+        if name not in self._reached:
+            self._reached[name] = None
+            for method, function in self._methods.get(name, ()):
+                self._pending.append((method, "()", function))
+
+    def _global(self, prefix: str, where: dict[str, Any], name: str, names: tuple[str, ...]) -> None:
+        """What stands in a dict of globals; of a module, what the other names of the code mean in it."""
+        value = where[name]
+        if (id(where), name) not in self._entries:
+            self._entries.add((id(where), name))
+            self.containers.append((where, name))
+            if not isinstance(value, ModuleType):
+                self._pending.append((-1, f"{prefix}{name}", value))
+            else:
+                self._note(-1, f"{prefix}{name}", Is(value))
+        if isinstance(value, ModuleType):
+            inner = value.__dict__
+            for other in names:
+                if other != name and other in inner and (id(inner), other) not in self._entries:
+                    self._global(f"{value.__name__}.", inner, other, names)
+
+
+_HEAP_TYPE = 1 << 9
+
+
+def _is_opened(value: Any) -> bool:
+    """Whether the attributes of an object are its user's: settings, and not the inside of a library's machinery."""
+    if isinstance(value, (ModuleType, BuiltinFunctionType, enum.Enum)):
+        return False
+    package = _package(type(value))
+    return package not in _CLOSED or type(value).__module__ in _PLAIN_OBJECTS
+
+
+def _hooks(module: nn.Module) -> Any:
+    """The hooks inside a model: a graph would bypass them, so a model that carries some is another one."""
+    attributes = module.__dict__
+    registry = attributes.get("_diffusers_hook")
+    found = [hook for key in _HOOKS for hook in attributes[key].values()]
+    found += [] if attributes.get("_hf_hook") is None else [attributes["_hf_hook"]]
+    found += [] if registry is None else registry.hooks.values()
+    return tuple(map(Is, found))
+
+
+def _key(key: Any) -> Any:
+    if isinstance(key, (*_SCALARS, *_BY_TEXT)):
+        return type(key), repr(key) if isinstance(key, _BY_TEXT) else key
+    if isinstance(key, (tuple, frozenset)):
+        return type(key), tuple(map(_key, key)) if isinstance(key, tuple) else frozenset(map(_key, key))
+    return Is(key)
+
+
+@functools.lru_cache(maxsize=4096)
+def _names(code: CodeType) -> tuple[str, ...]:
+    """The names in a code object and in those within it; strings count too: `getattr(self, "norm")`."""
+    found = dict.fromkeys(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            found.update(dict.fromkeys(_names(constant)))
+        elif isinstance(constant, str) and constant.isidentifier():
+            found[constant] = None
+    return tuple(found)
+
+
+def _function_in(value: Any) -> FunctionType | None:
+    """The function inside a method, a property or the like."""
+    for attribute in ("__func__", "fget", "func", "__wrapped__"):
+        inner = getattr(value, attribute, None) if not isinstance(value, FunctionType) else None
+        if isinstance(inner, FunctionType):
+            return inner
+    return value if isinstance(value, FunctionType) else None
+
+
+def _package(thing: Any) -> str:
+    return str(getattr(thing, "__module__", None) or "builtins").partition(".")[0]
+
+
+def _qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _slots(cls: type) -> list[str]:
+    found = [base.__dict__.get("__slots__", ()) for base in cls.__mro__]
+    names = [name for slots in found for name in ((slots,) if isinstance(slots, str) else slots)]
+    return [name for name in names if name not in ("__dict__", "__weakref__")]

@@ -1,0 +1,96 @@
+"""The tensors of a model: its parameters and buffers by name, and what those are made of."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters and buffers by dotted name, shared ones under each of their names.
+
+    One that is made of others (a quantised weight) comes with those, under the names that torch.export has for them.
+    """
+    found = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    for name, tensor in list(found.items()):
+        path, _, own = name.rpartition(".")
+        for index, inner in enumerate(inner_tensors(tensor)):
+            found[f"{path}{'.' if path else ''}parametrizations.{own}.original{index}"] = inner
+    return found
+
+
+def inner_tensors(tensor: Any) -> list[torch.Tensor]:
+    """What a tensor is made of, down to plain ones, in the order of torch.export; nothing for a plain one."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return []
+    parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    return [inner for part in parts for inner in (inner_tensors(part) or [part])]
+
+
+def same_objects(some: Collection[object], others: Collection[object]) -> bool:
+    """Whether two collections hold the very same objects in the same order."""
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
+def shared_names(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """For each tensor with several names, all names but the first, with the first."""
+    first: dict[int, str] = {}
+    return {name: first[id(t)] for name, t in tensors.items() if first.setdefault(id(t), name) != name}
+
+
+def plain_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Tensors among the attributes of modules that are neither parameters nor buffers, by dotted name."""
+    return {
+        f"{path}.{name}" if path else name: value
+        for path, module in model.named_modules()
+        for name, value in module.__dict__.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def metadata(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What a tensor looks like: shape, strides, dtype, device and class; of its parts too, where it has some."""
+    own = (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, type(tensor))
+    return (*own, *map(metadata, inner_tensors(tensor)))
+
+
+_version = operator.attrgetter("_version")
+
+
+class TensorNote:
+    """Tensors, whether they were written to, and where they lie."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self._tensors = tensors
+        # Inference tensors have no version; those made of others, and those without storage, have no address.
+        self._versioned = [tensor for tensor in tensors if not tensor.is_inference()]
+        self._placed = [tensor for tensor in tensors if type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer)]
+        self._versions = list(map(_version, self._versioned))
+        self._addresses = list(map(torch.Tensor.data_ptr, self._placed))
+
+    def hold(self) -> bool:
+        """Whether nothing was written or moved since."""
+        return (
+            list(map(_version, self._versioned)) == self._versions
+            and list(map(torch.Tensor.data_ptr, self._placed)) == self._addresses
+        )
+
+    def is_of(self, tensors: Collection[torch.Tensor]) -> bool:
+        """Whether these are its tensors, in this order."""
+        return same_objects(self._tensors, tensors)
+
+    def same_as(self, other: TensorNote) -> bool:
+        """Whether these are the same tensors as those, as they were."""
+        return (
+            same_objects(self._tensors, other._tensors)
+            and self._versions == other._versions
+            and self._addresses == other._addresses
+        )

@@ -1,0 +1,78 @@
+"""Changes that last for a while, and turns that are taken: undone whatever ends the while, at whatever line.
+
+Hazard: an exception may come between any two lines (Ctrl-C, a debugger, a signal handler that raises), also within the
+code that cleans up. `try: change() finally: undo()` leaves damage where the first line of `finally` is interrupted, and
+a context manager made from a generator leaves it where `contextlib` itself is. So what is changed is written down
+before it is changed, undoing twice does no harm, and a block undoes twice:
+
+    changes = Changes()
+    with changes, changes:  # twice: the first may be interrupted while it undoes
+        changes.set(model.__dict__, "forward", other)
+        ...
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+_ABSENT: Any = object()
+
+
+class Changes:
+    """What has been changed, and how it is undone: the last change first, when a `with` block of it ends."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], object]] = []
+
+    def set(self, held: dict[str, Any], name: str, value: Any) -> None:
+        """Let `held[name]` be `value` for a while."""
+        self.undone_by(functools.partial(_put_back, held, name, held.get(name, _ABSENT)))
+        held[name] = value
+
+    def remove(self, held: dict[str, Any], name: str) -> None:
+        """Let there be no `held[name]` for a while."""
+        self.undone_by(functools.partial(_put_back, held, name, held.get(name, _ABSENT)))
+        held.pop(name, None)
+
+    def undone_by(self, undo: Callable[[], object]) -> None:
+        """Say what undoes a change, before it is made. `undo` may run twice, or where the change was not yet made."""
+        self._undo.append(undo)
+
+    def undo(self) -> None:
+        """Undo all changes."""
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
+
+    def __enter__(self) -> Changes:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.undo()
+
+
+def _put_back(held: dict[str, Any], name: str, before: Any) -> None:
+    if before is _ABSENT:
+        held.pop(name, None)
+    else:
+        held[name] = before
+
+
+class Turns:
+    """One call at a time may have the turn. A lock that neither an interrupted call nor a fork can leave locked."""
+
+    def __init__(self) -> None:
+        self._taken: dict[int, object] = {}  # by process: what a fork copies is not the child's
+
+    def take(self, changes: Changes) -> bool:
+        """Take the turn until `changes` are undone. False if another call has it."""
+        process, mine = os.getpid(), object()
+        changes.undone_by(functools.partial(self._give_back, process, mine))
+        return self._taken.setdefault(process, mine) is mine  # one operation: it happens or it does not
+
+    def _give_back(self, process: int, turn: object) -> None:
+        if self._taken.get(process) is turn:
+            self._taken.pop(process, None)

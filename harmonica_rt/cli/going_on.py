@@ -1,0 +1,58 @@
+"""How to go on with a training that was interrupted."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harmonica_training import TrainingInterrupted
+
+
+def how_to_go_on(stop: TrainingInterrupted, work: Path | None, out: Path) -> str:
+    """What was kept of an interrupted training, and the command that goes on with it.
+
+    Args:
+        stop: the interruption.
+        work: the directory of its checkpoints; without one, what it learned is written to a new one beside `out`.
+        out: where its schedule was to go.
+
+    Raises:
+        OSError: the checkpoint cannot be written.
+    """
+    from harmonica_training.checkpoint import save_checkpoint
+
+    path, arguments = stop.path, sys.argv[1:]
+    if path is None and stop.checkpoint is not None:
+        path = save_checkpoint(_new_directory(out), stop.checkpoint)
+        arguments = [*arguments, "--work", str(path.parent)]
+    if path is not None:
+        return f"interrupted after iteration {stop.iteration}, which is kept in {path}; to go on:\n{command(arguments)}"
+    if stop.iteration:
+        return f"interrupted; iteration {stop.iteration} is kept in {work}; to go on:\n{command(arguments)}"
+    return "interrupted before an iteration was finished: there is nothing to keep"
+
+
+def command(arguments: Sequence[str]) -> str:
+    """This command line with `arguments`, as a shell takes it; torchrun's own options are not known here."""
+    program = [sys.argv[0]]
+    if Path(program[0]).name == "__main__.py":
+        program = [sys.executable, "-m", "harmonica_rt.cli"]
+    elif (found := shutil.which("harmonica-rt")) and os.path.realpath(found) == os.path.realpath(program[0]):
+        program = ["harmonica-rt"]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return f"torchrun (with the options as before) -m harmonica_rt.cli {shlex.join(arguments)}"
+    return shlex.join([*program, *arguments])
+
+
+def _new_directory(out: Path) -> Path:
+    """`schedule.work` beside `schedule.json`, or that with the first number that is free."""
+    directory, number = out.with_suffix(".work"), 2
+    while directory.exists():
+        directory, number = out.with_suffix(f".work-{number}"), number + 1
+    return directory

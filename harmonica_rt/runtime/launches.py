@@ -1,0 +1,60 @@
+"""The order of launches on memory that outlives a call, whatever CUDA stream each call is launched on.
+
+A CUDA stream runs its launches one after the other; two CUDA streams run independently of each other. Slots, hoisted
+values and the inputs of graphs are written again in every run, so a run on another CUDA stream than the last one would
+overwrite what the last one is still reading. Therefore every use of such memory takes a turn: it waits, on the device
+and not on the host, until the turn before it is done. The caching allocator is told as well: it hands freed memory to
+the next launch on the CUDA stream that allocated it, unless it knows of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def has_streams(device: torch.device) -> bool:
+    """Whether launches on `device` go to CUDA streams."""
+    return device.type == "cuda"
+
+
+class LaunchOrder:
+    """Lets the uses of some memory take turns.
+
+    Args:
+        devices: where the memory lies, and where it is used. Those without CUDA streams need no order.
+    """
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._devices = tuple(device for device in devices if has_streams(device))
+        self._last: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}
+
+    @contextmanager
+    def turn(self, held: Callable[[], Iterable[torch.Tensor]]) -> Iterator[None]:
+        """Launch within this block what uses the memory.
+
+        Args:
+            held: gives the tensors that are used; only asked where the CUDA stream is not that of the last turn.
+        """
+        uses = [(torch.cuda.current_stream(device), self._take_over(device, held)) for device in self._devices]
+        try:
+            yield
+        finally:
+            for stream, event in uses:
+                event.record(stream)
+
+    def _take_over(self, device: torch.device, held: Callable[[], Iterable[torch.Tensor]]) -> torch.cuda.Event:
+        """Wait for the last turn on `device`; the event that is recorded when this one is over."""
+        stream = torch.cuda.current_stream(device)
+        last, event = self._last.get(device, (stream, None))
+        if event is None:
+            event = torch.cuda.Event()
+        elif last != stream:
+            stream.wait_event(event)
+            for tensor in held():
+                if tensor.device == device:
+                    tensor.record_stream(stream)
+        self._last[device] = stream, event
+        return event

@@ -1,0 +1,64 @@
+"""Files that are written whole or not at all, with errors that name them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def write_atomically(path: str | os.PathLike[str], data: str | bytes) -> None:
+    """Write beside `path`, then rename: a reader sees the old file or the new one, never half of one.
+
+    A symbolic link stays one: what it points to is written. So do a device and a pipe: they are written to directly.
+
+    Args:
+        path: the file.
+        data: the contents; text is written as UTF-8.
+
+    Raises:
+        OSError: the file cannot be written. The error names `path`, and nothing new is left beside it.
+    """
+    contents = data.encode("utf-8") if isinstance(data, str) else data
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            Path(path).write_bytes(contents)
+        else:
+            _replace(os.path.realpath(path), contents)
+    except OSError as error:  # a full disk is reported without any name, other failures under a temporary one
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def _replace(target: str, contents: bytes) -> None:
+    temporary = f"{target}.{secrets.token_hex(4)}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(contents)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        with contextlib.suppress(OSError):
+            Path(temporary).unlink(missing_ok=True)
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: float | None = None) -> None:
+    """Write a matplotlib figure in the format that the name of `path` ends in; PNG, with that ending, by default.
+
+    Raises:
+        ValueError: matplotlib does not write this format.
+        OSError: see `write_atomically`.
+    """
+    name = os.fspath(path)
+    ending = Path(name).suffix.removeprefix(".").lower()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=ending or "png", dpi=dpi or figure.get_dpi())
+    write_atomically(name if ending else f"{name.removesuffix('.')}.png", buffer.getvalue())

@@ -1,0 +1,239 @@
+"""Ctrl-C, SIGTERM and SIGHUP: what a command does about them, and what a training keeps."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from harmonica_rt import Schedule, cli
+from harmonica_rt.cli import loading, signals
+from harmonica_training import TrainingInterrupted
+from harmonica_training.checkpoint import latest_checkpoint
+from harmonica_training.progress import ConsoleProgress
+from tests.training.test_trainer import dit
+
+MANY = ["--steps", "5", "--iterations", "12", "--batch", "2", "--renew-every", "2", "--learning-rate", "0.3"]
+MANY += ["--guidance", "1", "--target-cur", "0.4"]
+PROGRAM = [sys.executable, "-m", "harmonica_rt.cli"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+PATIENCE = 300  # seconds that no test should need
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("dit")
+    dit().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Schedule:
+    out = tmp_path_factory.mktemp("whole") / "schedule.json"
+    done = finished(*PROGRAM, "train", model, out, *MANY)
+    assert done.returncode == 0, done.stderr
+    return Schedule.load(out)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "60"}
+
+
+def finished(*command: object) -> subprocess.CompletedProcess[str]:
+    words = [str(word) for word in command]
+    return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
+
+
+def begun(*command: object) -> subprocess.Popen[str]:
+    """A training that has come to its second iteration, and heeds Ctrl-C even if the tests run in the background."""
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stderr is not None
+    for printed in process.stderr:
+        if "iteration 2/12" in printed:
+            return process
+    raise AssertionError(f"it ended with {process.wait()} before its second iteration")
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "work"),
+    [(signal.SIGINT, 130, False), (signal.SIGTERM, 143, True)],
+    ids=["ctrl-c-without-work", "sigterm-with-work"],
+)
+def test_the_printed_command_ends_where_an_uninterrupted_training_does(
+    number: signal.Signals, status: int, work: bool, model: Path, uninterrupted: Schedule, tmp_path: Path
+) -> None:
+    out = tmp_path / "a schedule.json"
+    directory = tmp_path / "work" if work else tmp_path / "a schedule.work"
+    process = begun(*PROGRAM, "train", model, out, *MANY, *(["--work", directory] if work else []))
+    process.send_signal(number)
+    _, told = process.communicate(timeout=PATIENCE)
+    assert process.returncode == status
+    assert "Traceback" not in told
+    kept = latest_checkpoint(directory)
+    assert kept is not None
+    assert kept.iteration >= 2
+    *_, said, command = told.splitlines()
+    path = directory / f"iteration-{kept.iteration:06d}.safetensors"
+    assert said == f"interrupted after iteration {kept.iteration}, which is kept in {path}; to go on:"
+    assert not out.exists()
+
+    done = finished(*shlex.split(command))
+    assert done.returncode == 0, done.stderr
+    assert f"goes on after iteration {kept.iteration} of 12\n" in done.stderr
+    assert Schedule.load(out) == uninterrupted
+
+
+def test_a_second_ctrl_c_ends_at_once(model: Path, tmp_path: Path) -> None:
+    """Writing the checkpoint never ends, until Ctrl-C comes again. SIGTERM does not drop what is being written."""
+    code = (
+        "import sys, time; from harmonica_rt import cli; from harmonica_training import trainer\n"
+        "def never(*_):\n"
+        "    print('writing', file=sys.stderr, flush=True)\n"
+        "    time.sleep(600)\n"
+        "trainer.save_checkpoint = never\n"
+        "cli.main()"
+    )
+    command = [sys.executable, "-c", code, "train", model, tmp_path / "s.json", *MANY, "--work", tmp_path / "work"]
+    process = begun(*command)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    assert any("writing" in printed for printed in process.stderr)
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=PATIENCE) == -signal.SIGINT
+    process.stderr.close()
+
+
+def test_under_torchrun_the_first_process_writes_the_checkpoint(model: Path, tmp_path: Path) -> None:
+    command = [*TORCHRUN, "-m", "harmonica_rt.cli", "train", model, tmp_path / "s.json", *MANY]
+    process = begun(*command, "--work", tmp_path / "work")
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=PATIENCE)
+    kept = latest_checkpoint(tmp_path / "work")
+    assert kept is not None
+    assert f"interrupted after iteration {kept.iteration}, which is kept in" in told
+    assert told.count("to go on:") == 1
+    assert "torchrun (with the options as before) -m harmonica_rt.cli train" in told
+
+
+@pytest.mark.parametrize(("number", "status"), [(2, 130), (15, 143), (1, 129)], ids=["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_ends_a_command_with_its_status(
+    number: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(loading, "load_denoiser", stopped)
+    before = [signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    try:
+        with signals.raised():
+            result = CliRunner().invoke(cli.app, ["sites", str(tmp_path)])
+    finally:
+        for each, handler in zip((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), before, strict=True):
+            signal.signal(each, handler)
+    assert result.exit_code == status
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    """`nohup` starts a process that ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.raised():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_before_the_first_iteration_there_is_nothing_to_keep(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ConsoleProgress, "begin", stopped)
+    result = CliRunner().invoke(cli.app, ["train", str(model), str(tmp_path / "s.json"), *MANY])
+    assert result.exit_code == 130
+    assert "interrupted before an iteration was finished: there is nothing to keep\n" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_beside_the_schedule_is_never_shared(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --work an interrupted training leaves those alone that were interrupted before it."""
+    monkeypatch.setattr(ConsoleProgress, "iteration", interrupting_after(2))
+    told = []
+    for _ in range(2):
+        result = CliRunner().invoke(cli.app, ["train", str(model), str(tmp_path / "s.json"), *MANY])
+        assert result.exit_code == 130
+        told.append(result.output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s.work", "s.work-2"]
+    assert f"--work {tmp_path / 's.work'}\n" in told[0]
+    assert f"--work {tmp_path / 's.work-2'}\n" in told[1]
+
+
+def test_an_interruption_right_after_resuming_names_what_is_there(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["train", str(model), str(tmp_path / "s.json"), *MANY, "--work", str(tmp_path / "work")]
+    monkeypatch.setattr(ConsoleProgress, "iteration", interrupting_after(2))
+    assert CliRunner().invoke(cli.app, arguments).exit_code == 130
+    monkeypatch.setattr(ConsoleProgress, "iteration", interrupting_after(2))
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 130
+    assert f"interrupted; iteration 1 is kept in {tmp_path / 'work'}; to go on:\n" in result.output
+
+
+def interrupting_after(iteration: int) -> Any:
+    """In the place of `ConsoleProgress.iteration`: Ctrl-C in the middle of an iteration, which is lost."""
+
+    def step(_: ConsoleProgress, record: Any) -> None:
+        if record.iteration >= iteration:
+            raise KeyboardInterrupt
+
+    return step
+
+
+def test_an_interrupted_call_of_train_has_its_state(tmp_path: Path) -> None:
+    from harmonica_training import train
+    from harmonica_training.checkpoint import load_checkpoint, save_checkpoint
+    from harmonica_training.progress import Silent
+    from tests.training.test_trainer import config
+
+    class Interrupting(Silent):
+        def iteration(self, record: Any) -> None:
+            if record.iteration == 4:
+                raise KeyboardInterrupt
+
+    chosen = config(iterations=6, renew_every=2)
+    with pytest.raises(TrainingInterrupted, match="interrupted after iteration 3; call train again with directory="):
+        train(dit(), chosen, directory=tmp_path / "kept", progress=Interrupting())
+    with pytest.raises(TrainingInterrupted, match=r"its state is in `.checkpoint`") as caught:
+        train(dit(), chosen, progress=Interrupting())
+    stop = caught.value
+    assert (stop.iteration, stop.path) == (3, None)
+    assert isinstance(stop, KeyboardInterrupt)
+    assert stop.checkpoint is not None
+    file = save_checkpoint(tmp_path / "by hand", stop.checkpoint)
+    same = latest_checkpoint(tmp_path / "kept")
+    assert same is not None
+    assert load_checkpoint(file).values == same.values
+    whole = train(dit(), chosen)
+    for directory in ("kept", "by hand"):
+        assert train(dit(), chosen, directory=tmp_path / directory).schedule == whole.schedule

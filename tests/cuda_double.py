@@ -1,0 +1,328 @@
+"""A double of `torch.cuda` on a CPU, that behaves as torch does where graphs and CUDA streams go wrong.
+
+It records what is asked of it (`calls`), and what would be an error on a device without any message (`faults`): memory
+that one CUDA stream uses while another may still write it, and workspaces that a graph shares with what runs outside.
+Graphs hold the very tensors that they were recorded with. While recording, nothing is written; what an operator returns
+lies in the graph's pool, and turns to NaN when another graph of the pool is replayed.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from harmonica_rt.runtime import graphs, launches, plans
+
+aten = torch.ops.aten
+PRODUCTS = {aten.mm, aten.addmm, aten.bmm}
+FORBIDDEN = {aten._local_scalar_dense}  # in a recording: the host would wait
+
+
+class DoubleStream:
+    """A CUDA stream; `seen` holds how far it waited for each other one."""
+
+    def __init__(self, cuda: CudaDouble) -> None:
+        self._cuda = cuda
+        self.seen: Counter[DoubleStream] = Counter()
+        self.recording: DoubleGraph | None = None
+        self.invalid = False
+
+    def wait_stream(self, other: DoubleStream) -> None:
+        self.seen |= other.seen
+
+    def wait_event(self, event: DoubleEvent) -> None:
+        self._cuda.calls.append("wait_event")
+        self.seen |= event.seen
+
+    def launch(self) -> int:
+        """A launch; its number on this stream."""
+        self.seen |= self._cuda.host
+        self.seen[self] += 1
+        return self.seen[self]
+
+
+class DoubleEvent:
+    """An event: what a stream had seen when it was recorded."""
+
+    def __init__(self) -> None:
+        self.seen: Counter[DoubleStream] = Counter()
+
+    def record(self, stream: DoubleStream) -> None:
+        self.seen = stream.seen.copy()
+
+
+class DoubleGraph:
+    """`torch.cuda.CUDAGraph`."""
+
+    def __init__(self, cuda: CudaDouble) -> None:
+        self._cuda = cuda
+        self._stream = cuda.current_stream()
+        self._ended = False
+        self.pool = 0
+        self.tape: list[tuple[Any, Any, Any, list[torch.Tensor]]] = []
+        self.made: list[torch.Tensor] = []
+
+    def capture_begin(self, pool: int, capture_error_mode: str) -> None:
+        cuda, self.pool = self._cuda, pool
+        cuda.calls.append("begin")
+        self._stream = cuda.current_stream()
+        if self._stream is cuda.default:
+            raise RuntimeError("CUDA graphs must be captured on a non-default stream")
+        if pool in cuda.freed:
+            raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
+        cuda.users[pool] += 1
+        if pool in cuda.open_pools:
+            raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+        cuda.open_pools.add(pool)
+        self._stream.recording, self._stream.invalid = self, False
+
+    def capture_end(self) -> None:
+        cuda, stream = self._cuda, self._stream
+        cuda.calls.append("end")
+        if cuda.current_stream() is not stream:
+            raise RuntimeError("Capture must end on the same stream it began on.")
+        if stream.recording is not self:
+            raise RuntimeError("operation not permitted: no capture is under way")
+        stream.recording = None
+        if stream.invalid:
+            raise RuntimeError("operation failed due to a previous error during capture")  # and the pool stays open
+        cuda.end_allocate(0, self.pool)
+        self._ended = True
+        cuda.graphs.add(self)
+
+    def take(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operator while recording."""
+        if func.overloadpacket in FORBIDDEN:
+            self._stream.invalid = True
+            raise RuntimeError("operation not permitted when stream is capturing")
+        if func._schema.is_mutable:
+            self.tape.append((func, args, kwargs, []))
+            written = [value for value, argument in _bound(func, args, kwargs) if _is_written(argument)]
+            return None if not func._schema.returns else written[0] if len(written) == 1 else tuple(written)
+        result = func(*args, **kwargs)
+        if not _is_view(func):
+            outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+            self.tape.append((func, args, kwargs, outputs))
+            self.made += outputs
+            self._cuda.pool_bytes[self.pool] += sum(output.nbytes for output in outputs)
+        return result
+
+    def replay(self) -> None:
+        assert self._ended, "Called CUDAGraph::replay without a preceding successful capture."
+        cuda = self._cuda
+        cuda.calls.append("replay")
+        others = {id(t) for graph in cuda.graphs if graph.pool == self.pool and graph is not self for t in graph.made}
+        with _disable_current_modes():
+            for graph in cuda.graphs:
+                for tensor in graph.made if graph.pool == self.pool else ():
+                    if id(tensor) in others and tensor.is_floating_point():
+                        tensor.fill_(torch.nan)
+            for func, args, kwargs, outputs in self.tape:
+                result = func(*args, **kwargs)
+                fresh = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+                for output, value in zip(outputs, fresh, strict=False):
+                    output.copy_(value)
+        for func, args, kwargs, outputs in self.tape:
+            cuda.note(func, args, kwargs, outputs, fresh=False)
+
+    def __del__(self) -> None:
+        if self._ended:
+            self._cuda.release(self)
+
+
+class CudaDouble(TorchDispatchMode):
+    """All of `torch.cuda` that is used; active in the thread that enters it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+        self.faults: list[str] = []
+        self.graphs: weakref.WeakSet[DoubleGraph] = weakref.WeakSet()
+        self.host: Counter[DoubleStream] = Counter()  # what the host waited for
+        self.default = DoubleStream(self)
+        self.streams: list[DoubleStream] = []
+        self.pools = 0
+        self.users: Counter[int] = Counter()  # graphs of each pool, by its handle
+        self.open_pools: set[int] = set()
+        self.freed: set[int] = set()
+        self.pool_bytes: Counter[int] = Counter()
+        self.cached = 0
+        self.recorded_on: set[tuple[int, DoubleStream]] = set()  # (address, stream) of `record_stream`
+        self._here = threading.local()
+        self._handles: set[threading.Thread] = set()
+        self._workspaces: dict[tuple[threading.Thread, DoubleStream], int] = {}  # -> pool, 0 for none
+        self._memory: dict[int, tuple[Counter[DoubleStream], Counter[DoubleStream]]] = {}  # -> writes, reads
+
+    # ---- torch.cuda
+
+    def current_stream(self, device: Any = None) -> DoubleStream:
+        return getattr(self._here, "stream", self.default)
+
+    def new_stream(self, device: Any = None) -> DoubleStream:
+        self.streams.append(DoubleStream(self))
+        return self.streams[-1]
+
+    @contextmanager
+    def stream(self, stream: DoubleStream) -> Iterator[None]:
+        before, self._here.stream = self.current_stream(), stream
+        try:
+            yield
+        finally:
+            self._here.stream = before
+
+    @contextmanager
+    def device(self, device: Any) -> Iterator[None]:
+        yield
+
+    def synchronize(self, device: Any = None) -> None:
+        if self.current_stream().recording is not None:
+            self.current_stream().invalid = True
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.calls.append("synchronize")
+        for stream in (self.default, *self.streams):
+            self.host |= stream.seen
+
+    def graph_pool_handle(self) -> int:
+        self.pools += 1
+        return self.pools
+
+    def memory_reserved(self, device: Any = None) -> int:
+        return self.cached + sum(self.pool_bytes.values())
+
+    def empty_cache(self) -> None:
+        self.calls.append("empty_cache")
+        self.cached = 0
+        for pool in self.freed:
+            del self.pool_bytes[pool]
+
+    def current_blas_handle(self) -> int:
+        self.calls.append("handle")
+        self._handle()
+        return 1
+
+    def clear_workspaces(self) -> None:
+        self.calls.append("clear")
+        self._workspaces.clear()
+
+    def end_allocate(self, device: int, pool: int) -> None:
+        if pool not in self.open_pools:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.open_pools.remove(pool)
+
+    def release(self, graph: DoubleGraph) -> None:
+        """A graph is destroyed."""
+        self.users[graph.pool] -= 1
+        if not self.users[graph.pool]:
+            self.freed.add(graph.pool)
+
+    # ---- operators
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not _all_real((args, kwargs)):
+            return func(*args, **kwargs)
+        stream = self.current_stream()
+        if func.overloadpacket in PRODUCTS:
+            self._handle()
+        if stream.recording is not None:
+            return stream.recording.take(func, args, kwargs)
+        result = func(*args, **kwargs)
+        outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        if _all_real(outputs):
+            self.note(func, args, kwargs, outputs, fresh=not _is_view(func) and not func._schema.is_mutable)
+        return result
+
+    def note(self, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor], *, fresh: bool) -> None:
+        """A launch on the current stream: whether all that it touches is ordered before it."""
+        if _is_view(func):
+            return
+        stream = self.current_stream()
+        number = stream.launch()
+        for value, argument in _bound(func, args, kwargs):
+            for tensor in pytree.tree_leaves(value):
+                if isinstance(tensor, torch.Tensor):
+                    self._touch(func, tensor, stream, number, writes=_is_written(argument))
+        for tensor in outputs:
+            if fresh:
+                self._memory[tensor.untyped_storage().data_ptr()] = Counter({stream: number}), Counter()
+
+    def _touch(self, func: Any, tensor: torch.Tensor, stream: DoubleStream, number: int, *, writes: bool) -> None:
+        unknown: tuple[Counter[DoubleStream], Counter[DoubleStream]] = (Counter(), Counter())
+        written, read = self._memory.setdefault(tensor.untyped_storage().data_ptr(), unknown)
+        earlier = written | read if writes else written
+        if any(stream.seen[other] < count for other, count in earlier.items() if other is not stream):
+            self.faults.append(f"{func} {'writes' if writes else 'reads'} what another stream is not done with")
+        (written if writes else read)[stream] = number
+
+    def _handle(self) -> None:
+        thread, stream = threading.current_thread(), self.current_stream()
+        recording = stream.recording
+        if thread not in self._handles:
+            if recording is not None:
+                stream.invalid = True
+                raise RuntimeError("cublasCreate: operation not permitted when stream is capturing")
+            self._handles.add(thread)
+        pool = recording.pool if recording is not None else 0
+        owner = self._workspaces.setdefault((thread, stream), pool)
+        if owner != pool:
+            self.faults.append(f"pool {pool} (0: none) uses a workspace of pool {owner}")
+
+
+def _all_real(values: Any) -> bool:
+    """Whether no tensor is a fake one, as there are while a model is traced."""
+    tensors = (leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor))
+    return all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
+
+
+def _bound(func: Any, args: Any, kwargs: Any) -> list[tuple[Any, Any]]:
+    """Values and what the schema says of them."""
+    arguments = func._schema.arguments
+    named = {argument.name: argument for argument in arguments}
+    return [*zip(args, arguments, strict=False), *((value, named[name]) for name, value in kwargs.items())]
+
+
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _is_view(func: Any) -> bool:
+    return not func._schema.is_mutable and any(result.alias_info is not None for result in func._schema.returns)
+
+
+@contextmanager
+def in_place_of_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaDouble]:
+    """The double in the place of `torch.cuda`; devices are CPUs that have CUDA streams. No fault may be left."""
+    double = CudaDouble()
+    replaced: dict[str, Callable[..., Any]] = {
+        "CUDAGraph": lambda: DoubleGraph(double),
+        "Event": DoubleEvent,
+        "Stream": double.new_stream,
+        "get_device_properties": lambda device: SimpleNamespace(total_memory=1 << 20),
+    }
+    same = "stream device synchronize graph_pool_handle memory_reserved empty_cache current_stream current_blas_handle"
+    replaced |= {name: getattr(double, name) for name in same.split()}
+    for name, value in replaced.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", double.clear_workspaces, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", double.end_allocate, raising=False)
+    monkeypatch.setattr(
+        torch.Tensor,
+        "record_stream",
+        lambda tensor, stream: double.recorded_on.add((tensor.untyped_storage().data_ptr(), stream)),
+    )
+    for module in (graphs, launches, plans):
+        monkeypatch.setattr(module, "has_streams", lambda device: True)
+    with double:
+        yield double
+    assert double.faults == []
