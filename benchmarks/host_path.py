@@ -4,6 +4,9 @@ On a GPU that time is hidden while the device is busy, and is what is waited for
 nothing: a stand-in hands out what it recorded. The model has DiT-XL/2's 28 blocks and 56 sites at a width of 16, so
 that copies of inputs and outputs, which a GPU makes by itself, take next to nothing. Beside it stands the least that
 any host path must do, in C++ or not: copy the latents to their fixed place, replay, copy the output for the caller.
+
+Part of a step is the look at the model, whether it is still what it was. It is timed by itself as well, and so is
+reading the model anew, which a change costs.
 """
 
 from __future__ import annotations
@@ -13,17 +16,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 import harmonica_rt as hrt
 from benchmarks import models, schedules
 from benchmarks.rows import Row
 from benchmarks.timing import Spread
 from harmonica_rt.api import CompiledModel
+from harmonica_rt.capture.watch import ModelWatch
 from harmonica_rt.runtime.graphs import Body, Graphs, copies
 from harmonica_rt.runtime.planned import PlannedEngine
 
 STEPS = 20
 RUNS = 50  # in each repeat
+LOOK = "the look at the model alone"
+TARGETS = {LOOK: "<= 3e-4"}
 
 
 class IdleGraph:
@@ -85,12 +92,37 @@ def run(*, repeats: int, quick: bool) -> list[Row]:
             for name, provider in zip(found, (ours, least), strict=True):
                 samples = sorted(second for _ in range(runs) for second in provider()[1:])
                 found[name].append(samples[len(samples) // 2])
+        found |= _looks(model, repeats=repeats, looks=runs * STEPS)
     spreads = {name: Spread.of(samples) for name, samples in found.items()}
     case = f"DiT, {layers} blocks of width 16, batch 2"
     return [
-        Row("host_path", case, "10 patterns", f"host, a step: {name}", s.p50, "s", s.p20, s.p80, repeats)
+        Row(
+            "host_path",
+            case,
+            "10 patterns",
+            f"host, a step: {name}",
+            s.p50,
+            "s",
+            s.p20,
+            s.p80,
+            repeats,
+            TARGETS.get(name),
+        )
         for name, s in spreads.items()
     ]
+
+
+def _looks(model: nn.Module, *, repeats: int, looks: int) -> dict[str, list[float]]:
+    """Seconds of a look at a model that did not change, and of reading it anew."""
+    watch = ModelWatch(model)
+    watch.look()
+    found: dict[str, list[float]] = {LOOK: [], "a change seen, the model read anew": []}
+    for _ in range(repeats):
+        found[LOOK].append(_seconds(lambda: [watch.look() for _ in range(looks)]) / looks)
+        model.scale_of_the_benchmark = len(found[LOOK])  # type: ignore[assignment]
+        found["a change seen, the model read anew"].append(_seconds(watch.look))
+    del model.scale_of_the_benchmark
+    return found
 
 
 def _least(latents: torch.Tensor, call: dict[str, Any], graph: IdleGraph) -> tuple[Any, ...]:

@@ -6,6 +6,8 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <cstdint>
+
 namespace {
 
 // Compares what a container yields, one object after another, with what was noted.
@@ -21,6 +23,17 @@ class Noted {
   Py_ssize_t count_;
   Py_ssize_t index_ = 0;
 };
+
+// A number that changes whenever a dict does (PEP 509), so that one that nobody touched need not be read. Later versions
+// of Python have none.
+#if PY_VERSION_HEX < 0x030D0000
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+uint64_t version_of(PyObject* dict) { return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag; }
+#pragma GCC diagnostic pop
+#else
+uint64_t version_of(PyObject*) { return 0; }
+#endif
 
 PyObject* or_none(PyObject* object) { return object != nullptr ? object : Py_None; }
 
@@ -80,12 +93,16 @@ bool same_iteration(PyObject* container, Noted& noted) {
   return same;
 }
 
-// In the order of `contents` in harmonica_rt/capture/identity.py.
-bool same_contents(PyObject* container, PyObject* items) {
+// In the order of `contents` in harmonica_rt/capture/identity.py. `version`, if there is one, is that of the container's
+// dict when it was last found to be the same; 0 where it never was.
+bool same_contents(PyObject* container, PyObject* items, uint64_t* version) {
   Noted noted(items);
   bool same = true;
   if (PyDict_Check(container)) {
+    const uint64_t now = version_of(container);
+    if (version != nullptr && now != 0 && *version == now) return true;
     same = same_dict(container, noted);
+    if (version != nullptr && same && noted.at_end()) *version = now;
   } else if (PyList_Check(container)) {
     for (Py_ssize_t i = 0; same && i < PyList_GET_SIZE(container); ++i) {
       same = noted.next_is(PyList_GET_ITEM(container, i));
@@ -101,8 +118,12 @@ bool same_contents(PyObject* container, PyObject* items) {
   } else if (PyObject* attributes = attributes_of(container)) {
     PyObject* kind = PyType_Check(container) ? reinterpret_cast<PyTypeObject*>(container)->tp_mro
                                              : reinterpret_cast<PyObject*>(Py_TYPE(container));
-    same = noted.next_is(kind) && same_dict(attributes, noted);
+    const uint64_t now = version_of(attributes);
+    const bool untouched = version != nullptr && now != 0 && *version == now;
+    same = noted.next_is(kind) && (untouched || (same_dict(attributes, noted) && noted.at_end()));
     Py_DECREF(attributes);
+    if (version != nullptr && same) *version = now;
+    return same;
   } else {
     same = same_iteration(container, noted);
   }
@@ -110,10 +131,19 @@ bool same_contents(PyObject* container, PyObject* items) {
 }
 
 PyObject* first_change(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 2 || !PyList_Check(arguments[0]) || !PyList_Check(arguments[1]) ||
+  if ((count != 2 && count != 3) || !PyList_Check(arguments[0]) || !PyList_Check(arguments[1]) ||
       PyList_GET_SIZE(arguments[0]) != PyList_GET_SIZE(arguments[1])) {
     PyErr_SetString(PyExc_TypeError, "first_change takes two lists of one length: containers, and their contents");
     return nullptr;
+  }
+  uint64_t* versions = nullptr;
+  if (count == 3) {
+    const Py_ssize_t size = PyList_GET_SIZE(arguments[0]) * static_cast<Py_ssize_t>(sizeof(uint64_t));
+    if (!PyByteArray_Check(arguments[2]) || PyByteArray_GET_SIZE(arguments[2]) != size) {
+      PyErr_SetString(PyExc_TypeError, "versions are a bytearray of eight bytes per container");
+      return nullptr;
+    }
+    versions = reinterpret_cast<uint64_t*>(PyByteArray_AS_STRING(arguments[2]));
   }
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(arguments[0]); ++i) {
     PyObject* container = PyList_GET_ITEM(arguments[0], i);
@@ -122,14 +152,19 @@ PyObject* first_change(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
       PyErr_SetString(PyExc_TypeError, "contents are tuples, and so is a pair of an owner and a name");
       return nullptr;
     }
-    if (!same_contents(container, items)) return PyLong_FromSsize_t(i);
+    Py_INCREF(container);
+    Py_INCREF(items);
+    const bool same = same_contents(container, items, versions != nullptr ? versions + i : nullptr);
+    Py_DECREF(items);
+    Py_DECREF(container);
+    if (!same || PyList_GET_SIZE(arguments[0]) != PyList_GET_SIZE(arguments[1])) return PyLong_FromSsize_t(i);
   }
   return PyLong_FromLong(-1);
 }
 
 PyMethodDef methods[] = {
     {"first_change", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(first_change)), METH_FASTCALL,
-     "first_change(containers, contents) -> index of the first container that holds other objects; -1 for none"},
+     "first_change(containers, contents, versions=None) -> index of the first container that holds other objects, or -1"},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -93,6 +93,7 @@ class Facts:
     Attributes:
         containers: what holds it, for `identity.first_change`.
         noted: the contents of each container.
+        versions: of the containers, for `identity.first_change`.
         tensors: plain tensors among it: neither parameters nor buffers of the model.
         arrays: numpy arrays among it, each with its bytes.
     """
@@ -101,6 +102,7 @@ class Facts:
         walk = _Walk(model)
         self.containers = walk.containers
         self.noted: list[Contents] = list(map(contents, self.containers))
+        self.versions = bytearray(8 * len(self.containers))
         self.tensors = tuple(walk.tensors)
         self.arrays = tuple(walk.arrays)
         self._caches = tuple(walk.caches)

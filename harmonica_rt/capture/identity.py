@@ -99,7 +99,7 @@ def _flat(held: dict[Any, Any]) -> Contents:
     return tuple(part for item in dict.items(held) for part in item)
 
 
-def _first_change(containers: list[Any], noted: list[Contents]) -> int:
+def _first_change(containers: list[Any], noted: list[Contents], versions: bytearray | None = None) -> int:
     for index, (container, before) in enumerate(zip(containers, noted, strict=True)):
         now = contents(container)
         if len(now) != len(before) or not all(map(operator.is_, now, before)):
@@ -107,7 +107,7 @@ def _first_change(containers: list[Any], noted: list[Contents]) -> int:
     return -1
 
 
-def _fastest() -> Callable[[list[Any], list[Contents]], int]:
+def _fastest() -> Callable[..., int]:
     if not harmonica_kernels.build_info().extension:
         return _first_change
     try:
@@ -118,4 +118,8 @@ def _fastest() -> Callable[[list[Any], list[Contents]], int]:
 
 
 first_change = _fastest()
-"""first_change(containers, noted): index of the first container whose contents are other objects; -1 for none."""
+"""first_change(containers, noted, versions=None): index of the first container whose contents are other objects, or -1.
+
+`versions`, a bytearray of eight zeros per container at first, is where the extension keeps what lets it pass over dicts
+that were not touched since the last time.
+"""

@@ -86,7 +86,7 @@ class ModelWatch:
         if now is None or _innermost(self._model) is not self._own_forward:
             return False
         changed = -1
-        while (index := first_change(now.containers, now.noted)) >= 0:
+        while (index := first_change(now.containers, now.noted, now.versions)) >= 0:
             if index <= changed or not self._is_harmless(now, index):
                 return False
             changed = index

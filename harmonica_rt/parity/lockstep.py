@@ -19,9 +19,9 @@ from harmonica_rt.capture.call import Call
 from harmonica_rt.indices import SiteIndex, SiteOutput, StepIndex
 from harmonica_rt.lower import EXACT
 from harmonica_rt.lower.plain import Program
-from harmonica_rt.parity.higher import HigherStream
+from harmonica_rt.parity.higher import HigherEngine, HigherStream
 from harmonica_rt.parity.report import ParityError, ParityReport, StepParity
-from harmonica_rt.parity.tolerance import NONE, Allowance, Error, limit_from, same_bits
+from harmonica_rt.parity.tolerance import NONE, Allowance, Error, limit_from, same_bits, worst
 from harmonica_rt.passes.specialise import Pattern, specialise
 from harmonica_rt.runtime.engine import RunKey, Stream
 from harmonica_rt.runtime.execution import PlanStream
@@ -67,6 +67,10 @@ class LockstepEngine:
         """A run begins for all engines, with a report of its own."""
         self.planned.begin_run(key)
         self.report = ParityReport(self.report.tolerance)
+
+    def higher(self) -> HigherEngine:
+        """The reference one precision up, to run by itself."""
+        return HigherEngine(self._model, self._schedule)
 
     def new_stream(self, call: Call) -> Stream:
         """Streams of all engines, as one."""
@@ -125,11 +129,11 @@ def _compare(
     same = all(same_bits(a, b) for a, b in zip(expected, got, strict=True))
     if truth is None:
         errors = [Error.between(b, a) for a, b in zip(expected, got, strict=True)]
-        return StepParity(step, _worst(errors), NONE, same, ok=same)
+        return StepParity(step, worst(errors), NONE, same, ok=same)
     errors = [Error.between(b, t) for b, t in zip(got, truth, strict=True)]
     limits = [allowances[i].limit(a, t) for i, (a, t) in enumerate(zip(expected, truth, strict=True))]
     ok = all(error.within(limit) for error, limit in zip(errors, limits, strict=True))
-    return StepParity(step, _worst(errors), _worst(limits), same, ok)
+    return StepParity(step, worst(errors), worst(limits), same, ok)
 
 
 def _first_divergent_site(
@@ -179,10 +183,6 @@ def _matches_any(value: torch.Tensor, theirs: list[torch.Tensor], above: list[to
         value.shape == other.shape and Error.between(value, truth).within(limit_from(other, truth))
         for other, truth in zip(theirs, above, strict=True)
     )
-
-
-def _worst(errors: list[Error]) -> Error:
-    return Error(max((e.rms for e in errors), default=0.0), max((e.largest for e in errors), default=0.0))
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:

@@ -16,8 +16,8 @@ from harmonica_rt.changes import Changes
 from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.lower import EXACT
 from harmonica_rt.parity.lockstep import LockstepEngine, Tolerance
-from harmonica_rt.parity.report import ParityError, ParityReport
-from harmonica_rt.parity.tolerance import Error, same_bits
+from harmonica_rt.parity.report import ParityError, ParityReport, TrajectoryParity
+from harmonica_rt.parity.tolerance import NONE, Error, limit_from, same_bits, worst
 from harmonica_rt.runtime.denoiser import Denoiser
 from harmonica_rt.runtime.engine import Engine
 from harmonica_rt.runtime.graphs import graphs_of
@@ -38,7 +38,7 @@ def verify_pipeline(
     tolerance: Tolerance,
     arguments: Mapping[str, Any],
 ) -> ParityReport:
-    """Generate twice from one seed: in lockstep with the reference, and compiled alone.
+    """Generate from one seed: in lockstep with the reference, compiled alone, and alone one precision up.
 
     Raises:
         ParityError: a step or the result is outside the tolerance.
@@ -62,7 +62,7 @@ def verify_pipeline(
             return _generate(pipeline, seed, arguments)
 
     expected = _checked_runs(lockstep, lambda: generate(lockstep))
-    return _finish(lockstep.report, expected, generate(lockstep.planned))
+    return _finish(lockstep, expected, generate)
 
 
 def verify_model(
@@ -74,7 +74,7 @@ def verify_model(
     graphs: str,
     tolerance: Tolerance,
 ) -> ParityReport:
-    """Run one call a step, in lockstep with the reference, and once more compiled alone.
+    """Run one call per step: in lockstep with the reference, compiled alone, and alone one precision up.
 
     Args:
         model: the denoiser.
@@ -93,7 +93,7 @@ def verify_model(
         raise HarmonicaError(f"calls holds {len(inputs)} calls, the schedule has {schedule.steps} steps: one for each")
     lockstep = _lockstep(model, schedule, lowering, graphs, tolerance)
     expected = _checked_runs(lockstep, lambda: _last(Denoiser(model, schedule, lockstep), inputs))
-    return _finish(lockstep.report, expected, _last(Denoiser(model, schedule, lockstep.planned), inputs))
+    return _finish(lockstep, expected, lambda engine: _last(Denoiser(model, schedule, engine), inputs))
 
 
 def _lockstep(model: nn.Module, schedule: Schedule, lowering: str, graphs: str, tolerance: Tolerance) -> LockstepEngine:
@@ -132,17 +132,32 @@ def _generate(pipeline: Any, seed: int, arguments: Mapping[str, Any]) -> Any:
     return pipeline(**arguments)
 
 
-def _finish(report: ParityReport, expected: Any, got: Any) -> ParityReport:
-    a, b = _arrays(expected), _arrays(got)
+def _finish(lockstep: LockstepEngine, expected: Any, run: Callable[[Engine], Any]) -> ParityReport:
+    """Judge the result of a free run; `expected` is the reference's, and `run` runs an engine from the beginning."""
+    a, b = _arrays(expected), _arrays(run(lockstep.planned))
+    report = lockstep.report
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=False)):
-        report.trajectory, report.trajectory_same_bits = Error(np.inf, np.inf), False
-    else:
-        errors = [Error.between(y, x) for x, y in zip(a, b, strict=True)]
-        report.trajectory = Error(max(e.rms for e in errors), max(e.largest for e in errors)) if errors else None
-        report.trajectory_same_bits = all(same_bits(x, y) for x, y in zip(a, b, strict=True))
+        report.trajectory = TrajectoryParity(Error(np.inf, np.inf), NONE, same_bits=False, ok=False)
+    elif a:
+        higher = _arrays(run(lockstep.higher())) if report.tolerance == "measured" and report.ok else None
+        report.trajectory = _judged(a, b, higher)
     if not report.ok:
         raise ParityError(report)
     return report
+
+
+def _judged(
+    expected: list[torch.Tensor], got: list[torch.Tensor], higher: list[torch.Tensor] | None
+) -> TrajectoryParity:
+    """Errors add up over a run, so they are judged like those of a step: by the reference's own, one precision up."""
+    same = all(same_bits(x, y) for x, y in zip(expected, got, strict=True))
+    if higher is None:
+        differences = [Error.between(y, x) for x, y in zip(expected, got, strict=True)]
+        return TrajectoryParity(worst(differences), NONE, same_bits=same, ok=same)
+    errors = [Error.between(y, truth) for y, truth in zip(got, higher, strict=True)]
+    limits = [limit_from(x, truth) for x, truth in zip(expected, higher, strict=True)]
+    ok = all(error.within(limit) for error, limit in zip(errors, limits, strict=True))
+    return TrajectoryParity(worst(errors), worst(limits), same_bits=same, ok=ok)
 
 
 def _arrays(output: Any) -> list[torch.Tensor]:
