@@ -23,7 +23,8 @@ _REQUEST = re.compile(
     r"|^y$|^cond|^prior",
     re.IGNORECASE,
 )
-_RESIDUAL = re.compile(r"controlnet|additional_residual", re.IGNORECASE)
+# `control` is what the original ControlNet calls its residuals.
+_RESIDUAL = re.compile(r"controlnet|additional_residual|^control(\.|$)", re.IGNORECASE)
 _TIMESTEP = re.compile(
     r"^t$|^(\w+_)?(time_?steps?|times?|sigmas?)(_r|_ratio)?$|^noise_(levels?|labels)$", re.IGNORECASE
 )

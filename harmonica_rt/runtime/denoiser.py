@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -51,6 +52,7 @@ class Denoiser(Session):
         self.model = model
         self._convention = CallConvention(model)
         self.__module__ = type(model).__module__  # with the class's name, what diffusers writes into a saved pipeline
+        self._counted_by: weakref.ref[Any] | None = None  # the pipeline that begins the runs by itself
         self._complete = True
 
     @property  # type: ignore[misc]
@@ -109,6 +111,12 @@ class Denoiser(Session):
 
         return MethodType(method, self)  # dynamo takes the methods of a module for bound ones
 
+    def reset(self, timesteps: Sequence[float] | torch.Tensor | None = None) -> None:
+        """See `Session.reset`. What holds this model and calls `reset` by itself counts its own steps."""
+        caller = pipeline_holding(self, callers())
+        self._counted_by = weakref.ref(caller) if caller is not None else None
+        super().reset(timesteps)
+
     def _call(self, call: Call, uncached: Callable[[], Any]) -> Any:
         if self._run is None or self._run.untouched or not self._following:
             self._settle_in(list(calling_pipelines()))
@@ -116,8 +124,14 @@ class Denoiser(Session):
 
     def _settle_in(self, callers: list[Any]) -> None:
         """Take over in a pipeline that this was assigned to; its run began, unseen, before this call."""
+<<<<<<< HEAD
         pipeline = next((p for p in callers if any(value is self for value in vars(p).values())), None)
         if pipeline is not None:
+=======
+        pipeline = pipeline_holding(self, callers)
+        counted_by = self._counted_by() if self._counted_by is not None else None
+        if pipeline is not None and pipeline is not counted_by:
+>>>>>>> main
             from harmonica_rt.runtime.pipelines import install_assigned  # which imports this module
 
             install_assigned(pipeline)

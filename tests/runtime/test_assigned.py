@@ -17,6 +17,7 @@ from torch import nn
 import harmonica_rt as hrt
 from harmonica_rt import Schedule
 from harmonica_rt.errors import HarmonicaError, RunError
+from tests.models import stack, stack_call
 from tests.tiny import dit, families, random_schedule, sample
 
 STEPS = 4
@@ -224,3 +225,26 @@ def test_a_module_that_holds_it_has_its_parameters(pipeline: Any, schedule: Sche
     assert set(holder.state_dict()) == {f"inner.{name}" for name in pipeline.transformer.state_dict()}
     holder.to(torch.float64)
     assert pipeline.transformer.dtype is torch.float64
+
+
+class CountsItsOwnSteps:
+    """A pipeline of one's own that begins the runs of a compiled model by itself."""
+
+    def __init__(self, denoiser: Any) -> None:
+        self.denoiser = denoiser
+        self.scheduler = d.DDIMScheduler()
+
+    def __call__(self, steps: int) -> list[torch.Tensor]:
+        self.denoiser.reset()
+        self.scheduler.set_timesteps(steps)
+        return [self.denoiser(**stack_call(step)) for step in range(steps)]
+
+
+def test_a_pipeline_that_resets_the_model_counts_its_own_steps() -> None:
+    model = stack()
+    compiled = hrt.compile(model, Schedule.every(2, steps=4, sites=hrt.find_sites(model)))
+    pipeline = CountsItsOwnSteps(compiled)
+    first, second = pipeline(4), pipeline(4)
+    assert pipeline.denoiser is compiled
+    assert all(torch.allclose(a, b) for a, b in zip(first, second, strict=True))
+    assert compiled.report().last_calls == 4
