@@ -129,14 +129,19 @@ class Origin:
         return len(beneath) if self._mark is None else None
 
 
-def calling_pipelines() -> Iterator[Any]:
-    """The pipelines whose `__call__` is running, innermost first."""
-    return (frame.f_locals["self"] for frame in _callers() if _scheduler_of(frame) is not None)
-
-
 def calling_scheduler() -> Any | None:
     """The scheduler of the pipeline that makes the call under way; None for a loop of one's own."""
-    return next((pipeline.scheduler for pipeline in calling_pipelines()), None)
+    return next((found for frame in _callers() if (found := _scheduler_of(frame)) is not None), None)
+
+
+def calling_pipeline_with(component: object) -> Any | None:
+    """The pipeline that makes the call under way, where it has `component` as one of its attributes."""
+    for frame in _callers():
+        if _scheduler_of(frame) is not None:
+            pipeline = frame.f_locals["self"]
+            if any(value is component for value in vars(pipeline).values()):
+                return pipeline
+    return None
 
 
 def _callers() -> Iterator[FrameType]:
