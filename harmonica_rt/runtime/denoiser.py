@@ -17,7 +17,7 @@ from harmonica_rt.changes import Changes
 from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.runtime.engine import Engine
 from harmonica_rt.runtime.hooks import call_with_hooks
-from harmonica_rt.runtime.origin import Origin, calling_pipeline_with
+from harmonica_rt.runtime.origin import Origin, calling_objects, pipeline_holding
 from harmonica_rt.runtime.session import Session
 from harmonica_rt.schedule import Schedule
 
@@ -113,18 +113,18 @@ class Denoiser(Session):
 
     def reset(self, timesteps: Sequence[float] | torch.Tensor | None = None) -> None:
         """See `Session.reset`. What holds this model and calls `reset` by itself counts its own steps."""
-        caller = calling_pipeline_with(self)
+        caller = pipeline_holding(self, calling_objects())
         self._counted_by = weakref.ref(caller) if caller is not None else None
         super().reset(timesteps)
 
     def _call(self, call: Call, uncached: Callable[[], Any]) -> Any:
         if self._run is None or self._run.untouched or not self._following:
-            self._settle_in()
+            self._settle_in(list(calling_objects()))
         return super()._call(call, uncached)
 
-    def _settle_in(self) -> None:
+    def _settle_in(self, callers: list[Any]) -> None:
         """Take over in a pipeline that this was assigned to; its run began, unseen, before this call."""
-        pipeline = calling_pipeline_with(self)
+        pipeline = pipeline_holding(self, callers)
         counted_by = self._counted_by() if self._counted_by is not None else None
         if pipeline is not None and pipeline is not counted_by:
             from harmonica_rt.runtime.pipelines import install_assigned  # which imports this module

@@ -54,15 +54,16 @@ class Following:
     def leave(self, pipeline: Any) -> None:
         """Follow it no more."""
         left = [one for one in self._followed if one.pipeline() is pipeline]
-        self._followed = [one for one in self._followed if one not in left]
+        kept = [one for one in self._followed if one not in left]
         for one in left:
-            self._release(one.scheduler)
+            self._release(one.scheduler, kept)
+        self._followed = kept  # last: what interrupts this leaves nothing watched that nobody knows of
 
     def release(self) -> None:
         """Leave all schedulers alone again."""
-        schedulers, self._followed = [one.scheduler for one in self._followed], []
-        for scheduler in schedulers:
-            self._release(scheduler)
+        for one in self._followed:
+            self._release(one.scheduler, [])
+        self._followed = []
 
     def replaced(self) -> list[Any]:
         """Follow schedulers that took the place of another one since the last look (`from_config` makes a new object).
@@ -74,10 +75,10 @@ class Following:
             pipeline = one.pipeline()
             if pipeline is None or pipeline.scheduler is one.scheduler:
                 continue
+            self._watch(pipeline.scheduler)
             before, one.scheduler = one.scheduler, pipeline.scheduler
-            self._watch(one.scheduler)
             found.append(one.scheduler)
-            self._release(before)
+            self._release(before, self._followed)
         return found
 
     def _watch(self, scheduler: Any) -> None:
@@ -88,8 +89,8 @@ class Following:
             raise scheduler_in_use(current)
         watch(scheduler, listener)
 
-    def _release(self, scheduler: Any) -> None:
-        if not self.follows(scheduler):
+    def _release(self, scheduler: Any, kept: list[_Followed]) -> None:
+        if all(one.scheduler is not scheduler for one in kept):
             listener = listener_of(scheduler)
             if listener is not None and listener is self._listener():
                 unwatch(scheduler)

@@ -18,7 +18,7 @@ import functools
 import inspect
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import CodeType, FrameType
 from typing import Any
 
@@ -129,18 +129,21 @@ class Origin:
         return len(beneath) if self._mark is None else None
 
 
+def calling_objects() -> Iterator[Any]:
+    """The objects whose `__call__` is running, innermost first."""
+    return (found for frame in _callers() if (found := _called_object(frame)) is not None)
+
+
 def calling_scheduler() -> Any | None:
     """The scheduler of the pipeline that makes the call under way; None for a loop of one's own."""
     return next((found for frame in _callers() if (found := _scheduler_of(frame)) is not None), None)
 
 
-def calling_pipeline_with(component: object) -> Any | None:
-    """The pipeline that makes the call under way, where it has `component` as one of its attributes."""
-    for frame in _callers():
-        if _scheduler_of(frame) is not None:
-            pipeline = frame.f_locals["self"]
-            if any(value is component for value in vars(pipeline).values()):
-                return pipeline
+def pipeline_holding(component: object, callers: Iterable[Any]) -> Any | None:
+    """The first of `callers` that is a pipeline with `component` as one of its attributes."""
+    for caller in callers:
+        if _scheduler_in(caller) is not None and any(value is component for value in vars(caller).values()):
+            return caller
     return None
 
 
@@ -153,12 +156,20 @@ def _callers() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
+def _called_object(frame: FrameType) -> Any | None:
+    """The object whose `__call__` a frame runs."""
+    code = frame.f_code
+    return frame.f_locals.get("self") if code.co_name == "__call__" and code.co_varnames[:1] == ("self",) else None
+
+
+def _scheduler_in(pipeline: Any) -> Any | None:
+    scheduler = getattr(pipeline, "__dict__", {}).get("scheduler")
+    return scheduler if callable(getattr(scheduler, "set_timesteps", None)) else None
+
+
 def _scheduler_of(frame: FrameType) -> Any | None:
     """The scheduler of a pipeline, where the frame is a pipeline's `__call__`."""
-    if frame.f_code.co_name != "__call__" or frame.f_code.co_varnames[:1] != ("self",):
-        return None
-    scheduler = getattr(frame.f_locals.get("self"), "__dict__", {}).get("scheduler")
-    return scheduler if callable(getattr(scheduler, "set_timesteps", None)) else None
+    return _scheduler_in(_called_object(frame))
 
 
 def _pipeline_frame(scheduler: Any) -> FrameType | None:

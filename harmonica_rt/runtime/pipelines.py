@@ -99,10 +99,11 @@ def uninstall(pipeline: Any) -> None:
     Nothing happens where nothing was installed.
     """
     module, left_over = denoiser_module(pipeline), _left_over(pipeline)
-    if left_over is not None:
-        left_over.leave(pipeline)
     for before in (installed(module), left_over):
-        if before is None or (before.model is not module and before.pipelines):  # others still run it
+        if before is None:
+            continue
+        if before.model is not module and any(one is not pipeline for one in before.pipelines):
+            before.leave(pipeline)  # others still run it
             continue
         if installed(before.model) is before:  # first: one that is called but follows nobody would miscount steps
             del before.model._compiled_call_impl

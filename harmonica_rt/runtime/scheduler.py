@@ -135,6 +135,14 @@ class RunTimesteps:
         return index if rest == 0 and 0 <= index < len(own) else None
 
 
+def timesteps_are_set(scheduler: Any) -> bool:
+    """Whether timesteps were set for sampling. A new diffusers scheduler has none, or all it was trained with."""
+    timesteps = getattr(scheduler, "timesteps", None)
+    trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+    asked = getattr(scheduler, "num_inference_steps", None) or (len(timesteps) if timesteps is not None else trained)
+    return timesteps is not None and asked != trained
+
+
 def steps_left_out(scheduler: Any) -> int:
     """How many of its first steps the run leaves out, as image-to-image tells its scheduler with `set_begin_index`."""
     return int(getattr(scheduler, "begin_index", None) or 0)

@@ -24,7 +24,7 @@ from harmonica_rt.runtime.following import Following
 from harmonica_rt.runtime.notices import Notices
 from harmonica_rt.runtime.origin import Origin, calling_scheduler
 from harmonica_rt.runtime.run import Run, RunStats
-from harmonica_rt.runtime.scheduler import RunTimesteps, steps_left_out
+from harmonica_rt.runtime.scheduler import RunTimesteps, steps_left_out, timesteps_are_set
 from harmonica_rt.schedule import Schedule
 
 _INTERLEAVED = (
@@ -169,7 +169,7 @@ class Session:
 
     def _call_in_pipeline(self, call: Call, uncached: Callable[[], Any]) -> Any:
         caller, replaced = calling_scheduler(), self._following.replaced()
-        begun = [scheduler for scheduler in replaced if caller is None or caller is scheduler]
+        begun = [s for s in replaced if caller is s or (caller is None and timesteps_are_set(s))]
         if begun:
             self._begin_driven(begun[-1], Origin(begun[-1], seen=False))
         self._check_not_displaced()
