@@ -7,6 +7,7 @@ place where `nn.Module.compile` puts one. Copies and saved files of the module k
 from __future__ import annotations
 
 import functools
+import re
 import weakref
 from typing import Any
 
@@ -40,6 +41,18 @@ def denoiser_module(pipeline: Any) -> nn.Module:
     raise HarmonicaError(
         f"{type(pipeline).__name__} has no denoiser named {' or '.join(_DENOISER_NAMES)}; compile the model itself"
     )
+
+
+def other_denoisers(pipeline: Any) -> list[str]:
+    """Names of modules that denoise in the same pipeline, and run uncached: those of the denoiser's name, extended."""
+    denoiser = denoiser_module(pipeline)
+    return [
+        name
+        for name, value in vars(pipeline).items()
+        if isinstance(value, nn.Module)
+        and value is not denoiser
+        and any(re.fullmatch(rf"(\w+_)?{known}(_\w+)?", name) for known in _DENOISER_NAMES)
+    ]
 
 
 def installed(module: nn.Module) -> Denoiser | None:
