@@ -4,8 +4,8 @@ As a rule the steps of the scheduler count: `scheduler.step` ends one. Loops of 
 scheduler, integrate by themselves, or step once for each of several views, and then that count is wrong. What the model
 is given as timestep shows it: where it is that of the step before or after the one counted, the timesteps count from
 there on. Pipelines scale and reverse what the scheduler has, in a few ways, all of which are tried on the first call;
-where none fits, or the timestep lies on a GPU and is not the scheduler's own, nothing can be told by it. If then the
-timesteps move on while no step ends, the steps are lost: the rest of the run is computed plainly.
+where none fits, the timestep is in half precision, or it is on a GPU and not the scheduler's own, it tells nothing. If
+timesteps then move on while no step ends, the steps are lost: the rest of the run is computed plainly.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from harmonica_rt.runtime.scheduler import RunTimesteps
 
 log = logging.getLogger(__name__)
 
+COARSE = 1e-4  # of half precision, which rounds timesteps to those of other steps: nothing is told by it
 MAX_TIMESTEPS = 4  # different ones in one step; Runge-Kutta of fourth order evaluates at three
 
 
@@ -149,14 +150,14 @@ class _Scale:
     offset: float
     factor: float
 
-    def index(self, value: float, known: list[float], tolerance: float) -> int | None:
+    def index(self, value: float, known: list[float], eps: float) -> int | None:
         """The one timestep that `value` stands for; None for none, or several."""
-        near = [i for i, t in enumerate(known) if self.fits(value, t, tolerance)]
-        return near[0] if len(near) == 1 else None
+        found = [i for i, t in enumerate(known) if self.fits(value, t, eps)]
+        return found[0] if len(found) == 1 else None
 
-    def fits(self, value: float, t: float, tolerance: float) -> bool:
-        """Whether `value` stands for `t`, up to rounding of the larger of the two numbers that it was made of."""
-        return abs(self.offset + self.factor * t - value) <= tolerance * max(abs(self.offset), abs(self.factor * t))
+    def fits(self, value: float, t: float, eps: float) -> bool:
+        """Whether `value` stands for `t`, up to the rounding of the larger of the two numbers that it was made of."""
+        return abs(self.offset + self.factor * t - value) <= eps * max(abs(self.offset), abs(self.factor * t))
 
 
 class _ToldByTimestep:
@@ -171,7 +172,7 @@ class _ToldByTimestep:
         self._scales = [_Scale(0, 1), _Scale(0, 1 / n), _Scale(n, -1), _Scale(1, -1 / n)]
 
     def step_of(self, timestep: torch.Tensor, step: StepIndex) -> int | None:
-        """The step whose timestep this is, `step` where in doubt; None where nothing can be told."""
+        """The step whose timestep this is; None where nothing can be told."""
         if step >= len(self._known):
             return None
         if timestep.device.type != "cpu":
@@ -181,14 +182,16 @@ class _ToldByTimestep:
         if value is None:
             return None
         # Two roundings, of half a unit each: of the timestep, and of what was made of it.
-        tolerance = torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
-        here = [scale for scale in self._scales if scale.fits(value, self._known[step], tolerance)]
+        eps = torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
+        if eps > COARSE:
+            return None
+        here = [scale for scale in self._scales if scale.fits(value, self._known[step], eps)]
         first, self._first = self._first, False
         if here or first:
             self._scales = here
         if here:
             return step
-        found = {scale.index(value, self._known, tolerance) for scale in self._scales}
+        found = {scale.index(value, self._known, eps) for scale in self._scales}
         return found.pop() if len(found) == 1 else None
 
 
