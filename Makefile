@@ -11,7 +11,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 TYPED := harmonica_rt kernels/harmonica_kernels training/harmonica_training
 LINTED := $(TYPED) tests setup.py $(wildcard benchmarks)
 
-.PHONY: help demo test lint format bench train-digits train-schedule clean
+.PHONY: help demo test lint format sanitize bench train-digits train-schedule clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -30,6 +30,22 @@ lint: $(STAMP)  ## ruff and mypy
 format: $(STAMP)  ## rewrite the sources as ruff formats them
 	$(PY) -m ruff check --fix $(LINTED)
 	$(PY) -m ruff format $(LINTED)
+
+# Leaks are not looked for: CPython frees little when it ends. With its allocator replaced, freed objects are noticed.
+# libstdc++ comes with libasan, which must see it to catch what torch throws.
+SANITIZED_TESTS := tests/capture/test_identity.py \
+	$(addprefix tests/kernels/test_,gated_residual.py lazy_tensors.py residual_reuse.py residual_reuse_norm_modulate.py)
+sanitize: $(STAMP)  ## run the tests of the C++ extension under AddressSanitizer and UBSan, in a build of its own
+	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; trap 'exit 130' INT TERM; \
+	echo "[1/2] a build of csrc with sanitizers"; \
+	CXX="$(CXX)" HARMONICA_BUILD_CSRC=1 \
+		HARMONICA_BUILD_ARGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" \
+		$(PY) setup.py -q build --build-base "$$folder/build" --build-lib "$$folder/lib"; \
+	echo "[2/2] its tests"; \
+	PYTHONPATH="$$folder/lib" HARMONICA_SANITIZED="$$folder" PYTHONMALLOC=malloc OMP_NUM_THREADS=2 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(PY) -m pytest -p no:cacheprovider -q $(SANITIZED_TESTS)
 
 bench: $(STAMP)  ## run the benchmarks
 	$(PY) -m benchmarks $(BENCH_ARGS)

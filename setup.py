@@ -8,6 +8,7 @@ installed, outside of the isolation, and needs nothing from it but headers and l
 HARMONICA_BUILD_CSRC=auto (default)  build if torch is found, else go on without the extension and say so
                      1               build, fail if torch is not found
                      0               do not build
+HARMONICA_BUILD_ARGS                 more arguments for the compiler and the linker, as `make sanitize` gives
 
 A compilation that fails always fails the build. What was built, or why nothing was, goes into
 `harmonica_kernels/_C.build.json` beside the extension.
@@ -134,7 +135,9 @@ class BuildExtension(build_ext):
         version = torch_version(torch_folder)
         (ext,) = self.extensions
         include = torch_folder / "include"
-        ext.extra_compile_args = [*COMPILE_ARGS, *WARNINGS, "-isystem", str(include)]
+        more = shlex.split(os.environ.get("HARMONICA_BUILD_ARGS", ""))
+        ext.extra_compile_args = [*COMPILE_ARGS, *WARNINGS, "-isystem", str(include), *more]
+        ext.extra_link_args = more
         ext.library_dirs = [str(torch_folder / "lib")]
         ext.libraries = ["c10", "torch_cpu"]
         self._record = {"torch": version, "compiler": compiler(), "library": "_C.so"}

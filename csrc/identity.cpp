@@ -2,6 +2,10 @@
 //
 // A compiled model asks this before each call for some thousand containers with some ten thousand objects: identities
 // are compared, nothing is called and no object is created but the value of an attribute that a class computes.
+//
+// Hazard: an attribute that is computed, an iterator, and a finalizer that any allocation may set off, are Python code.
+// It may change the containers and the two lists while they are compared. So what is in use is held by a reference of
+// its own, and lengths are read anew.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -13,6 +17,7 @@ namespace {
 // Compares what a container yields, one object after another, with what was noted.
 class Noted {
  public:
+  // `items` is held by the caller.
   explicit Noted(PyObject* items) : items_(items), count_(PyTuple_GET_SIZE(items)) {}
 
   bool next_is(PyObject* object) { return index_ < count_ && PyTuple_GET_ITEM(items_, index_++) == object; }
@@ -35,6 +40,20 @@ uint64_t version_of(PyObject* dict) { return reinterpret_cast<PyDictObject*>(dic
 uint64_t version_of(PyObject*) { return 0; }
 #endif
 
+// A reference that is given back at the end of its block.
+class Held {
+ public:
+  explicit Held(PyObject* own) : object_(own) {}
+  Held(const Held&) = delete;
+  Held& operator=(const Held&) = delete;
+  ~Held() { Py_XDECREF(object_); }
+
+  PyObject* get() const { return object_; }
+
+ private:
+  PyObject* object_;
+};
+
 PyObject* or_none(PyObject* object) { return object != nullptr ? object : Py_None; }
 
 bool same_dict(PyObject* dict, Noted& noted) {
@@ -49,52 +68,48 @@ bool same_dict(PyObject* dict, Noted& noted) {
 // The dict of an object or a class. A new reference; null without an error where there is none.
 PyObject* attributes_of(PyObject* object) {
   if (PyType_Check(object)) {
-    PyObject* dict = reinterpret_cast<PyTypeObject*>(object)->tp_dict;
-    Py_XINCREF(dict);
-    return dict;
+    auto* type = reinterpret_cast<PyTypeObject*>(object);
+#if PY_VERSION_HEX >= 0x030C0000
+    return PyType_GetDict(type);
+#else
+    Py_XINCREF(type->tp_dict);
+    return type->tp_dict;
+#endif
   }
   PyObject* dict = PyObject_GenericGetDict(object, nullptr);
   if (dict == nullptr) PyErr_Clear();
   return dict;
 }
 
-// What stands under a name in a dict, or as the attribute of an object; None where nothing does.
+// What stands under a name in a dict, or as the attribute of an object; None where nothing does. Any error but
+// AttributeError stays set.
 bool same_entry(PyObject* owner, PyObject* name, Noted& noted) {
   if (PyDict_Check(owner)) {
     PyObject* found = PyDict_GetItemWithError(owner, name);
-    if (found == nullptr) PyErr_Clear();
+    if (found == nullptr && PyErr_Occurred() != nullptr) return false;
     return noted.next_is(or_none(found));
   }
-  PyObject* found = PyObject_GetAttr(owner, name);
-  if (found == nullptr) PyErr_Clear();
-  const bool same = noted.next_is(or_none(found));
-  Py_XDECREF(found);
-  return same;
+  const Held found(PyObject_GetAttr(owner, name));
+  if (found.get() == nullptr) {
+    if (PyErr_ExceptionMatches(PyExc_AttributeError) == 0) return false;
+    PyErr_Clear();
+  }
+  return noted.next_is(or_none(found.get()));
 }
 
+// An error of the iterator stays set.
 bool same_iteration(PyObject* container, Noted& noted) {
-  PyObject* iterator = PyObject_GetIter(container);
-  if (iterator == nullptr) {
-    PyErr_Clear();
-    return false;
+  const Held iterator(PyObject_GetIter(container));
+  if (iterator.get() == nullptr) return false;
+  while (true) {
+    const Held item(PyIter_Next(iterator.get()));
+    if (item.get() == nullptr) return PyErr_Occurred() == nullptr;
+    if (!noted.next_is(item.get())) return false;
   }
-  bool same = true;
-  while (same) {
-    PyObject* item = PyIter_Next(iterator);
-    if (item == nullptr) break;
-    same = noted.next_is(item);
-    Py_DECREF(item);
-  }
-  Py_DECREF(iterator);
-  if (PyErr_Occurred() != nullptr) {
-    PyErr_Clear();
-    return false;
-  }
-  return same;
 }
 
 // In the order of `contents` in harmonica_rt/capture/identity.py. `version`, if there is one, is that of the container's
-// dict when it was last found to be the same; 0 where it never was.
+// dict when it was last found to be the same; 0 where it never was. False with an error set where looking failed.
 bool same_contents(PyObject* container, PyObject* items, uint64_t* version) {
   Noted noted(items);
   bool same = true;
@@ -115,13 +130,12 @@ bool same_contents(PyObject* container, PyObject* items, uint64_t* version) {
     same = noted.next_is(PyFunction_GET_CODE(container)) &&
            noted.next_is(or_none(PyFunction_GET_DEFAULTS(container))) &&
            noted.next_is(or_none(PyFunction_GET_KW_DEFAULTS(container)));
-  } else if (PyObject* attributes = attributes_of(container)) {
+  } else if (const Held attributes(attributes_of(container)); attributes.get() != nullptr) {
     PyObject* kind = PyType_Check(container) ? reinterpret_cast<PyTypeObject*>(container)->tp_mro
                                              : reinterpret_cast<PyObject*>(Py_TYPE(container));
-    const uint64_t now = version_of(attributes);
+    const uint64_t now = version_of(attributes.get());
     const bool untouched = version != nullptr && now != 0 && *version == now;
-    same = noted.next_is(kind) && (untouched || (same_dict(attributes, noted) && noted.at_end()));
-    Py_DECREF(attributes);
+    same = noted.next_is(kind) && (untouched || (same_dict(attributes.get(), noted) && noted.at_end()));
     if (version != nullptr && same) *version = now;
     return same;
   } else {
@@ -136,28 +150,25 @@ PyObject* first_change(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
     PyErr_SetString(PyExc_TypeError, "first_change takes two lists of one length: containers, and their contents");
     return nullptr;
   }
-  uint64_t* versions = nullptr;
-  if (count == 3) {
-    const Py_ssize_t size = PyList_GET_SIZE(arguments[0]) * static_cast<Py_ssize_t>(sizeof(uint64_t));
-    if (!PyByteArray_Check(arguments[2]) || PyByteArray_GET_SIZE(arguments[2]) != size) {
-      PyErr_SetString(PyExc_TypeError, "versions are a bytearray of eight bytes per container");
-      return nullptr;
-    }
-    versions = reinterpret_cast<uint64_t*>(PyByteArray_AS_STRING(arguments[2]));
+  PyObject* versions = count == 3 ? arguments[2] : nullptr;
+  const auto bytes = static_cast<Py_ssize_t>(sizeof(uint64_t));
+  if (versions != nullptr &&
+      (!PyByteArray_Check(versions) || PyByteArray_GET_SIZE(versions) != PyList_GET_SIZE(arguments[0]) * bytes)) {
+    PyErr_SetString(PyExc_TypeError, "versions are a bytearray of eight bytes per container");
+    return nullptr;
   }
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(arguments[0]); ++i) {
-    PyObject* container = PyList_GET_ITEM(arguments[0], i);
-    PyObject* items = PyList_GET_ITEM(arguments[1], i);
-    if (!PyTuple_Check(items) || (PyTuple_Check(container) && PyTuple_GET_SIZE(container) != 2)) {
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(arguments[0]) && i < PyList_GET_SIZE(arguments[1]); ++i) {
+    const Held container(Py_NewRef(PyList_GET_ITEM(arguments[0], i)));
+    const Held items(Py_NewRef(PyList_GET_ITEM(arguments[1], i)));
+    if (!PyTuple_Check(items.get()) || (PyTuple_Check(container.get()) && PyTuple_GET_SIZE(container.get()) != 2)) {
       PyErr_SetString(PyExc_TypeError, "contents are tuples, and so is a pair of an owner and a name");
       return nullptr;
     }
-    Py_INCREF(container);
-    Py_INCREF(items);
-    const bool same = same_contents(container, items, versions != nullptr ? versions + i : nullptr);
-    Py_DECREF(items);
-    Py_DECREF(container);
-    if (!same || PyList_GET_SIZE(arguments[0]) != PyList_GET_SIZE(arguments[1])) return PyLong_FromSsize_t(i);
+    const bool has_version = versions != nullptr && (i + 1) * bytes <= PyByteArray_GET_SIZE(versions);
+    uint64_t* version = has_version ? reinterpret_cast<uint64_t*>(PyByteArray_AS_STRING(versions)) + i : nullptr;
+    if (!same_contents(container.get(), items.get(), version)) {
+      return PyErr_Occurred() == nullptr ? PyLong_FromSsize_t(i) : nullptr;
+    }
   }
   return PyLong_FromLong(-1);
 }

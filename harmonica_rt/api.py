@@ -58,6 +58,11 @@ class CompiledModel(Denoiser):
         lockstep = LockstepEngine(model, schedule, planned, tolerance="auto", raise_at_once=True) if verify else None
         super().__init__(model, schedule, lockstep or planned)
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copies and pickles hold the model, the schedule and the options; their plans are made at their first call."""
+        verify = isinstance(self.engine, LockstepEngine)
+        return _compiled_again, (self.model, self.schedule, self._planned.options, verify)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the schedule and all plans as JSON without weights, for `load`; whole or not at all.
 
@@ -90,7 +95,7 @@ class CompiledModel(Denoiser):
 
     def report(self) -> Report:
         """What is computed, reused, stored and saved; prints as a table."""
-        failures = self._planned.failures
+        failures = self._planned.failures_now
         return Report.of(type(self.model).__name__, self.schedule, self._planned.cache, self.stats, failures)
 
 
@@ -405,6 +410,10 @@ def _planned(
         debug=debug,
         graphs=graphs_of(graphs),
     )
+
+
+def _compiled_again(model: nn.Module, schedule: Schedule, options: dict[str, Any], verify: bool) -> CompiledModel:
+    return CompiledModel(model, schedule, PlannedEngine(model, schedule, **options), verify=verify)
 
 
 def _take_over(model_or_pipeline: Any, compiled: CompiledModel) -> Any:

@@ -109,6 +109,8 @@ class CallConvention:
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         self._positional = tuple(p.name for p in parameters if p.kind in positional)
         self._order = {p.name: i for i, p in enumerate(parameters)}
+        self._any_position = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+        self._inner = _wrapped_in(model)
         self._open = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
         self._named = frozenset(
             p.name
@@ -135,6 +137,13 @@ class CallConvention:
             SignatureError: an argument the model does not take, one given twice, one missing, or a value that is
                 neither a tensor nor a plain value (or a list, tuple or dict of them).
         """
+        if len(args) > len(self._positional) and self._any_position:
+            remedy = f", or compile what is inside: its attribute {self._inner}" if self._inner else ""
+            raise SignatureError(
+                f"the forward of {self._model_name} takes *args, so an argument passed by position has no name to be "
+                f"known by. Pass arguments by name, name them in that forward or give it the signature of what it "
+                f"wraps (functools.wraps){remedy}"
+            )
         if len(args) > len(self._positional):
             raise SignatureError(
                 f"{self._model_name} takes at most {len(self._positional)} positional arguments, {len(args)} came"
@@ -193,6 +202,12 @@ class CallConvention:
             f"{self._model_name} was called with an object of type {type(leaf).__name__}; a static plan can be made "
             "for tensors, numbers, strings and lists, tuples or dicts of them"
         )
+
+
+def _wrapped_in(model: nn.Module) -> str | None:
+    """Where a model that wraps another one keeps it; None where it does not look like a wrapper."""
+    children = [name for name, _ in model.named_children()]
+    return children[0] if len(children) == 1 else None
 
 
 def _autocast() -> tuple[tuple[str, torch.dtype], ...]:

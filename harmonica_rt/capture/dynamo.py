@@ -101,6 +101,8 @@ class DynamoGraph:
     Attributes:
         weights: index of the graph's argument -> its name in the model, or where it lies outside of it.
         inputs: index of the graph's argument -> dotted argument path of the call.
+        numbers: index of the graph's argument -> where a number came from, that dynamo made symbolic because it
+            changed from call to call (a size, a scale, an epsilon). A plan is made for each value.
 
     Raises:
         CaptureError: the graph is a part of the model's forward that lacks sites.
@@ -110,6 +112,7 @@ class DynamoGraph:
         self.module = module
         self.weights: dict[int, str] = {}
         self.inputs: dict[int, str] = {}
+        self.numbers: dict[int, str] = {}
         self._sites = tuple(sites)
         self._modes = modes_of(frame.model)
         self._columns = site_columns(frame.model, sites)
@@ -118,7 +121,9 @@ class DynamoGraph:
         arguments = module.graph.find_nodes(op="placeholder")
         for index, node in enumerate(arguments):
             source = _name(node.meta["grapharg"].source)
-            if source.startswith(frame.name):
+            if _is_number(node):
+                self.numbers[index] = self._arguments.path(source) or source
+            elif source.startswith(frame.name):
                 self.weights[index] = _module_path(source, frame.name)
             elif (path := self._arguments.path(source)) is not None:
                 self.inputs[index] = path
@@ -130,6 +135,7 @@ class DynamoGraph:
     def call(self, values: tuple[Any, ...]) -> GraphCall:
         """The call that these arguments of the graph make."""
         kwargs = {path: values[index] for index, path in self.inputs.items()}
+        kwargs.update((path, _as_number(values[index])) for index, path in self.numbers.items())
         call = self._arguments.normalise((), {**kwargs, _GRAPH: self._key})
         return GraphCall(call.kwargs, call.leaves, call.signature, call.convention, self, values)
 
@@ -140,7 +146,8 @@ class DynamoGraph:
             CaptureError: as `capture.graph.capture`.
         """
         started = time.perf_counter()
-        program = export_functional(_Replay(self.module), call.values, {})
+        values = [_as_number(value) if index in self.numbers else value for index, value in enumerate(call.values)]
+        program = export_functional(_Replay(self.module), tuple(values), {})
         check_draws_nothing(program.graph, self._modes)
         _, constants, arguments = placeholders(program, len(call.values))
         leaf = {path: index for index, path in enumerate(call.paths)}
@@ -207,7 +214,7 @@ class _Replay(nn.Module):
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__()
-        self._interpreter = _WithoutGradMode(module)
+        self._interpreter = _Interpreter(module)
 
     def forward(self, *values: Any) -> Any:
         """The graph's outputs."""
@@ -215,14 +222,36 @@ class _Replay(nn.Module):
             return self._interpreter.run(*values)
 
 
-class _WithoutGradMode(fx.Interpreter):
-    """Leaves out switches of grad mode, which would become nested regions; plans are for inference."""
+class _Interpreter(fx.Interpreter):
+    """Runs a dynamo graph as a plan takes it: for inference, and for the numbers of one call.
+
+    Switches of grad mode are left out: they would become nested regions. Dynamo passes a symbolic float as a tensor,
+    which its graph asks for its `item()`; here it is a float.
+    """
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See `fx.Interpreter.call_function`."""
         if target is torch._C._set_grad_enabled:
             return None
         return super().call_function(target, args, kwargs)
+
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See `fx.Interpreter.call_method`."""
+        if target == "item" and isinstance(args[0], (int, float)):
+            return args[0]
+        return super().call_method(target, args, kwargs)
+
+
+def _is_number(argument: fx.Node) -> bool:
+    """Whether an argument of the graph stands for a number: a symbol, or a tensor that is only asked for its item."""
+    if not isinstance(argument.meta["example_value"], torch.Tensor):
+        return True
+    is_passed_as_tensor: bool = argument.meta["grapharg"].pass_arg_as_tensor
+    return is_passed_as_tensor and all(user.target == "item" for user in argument.users)
+
+
+def _as_number(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) else value
 
 
 def _from_root(source: Any) -> Iterator[Any]:

@@ -17,6 +17,7 @@ import enum
 import functools
 import itertools
 import sys
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
@@ -131,6 +132,14 @@ class Facts:
             return ()
         return tuple(itertools.islice(self.differences(Facts(model)), TOLD))
 
+    def let_go(self) -> None:
+        """Keep what can be compared with other facts, and none of the objects that were looked at.
+
+        The containers and their contents hold weights, which may be gone from the model while a plan keeps its facts.
+        """
+        self.containers, self.noted = [], []
+        self.tensors, self.arrays, self._caches = (), (), ()
+
     def _by_place(self) -> dict[str, Any]:
         texts: list[str] = []
         for parent, name in self._places:
@@ -216,7 +225,8 @@ class _Walk:
     def _open(self, parent: int, name: str, value: Any) -> None:
         if isinstance(value, torch.Tensor):
             self.tensors.append(value)
-            self._note(parent, name, (Is(value), *metadata(value)))
+            # A tensor has one weak reference while it lives: it tells tensors apart and keeps none alive.
+            self._note(parent, name, (Is(weakref.ref(value)), *metadata(value)))
         elif isinstance(value, nn.Module):
             self._module(parent, name, value)
         elif isinstance(value, type):

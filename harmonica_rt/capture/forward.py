@@ -6,6 +6,7 @@ forward under them: not a call installed in the module's place, not torch's forw
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from types import MethodType
@@ -26,6 +27,10 @@ class Swapped:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the stand-in."""
         return self._call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the model made meanwhile has its own forward, not the stand-in and all that it holds on to."""
+        return copy.deepcopy(self.original, memo)
 
 
 def forward_attribute(model: nn.Module) -> str:

@@ -7,6 +7,7 @@ ten thousand objects in a twentieth of a millisecond; without it the same is don
 from __future__ import annotations
 
 import importlib
+import itertools
 import operator
 from collections.abc import Callable
 from types import CellType, FunctionType
@@ -96,11 +97,15 @@ def _put_entry(owner: Any, name: str, value: Any) -> None:
 
 def _flat(held: dict[Any, Any]) -> Contents:
     # dict's own items: an OrderedDict lists its entries in another order once one was moved
-    return tuple(part for item in dict.items(held) for part in item)
+    return tuple(itertools.chain.from_iterable(dict.items(held)))
 
 
 def _first_change(containers: list[Any], noted: list[Contents], versions: bytearray | None = None) -> int:
     for index, (container, before) in enumerate(zip(containers, noted, strict=True)):
+        if not before and isinstance(container, dict):  # half of all containers: dicts of hooks
+            if container:
+                return index
+            continue
         now = contents(container)
         if len(now) != len(before) or not all(map(operator.is_, now, before)):
             return index

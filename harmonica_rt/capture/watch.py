@@ -71,9 +71,13 @@ class ModelWatch:
             self._current = self._read()
         return self._current
 
+    def knows(self, facts: Facts | None) -> bool:
+        """Whether a model in this state would be recognised."""
+        return any(known is facts for known in self._known)
+
     def begin_run(self) -> None:
-        """No stream is left of earlier states: of those nothing is kept but the facts."""
-        self._states = [state for state in self._states if state is self._current]
+        """Look at the model. No stream is left of earlier states: nothing is kept of them but their facts."""
+        self._states = [self.look()]
 
     def accept(self) -> None:
         """The model changed by itself, while it ran: that makes no other state of the current one."""
@@ -121,6 +125,9 @@ class ModelWatch:
 
     def _recognised(self) -> Facts:
         """The facts of the model now; the same object for equal ones."""
+        before, self._now = self._now, None  # first, or an interruption would leave facts in use that watch nothing
+        if before is not None:
+            before.let_go()
         now = self._now = Facts(self._model)
         self._own_forward = _innermost(self._model)
         tensors = named_tensors(self._model)

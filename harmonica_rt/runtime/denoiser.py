@@ -18,6 +18,7 @@ from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.runtime.engine import Engine
 from harmonica_rt.runtime.hooks import call_with_hooks
 from harmonica_rt.runtime.origin import Origin, calling_objects, pipeline_holding
+from harmonica_rt.runtime.reference import ReferenceEngine
 from harmonica_rt.runtime.session import Session
 from harmonica_rt.schedule import Schedule
 
@@ -74,6 +75,12 @@ class Denoiser(Session):
         with changes, changes:
             self._enter(changes)
             return call_with_hooks(self.model, self._forward, args, kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copies and pickles hold the model and the schedule: each makes runs of its own, in no pipeline."""
+        if not isinstance(self.engine, ReferenceEngine):
+            raise HarmonicaError(f"{self!r} cannot be copied or pickled while it is verified; copy its `model` instead")
+        return _reference_of, (self.model, self.schedule)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of a {type(self.model).__name__}, {self.schedule!r}>"
@@ -135,3 +142,7 @@ class Denoiser(Session):
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self._convention.normalise(args, kwargs)
         return self._call(call, lambda: own_forward(self.model)(**call.kwargs))
+
+
+def _reference_of(model: nn.Module, schedule: Schedule) -> Denoiser:
+    return Denoiser(model, schedule, ReferenceEngine(model, schedule))

@@ -98,6 +98,9 @@ class PlannedEngine:
         max_plan_bytes: that all plans may hold, see `Plans`.
         debug: fill slots with NaN before they are written and after their last read.
         graphs: how step programs become graphs; None runs them launch by launch.
+
+    Attributes:
+        options: everything above but the model and the schedule, to make another engine with.
     """
 
     def __init__(
@@ -113,6 +116,14 @@ class PlannedEngine:
         max_plan_bytes: int | None = None,
     ) -> None:
         self.lowering = lowering
+        self.options: dict[str, Any] = {
+            "lowering": lowering,
+            "strict": strict,
+            "max_plans": max_plans,
+            "max_plan_bytes": max_plan_bytes,
+            "debug": debug,
+            "graphs": graphs,
+        }
         self.cache = Plans(
             type(model).__name__,
             lowering=lowering,
@@ -137,6 +148,12 @@ class PlannedEngine:
     def plans(self) -> dict[PlanKey, PlanRuntime]:
         """The plans in the cache, the one used last at the end."""
         return self.cache.held
+
+    @property
+    def failures_now(self) -> dict[PlanKey, CaptureFailure]:
+        """Why calls run eagerly, for the model as the last call found it."""
+        facts = self._state.facts if self._state is not None else None
+        return {key: failure for key, failure in self.failures.items() if key.model is facts}
 
     @property
     def looks_late(self) -> bool:
@@ -230,6 +247,7 @@ class PlannedEngine:
             # What the user can mend at once is no reason to run slowly.
             if self._strict or error.failure.obstacle in (Obstacle.TRAINING, Obstacle.SITE):
                 raise
+            self.failures = {key: failure for key, failure in self.failures.items() if self._watch.knows(key.model)}
             self.failures[self._key(call)] = error.failure
             message = f"{name} runs without a compiled plan, eagerly with the same schedule. {error.failure}"
             log.warning("%s", message)

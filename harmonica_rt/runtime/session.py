@@ -16,7 +16,7 @@ import torch
 from harmonica_rt.capture.alone import keep_torch_state
 from harmonica_rt.capture.call import Call
 from harmonica_rt.changes import Changes, Turns
-from harmonica_rt.errors import ConcurrentRunError, ScheduleMismatchError
+from harmonica_rt.errors import ConcurrentRunError, HarmonicaError, ScheduleMismatchError
 from harmonica_rt.indices import StepIndex
 from harmonica_rt.runtime.counting import StepCount
 from harmonica_rt.runtime.engine import Engine, RunKey
@@ -81,6 +81,13 @@ class Session:
         with changes, changes:
             self._enter(changes)
             self._begin().key = key
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy would share what follows the scheduler and what torch.compile holds."""
+        raise HarmonicaError(
+            f"the session of a compiled {self._model_name} cannot be copied or pickled; copy the plain model and "
+            "compile the copy"
+        )
 
     @property
     def stats(self) -> RunStats | None:

@@ -278,3 +278,88 @@ def test_numbers_that_change_are_told(caplog: pytest.LogCaptureFixture) -> None:
             got = compiled(**stack_call(step), strength="x" * (step + 1))
     assert torch.equal(got, model(**stack_call(1), strength="xx"))  # computed in full, not reused wrongly
     assert "torch.compile graph changes from step to step" in caplog.text
+
+
+class Scaled(Stack):
+    """A model with numbers in places of all kinds: its own, those of a part of it, and those of an object it holds."""
+
+    def __init__(self, depth: int = 2) -> None:
+        super().__init__(depth)
+        self.factor = 0.5
+        self.settings = Settings()
+        self.norm = nn.LayerNorm(8)
+
+    def forward(
+        self, latents: torch.Tensor, timestep: torch.Tensor, strength: float = 1.0, times: int = 1
+    ) -> torch.Tensor:
+        """As `Stack`, scaled and normed."""
+        result = super().forward(latents, timestep) * self.factor * strength
+        result = result * self.settings.scale + self.settings.count * times
+        return self.norm(result) + latents.shape[0] * latents.shape[1]
+
+
+class Settings:
+    """Numbers that are not in a module."""
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+        self.count = 1
+
+
+def set_numbers(model: Scaled, value: int) -> None:
+    model.factor = model.settings.scale = 0.5 + value / 8
+    model.settings.count = 2 + value
+    model.norm.eps = 10.0**-value
+
+
+@pytest.mark.parametrize("dynamic", [None, True, False])
+@pytest.mark.parametrize("lowering", ["plain", "fused"])
+def test_numbers_that_change_between_runs(dynamic: bool | None, lowering: str) -> None:
+    """Dynamo makes them symbolic; each value gets the image that it gives uncompiled."""
+    torch.manual_seed(0)
+    model = Scaled().eval()
+    schedule = random_schedule(model, STEPS)
+    options = {"schedule": schedule, "lowering": lowering}
+    compiled = torch.compile(model, backend="harmonica", options=options, dynamic=dynamic)
+    session = hrt.attach(compiled)
+    for value in (0, 1, 2, 1, 3):
+        set_numbers(model, value)
+        truth = hrt.reference(model, schedule)
+        session.reset()
+        got = run(compiled)
+        torch.testing.assert_close(got, run(truth), rtol=1e-5, atol=1e-5)
+        assert session.report().last_catch_ups == ()
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_arguments_and_sizes_that_change_between_runs(dynamic: bool | None) -> None:
+    torch.manual_seed(0)
+    model = Scaled().eval()
+    schedule = random_schedule(model, STEPS)
+    compiled = torch.compile(
+        model, backend="harmonica", options={"schedule": schedule, "lowering": "plain"}, dynamic=dynamic
+    )
+    session = hrt.attach(compiled)
+    for strength, times, batch, tokens in ((1.0, 1, 2, 4), (0.5, 2, 3, 4), (0.25, 3, 3, 6), (0.5, 2, 5, 7)):
+        calls = [
+            {**stack_call(step, batch=batch, tokens=tokens), "strength": strength, "times": times}
+            for step in range(STEPS)
+        ]
+        truth = hrt.reference(model, schedule)
+        session.reset()
+        with torch.no_grad():
+            assert equal([compiled(**call) for call in calls], [truth(**call) for call in calls])
+        assert session.report().last_catch_ups == ()
+
+
+def test_numbers_that_change_in_a_run() -> None:
+    """A step with other numbers is computed in full; nothing of the steps before is reused for it."""
+    torch.manual_seed(0)
+    model = Scaled().eval()
+    schedule = Schedule.every(2, steps=STEPS, sites=hrt.find_sites(model))
+    compiled = torch.compile(model, backend="harmonica", options={"schedule": schedule, "lowering": "plain"})
+    hrt.attach(compiled)
+    for step in range(STEPS):
+        set_numbers(model, step)
+        with torch.no_grad():
+            assert torch.equal(compiled(**stack_call(step)), model(**stack_call(step)))

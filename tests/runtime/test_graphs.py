@@ -274,7 +274,7 @@ def test_a_layer_left_in_training_mode_is_seen(caplog: pytest.LogCaptureFixture)
     model.blocks[1].train()
     compiled.reset()
     assert torch.equal(compiled(**stack_call(0)), model(**stack_call(0)))
-    assert any("attribute training of blocks.1 changed" in line for line in caplog.messages)
+    assert any("blocks.1.training changed from False to True" in line for line in caplog.messages)
     model.blocks[0].drop.train()
     compiled.reset()
     with pytest.raises(hrt.CaptureError, match=r"training mode: call model\.eval\(\) first \(at blocks\.0\."):

@@ -16,6 +16,7 @@ import torch
 import harmonica_rt as hrt
 from harmonica_rt import Schedule
 from harmonica_rt.errors import HarmonicaError, RunError, ScheduleMismatchError
+from tests.models import stack, stack_call
 from tests.tiny import dit, families, random_schedule, sample, saved_and_loaded
 
 STEPS = 4
@@ -163,3 +164,14 @@ def test_moving_a_compiled_pipeline_moves_its_denoiser(pipeline: Any, schedule: 
     assert pipeline.transformer.dtype is torch.float64
     hrt.reference(pipeline, schedule)
     assert np.array_equal(got, sample(pipeline, STEPS, **CALL))
+
+
+def test_a_copy_made_within_a_call_is_of_the_plain_model() -> None:
+    """Hooks of a model run around a stand-in for its forward; a copy made then has neither it nor what it holds."""
+    model = stack(depth=1)
+    copies: list[Any] = []
+    model.register_forward_pre_hook(lambda module, args: copies.append(copy.deepcopy(module)) if not copies else None)
+    compiled = hrt.compile(model, Schedule.every(2, steps=2, sites=hrt.find_sites(model)))
+    compiled(**stack_call(0))
+    assert vars(copies[0])["forward"].__self__ is copies[0]
+    assert torch.equal(copies[0](**stack_call(0)), model(**stack_call(0)))

@@ -31,7 +31,7 @@ def run(compiled: Any, *batches: int) -> None:
 
 
 def batches(compiled: Any) -> list[int]:
-    return [signature.leaves[0][0][0] for signature in compiled._planned.plans]
+    return [key.signature.leaves[0][0][0] for key in compiled._planned.plans]
 
 
 def compile_with(model: Stack, **limits: Any) -> Any:
