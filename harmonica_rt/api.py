@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from types import FunctionType
@@ -32,10 +33,19 @@ from harmonica_rt.parity.verify import verify_model, verify_pipeline
 from harmonica_rt.report import Report
 from harmonica_rt.runtime.denoiser import Denoiser
 from harmonica_rt.runtime.graphs import graphs_of
-from harmonica_rt.runtime.pipelines import denoiser_module, install, install_assigned, installed, uninstall
+from harmonica_rt.runtime.pipelines import (
+    denoiser_module,
+    install,
+    install_assigned,
+    installed,
+    other_denoisers,
+    uninstall,
+)
 from harmonica_rt.runtime.planned import PlannedEngine
 from harmonica_rt.runtime.reference import ReferenceEngine
 from harmonica_rt.schedule import Schedule
+
+log = logging.getLogger(__name__)
 
 P = TypeVar("P")
 
@@ -412,6 +422,13 @@ def _take_over(model_or_pipeline: Any, compiled: CompiledModel) -> Any:
         return compiled
     warn_about_sampler(model_or_pipeline, compiled.schedule)
     install(model_or_pipeline, compiled)
+    if others := other_denoisers(model_or_pipeline):
+        log.warning(
+            "%s has more than one denoiser: one %s runs under the schedule; %s runs uncached",
+            type(model_or_pipeline).__name__,
+            type(compiled.model).__name__,
+            " and ".join(others),
+        )
     return model_or_pipeline
 
 

@@ -126,9 +126,9 @@ class CallConvention:
         self._last: Signature | None = None
 
     @property
-    def first_argument(self) -> str | None:
-        """Name of the first argument: the latents, in diffusers' denoisers."""
-        return self._positional[0] if self._positional else None
+    def arguments(self) -> tuple[str, ...]:
+        """Names of the arguments in the order of the model's forward; in diffusers' denoisers latents come first."""
+        return tuple(self._order)
 
     def normalise(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """Bind, order and flatten one call.

@@ -16,8 +16,8 @@ from harmonica_rt.capture.forward import own_forward
 from harmonica_rt.changes import Changes
 from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.runtime.engine import Engine
-from harmonica_rt.runtime.following import callers, pipeline_holding
 from harmonica_rt.runtime.hooks import call_with_hooks
+from harmonica_rt.runtime.origin import Origin, calling_objects, pipeline_holding
 from harmonica_rt.runtime.reference import ReferenceEngine
 from harmonica_rt.runtime.session import Session
 from harmonica_rt.schedule import Schedule
@@ -120,13 +120,13 @@ class Denoiser(Session):
 
     def reset(self, timesteps: Sequence[float] | torch.Tensor | None = None) -> None:
         """See `Session.reset`. What holds this model and calls `reset` by itself counts its own steps."""
-        caller = pipeline_holding(self, callers())
+        caller = pipeline_holding(self, calling_objects())
         self._counted_by = weakref.ref(caller) if caller is not None else None
         super().reset(timesteps)
 
     def _call(self, call: Call, uncached: Callable[[], Any]) -> Any:
         if self._run is None or self._run.untouched or not self._following:
-            self._settle_in(list(callers()))
+            self._settle_in(list(calling_objects()))
         return super()._call(call, uncached)
 
     def _settle_in(self, callers: list[Any]) -> None:
@@ -137,8 +137,7 @@ class Denoiser(Session):
             from harmonica_rt.runtime.pipelines import install_assigned  # which imports this module
 
             install_assigned(pipeline)
-            self._begin()
-            self._scheduler = pipeline.scheduler
+            self._begin_driven(pipeline.scheduler, Origin(pipeline.scheduler, seen=False))
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self._convention.normalise(args, kwargs)

@@ -8,17 +8,12 @@ says who made it, so the stack is asked.
 
 from __future__ import annotations
 
-import sys
 import weakref
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.runtime.scheduler import Listener, listener_of, unwatch, watch
-
-_FRAMES = 32  # between a pipeline and what it calls there are about ten, with hooks some more
 
 
 @dataclass
@@ -42,6 +37,10 @@ class Following:
         """Those that are still alive."""
         return [pipeline for one in self._followed if (pipeline := one.pipeline()) is not None]
 
+    def follows(self, scheduler: Any) -> bool:
+        """Whether this is the scheduler of a pipeline that is followed."""
+        return any(one.scheduler is scheduler for one in self._followed)
+
     def add(self, pipeline: Any) -> None:
         """Follow the scheduler of a pipeline from now on.
 
@@ -55,15 +54,16 @@ class Following:
     def leave(self, pipeline: Any) -> None:
         """Follow it no more."""
         left = [one for one in self._followed if one.pipeline() is pipeline]
-        self._followed = [one for one in self._followed if one not in left]
+        kept = [one for one in self._followed if one not in left]
         for one in left:
-            self._release(one.scheduler)
+            self._release(one.scheduler, kept)
+        self._followed = kept  # last: what interrupts this leaves nothing watched that nobody knows of
 
     def release(self) -> None:
         """Leave all schedulers alone again."""
-        schedulers, self._followed = [one.scheduler for one in self._followed], []
-        for scheduler in schedulers:
-            self._release(scheduler)
+        for one in self._followed:
+            self._release(one.scheduler, [])
+        self._followed = []
 
     def replaced(self) -> list[Any]:
         """Follow schedulers that took the place of another one since the last look (`from_config` makes a new object).
@@ -75,10 +75,10 @@ class Following:
             pipeline = one.pipeline()
             if pipeline is None or pipeline.scheduler is one.scheduler:
                 continue
+            self._watch(pipeline.scheduler)
             before, one.scheduler = one.scheduler, pipeline.scheduler
-            self._watch(one.scheduler)
             found.append(one.scheduler)
-            self._release(before)
+            self._release(before, self._followed)
         return found
 
     def _watch(self, scheduler: Any) -> None:
@@ -89,8 +89,8 @@ class Following:
             raise scheduler_in_use(current)
         watch(scheduler, listener)
 
-    def _release(self, scheduler: Any) -> None:
-        if all(one.scheduler is not scheduler for one in self._followed):
+    def _release(self, scheduler: Any, kept: list[_Followed]) -> None:
+        if all(one.scheduler is not scheduler for one in kept):
             listener = listener_of(scheduler)
             if listener is not None and listener is self._listener():
                 unwatch(scheduler)
@@ -102,32 +102,3 @@ def scheduler_in_use(listener: Listener) -> HarmonicaError:
         "this scheduler already drives another compiled model. Give each pipeline a scheduler of its own; if it is "
         f"this pipeline that was compiled before, undo that first: {listener.undone_by}"
     )
-
-
-def calling_scheduler() -> Any | None:
-    """The scheduler of the pipeline that makes the call under way; None for a loop of one's own."""
-    return next((scheduler for caller in callers() if (scheduler := _scheduler_in(caller)) is not None), None)
-
-
-def pipeline_holding(component: object, callers: Iterable[Any]) -> Any | None:
-    """The first of `callers` that is a pipeline with `component` as one of its attributes."""
-    for caller in callers:
-        if _scheduler_in(caller) is not None and any(value is component for value in vars(caller).values()):
-            return caller
-    return None
-
-
-def callers() -> Iterator[Any]:
-    """The objects whose `__call__` is under way, innermost first."""
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(_FRAMES):
-        if frame is None:
-            return
-        if frame.f_code.co_name == "__call__" and frame.f_code.co_varnames[:1] == ("self",):
-            yield frame.f_locals["self"]
-        frame = frame.f_back
-
-
-def _scheduler_in(caller: Any) -> Any | None:
-    scheduler = getattr(caller, "__dict__", {}).get("scheduler")
-    return scheduler if callable(getattr(scheduler, "set_timesteps", None)) else None

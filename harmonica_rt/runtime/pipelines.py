@@ -7,6 +7,7 @@ place where `nn.Module.compile` puts one. Copies and saved files of the module k
 from __future__ import annotations
 
 import functools
+import re
 import weakref
 from typing import Any
 
@@ -40,6 +41,18 @@ def denoiser_module(pipeline: Any) -> nn.Module:
     raise HarmonicaError(
         f"{type(pipeline).__name__} has no denoiser named {' or '.join(_DENOISER_NAMES)}; compile the model itself"
     )
+
+
+def other_denoisers(pipeline: Any) -> list[str]:
+    """Names of modules that denoise in the same pipeline, and run uncached: those of the denoiser's name, extended."""
+    denoiser = denoiser_module(pipeline)
+    return [
+        name
+        for name, value in vars(pipeline).items()
+        if isinstance(value, nn.Module)
+        and value is not denoiser
+        and any(re.fullmatch(rf"(\w+_)?{known}(_\w+)?", name) for known in _DENOISER_NAMES)
+    ]
 
 
 def installed(module: nn.Module) -> Denoiser | None:
@@ -99,10 +112,11 @@ def uninstall(pipeline: Any) -> None:
     Nothing happens where nothing was installed.
     """
     module, left_over = denoiser_module(pipeline), _left_over(pipeline)
-    if left_over is not None:
-        left_over.leave(pipeline)
     for before in (installed(module), left_over):
-        if before is None or (before.model is not module and before.pipelines):  # others still run it
+        if before is None:
+            continue
+        if before.model is not module and any(one is not pipeline for one in before.pipelines):
+            before.leave(pipeline)  # others still run it
             continue
         if installed(before.model) is before:  # first: one that is called but follows nobody would miscount steps
             del before.model._compiled_call_impl

@@ -24,13 +24,14 @@ from harmonica_rt.indices import StepIndex
 from harmonica_rt.plan.liveness import sources
 from harmonica_rt.runtime.conditioning import Conditioning
 from harmonica_rt.runtime.engine import Engine, RunKey, Stream
+from harmonica_rt.runtime.notices import Notices
 from harmonica_rt.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
 _NOT_RUN = object()
 
-MAX_STREAMS = 16  # calls a step; more means that steps are not being counted
+MAX_STREAMS = 16  # of one step; each has slots of its own
 MAX_IDLE_STREAMS = 3  # kept in case their conditioning comes back; each has slots of its own
 MAX_IDLE_STATES = 3  # of the model whose streams are kept in case they come back
 
@@ -121,7 +122,7 @@ class Run:
     Used by one thread: the one that began it, or with `any_thread` the one that makes the first call.
     """
 
-    def __init__(self, schedule: Schedule, engine: Engine, *, any_thread: bool) -> None:
+    def __init__(self, schedule: Schedule, engine: Engine, notices: Notices, *, any_thread: bool) -> None:
         self.step = StepIndex(0)
         self.stats = RunStats()
         self.failed = False
@@ -131,7 +132,10 @@ class Run:
         self._streams: list[_StreamState] = []
         self._model_state: object = None  # that the last call found
         self._errors: list[RunError] = []  # of streams that were dropped
-        self._calls_in_step = 0
+        self.calls_in_step = 0
+        self._calls_before = 0  # in the last step
+        self._changed_in: dict[str, StepIndex] = {}  # conditioning -> the step that came with another value of it
+        self._notices = notices
         self.thread = None if any_thread else threading.get_ident()
         self._timesteps = TimestepOrder()
         self.key: RunKey | None = None  # of the scheduler that drives it
@@ -173,7 +177,10 @@ class Run:
         if self.finished:
             raise RunError(
                 f"the schedule is for {self._schedule.steps} steps and they are over. Call reset() before the next "
-                "run, or compile the pipeline, which does it by itself"
+                f"run. {self.stats.calls} calls came, with {self._timesteps.moves + 1} timesteps: of a model compiled "
+                "by itself each call is a step. Where a step takes several calls (guidance), make them one call with a "
+                "larger batch, or compile an object that has the model as `transformer` and the scheduler as "
+                "`scheduler`: then set_timesteps begins a run and step ends a step"
             )
         self._timesteps.check(call, self.step)
         self.failed = True  # until the call is over: whatever ends it before, nobody goes on with half a step
@@ -190,14 +197,20 @@ class Run:
             RunError: it was the last one, and the run turned out to be computed with something wrong.
         """
         self.step = StepIndex(self.step + 1)
-        self._calls_in_step = 0
+        self._calls_before, self.calls_in_step = self.calls_in_step, 0
         if self.finished and (errors := self._end()):
             raise errors[0]
 
+    def go_back(self) -> None:
+        """The last step was not over yet. Before the first call of a step only."""
+        self.step = StepIndex(self.step - 1)
+        self.calls_in_step = self._calls_before
+
     def abandon(self) -> None:
-        """Another run begins before this one is over. Nobody waits for its result; what was wrong with it is logged."""
+        """It ends before its last step. Nobody waits for its result; what was wrong with it is logged."""
         for error in self._end():
             log.warning("a run that was not finished: %s", error)
+        self._streams.clear()
 
     def _end(self) -> list[RunError]:
         return [*self._errors, *_ended(self._streams)]
@@ -230,7 +243,7 @@ class Run:
             if self._engine.state(call) is model_state:
                 return self._done(state, output, catch_up=catch_up)
         state.spoil(before)
-        self._calls_in_step -= 1
+        self.calls_in_step -= 1
         return _NOT_RUN
 
     def _done(self, state: _StreamState, output: object, *, catch_up: bool) -> object:
@@ -246,13 +259,8 @@ class Run:
 
     def _stream_for(self, call: Call, model_state: object) -> tuple[_StreamState, int]:
         """The stream of a model's state that goes on with `call`, and its last step before this one."""
-        order = self._calls_in_step
-        self._calls_in_step += 1
-        if order >= MAX_STREAMS:
-            raise RunError(
-                f"the model was called more than {MAX_STREAMS} times in step {self.step}: its scheduler is not the one "
-                "whose steps are counted. Compile the pipeline that calls the model, or call reset() for each run"
-            )
+        order = self.calls_in_step
+        self.calls_in_step += 1
         open_streams = [
             s
             for s in self._streams
@@ -270,17 +278,33 @@ class Run:
         self, call: Call, order: int, open_streams: list[_StreamState], model_state: object
     ) -> _StreamState:
         """As `_stream_for`, where no stream recognises the call: values decide, which waits for a device."""
-        unchanged = {id(s): s.conditioning.unchanged(call) for s in open_streams}
-        accepted = [s for s in open_streams if s.conditioning.accepts(unchanged[id(s)])]
-        if accepted:
-            state = max(accepted, key=lambda s: (len(unchanged[id(s)]), s.order == order, -s.order))
-            state.conditioning.advance(call, unchanged[id(state)])
-        elif len(open_streams) >= MAX_IDLE_STREAMS:
+        changed = {id(s): s.conditioning.changed(call) for s in open_streams}
+        state = next((s for s in open_streams if not changed[id(s)]), None)
+        if state is not None:
+            state.conditioning.advance(call)
+            return state
+        before = next((s for s in open_streams if s.last_step == self.step - 1), None)
+        if before is not None:
+            self._note_changes(changed[id(before)])
+        if len(open_streams) >= MAX_IDLE_STREAMS:
             state = min(open_streams, key=lambda s: s.last_step)
             state.begin(call, order)
-        else:
-            state = self._open_stream(call, order, model_state)
-        return state
+            return state
+        return self._open_stream(call, order, model_state)
+
+    def _note_changes(self, names: list[str]) -> None:
+        """Say so where the same arguments change in every step: then nothing can be reused, however long it goes on."""
+        again = [name for name in names if self._changed_in.get(name) == self.step - 1]
+        self._changed_in.update(dict.fromkeys(names, self.step))
+        if again:
+            self._notices.say(
+                "arguments that change",
+                "%s changes from step to step. By its name it belongs to the request (as a prompt does), so each "
+                "change begins a new request and nothing is reused across it: pass the same values in every step of a "
+                "run. Arguments that move with the latents are known by names such as noisy_..., timesteps by names "
+                "such as ..._timestep",
+                ", ".join(again),
+            )
 
     def _open_stream(self, call: Call, order: int, model_state: object) -> _StreamState:
         for other in self._streams:
@@ -321,6 +345,7 @@ class TimestepOrder:
     """
 
     def __init__(self) -> None:
+        self.moves = 0  # steps that came with another timestep than the one before
         self._last: float | None = None
         self._largest_move = 0.0
         self._step = -1
@@ -335,8 +360,9 @@ class TimestepOrder:
             if move * self._largest_move < 0 and abs(move) >= abs(self._largest_move):
                 raise RunError(
                     f"step {step} came with timestep {value:g} after {self._last:g}, against the order of this run: a "
-                    "new run seems to have begun. Call reset() before each run, or compile the pipeline"
+                    "new run seems to have begun. Call reset() before each run; a pipeline's set_timesteps does it"
                 )
+            self.moves += 1
             if abs(move) > abs(self._largest_move):
                 self._largest_move = move
         self._last, self._step = value, step

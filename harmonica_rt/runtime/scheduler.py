@@ -1,14 +1,21 @@
 """Know when a run begins and when a step is over, from the diffusers scheduler that drives it.
 
 A pipeline tells nobody which step it is in, but every one calls `scheduler.set_timesteps` once a run and
-`scheduler.step` once a step. Both are watched by giving the scheduler object a subclass of its own class: the class
-keeps its name, module and signatures (pipelines inspect those of `step`). A copy or a pickle is of the original class,
-and what `from_config` makes has no listener, so neither ever drives the wrong run.
+`scheduler.step` once a step. Both are watched by giving the scheduler object a subclass of its own class, made for this
+one object: it keeps the name, module and signatures (pipelines inspect those of `step`), and who listens is known to
+the subclass alone, so the object's attributes stay as they were. A copy or a pickle is of the original class, and what
+`from_config` makes has no listener, so neither ever drives the wrong run.
+
+Others replace `step` too, on the object: before it is watched, or later. The subclass has data descriptors in the place
+of both methods, which come before the attributes of an object, so their calls are told whatever runs behind them.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
+import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -37,31 +44,42 @@ class Listener(Protocol):
         """`step` returned."""
 
 
-_LISTENER = "_harmonica_listener"
-_ORIGINAL = "_harmonica_original"
+_WATCH = "_harmonica_watch"
+_set_class = vars(object)["__class__"].__set__  # the watched class answers `__class__` as the original one would
 
 
 def watch(scheduler: Any, listener: Listener) -> None:
-    """Tell `listener` of the runs and steps of `scheduler` from now on."""
+    """Tell `listener` of the runs and steps of `scheduler` from now on.
+
+    Raises:
+        HarmonicaError: it has no `set_timesteps` or `step`, or Python does not let its methods be watched.
+    """
     for method in ("set_timesteps", "step"):
         if not callable(getattr(scheduler, method, None)):
             raise HarmonicaError(f"{type(scheduler).__name__} has no {method}(); a diffusers scheduler has")
     unwatch(scheduler)
-    cls: Any = _original_class(type(scheduler))
-    object.__setattr__(scheduler, "__class__", _watched_class(cls))
-    scheduler.__dict__[_LISTENER] = listener
+    original: Any = type(scheduler)
+    try:
+        _set_class(scheduler, _watched_class(original, scheduler, listener))
+    except TypeError as error:
+        raise HarmonicaError(
+            f"the steps of a {original.__name__} cannot be watched ({error}): its class must be an ordinary Python "
+            "class without __slots__. Put it in an object of one, or compile the model itself and call reset() for "
+            "each run"
+        ) from error
 
 
 def unwatch(scheduler: Any) -> None:
     """Undo `watch`; nothing happens where there is nothing to undo."""
-    scheduler.__dict__.pop(_LISTENER, None)
-    object.__setattr__(scheduler, "__class__", _original_class(type(scheduler)))
+    watched = _watch_of(scheduler)
+    if watched is not None:
+        _set_class(scheduler, watched.original)
 
 
 def listener_of(scheduler: Any) -> Listener | None:
     """Who is told of the runs of `scheduler`."""
-    found: Listener | None = getattr(scheduler, "__dict__", {}).get(_LISTENER)
-    return found
+    watched = _watch_of(scheduler)
+    return watched.listener if watched is not None and watched.scheduler() is scheduler else None
 
 
 @dataclass(frozen=True)
@@ -117,65 +135,118 @@ class RunTimesteps:
         return index if rest == 0 and 0 <= index < len(own) else None
 
 
+def timesteps_are_set(scheduler: Any) -> bool:
+    """Whether timesteps were set for sampling. A new diffusers scheduler has none, or all it was trained with."""
+    timesteps = getattr(scheduler, "timesteps", None)
+    trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+    asked = getattr(scheduler, "num_inference_steps", None) or (len(timesteps) if timesteps is not None else trained)
+    return timesteps is not None and asked != trained
+
+
 def steps_left_out(scheduler: Any) -> int:
     """How many of its first steps the run leaves out, as image-to-image tells its scheduler with `set_begin_index`."""
     return int(getattr(scheduler, "begin_index", None) or 0)
 
 
-def _original_class(cls: Any) -> Any:
-    """A scheduler made with `from_config` of a watched one has the watched class too."""
-    return cls.__dict__.get(_ORIGINAL, cls)
+class _Watch:
+    """Who is told of one scheduler object, and what its class was.
+
+    Attributes:
+        scheduler: weakly; other objects of the watched class (`from_config` makes such) are none of the listener's.
+        listener: who is told.
+        original: the class that the scheduler had.
+    """
+
+    def __init__(self, scheduler: Any, listener: Listener, original: type) -> None:
+        self.scheduler = weakref.ref(scheduler)
+        self.listener = listener
+        self.original = original
+        self._telling = threading.local()
+
+    def calls(self, name: str, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a method of the scheduler and tell of it: once, also where one version of it calls another."""
+        scheduler = self.scheduler()
+        if getattr(self._telling, name, False):
+            return method(*args, **kwargs)
+        setattr(self._telling, name, True)
+        try:
+            if name == "set_timesteps":
+                self.listener.run_begins(scheduler)
+                return method(*args, **kwargs)
+            self.listener.step_begins(scheduler, args[1] if len(args) > 1 else kwargs.get("timestep"))
+            result = method(*args, **kwargs)
+            self.listener.step_ends(scheduler)
+            return result
+        finally:
+            setattr(self._telling, name, False)
 
 
-@functools.cache
-def _watched_class(cls: Any) -> type:
+class _Told:
+    """A method of a watched class, in the place of the one that the original class or the object has."""
+
+    def __init__(self, watched: _Watch) -> None:
+        self._watch = watched
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._owner, self._name = owner, name
+
+    def __get__(self, scheduler: Any, owner: Any = None) -> Any:
+        name, watched = self._name, self._watch
+        if scheduler is None:
+            return getattr(watched.original, name)
+        method = vars(scheduler).get(name) or getattr(super(self._owner, scheduler), name, None)
+        if method is None:  # a wrapper that hands on what it lacks
+            hand_on: Callable[[Any, str], Any] = inspect.getattr_static(watched.original, "__getattr__")
+            method = hand_on(scheduler, name)
+        if watched.scheduler() is not scheduler:
+            return method
+
+        @functools.wraps(method)
+        def told(*args: Any, **kwargs: Any) -> Any:
+            return watched.calls(name, method, args, kwargs)
+
+        return told
+
+    def __set__(self, scheduler: Any, value: Any) -> None:
+        vars(scheduler)[self._name] = value
+
+    def __delete__(self, scheduler: Any) -> None:
+        try:
+            del vars(scheduler)[self._name]
+        except KeyError:
+            raise AttributeError(self._name) from None
+
+
+def _watch_of(scheduler: Any) -> _Watch | None:
+    found: _Watch | None = vars(type(scheduler)).get(_WATCH)
+    return found
+
+
+def _watched_class(original: Any, scheduler: Any, listener: Listener) -> type:
+    """A subclass for one object. A scheduler made with `from_config` of a watched one may have its class."""
+    watched = _Watch(scheduler, listener, original)
     members: dict[str, Any] = {
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-        _ORIGINAL: cls,
-        "__reduce_ex__": _reduce_to(cls),
-        "step": _watched_step(cls),
-        "set_timesteps": _watched_set_timesteps(cls),
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "__class__": property(lambda _: original),
+        "__reduce_ex__": _reduce_to(original),
+        "step": _Told(watched),
+        "set_timesteps": _Told(watched),
+        _WATCH: watched,
     }
-    metaclass: Any = type(cls)
-    watched: type = metaclass(cls.__name__, (cls,), members)
-    return watched
+    metaclass: Any = type(original)
+    found: type = metaclass(original.__name__, (original,), members)
+    return found
 
 
-def _reduce_to(cls: type) -> Callable[[Any, int], Any]:
-    def reduce_ex(self: Any, protocol: int) -> Any:
+def _reduce_to(original: Any) -> Callable[[Any, Any], Any]:
+    def reduce_ex(self: Any, protocol: Any) -> Any:
         """Copies and pickles are plain, unwatched schedulers."""
-        state = {name: value for name, value in self.__dict__.items() if name != _LISTENER}
-        return (_new_instance, (cls,), state)
+        reduced = original.__reduce_ex__(self, protocol)
+        if isinstance(reduced, str):
+            return reduced
+        made, arguments, *state = reduced
+        return (made, tuple(original if a is type(self) else a for a in arguments), *state)
 
     return reduce_ex
-
-
-def _new_instance(cls: Any) -> Any:
-    return cls.__new__(cls)
-
-
-def _watched_step(cls: Any) -> Callable[..., Any]:
-    @functools.wraps(cls.step)
-    def step(self: Any, model_output: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
-        listener = listener_of(self)
-        if listener is None:
-            return cls.step(self, model_output, timestep, *args, **kwargs)
-        listener.step_begins(self, timestep)
-        result = cls.step(self, model_output, timestep, *args, **kwargs)
-        listener.step_ends(self)
-        return result
-
-    return step
-
-
-def _watched_set_timesteps(cls: Any) -> Callable[..., Any]:
-    @functools.wraps(cls.set_timesteps)
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        listener = listener_of(self)
-        if listener is not None:
-            listener.run_begins(self)
-        return cls.set_timesteps(self, *args, **kwargs)
-
-    return set_timesteps

@@ -1,12 +1,12 @@
 """Which run a call of a denoiser belongs to, and which of its steps.
 
 One call at a time, one run at a time. A run begins with `reset()`, or, for a pipeline's denoiser, when its scheduler
-sets timesteps; it moves on with every call, or with every scheduler step.
+sets timesteps; it moves on with every call, or with every scheduler step (`counting`). In a pipeline, calls that do not
+come from the function that began the run (`origin`) are the plain model's.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,15 +16,22 @@ import torch
 from harmonica_rt.capture.alone import keep_torch_state
 from harmonica_rt.capture.call import Call
 from harmonica_rt.changes import Changes, Turns
-from harmonica_rt.errors import ConcurrentRunError, HarmonicaError, RunError, ScheduleMismatchError
+from harmonica_rt.errors import ConcurrentRunError, HarmonicaError, ScheduleMismatchError
 from harmonica_rt.indices import StepIndex
+from harmonica_rt.runtime.counting import StepCount
 from harmonica_rt.runtime.engine import Engine, RunKey
-from harmonica_rt.runtime.following import Following, calling_scheduler
+from harmonica_rt.runtime.following import Following
+from harmonica_rt.runtime.notices import Notices
+from harmonica_rt.runtime.origin import Origin, calling_scheduler
 from harmonica_rt.runtime.run import Run, RunStats
-from harmonica_rt.runtime.scheduler import RunTimesteps, steps_left_out
+from harmonica_rt.runtime.scheduler import RunTimesteps, steps_left_out, timesteps_are_set
 from harmonica_rt.schedule import Schedule
 
-log = logging.getLogger(__name__)
+_INTERLEAVED = (
+    "a sampling run went on after another one had begun on this compiled model: two loops take turns step by step (as "
+    "generators do), and would take each other's features. Finish one before the other begins, or use a compiled model "
+    "for each"
+)
 
 
 class Session:
@@ -50,8 +57,11 @@ class Session:
         self._run: Run | None = None
         self._following = Following(self)
         self._scheduler: Any = None  # of the current run
-        self._timesteps: RunTimesteps | None = None  # of the current run
-        self._warned_outside = False
+        self._origin: Origin | None = None  # of the current run; None where reset() began it
+        self._count: StepCount | None = None  # of the current run, from its first call on
+        self._suspended: list[tuple[Origin, Any]] = []  # runs that another one displaced, and their schedulers
+        self._notices = Notices()
+        self._begun = False  # whether a scheduler ever began a run
         self._displaced: set[int] = set()  # threads in whose pipeline run another thread began its own
 
     def reset(self, timesteps: Sequence[float] | torch.Tensor | None = None) -> None:
@@ -105,45 +115,54 @@ class Session:
     def detach(self) -> None:
         """Leave all schedulers alone again; runs begin with `reset()`."""
         self._following.release()
-        self._scheduler = self._run = None
+        self._scheduler = self._run = self._origin = self._count = None
+        self._suspended.clear()
 
     def run_begins(self, scheduler: Any) -> None:
         """A scheduler sets its timesteps: whatever run there was is over, finished or not."""
         changes = Changes()
         with changes, changes:
             self._enter(changes)
-            self._begin()
-            self._scheduler = scheduler
+            self._begin_driven(scheduler, Origin(scheduler))
 
     def step_begins(self, scheduler: Any, timestep: Any) -> None:
         """The scheduler is stepped: with the timestep of this step, and by the thread whose run it is."""
         self._check_not_displaced()
-        run = self._run
-        if run is None or run.finished or scheduler is not self._scheduler:
+        run = self._run_driven_by(scheduler)
+        if run is None:
+            self._check_not_taken_over(scheduler)
             return
         run.check_thread()
-        if run.untouched:
-            return
-        if self._timesteps is not None and self._timesteps.belongs_to_another(timestep, run.step):
-            run.failed = True
-            raise RunError(
-                f"step {run.step} was stepped with timestep {float(timestep):g}, which belongs to another step: this "
-                "run leaves steps out, and its scheduler was not told. Where image-to-image begins at step k, call "
-                "scheduler.set_begin_index(k) before the first step; with a scheduler that has none, or for a run that "
-                "leaves out steps in its midst, uncompile the pipeline"
+        if run.untouched or self._count is None:
+            self._notices.say(
+                "not called",
+                "%s made a step without a call of the compiled %s. If its pipeline has another denoiser since it was "
+                "compiled (pipe.transformer = ...), compile the pipeline again: until then it runs uncached",
+                type(scheduler).__name__,
+                self._model_name,
             )
+        else:
+            self._count.step_begins(timestep)
 
     def step_ends(self, scheduler: Any) -> None:
         """The step is over."""
         changes = Changes()
         with changes, changes:
             self._enter(changes)
-            run = self._run
-            if run is None or run.untouched or run.finished or scheduler is not self._scheduler:
+            run = self._run_driven_by(scheduler)
+            if run is None or run.untouched or self._count is None:
                 return
-            run.advance()
+            self._count.step_ends()
             if run.finished:
                 self.last_stats, self._run = run.stats, None
+
+    def _run_driven_by(self, scheduler: Any) -> Run | None:
+        """The run under way, where it is this scheduler's."""
+        run = self._run
+        if run is None or run.finished or scheduler is not self._scheduler:
+            return None
+        over = not run.untouched and self._origin is not None and self._origin.over
+        return None if over else run
 
     # ---- inside
 
@@ -157,47 +176,74 @@ class Session:
 
     def _call_in_pipeline(self, call: Call, uncached: Callable[[], Any]) -> Any:
         caller, replaced = calling_scheduler(), self._following.replaced()
-        begun = [scheduler for scheduler in replaced if caller is None or caller is scheduler]
+        begun = [s for s in replaced if caller is s or (caller is None and timesteps_are_set(s))]
         if begun:
-            self._begin()
-            self._scheduler = begun[-1]
+            self._begin_driven(begun[-1], Origin(begun[-1], seen=False))
         self._check_not_displaced()
         run = self._run
-        if run is None or (caller is not None and caller is not self._scheduler):
-            self._warn_outside_run()
+        if run is None or not self._makes_this_call(run, caller):
+            self._say_outside(caller)
             return uncached()
-        run.check_thread()
         if run.untouched:
-            self._set_out(run)
+            self._count = self._set_out(run)
+        if self._count is not None and not run.failed and not self._count.admits(call):
+            return uncached()
         return run.call(call, counts_as_step=False)
 
-    def _warn_outside_run(self) -> None:
-        if not self._warned_outside:
-            log.warning(
-                "%s was called outside a sampling run (its pipeline's scheduler set no timesteps, or is that of a "
-                "pipeline that was not compiled): nothing is cached",
+    def _makes_this_call(self, run: Run, caller: Any) -> bool:
+        """Whether the call under way, from the pipeline with the scheduler `caller` (None: no pipeline), is the run's.
+
+        Raises:
+            ConcurrentRunError: the run is another thread's.
+        """
+        origin, scheduler = self._origin, self._scheduler
+        if origin is None:
+            mine = caller is None or caller is scheduler
+        else:
+            if run.untouched:
+                origin.settle(scheduler)
+            mine = not origin.over
+        if mine:
+            run.check_thread()
+        return mine and (origin is None or origin.distance(scheduler) is not None)
+
+    def _say_outside(self, caller: Any) -> None:
+        if not self._begun and self._following.follows(caller):
+            self._notices.say(
+                "swapped",
+                "%s was compiled in the midst of a run of its pipeline: what is left of that run is uncached, the "
+                "schedule holds from the next run on. To treat some steps differently, say so in one schedule",
                 self._model_name,
             )
-            self._warned_outside = True
+            return
+        self._notices.say(
+            "outside",
+            "%s was called outside a sampling run (its pipeline's scheduler set no timesteps, or the call came from a "
+            "callback, from after the run, or from a pipeline that was not compiled): such calls are the plain "
+            "model's, nothing is cached",
+            self._model_name,
+        )
 
-    def _set_out(self, run: Run) -> None:
+    def _set_out(self, run: Run) -> StepCount | None:
         """Before the first call of a run: which steps of the schedule are its own, and what timesteps they have.
 
         A run that leaves out its first steps goes by the last rows of a schedule for all steps, or by a schedule for
         those that are left.
         """
-        timesteps = getattr(self._scheduler, "timesteps", None)
-        if timesteps is None:
-            self._timesteps = None
-            return
-        asked, expected = len(timesteps), self.schedule.steps
-        left_out = steps_left_out(self._scheduler)
-        whole = expected == asked
-        if not whole and expected != asked - left_out:
-            raise ScheduleMismatchError(self._mismatch(asked, left_out))
-        run.begin_at(StepIndex(left_out if whole else 0))
-        self._timesteps = RunTimesteps.of(self._scheduler, 0 if whole else left_out)
-        run.key = RunKey(self._timesteps.key, run.first) if self._timesteps is not None else None
+        scheduler = self._scheduler
+        timesteps = getattr(scheduler, "timesteps", None)
+        known = None
+        if timesteps is not None:
+            asked, expected = len(timesteps), self.schedule.steps
+            left_out = steps_left_out(scheduler)
+            whole = expected == asked
+            if not whole and expected != asked - left_out:
+                raise ScheduleMismatchError(self._mismatch(asked, left_out))
+            run.begin_at(StepIndex(left_out if whole else 0))
+            known = RunTimesteps.of(scheduler, 0 if whole else left_out)
+        run.key = RunKey(known.key, run.first) if known is not None else None
+        training_steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+        return StepCount(run, known, float(training_steps or 1000), self._model_name, self._notices)
 
     def _mismatch(self, asked: int, left_out: int) -> str:
         expected, name = self.schedule.steps, type(self._scheduler).__name__
@@ -214,6 +260,21 @@ class Session:
             f"{expected} steps"
         )
 
+    def _begin_driven(self, scheduler: Any, origin: Origin) -> None:
+        """Begin a run that a scheduler drives."""
+        before = self._run
+        if before is not None and not before.finished and self._origin is not None:
+            unknown = not self._origin.known and scheduler is not self._scheduler and not before.untouched
+            if self._origin.suspended or unknown:
+                self._suspended.append((self._origin, self._scheduler))
+        self._suspended = [
+            (other, driver)
+            for other, driver in self._suspended
+            if not (other.over or other.same(origin) or (driver is scheduler and not other.known))
+        ]
+        self._begin()
+        self._scheduler, self._origin, self._begun = scheduler, origin, True
+
     def _begin(self) -> Run:
         current = threading.get_ident()
         if self._run is not None and not self._run.untouched:
@@ -224,7 +285,8 @@ class Session:
             if self._following and owner is not None and owner != current:
                 self._displaced.add(owner)
         self._displaced.discard(current)
-        self._run = Run(self.schedule, self.engine, any_thread=not self._following)
+        self._origin = self._count = None
+        self._run = Run(self.schedule, self.engine, self._notices, any_thread=not self._following)
         return self._run
 
     def _check_not_displaced(self) -> None:
@@ -233,6 +295,25 @@ class Session:
                 "another thread began a sampling run on this compiled model before this thread's was over. Use one "
                 "compiled model (and one pipeline) for each thread, or let the runs take turns"
             )
+        if not self._suspended:
+            return
+        own = self._origin.distance(self._scheduler) if self._origin is not None and self._run is not None else None
+        for origin, scheduler in self._suspended:
+            distance = origin.distance(scheduler) if origin.known else None
+            if distance is not None and (own is None or distance < own):
+                raise ConcurrentRunError(_INTERLEAVED)
+
+    def _check_not_taken_over(self, scheduler: Any) -> None:
+        """Raise where a run goes on of which only its scheduler is known, while another one is under way.
+
+        The calls of both counted as the latter's, so neither can be trusted.
+        """
+        run = self._run
+        if run is None or run.untouched or (self._origin is not None and self._origin.over):
+            return
+        if any(one is scheduler and not origin.known for origin, one in self._suspended):
+            run.failed = True
+            raise ConcurrentRunError(_INTERLEAVED)
 
     def _enter(self, changes: Changes) -> None:
         """Let nobody else in until `changes` are undone; torch's state of the thread is then as it is now.

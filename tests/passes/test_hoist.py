@@ -25,7 +25,7 @@ STEPS = 4
 
 
 class Conditioned(nn.Module):
-    """Latents [B, N, 8] that see the timestep [B], a prompt [B, L, 8], a control signal, and a site of time alone."""
+    """Latents [B, N, 8] that see the timestep [B], a prompt [B, L, 8], a ControlNet, and a site of time alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,11 @@ class Conditioned(nn.Module):
         self.time = nn.Linear(8, 8)
 
     def forward(
-        self, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor, control: torch.Tensor
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        controlnet_residual: torch.Tensor,
     ) -> torch.Tensor:
         x = latents + self.position.sin()[: latents.shape[1]]
         time = self.embed(timestep[:, None])
@@ -46,7 +50,7 @@ class Conditioned(nn.Module):
         x = x + gate[:, None] * self.attn(x * (1 + scale[:, None]) + shift[:, None])
         keys = self.keys(prompt_embeds)
         x = x + self.cross((x @ keys.transpose(1, 2)).softmax(dim=-1) @ keys)
-        return x + self.time(time).tanh()[:, None] + control
+        return x + self.time(time).tanh()[:, None] + controlnet_residual
 
 
 def call_of(step: int = 0) -> dict[str, torch.Tensor]:
@@ -55,7 +59,7 @@ def call_of(step: int = 0) -> dict[str, torch.Tensor]:
         "latents": torch.randn(2, 5, 8, generator=generator),
         "timestep": torch.full((2,), 1.0 - step / 10),
         "prompt_embeds": torch.linspace(-1, 1, 2 * 3 * 8).view(2, 3, 8),
-        "control": torch.randn(2, 5, 8, generator=generator),
+        "controlnet_residual": torch.randn(2, 5, 8, generator=generator),
     }
 
 
@@ -86,7 +90,7 @@ def test_bindings_join_what_a_value_sees() -> None:
     assert seen["linear"] == Binding.TIMESTEP
     assert seen["linear_1"] == Binding.TIMESTEP | Binding.REQUEST
     assert seen["tanh"] == Binding.LATENTS  # of a site that sees the timestep alone, but may be reused
-    assert seen["control"] == Binding.LATENTS
+    assert seen["controlnet_residual"] == Binding.LATENTS
 
 
 def test_the_body_keeps_what_sees_the_latents() -> None:

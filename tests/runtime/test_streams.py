@@ -140,7 +140,8 @@ def test_equal_conditioning_keeps_the_order_of_calls(model: nn.Module) -> None:
     assert torch.equal(pipeline(PLANS["equal prompts"]), truth(model, schedule, PLANS["one call"]))
 
 
-def test_conditioning_with_an_unknown_name_is_learned(model: nn.Module) -> None:
+@pytest.mark.parametrize("name", ["guidance cut off", "prompt swapped", "prompt back again"])
+def test_conditioning_may_have_any_name(model: nn.Module, name: str) -> None:
     class Renamed(Conditioned):
         def forward(self, latents: torch.Tensor, timestep: torch.Tensor, extra: torch.Tensor) -> Any:  # type: ignore[override]
             return super().forward(latents, timestep, extra)
@@ -149,8 +150,7 @@ def test_conditioning_with_an_unknown_name_is_learned(model: nn.Module) -> None:
     renamed = Renamed().eval().requires_grad_(False)
     schedule = random_schedule(model, STEPS)
     pipeline = hrt.compile(HandWritten(renamed), schedule, strict=True)
-    plan = PLANS["guidance cut off"]
-    assert torch.equal(pipeline(plan), truth(renamed, schedule, plan))
+    assert torch.equal(pipeline(PLANS[name]), truth(renamed, schedule, PLANS[name]))
 
 
 def test_conditioning_changed_in_place_is_noticed(model: nn.Module) -> None:
