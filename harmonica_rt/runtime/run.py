@@ -182,6 +182,7 @@ class Run:
                 "larger batch, or compile an object that has the model as `transformer` and the scheduler as "
                 "`scheduler`: then set_timesteps begins a run and step ends a step"
             )
+        _check_no_gradient(call)
         self._timesteps.check(call, self.step)
         self.failed = True  # until the call is over: whatever ends it before, nobody goes on with half a step
         output = self._call(call)
@@ -324,6 +325,18 @@ class Run:
         kept = {id(model_state), *list(recent)[:MAX_IDLE_STATES]}
         self._errors += _ended(s for s in self._streams if id(s.model_state) not in kept)
         return [s for s in self._streams if id(s.model_state) in kept]
+
+
+def _check_no_gradient(call: Call) -> None:
+    """Raise RunError where the caller could take the result for one that carries a gradient."""
+    if not torch.is_grad_enabled():
+        return
+    for path, leaf in zip(call.paths, call.leaves, strict=True):
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+            raise RunError(
+                f"{path} requires a gradient, and the results of a compiled model carry none. Call it under "
+                "torch.no_grad(), pass a detached tensor, or use the plain model (uncompile the pipeline)"
+            )
 
 
 def _ended(streams: Iterable[_StreamState]) -> list[RunError]:

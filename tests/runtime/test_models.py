@@ -426,3 +426,19 @@ def test_report_before_and_after_a_run(model: Stack) -> None:
     assert plan.arena_bytes == plan.lower_bound_bytes == 6 * 2 * 4 * 8 * 4
     assert report.cache_bytes == plan.arena_bytes
     assert "last run: 4 calls, 50.00% of entries reused" in str(report)
+
+
+@pytest.mark.parametrize("door", ["compile", "reference", "torch.compile"])
+def test_inputs_that_require_a_gradient_are_refused(door: str) -> None:
+    model = stack()
+    schedule = Schedule.every(2, steps=4, sites=hrt.find_sites(model))
+    call = stack_call(0)
+    if door == "torch.compile":
+        denoiser: Any = torch.compile(model, backend="harmonica", options={"schedule": schedule})
+    else:
+        denoiser = hrt.compile(model, schedule) if door == "compile" else hrt.reference(model, schedule)
+    with pytest.raises(hrt.HarmonicaError, match="latents requires a gradient"):
+        denoiser(call["latents"].requires_grad_(), call["timestep"])
+    with torch.no_grad():
+        assert not denoiser(call["latents"], call["timestep"]).requires_grad
+    call["latents"].requires_grad_(False)
