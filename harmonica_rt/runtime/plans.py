@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
@@ -73,7 +72,7 @@ class Plans:
         self._debug = debug
         self._limit = limit
         self._max_bytes = max_bytes
-        self._held: OrderedDict[PlanKey, PlanRuntime] = OrderedDict()
+        self._held: dict[PlanKey, PlanRuntime] = {}  # no OrderedDict: an interrupted one is no longer whole
         self._key: RunKey | None = None
 
     def __contains__(self, key: PlanKey) -> bool:
@@ -81,8 +80,8 @@ class Plans:
 
     def __getitem__(self, key: PlanKey) -> PlanRuntime:
         """The plan, now the one used last."""
-        self._held.move_to_end(key)
-        return self._held[key]
+        runtime = self._held[key] = self._held.pop(key)
+        return runtime
 
     @property
     def held(self) -> dict[PlanKey, PlanRuntime]:
