@@ -78,6 +78,10 @@ TURNS: dict[str, tuple[Callable[[Any], Any], bool]] = {
 }
 
 
+# the model may then be what it was in an earlier turn, and the plan that was made for it is found again
+COMES_BACK = ("unfuse", "unload")
+
+
 def test_everything_in_turn(caplog: pytest.LogCaptureFixture) -> None:
     made = compiled("plain")
     before = made.run(CALL)[2]
@@ -88,8 +92,8 @@ def test_everything_in_turn(caplog: pytest.LogCaptureFixture) -> None:
         assert made.same(got, expected), turn
         assert not (differs and made.same(got, before)), turn
         assert report.last_cur == pytest.approx(made.schedule.cur)
-        assert len(report.plans) == 1
-        assert any("captured again" in line for line in caplog.messages), turn
+        told = any("captured again" in line for line in caplog.messages)
+        assert told or turn in COMES_BACK, turn
         before = got
 
 

@@ -81,7 +81,8 @@ def test_offload_of_every_layer_runs_without_a_plan(pipeline: Any, schedule: Sch
     assert "NOT COMPILED" in str(report)
     remove_hook_from_module(pipeline.transformer, recurse=True)
     assert np.array_equal(sample(pipeline, STEPS, **CALL), expected)
-    assert len(hrt.get_compiled(pipeline).report().plans) == 1
+    # accelerate leaves each layer's forward on the object, so the model is not quite what it was before
+    assert len(hrt.get_compiled(pipeline).report().plans) == 2
 
 
 def test_offload_of_every_layer_in_strict_mode(pipeline: Any, schedule: Schedule) -> None:
