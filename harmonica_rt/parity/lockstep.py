@@ -55,7 +55,7 @@ class LockstepEngine:
         self.raise_at_once = raise_at_once
         self._model = model
         self._schedule = schedule
-        self._reference = ReferenceEngine(model, schedule)
+        self._reference = ReferenceEngine(model, schedule, planned.watch)  # what it makes of the model is no change
 
     looks_late = False
 

@@ -136,13 +136,13 @@ class PlannedEngine:
         self._model = model
         self._schedule = schedule
         self._strict = strict
-        self._watch = ModelWatch(model)
+        self.watch = ModelWatch(model)
         self._state: ModelState | None = None  # that the call under way finds
         self._change: str | None = None  # of the model, that no plan was made for yet
         self._new: list[Facts] = []  # that this run was the first to find
         self._said_restless = False  # in this run
         self._ran_eagerly = False  # in this run
-        self._reference = ReferenceEngine(model, schedule, self._watch)
+        self._reference = ReferenceEngine(model, schedule, self.watch)
 
     @property
     def plans(self) -> dict[PlanKey, PlanRuntime]:
@@ -162,14 +162,14 @@ class PlannedEngine:
 
     def state(self, call: Call) -> ModelState:
         """See `Engine.state`: plans are made for it, and kept for when it comes back."""
-        before, self._state = self._state, self._watch.look()
+        before, self._state = self._state, self.watch.look()
         if before is not None and self._state.facts is not before.facts:
-            self._change = self._watch.difference
+            self._change = self.watch.difference
         return self._state
 
     def begin_run(self, key: RunKey | None = None) -> None:
         """All streams are over; weights are fetched anew."""
-        self._watch.begin_run()
+        self.watch.begin_run()
         self._new.clear()
         self._said_restless = self._ran_eagerly = False
         self.cache.begin_run(key)
@@ -207,11 +207,11 @@ class PlannedEngine:
         Raises:
             PlanFileError: one has no such form, or the model is not as it was when they were made.
         """
-        facts = self._watch.look().facts
+        facts = self.watch.look().facts
         fitting = {key: runtime for key, runtime in self.plans.items() if key.model is facts}
         if self.plans and not fitting:
             raise PlanFileError(
-                f"the plans are of the model as it was: {self._watch.difference}. Run it once more, then save"
+                f"the plans are of the model as it was: {self.watch.difference}. Run it once more, then save"
             )
         model = ModelFacts.of(self._model)
         return [saved.encode(runtime.plan, key.signature, runtime.roles, model) for key, runtime in fitting.items()]
@@ -228,7 +228,7 @@ class PlannedEngine:
             RegionError: Inductor cannot compile a region.
         """
         check_capturable(self._model)
-        facts = self._watch.look().facts
+        facts = self.watch.look().facts
         model = ModelFacts.of(self._model)
         for number, record in enumerate(records):
             started, place = time.perf_counter(), f"plans[{number}]"
@@ -236,7 +236,7 @@ class PlannedEngine:
             key = PlanKey(signature, facts)
             if key in self.cache:
                 raise PlanFileError(f"{place}: a second plan for calls of {signature}")
-            self.cache.add(key, plan, self._watch.live_tensors, leaf_roles, started=started, loaded=True)
+            self.cache.add(key, plan, self.watch.live_tensors, leaf_roles, started=started, loaded=True)
 
     def _add_plan(self, call: Call) -> PlanRuntime | None:
         started = time.perf_counter()
@@ -247,18 +247,18 @@ class PlannedEngine:
             # What the user can mend at once is no reason to run slowly.
             if self._strict or error.failure.obstacle in (Obstacle.TRAINING, Obstacle.SITE):
                 raise
-            self.failures = {key: failure for key, failure in self.failures.items() if self._watch.knows(key.model)}
+            self.failures = {key: failure for key, failure in self.failures.items() if self.watch.knows(key.model)}
             self.failures[self._key(call)] = error.failure
             message = f"{name} runs without a compiled plan, eagerly with the same schedule. {error.failure}"
             log.warning("%s", message)
             warnings.warn(message, FallbackWarning, stacklevel=2)
             return None
-        self._watch.accept()  # a model may make tables when it first runs
+        self.watch.accept()  # a model may make tables when it first runs
         key = self._key(call)
         if captured.reads is not None:
             key = key._replace(signature=dataclasses.replace(key.signature, read=captured.reads.key))
         plan = build_plan(captured, self._schedule)
-        return self.cache.add(key, plan, self._watch.live_tensors, roles(call), started=started)
+        return self.cache.add(key, plan, self.watch.live_tensors, roles(call), started=started)
 
     def _key(self, call: Call) -> PlanKey:
         """What a plan for this call is kept under."""
