@@ -237,7 +237,7 @@ class Run:
         try:
             with torch.no_grad():
                 output = state.stream.run(self.step, call, catch_up=catch_up)
-        except Exception:
+        except Exception:  # of a step begun for what the model no longer is; raised where it still is
             if self._engine.state(call) is model_state:
                 raise
         else:
