@@ -39,7 +39,9 @@ def test_a_value_comes_back(value: Any) -> None:
     assert type(got) is type(value)
 
 
-@pytest.mark.parametrize("value", [2**63, 1j, b"", {1}, object(), torch.per_tensor_affine], ids=str)
+@pytest.mark.parametrize(
+    "value", [2**63, 1j, b"", {1}, object(), torch.per_tensor_affine], ids=lambda value: type(value).__name__
+)
 def test_a_value_without_a_form_is_not_written(value: Any) -> None:
     with pytest.raises(PlanFileError, match="cannot be saved"):
         encode_value(value, devices("cpu"))
