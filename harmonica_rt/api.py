@@ -35,6 +35,7 @@ from harmonica_rt.runtime.denoiser import Denoiser
 from harmonica_rt.runtime.graphs import graphs_of
 from harmonica_rt.runtime.pipelines import (
     denoiser_module,
+    held_denoiser,
     install,
     install_assigned,
     installed,
@@ -44,6 +45,7 @@ from harmonica_rt.runtime.pipelines import (
 from harmonica_rt.runtime.planned import PlannedEngine
 from harmonica_rt.runtime.reference import ReferenceEngine
 from harmonica_rt.schedule import Schedule
+from harmonica_rt.wrapped import unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -53,15 +55,17 @@ P = TypeVar("P")
 class CompiledModel(Denoiser):
     """A model under a schedule, compiled. Called like the model, one run at a time; see `compile`."""
 
-    def __init__(self, model: nn.Module, schedule: Schedule, planned: PlannedEngine, *, verify: bool) -> None:
+    def __init__(self, given: nn.Module, schedule: Schedule, planned: PlannedEngine, *, verify: bool) -> None:
         self._planned = planned
-        lockstep = LockstepEngine(model, schedule, planned, tolerance="auto", raise_at_once=True) if verify else None
-        super().__init__(model, schedule, lockstep or planned)
+        lockstep = None
+        if verify:
+            lockstep = LockstepEngine(unwrapped(given), schedule, planned, tolerance="auto", raise_at_once=True)
+        super().__init__(given, schedule, lockstep or planned)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copies and pickles hold the model, the schedule and the options; their plans are made at their first call."""
         verify = isinstance(self.engine, LockstepEngine)
-        return _compiled_again, (self.model, self.schedule, self._planned.options, verify)
+        return _compiled_again, (self.given, self.schedule, self._planned.options, verify)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the schedule and all plans as JSON without weights, for `load`; whole or not at all.
@@ -186,7 +190,7 @@ def compile(
         max_plan_bytes=max_plan_bytes,
         debug=debug,
     )
-    return _take_over(model_or_pipeline, CompiledModel(_model_of(model_or_pipeline), schedule, planned, verify=verify))
+    return _take_over(model_or_pipeline, CompiledModel(_held(model_or_pipeline), schedule, planned, verify=verify))
 
 
 @overload
@@ -260,7 +264,7 @@ def load(
         planned.restore(found.plans)
     except (PlanFileError, InvariantError) as error:
         raise PlanFileError(f"{os.fspath(path)}: {error}; compile the model and save it again") from error
-    return _take_over(model_or_pipeline, CompiledModel(model, found.schedule, planned, verify=False))
+    return _take_over(model_or_pipeline, CompiledModel(_held(model_or_pipeline), found.schedule, planned, verify=False))
 
 
 def uncompile(pipeline: P) -> P:
@@ -286,13 +290,12 @@ def get_compiled(pipeline: Any) -> CompiledModel:
     """
     check_pipeline(pipeline)
     install_assigned(pipeline)
-    module = denoiser_module(pipeline)
-    compiled, name = installed(module), type(pipeline).__name__
+    compiled, name = installed(denoiser_module(pipeline)), type(pipeline).__name__
     if isinstance(compiled, CompiledModel):
         return compiled
     if compiled is not None:
         raise HarmonicaError(f"this {name} is not compiled but runs the reference; compile(pipe, schedule) compiles it")
-    if _through_torch_compile(module):
+    if _through_torch_compile(held_denoiser(pipeline)):
         raise HarmonicaError(
             f"this {name} is not compiled by harmonica_rt.compile but by torch.compile; "
             "attach(pipe.transformer).report() reports on it"
@@ -319,7 +322,7 @@ def reference(model_or_pipeline: Any, schedule: Schedule) -> Any:
     check_schedule(schedule)
     model = _model_to_compile(model_or_pipeline)
     check_fit(model, schedule)
-    denoiser = Denoiser(model, schedule, ReferenceEngine(model, schedule))
+    denoiser = Denoiser(_held(model_or_pipeline), schedule, ReferenceEngine(model, schedule))
     if isinstance(model_or_pipeline, nn.Module):
         return denoiser
     install(model_or_pipeline, denoiser)
@@ -412,8 +415,8 @@ def _planned(
     )
 
 
-def _compiled_again(model: nn.Module, schedule: Schedule, options: dict[str, Any], verify: bool) -> CompiledModel:
-    return CompiledModel(model, schedule, PlannedEngine(model, schedule, **options), verify=verify)
+def _compiled_again(given: nn.Module, schedule: Schedule, options: dict[str, Any], verify: bool) -> CompiledModel:
+    return CompiledModel(given, schedule, PlannedEngine(unwrapped(given), schedule, **options), verify=verify)
 
 
 def _take_over(model_or_pipeline: Any, compiled: CompiledModel) -> Any:
@@ -432,13 +435,14 @@ def _take_over(model_or_pipeline: Any, compiled: CompiledModel) -> Any:
     return model_or_pipeline
 
 
-def _model_of(model_or_pipeline: Any) -> nn.Module:
+def _held(model_or_pipeline: Any) -> nn.Module:
+    """The model as it was given, in whatever wraps it."""
     check_subject(model_or_pipeline)
     if isinstance(model_or_pipeline, Denoiser):
-        return model_or_pipeline.model
+        return model_or_pipeline.given
     if isinstance(model_or_pipeline, nn.Module):
         return model_or_pipeline
-    return denoiser_module(model_or_pipeline)
+    return held_denoiser(model_or_pipeline)
 
 
 def _model_to_compile(model_or_pipeline: Any) -> nn.Module:
@@ -446,11 +450,11 @@ def _model_to_compile(model_or_pipeline: Any) -> nn.Module:
     check_subject(model_or_pipeline)
     if not isinstance(model_or_pipeline, nn.Module):
         install_assigned(model_or_pipeline)
-    model = _model_of(model_or_pipeline)
-    wrapped = getattr(model, "_orig_mod", None)
-    if wrapped is not None and _through_torch_compile(model):
+    held = _held(model_or_pipeline)
+    model: nn.Module = unwrapped(held)
+    if held is not model and _through_torch_compile(held):
         raise HarmonicaError(
-            f"this {type(wrapped).__name__} is compiled already, by torch.compile with this package's backend. Undo "
+            f"this {type(model).__name__} is compiled already, by torch.compile with this package's backend. Undo "
             "that first: harmonica_rt.attach(pipe.transformer).detach(), then "
             "pipe.transformer = pipe.transformer._orig_mod"
         )

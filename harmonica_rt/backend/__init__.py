@@ -22,7 +22,7 @@ from harmonica_rt.capture.refusals import check_capturable
 from harmonica_rt.errors import HarmonicaError, ScheduleMismatchError
 from harmonica_rt.fit import check_fit, warn_about_sampler
 from harmonica_rt.runtime.denoiser import Denoiser
-from harmonica_rt.runtime.pipelines import denoiser_module, follower_of, installed
+from harmonica_rt.runtime.pipelines import follower_of, held_denoiser, installed
 from harmonica_rt.runtime.scheduler import listener_of
 
 P = TypeVar("P")
@@ -101,7 +101,7 @@ def attach(compiled: Any) -> Any:
     check_subject(compiled)
     if isinstance(compiled, nn.Module):
         return _session_of(compiled)
-    session = _session_of(denoiser_module(compiled))
+    session = _session_of(held_denoiser(compiled))
     before = listener_of(compiled.scheduler)
     if isinstance(before, GraphSession) and before is not session:
         before.leave(compiled)

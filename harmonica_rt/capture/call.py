@@ -104,13 +104,12 @@ class CallConvention:
     """How one model's `forward` takes its arguments; built once, used on every call."""
 
     def __init__(self, model: nn.Module) -> None:
-        parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
+        parameters = _parameters(model)
         self._model_name = type(model).__name__
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         self._positional = tuple(p.name for p in parameters if p.kind in positional)
         self._order = {p.name: i for i, p in enumerate(parameters)}
         self._any_position = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
-        self._inner = _wrapped_in(model)
         self._open = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
         self._named = frozenset(
             p.name
@@ -138,11 +137,10 @@ class CallConvention:
                 neither a tensor nor a plain value (or a list, tuple or dict of them).
         """
         if len(args) > len(self._positional) and self._any_position:
-            remedy = f", or compile what is inside: its attribute {self._inner}" if self._inner else ""
             raise SignatureError(
                 f"the forward of {self._model_name} takes *args, so an argument passed by position has no name to be "
-                f"known by. Pass arguments by name, name them in that forward or give it the signature of what it "
-                f"wraps (functools.wraps){remedy}"
+                "known by. Pass arguments by name, name them in that forward, give it the signature of what it "
+                "wraps (functools.wraps), or compile the model inside"
             )
         if len(args) > len(self._positional):
             raise SignatureError(
@@ -204,10 +202,15 @@ class CallConvention:
         )
 
 
-def _wrapped_in(model: nn.Module) -> str | None:
-    """Where a model that wraps another one keeps it; None where it does not look like a wrapper."""
-    children = [name for name, _ in model.named_children()]
-    return children[0] if len(children) == 1 else None
+def _parameters(model: nn.Module) -> list[inspect.Parameter]:
+    """Of the model's forward, or of its only child's where that takes anything: then it passes on what it gets."""
+    parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
+    children = list(model.children())
+    if len(children) != 1 or any(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        return parameters
+    within = _parameters(children[0])
+    named = any(p.kind is p.POSITIONAL_OR_KEYWORD for p in within)
+    return within if named and not isinstance(children[0], (nn.Sequential, nn.ModuleList)) else parameters
 
 
 def _autocast() -> tuple[tuple[str, torch.dtype], ...]:

@@ -21,6 +21,7 @@ from harmonica_rt.runtime.origin import Origin, calling_objects, pipeline_holdin
 from harmonica_rt.runtime.reference import ReferenceEngine
 from harmonica_rt.runtime.session import Session
 from harmonica_rt.schedule import Schedule
+from harmonica_rt.wrapped import unwrapped
 
 C = TypeVar("C", bound=Callable[..., Any])
 
@@ -44,13 +45,15 @@ def _outside_dynamo(call: C) -> C:
 class Denoiser(Session):
     """The model under a schedule. Everything but the call (config, dtype, parameters(), ...) is the model's own.
 
-    It passes for the model where a class is asked for, because pipelines save, move and offload what is a module of
-    the class that they know. Attributes that are set on it are set on the model.
+    Of a wrapped model `model` is the one inside and `given` the wrapper, whose attributes it has. It passes for the
+    model where a class is asked for, because pipelines save, move and offload what is a module of the class that they
+    know. Attributes that are set on it are set on the model.
     """
 
-    def __init__(self, model: nn.Module, schedule: Schedule, engine: Engine) -> None:
+    def __init__(self, given: nn.Module, schedule: Schedule, engine: Engine) -> None:
+        model: nn.Module = unwrapped(given)
         super().__init__(type(model).__name__, schedule, engine)
-        self.model = model
+        self.model, self.given = model, given
         self._convention = CallConvention(model)
         self.__module__ = type(model).__module__  # with the class's name, what diffusers writes into a saved pipeline
         self._counted_by: weakref.ref[Any] | None = None  # the pipeline that begins the runs by itself
@@ -80,7 +83,7 @@ class Denoiser(Session):
         """Copies and pickles hold the model and the schedule: each makes runs of its own, in no pipeline."""
         if not isinstance(self.engine, ReferenceEngine):
             raise HarmonicaError(f"{self!r} cannot be copied or pickled while it is verified; copy its `model` instead")
-        return _reference_of, (self.model, self.schedule)
+        return _reference_of, (self.given, self.schedule)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of a {type(self.model).__name__}, {self.schedule!r}>"
@@ -88,33 +91,34 @@ class Denoiser(Session):
     def __setattr__(self, name: str, value: Any) -> None:
         if "_complete" not in self.__dict__:
             super().__setattr__(name, value)
-        elif name in ("model", "schedule", "engine"):
+        elif name in ("model", "given", "schedule", "engine"):
             raise HarmonicaError(
                 f"the {name} of a compiled model is fixed; compile the model or the pipeline again for another one"
             )
         elif name in self.__dict__:
             super().__setattr__(name, value)
         else:
-            setattr(self.model, name, value)
+            setattr(self.given, name, value)
 
     def __delattr__(self, name: str) -> None:
         if name in self.__dict__:
             super().__delattr__(name)
         else:
-            delattr(self.model, name)
+            delattr(self.given, name)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "model" not in self.__dict__:
+        if name.startswith("__") or "given" not in self.__dict__:
             raise AttributeError(name)
-        value = getattr(self.model, name)
-        if not isinstance(value, MethodType) or value.__self__ is not self.model or name == "forward":
+        value = getattr(self.given, name)
+        owner = getattr(value, "__self__", None)
+        if not isinstance(value, MethodType) or not (owner is self.given or owner is self.model) or name == "forward":
             return value
 
         @functools.wraps(value.__func__)
         def method(self: Denoiser, *args: Any, **kwargs: Any) -> Any:
             """`to`, `half`, `eval` and the like return the module itself: here, that is this denoiser."""
             result = value(*args, **kwargs)
-            return self if result is self.model else result
+            return self if result is owner else result
 
         return MethodType(method, self)  # dynamo takes the methods of a module for bound ones
 
@@ -141,8 +145,8 @@ class Denoiser(Session):
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self._convention.normalise(args, kwargs)
-        return self._call(call, lambda: own_forward(self.model)(**call.kwargs))
+        return self._call(call, lambda: own_forward(self.model)(*args, **kwargs))
 
 
-def _reference_of(model: nn.Module, schedule: Schedule) -> Denoiser:
-    return Denoiser(model, schedule, ReferenceEngine(model, schedule))
+def _reference_of(given: nn.Module, schedule: Schedule) -> Denoiser:
+    return Denoiser(given, schedule, ReferenceEngine(unwrapped(given), schedule))

@@ -18,6 +18,7 @@ from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.runtime.denoiser import Denoiser
 from harmonica_rt.runtime.following import scheduler_in_use
 from harmonica_rt.runtime.scheduler import listener_of
+from harmonica_rt.wrapped import compiled_around, unwrapped
 
 _last_installed: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Denoiser]] = weakref.WeakKeyDictionary()
 _DENOISER_NAMES = ("transformer", "unet", "denoiser")
@@ -29,7 +30,17 @@ def is_pipeline(candidate: Any) -> bool:
 
 
 def denoiser_module(pipeline: Any) -> nn.Module:
-    """The module of a pipeline that is called in every step.
+    """The model of a pipeline that is called in every step: what is inside, where it is wrapped.
+
+    Raises:
+        HarmonicaError: the pipeline has no module of a known name.
+    """
+    inner: nn.Module = unwrapped(held_denoiser(pipeline))
+    return inner
+
+
+def held_denoiser(pipeline: Any) -> nn.Module:
+    """The denoiser as the pipeline holds it, in whatever wraps it.
 
     Raises:
         HarmonicaError: the pipeline has no module of a known name.
@@ -37,7 +48,7 @@ def denoiser_module(pipeline: Any) -> nn.Module:
     for name in _DENOISER_NAMES:
         module = getattr(pipeline, name, None)
         if isinstance(module, nn.Module):
-            return module.model if isinstance(module, Denoiser) else module
+            return module.given if isinstance(module, Denoiser) else module
     raise HarmonicaError(
         f"{type(pipeline).__name__} has no denoiser named {' or '.join(_DENOISER_NAMES)}; compile the model itself"
     )
@@ -50,7 +61,7 @@ def other_denoisers(pipeline: Any) -> list[str]:
         name
         for name, value in vars(pipeline).items()
         if isinstance(value, nn.Module)
-        and value is not denoiser
+        and unwrapped(value) is not denoiser
         and any(re.fullmatch(rf"(\w+_)?{known}(_\w+)?", name) for known in _DENOISER_NAMES)
     ]
 
@@ -76,7 +87,21 @@ def install(pipeline: Any, denoiser: Denoiser) -> None:
         denoiser.attach(one)
     # Not by setattr: a denoiser passes for a module, and a module that is set becomes a child.
     denoiser.model.__dict__["_compiled_call_impl"] = denoiser
+    for one in denoiser.pipelines:
+        for wrapper in compiled_around(held_denoiser(one)):
+            wrapper.__dict__["_compiled_call_impl"] = _NotTraced(denoiser.model)
     _last_installed[denoiser.model] = weakref.ref(denoiser)
+
+
+class _NotTraced:
+    """Stands in for the call of an `OptimizedModule`: dynamo traces the model inside without the call put there."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model as it is called now."""
+        return self._model(*args, **kwargs)
 
 
 def follower_of(module: nn.Module) -> Denoiser | None:
@@ -103,7 +128,7 @@ def install_assigned(pipeline: Any) -> None:
                 f"one, and it alone can be compiled. Give the plain model back: pipe.{name} = pipe.{name}.model"
             )
         install(pipeline, denoiser)
-        setattr(pipeline, name, denoiser.model)  # last: whatever interrupts this, the next call finds it assigned
+        setattr(pipeline, name, denoiser.given)  # last: whatever interrupts this, the next call finds it assigned
 
 
 def uninstall(pipeline: Any) -> None:
@@ -111,6 +136,9 @@ def uninstall(pipeline: Any) -> None:
 
     Nothing happens where nothing was installed.
     """
+    for wrapper in compiled_around(held_denoiser(pipeline)):
+        if isinstance(wrapper.__dict__.get("_compiled_call_impl"), _NotTraced):
+            del wrapper.__dict__["_compiled_call_impl"]
     module, left_over = denoiser_module(pipeline), _left_over(pipeline)
     for before in (installed(module), left_over):
         if before is None:

@@ -20,6 +20,7 @@ from harmonica_rt.schedule.checks import check_name, check_number, check_sequenc
 from harmonica_rt.schedule.fingerprint import config_fingerprint
 from harmonica_rt.untrusted.strict_json import MAX_DEPTH, MAX_DIGITS
 from harmonica_rt.untrusted.text import one_line, quoted
+from harmonica_rt.wrapped import unwrapped
 
 _DEEPEST = MAX_DEPTH - 3  # lists and mappings in one another; in a file they lie in three more
 SCORE_DECIMALS = 4  # enough to redraw a threshold, few enough to read and diff
@@ -81,7 +82,7 @@ class ModelInfo:
     @classmethod
     def of(cls, model: object) -> ModelInfo:
         """Of a model, with the fingerprint of its `config` if it has one."""
-        model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+        model = unwrapped(model)
         config = getattr(model, "config", None)
         # __class__ and not type(): a compiled model stands for the model inside
         return cls(model.__class__.__name__, config_fingerprint(config) if isinstance(config, Mapping) else None)

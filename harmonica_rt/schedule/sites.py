@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from harmonica_rt.errors import ArgumentError, SiteError
+from harmonica_rt.wrapped import unwrapped
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,11 +59,11 @@ def find_sites(model: nn.Module, patterns: Sequence[str] | None = None) -> list[
 
 
 def _checked_model(model: object) -> nn.Module:
-    """The module whose paths are sites: the one inside, where torch.compile wrapped it."""
+    """The module whose paths are sites: the one inside, where it is wrapped."""
     from torch import nn
 
     if isinstance(model, nn.Module):
-        inner = getattr(model, "_orig_mod", model)
+        inner = unwrapped(model)
         return inner if isinstance(inner, nn.Module) else model
     name = f"the class {model.__name__}" if isinstance(model, type) else f"an object of class {type(model).__name__}"
     remedy = "; pass the denoiser of the pipeline: find_sites(pipe.transformer)" if hasattr(model, "scheduler") else ""

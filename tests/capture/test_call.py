@@ -78,18 +78,27 @@ def test_bad_calls_are_refused(
 
 
 class Wrapper(nn.Module):
-    """Passes everything on, under no names."""
+    """Takes anything, and does what with it?"""
 
-    def __init__(self) -> None:
+    def __init__(self, *inner: nn.Module) -> None:
         super().__init__()
-        self.inner = nn.Linear(1, 1)
+        self.inner, self.other = [*inner, None, None][:2]
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        return self.inner(*args, **kwargs)
+        return args, kwargs
 
 
-def test_positions_without_names_are_refused_with_what_to_do() -> None:
-    convention = CallConvention(Wrapper())
-    with pytest.raises(SignatureError, match=r"forward of Wrapper takes \*args.*Pass arguments by name.*inner"):
+@pytest.mark.parametrize("inner", [(), (nn.Sequential(),), (nn.ModuleList(),), (Denoiser(), Denoiser())])
+def test_positions_without_names_are_refused_with_what_to_do(inner: tuple[nn.Module, ...]) -> None:
+    convention = CallConvention(Wrapper(*inner))
+    with pytest.raises(SignatureError, match=r"forward of Wrapper takes \*args.*Pass arguments by name.*inside"):
         convention.normalise((torch.zeros(1),), {})
     assert convention.normalise((), {"x": torch.zeros(1)}).paths == ("x",)
+
+
+@pytest.mark.parametrize("model", [Wrapper(Denoiser()), Wrapper(Wrapper(Denoiser()))])
+def test_what_wraps_one_model_takes_what_that_takes(model: nn.Module) -> None:
+    x, t = torch.randn(2, 3), torch.tensor([1.0])
+    call = CallConvention(model).normalise((x, t), {})
+    assert call.signature == CallConvention(Denoiser()).normalise((x, t), {}).signature
+    assert list(call.kwargs) == ["sample", "timestep"]
