@@ -1,4 +1,7 @@
-"""Every test runs seeded, with a fixed number of threads, and with NaN in memory that nobody has written."""
+"""Every test runs seeded, with a fixed number of threads, and with NaN in memory that nobody has written.
+
+None may leave torch in another mode for the next one.
+"""
 
 from __future__ import annotations
 
@@ -41,3 +44,21 @@ def nan_in_fresh_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@pytest.fixture(autouse=True)
+def no_mode_left_behind() -> Iterator[None]:
+    """Gradients on, inference mode and autocast off, no dispatch mode on the stack: as torch begins."""
+    yield
+    left = []
+    if not torch.is_grad_enabled():
+        left.append("gradients are off")
+        torch.set_grad_enabled(True)
+    if torch.is_inference_mode_enabled():
+        left.append("inference mode is on")
+    if torch.is_autocast_enabled("cpu"):
+        left.append("autocast is on")
+        torch.set_autocast_enabled("cpu", False)
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        left.append("modes are on the stack")
+    assert not left, f"left behind: {', '.join(left)}"

@@ -1,4 +1,4 @@
-"""`python -m benchmarks soak [--runs N] [--seed S] [--save]`, or `--kind KIND --world SEED [--shrink]`."""
+"""`python -m benchmarks soak [--runs N] [--seed S] [--kind KIND] [--save]`, or `--kind KIND --world SEED [--shrink]`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -21,15 +22,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks soak", description=main.__doc__)
     parser.add_argument("--runs", type=int, default=10_000, help="how many, over all kinds (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="of all worlds (default: 0)")
-    parser.add_argument("--kind", choices=names, metavar="KIND", help="with --world: which kind it is of")
+    parser.add_argument("--kind", choices=names, metavar="KIND", help="all runs of this one kind")
     parser.add_argument("--world", type=int, metavar="SEED", help="run the one world of this seed, as a fault named it")
     parser.add_argument(
         "--shrink", action="store_true", help="with --world: leave out what the first fault does not need"
     )
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/soak.json")
     options = parser.parse_args(arguments)
-    if (options.world is None) != (options.kind is None):
-        parser.error("--kind and --world go together")
+    if options.world is not None and options.kind is None:
+        parser.error("--world needs the --kind that it is of")
     if options.runs < 1:
         parser.error("--runs must be at least 1")
     logging.getLogger("harmonica_rt").setLevel(logging.ERROR)  # it warns of the very things that are provoked here
@@ -37,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.world is not None:
         sys.exit(_again(names[options.kind], options.world, shrink=options.shrink))
     started = time.perf_counter()
-    tallies = soak(options.runs, options.seed, lambda fault: print(fault, flush=True))
+    kinds = KINDS if options.kind is None else [replace(names[options.kind], share=1.0)]
+    tallies = soak(options.runs, options.seed, lambda fault: print(fault, flush=True), kinds)
     seconds = time.perf_counter() - started
     found = [row for name, tally in tallies.items() for row in tally.rows(name)]
     found.append(rows.Row("soak", "all", "random", "runs", sum(t.runs for t in tallies.values()), "count"))

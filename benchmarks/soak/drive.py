@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from benchmarks.rows import Row
@@ -90,17 +90,19 @@ class Tally:
         return found + [Row("soak", kind, "random", what, counted[what], "count", target="0") for what in FAULTS]
 
 
-def soak(count: int, seed: int, tell: Callable[[Fault], None]) -> dict[str, Tally]:
+def soak(count: int, seed: int, tell: Callable[[Fault], None], kinds: Sequence[Kind] = ()) -> dict[str, Tally]:
     """At least `count` runs, of all kinds by their shares; `tell` is called with each fault.
 
     Args:
         count: how many runs.
         seed: of all worlds; the same seed gives the same ones.
         tell: called with each fault as it is found.
+        kinds: some instead of all.
     """
-    tallies = {kind.name: Tally() for kind in KINDS}
+    kinds = kinds or KINDS
+    tallies = {kind.name: Tally() for kind in kinds}
     draw = random.Random(seed)
-    for kind in KINDS:
+    for kind in kinds:
         tally, wanted = tallies[kind.name], round(kind.share * count)
         while tally.runs < wanted:
             world = draw.randrange(10**9)

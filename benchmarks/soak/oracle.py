@@ -31,13 +31,16 @@ class Oracle:
     Args:
         schedule: anything with `sites` and a bool array `compute` [steps, sites].
         state: tells the state that the model is in, as a value that is equal for equal states.
+
+    Attributes:
+        rounds_otherwise: move each number that the model returns by a unit in the last place.
     """
 
     def __init__(self, schedule: Any, state: Callable[[], Hashable]) -> None:
         self._sites: tuple[str, ...] = tuple(schedule.sites)
         self._compute: list[list[bool]] = schedule.compute.tolist()
         self._state = state
-        self._aside = False
+        self._aside = self.rounds_otherwise = False
         self.begin()
 
     def begin(self, first: int = 0) -> None:
@@ -71,11 +74,14 @@ class Oracle:
                 hook = functools.partial(self._site_ran, site, held, reused)
                 handles.append(model.get_submodule(site).register_forward_hook(hook))
 
-        def ends(*_: Any) -> None:
+        def ends(_: Any, __: Any, output: Any) -> Any:
             while handles:
                 handles.pop().remove()
-            if call_is_step and not self._aside:
+            if self._aside or output is None:  # None where the call failed
+                return None
+            if call_is_step:
                 self.advance()
+            return pytree.tree_map_only(torch.Tensor, _rounded_otherwise, output) if self.rounds_otherwise else None
 
         own = [
             model.register_forward_pre_hook(begins, with_kwargs=True),
@@ -160,6 +166,13 @@ def _leaf(leaf: Any, *, by_value: bool) -> Hashable:
     if not by_value:
         return layout
     return (*layout, hashlib.sha256(leaf.detach().contiguous().numpy().tobytes()).digest())
+
+
+def _rounded_otherwise(output: torch.Tensor) -> torch.Tensor:
+    """Each number one unit in the last place up or down, at random; torch's own state of randomness is left alone."""
+    up = torch.rand(output.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    ways = torch.where(up, torch.inf, -torch.inf).to(output.dtype)
+    return torch.nextafter(output, ways)
 
 
 def _cloned(output: Any) -> Any:

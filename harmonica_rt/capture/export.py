@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
 import warnings
 from typing import Any
@@ -33,12 +35,21 @@ def export_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     Raises:
         CaptureError: it cannot be traced, or is not a function of its arguments.
     """
-    lazily = _use_lazy_graph_module(True)  # no one calls the modules that tracing makes on its way: no code for them
     changes = Changes()
-    with changes, changes, warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad(), lazily:
+    with changes, changes:
         take_capture_lock(changes)
         keep_torch_state(changes)
+        _leave_backends_on(changes)
         _silence_about_values(changes)
+        program = _exported(module, args, kwargs)
+    _check_functional_signature(program)
+    remove_identities(program.graph)
+    return program
+
+
+def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+    lazily = _use_lazy_graph_module(True)  # no one calls the modules that tracing makes on its way: no code for them
+    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad(), lazily:
         # Raised inside torch.export by torch's own use of its deprecated names.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
         # Capture finds out by itself what a forward writes, and says it as a reason.
@@ -47,17 +58,21 @@ def export_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         try:
             program = torch.export.export(module, args, kwargs, strict=False)
             _renew_users(program.graph)
-            if not functionalise(program):
-                program = program.run_decompositions({})
+            return program if functionalise(program) else program.run_decompositions({})
         except GivenUp as given_up:
             raise CaptureError(given_up.failure) from None
         except (CaptureError, MemoryError, torch.OutOfMemoryError):
             raise  # the last two are no fault of the model's, which may be captured another time
         except Exception as error:  # torch.export raises a dozen unrelated types; each becomes a reason, none is lost
             raise CaptureError(not_traced(error)) from error
-    _check_functional_signature(program)
-    remove_identities(program.graph)
-    return program
+
+
+def _leave_backends_on(changes: Changes) -> None:
+    """Keep torch.export from switching oneDNN and cuDNN off: that is for all threads, which would round otherwise."""
+    for name in ("torch.export._trace", "torch.export.exported_program"):
+        module = vars(importlib.import_module(name))  # here: it takes a while
+        if "_ignore_backend_decomps" in module:
+            changes.set(module, "_ignore_backend_decomps", contextlib.nullcontext)
 
 
 def _has_advice(record: logging.LogRecord) -> bool:

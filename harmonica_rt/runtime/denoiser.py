@@ -29,12 +29,15 @@ C = TypeVar("C", bound=Callable[..., Any])
 def _outside_dynamo(call: C) -> C:
     """`call`, left alone by torch.compile: a plan is compiled already, and a trace would bake the state of a run in.
 
-    Does what `torch.compiler.disable` does, but imports dynamo with the first call.
+    Dynamo traces the one branch, and stops there. Without it nothing of it is imported or run: `torch.compiler.disable`
+    takes notes in a dict of the whole process while another thread exports a model, and fails where two threads do.
     """
     untraced: list[Callable[..., Any]] = []
 
     @functools.wraps(call)
     def outer(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_dynamo_compiling():
+            return call(*args, **kwargs)
         if not untraced:
             untraced.append(torch.compiler.disable(call))
         return untraced[0](*args, **kwargs)

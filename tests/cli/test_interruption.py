@@ -194,14 +194,18 @@ def test_an_interruption_right_after_resuming_names_what_is_there(
     arguments = ["train", str(model), str(tmp_path / "s.json"), *MANY, "--work", str(tmp_path / "work")]
     monkeypatch.setattr(ConsoleProgress, "iteration", interrupting_after(2))
     assert CliRunner().invoke(cli.app, arguments).exit_code == 130
-    monkeypatch.setattr(ConsoleProgress, "iteration", interrupting_after(2))
+    monkeypatch.setattr(ConsoleProgress, "begin", interrupting)
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 130
-    assert f"interrupted; iteration 1 is kept in {tmp_path / 'work'}; to go on:\n" in result.output
+    assert f"interrupted; iteration 2 is kept in {tmp_path / 'work'}; to go on:\n" in result.output
+
+
+def interrupting(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def interrupting_after(iteration: int) -> Any:
-    """In the place of `ConsoleProgress.iteration`: Ctrl-C in the middle of an iteration, which is lost."""
+    """In the place of `ConsoleProgress.iteration`: Ctrl-C as soon as one is told, which is kept."""
 
     def step(_: ConsoleProgress, record: Any) -> None:
         if record.iteration >= iteration:
@@ -222,12 +226,12 @@ def test_an_interrupted_call_of_train_has_its_state(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
 
     chosen = config(iterations=6, renew_every=2)
-    with pytest.raises(TrainingInterrupted, match="interrupted after iteration 3; call train again with directory="):
+    with pytest.raises(TrainingInterrupted, match="interrupted after iteration 4; call train again with directory="):
         train(dit(), chosen, directory=tmp_path / "kept", progress=Interrupting())
     with pytest.raises(TrainingInterrupted, match=r"its state is in `.checkpoint`") as caught:
         train(dit(), chosen, progress=Interrupting())
     stop = caught.value
-    assert (stop.iteration, stop.path) == (3, None)
+    assert (stop.iteration, stop.path) == (4, None)
     assert isinstance(stop, KeyboardInterrupt)
     assert stop.checkpoint is not None
     file = save_checkpoint(tmp_path / "by hand", stop.checkpoint)

@@ -103,8 +103,9 @@ def train(
             shown.begin(config.iterations, training.iteration)
             with frozen(setting.model):
                 while training.iteration < config.iterations:
-                    history.append(training.step(shown))
+                    history.append(training.step())
                     training.keep()
+                    training.tell(history[-1], shown)  # now that it can no longer be lost
                     if checkpoints is not None and training.iteration % config.checkpoint_every == 0:
                         training.save(checkpoints)
         finally:
@@ -145,8 +146,9 @@ class _Training:
         self._settles = config.gates == "hard" and config.beta is None
         self._begun = 0  # iterations done by earlier processes
         self._kept: Checkpoint | None = None
+        self._stands_for: NDArray[np.bool_]  # what the last iteration left computed
 
-    def step(self, progress: Progress) -> IterationRecord:
+    def step(self) -> IterationRecord:
         """One iteration."""
         started = time.perf_counter()
         config, router, steering = self._config, self._router, self._steering
@@ -166,12 +168,12 @@ class _Training:
         router.clamp()
         steering.follow(router.logits, rate, router.free)
         self.iteration += 1
-        computes = self._computes()
+        self._stands_for = computes = self._computes()
         if self._settles:
             self._settling.follow(self.iteration, computes, router.logits)
         cost = float((scores[walked.drawn] * penalty).sum())
         error = float((mse * self._objective.weights).sum())
-        record = IterationRecord(
+        return IterationRecord(
             iteration=self.iteration,
             loss=error + cost,
             mse=float(mse[walked.drawn].mean()),
@@ -181,12 +183,14 @@ class _Training:
             speedup=self._setting.costs.speedup(computes),
             seconds=time.perf_counter() - started,
         )
+
+    def tell(self, record: IterationRecord, progress: Progress) -> None:
+        """Report the iteration that is over."""
         if self._objective.renewed:
             progress.renewed(self.iteration, self._objective.weights.tolist())
         progress.iteration(record)
-        if self.iteration % SHOW_EVERY == 0 or self.iteration == config.iterations:
-            progress.schedule(self.iteration, router.scores().double().cpu().numpy(), computes)
-        return record
+        if self.iteration % SHOW_EVERY == 0 or self.iteration == self._config.iterations:
+            progress.schedule(self.iteration, self._router.scores().double().cpu().numpy(), self._stands_for)
 
     def _computes(self) -> NDArray[np.bool_]:
         """Where sites compute now: r > tau, with hard gates and a target tau being what the target asks for."""
