@@ -1,4 +1,4 @@
-"""`python -m benchmarks soak [--runs N] [--seed S] [--kind KIND] [--save]`, or `--kind KIND --world SEED [--shrink]`."""
+"""`python -m benchmarks soak [--runs N] [--seed S] [--kind KIND] [--save]`, or `--kind KIND --world SEED`."""
 
 from __future__ import annotations
 

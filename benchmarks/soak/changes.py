@@ -101,6 +101,9 @@ def hook(owner: Callable[[Any], Any], *, before: bool = False, around: bool = Fa
             return args, {**kwargs, name: kwargs[name] * 0.9}
         return (args[0] * 0.9, *args[1:]), kwargs
 
+    def scale_output(_: Any, args: tuple[Any, ...], output: Any) -> Any:
+        return _times(output, 0.8)
+
     def put(pipeline: Any, value: int) -> None:
         module = owner(pipeline.transformer)
         held = _kept(pipeline).setdefault((id(module), "hook", before), {})
@@ -110,7 +113,7 @@ def hook(owner: Callable[[Any], Any], *, before: bool = False, around: bool = Fa
             held["handle"] = (
                 module.register_forward_pre_hook(scale_input, with_kwargs=True)
                 if before
-                else module.register_forward_hook(lambda _, args, output: _times(output, 0.8))
+                else module.register_forward_hook(scale_output)
             )
 
     return Change(put, 2, around=around)

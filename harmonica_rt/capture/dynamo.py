@@ -23,12 +23,14 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.guards import GuardBuilder, get_verbose_code_parts, install_guard
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._guards import Guard
 
 from harmonica_rt.capture.call import Call, CallConvention
 from harmonica_rt.capture.export import export_functional
 from harmonica_rt.capture.graph import CapturedGraph, placeholders
+from harmonica_rt.capture.identity import contents, first_change
 from harmonica_rt.capture.inference import check_draws_nothing, modes_of
 from harmonica_rt.capture.marking import find_site_outputs, site_columns, site_of
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
@@ -57,8 +59,18 @@ class Frame:
     code: CodeType
 
     def guard(self) -> None:
-        """Let the graph run for this very model only. Called while dynamo compiles."""
+        """Let the graph run for this very model only, with these hooks in it. Called while dynamo compiles."""
         install_guard(self.source.make_guard(GuardBuilder.ID_MATCH))
+        install_guard(self.source.make_guard(_same_hooks))
+
+
+def _same_hooks(builder: GuardBuilder, guard: Guard) -> None:
+    """A guard on a model: dynamo itself takes hooks that are added or removed later for nothing."""
+    model = builder.get(guard)
+    held = [hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+    noted = list(map(contents, held))
+    code = get_verbose_code_parts(f"___same_hooks({guard.name})", guard)
+    builder.get_guard_manager(guard).add_lambda_guard(lambda _: first_change(held, noted) < 0, code, guard.user_stack)
 
 
 def traced_frame(module: fx.GraphModule) -> Frame:
@@ -74,7 +86,10 @@ def traced_frame(module: fx.GraphModule) -> Frame:
             value = _value(_name(source), scope)
             if isinstance(value, nn.Module):
                 return Frame(value, source, _name(source), traced.f_code)
-    detail = f"a graph of {traced.f_code.co_name} uses no weights; compile the model itself. {SEE_THE_BREAK}"
+    detail = (
+        f"a graph of {traced.f_code.co_name} uses no weights: it is a forward hook on the model, or code around it; "
+        f"compile the model itself, without hooks. {SEE_THE_BREAK}"
+    )
     raise CaptureError(CaptureFailure(Obstacle.EXPORT, detail))
 
 

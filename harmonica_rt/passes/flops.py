@@ -26,9 +26,23 @@ def _cpu_attention_flops(
 CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops}
 
 
+class _NoModules:
+    """In the place of the counter's tracker of modules, whose hooks would be on every module of every thread."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> _NoModules:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 def flop_counter() -> FlopCounterMode:
-    """A FlopCounterMode that counts attention on CPU too."""
-    return FlopCounterMode(display=False, custom_mapping=dict(CPU_ATTENTION))
+    """A FlopCounterMode that counts attention on CPU too, in all and not by module."""
+    counter = FlopCounterMode(display=False, custom_mapping=dict(CPU_ATTENTION))
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+    return counter
 
 
 def count_nodes(graph: fx.Graph) -> dict[str, int]:

@@ -136,7 +136,7 @@ class Run:
         self._calls_before = 0  # in the last step
         self._changed_in: dict[str, StepIndex] = {}  # conditioning -> the step that came with another value of it
         self._notices = notices
-        self.thread = None if any_thread else threading.get_ident()
+        self.thread = None if any_thread else threading.current_thread()
         self._timesteps = TimestepOrder()
         self.key: RunKey | None = None  # of the scheduler that drives it
 
@@ -163,8 +163,8 @@ class Run:
     def check_thread(self) -> None:
         """Raise ConcurrentRunError in any thread but the one the run belongs to."""
         if self.thread is None:
-            self.thread = threading.get_ident()
-        elif self.thread != threading.get_ident():
+            self.thread = threading.current_thread()
+        elif self.thread is not threading.current_thread():
             raise ConcurrentRunError(
                 "another thread's sampling run is under way on this compiled model. Use one compiled model (and one "
                 "pipeline) for each thread, or let the runs take turns"

@@ -8,6 +8,7 @@ come from the function that began the run (`origin`) are the plain model's.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,7 +63,8 @@ class Session:
         self._suspended: list[tuple[Origin, Any]] = []  # runs that another one displaced, and their schedulers
         self._notices = Notices()
         self._begun = False  # whether a scheduler ever began a run
-        self._displaced: set[int] = set()  # threads in whose pipeline run another thread began its own
+        # Threads in whose pipeline run another thread began its own. Not their numbers, which later threads get again.
+        self._displaced: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
     def reset(self, timesteps: Sequence[float] | torch.Tensor | None = None) -> None:
         """Begin a new run: the next call is step 0. A pipeline's denoiser does it by itself.
@@ -276,13 +278,14 @@ class Session:
         self._scheduler, self._origin, self._begun = scheduler, origin, True
 
     def _begin(self) -> Run:
-        current = threading.get_ident()
+        current = threading.current_thread()
         if self._run is not None and not self._run.untouched:
             self.last_stats = self._run.stats
             if not self._run.finished:
                 self._run.abandon()
             owner = self._run.thread
-            if self._following and owner is not None and owner != current:
+            over = self._origin is not None and self._origin.over
+            if self._following and owner is not None and owner is not current and not over:
                 self._displaced.add(owner)
         self._displaced.discard(current)
         self._origin = self._count = None
@@ -290,7 +293,7 @@ class Session:
         return self._run
 
     def _check_not_displaced(self) -> None:
-        if threading.get_ident() in self._displaced:
+        if self._displaced and threading.current_thread() in self._displaced:
             raise ConcurrentRunError(
                 "another thread began a sampling run on this compiled model before this thread's was over. Use one "
                 "compiled model (and one pipeline) for each thread, or let the runs take turns"

@@ -113,6 +113,21 @@ def test_a_run_given_up_in_one_thread_hinders_no_run_in_any(pipeline: Any) -> No
     assert np.array_equal(sample(pipeline, STEPS, **SD3.unguided), expected)
 
 
+def test_a_call_from_outside_after_a_run_was_given_up_and_another_thread_made_one(pipeline: Any) -> None:
+    def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step >= 1
+        return {}
+
+    model = pipeline.transformer
+    prompt = {"encoder_hidden_states": SD3.unguided["prompt_embeds"]}
+    call = {"pooled_projections": SD3.unguided["pooled_prompt_embeds"], "timestep": torch.tensor([500.0]), **prompt}
+    call["hidden_states"] = torch.randn(1, model.config.in_channels, 8, 8)
+    plain = model.forward(**call).sample
+    sample(pipeline, STEPS, callback_on_step_end=stop, **SD3.unguided)
+    in_another_thread(lambda: sample(pipeline, STEPS, **SD3.unguided))
+    assert torch.equal(model(**call).sample, plain)
+
+
 def test_runs_may_take_turns_in_many_threads(pipeline: Any) -> None:
     expected = sample(pipeline, STEPS, **SD3.unguided)
     for _ in range(3):
