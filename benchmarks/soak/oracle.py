@@ -34,6 +34,7 @@ class Oracle:
 
     Attributes:
         rounds_otherwise: move each number that the model returns by a unit in the last place.
+        in_full: how many calls of each step are computed in full whatever the schedule says, the first ones.
     """
 
     def __init__(self, schedule: Any, state: Callable[[], Hashable]) -> None:
@@ -41,6 +42,7 @@ class Oracle:
         self._compute: list[list[bool]] = schedule.compute.tolist()
         self._state = state
         self._aside = self.rounds_otherwise = False
+        self.in_full: Counter[int] = Counter()
         self.begin()
 
     def begin(self, first: int = 0) -> None:
@@ -55,6 +57,10 @@ class Oracle:
         """The step is over."""
         self.step += 1
         self._calls_in_step.clear()
+
+    def calls_in_step(self) -> int:
+        """Calls of the step at hand so far."""
+        return sum(self._calls_in_step.values())
 
     @property
     def streams(self) -> int:
@@ -126,7 +132,8 @@ class Oracle:
         self._calls_in_step[key] += 1
         held = self._streams.setdefault(stream, {})
         wanted = {site for column, site in enumerate(self._sites) if not self._compute[self.step][column]}
-        fresh = all(site in held and held[site][0] >= self._source(site) for site in wanted)
+        forced = self.calls_in_step() <= self.in_full[self.step]
+        fresh = not forced and all(site in held and held[site][0] >= self._source(site) for site in wanted)
         self.calls += 1
         if not fresh:
             self.computed_in_full.append(self.step)

@@ -13,7 +13,7 @@ import harmonica_rt as hrt
 from benchmarks.soak import toy
 from benchmarks.soak.runs import Run
 from benchmarks.soak.subjects import loop_request
-from benchmarks.soak.world import Outcome, Pair
+from benchmarks.soak.world import Outcome, Pair, given_or_raised
 from harmonica_rt.errors import HarmonicaError
 
 
@@ -24,11 +24,7 @@ def in_threads(tasks: Sequence[Callable[[], Outcome]]) -> list[Callable[[], Outc
 
     def work(index: int) -> None:
         gate.wait()
-        try:
-            outcome = tasks[index]()
-            found[index] = lambda: outcome
-        except BaseException as error:
-            found[index] = partial(_raise, error)
+        found[index] = given_or_raised(tasks[index])
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(len(tasks))]
     for thread in threads:
@@ -36,10 +32,6 @@ def in_threads(tasks: Sequence[Callable[[], Outcome]]) -> list[Callable[[], Outc
     for thread in threads:
         thread.join()
     return found
-
-
-def _raise(error: BaseException) -> Outcome:
-    raise error
 
 
 def faults_apart(pairs: Sequence[Pair], runs: Sequence[Run]) -> list[str | None]:

@@ -15,6 +15,7 @@ from harmonica_rt.capture.call import Call, Signature
 from harmonica_rt.capture.dynamo import GraphCall
 from harmonica_rt.capture.roles import roles
 from harmonica_rt.capture.tensors import TensorNote, same_objects
+from harmonica_rt.capture.watch import KNOWN_STATES
 from harmonica_rt.changes import Changes
 from harmonica_rt.errors import ArgumentError, HarmonicaError
 from harmonica_rt.fit import check_lowering
@@ -123,18 +124,24 @@ class GraphEngine:
         )
         self._schedule = options.schedule
         self._weights: dict[PlanKey, _Weights] = {}
-        self._states: dict[Signature, TensorNote] = {}
+        self._states: dict[Signature, list[TensorNote]] = {}  # of the run, the one found last at the end
 
     def state(self, call: Call) -> object:
         """See `Engine.state`. Dynamo guards what its graphs take for granted, but hands over weights with each call."""
-        tensors = list(_graph_call(call).weights().values())
-        state = self._states.get(call.signature)
-        if state is None or not state.is_of(tensors) or not state.hold():
-            state = self._states[call.signature] = TensorNote(tensors)
+        graph_call = _graph_call(call)
+        tensors = list(graph_call.weights().values())
+        known = self._states.setdefault(call.signature, [])
+        if known and known[-1].is_of(tensors) and known[-1].hold():
+            return known[-1]
+        state = next((note for note in known if note.is_of(tensors) and note.hold()), None) or TensorNote(tensors)
+        self._states[call.signature] = [*(note for note in known if note is not state), state][-KNOWN_STATES:]
+        if (weights := self._weights.get(PlanKey(call.signature))) is not None:
+            weights.renew(graph_call)
         return state
 
     def begin_run(self, key: RunKey | None = None) -> None:
-        """See `Engine.begin_run`."""
+        """See `Engine.begin_run`. No stream is left of earlier states, so none of their weights is kept."""
+        self._states = {signature: known[-1:] for signature, known in self._states.items()}
         self.plans.begin_run(key)
 
     def new_stream(self, call: Call) -> Stream:
@@ -147,12 +154,12 @@ class GraphEngine:
             plan = build_plan(graph_call.graph.capture(graph_call), self._schedule)
             self.plans.add(key, plan, weights, roles(call), started=started)
             self._weights = {kept: self._weights[kept] for kept in self.plans.held}
-            self._states = {held.signature: self._states[held.signature] for held in self.plans.held}
+            self._states = {held.signature: self._states.get(held.signature, []) for held in self.plans.held}
         return self.plans[key].new_stream()
 
 
 class _Weights:
-    """The weights of a plan: those that came with the first call of its last stream, and so with the first of a run."""
+    """The weights of a plan: those that came with its last call."""
 
     def __init__(self) -> None:
         self._held: dict[str, torch.Tensor] = {}

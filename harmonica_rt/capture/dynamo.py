@@ -29,6 +29,7 @@ from torch._guards import Guard
 
 from harmonica_rt.capture.call import Call, CallConvention
 from harmonica_rt.capture.export import export_functional
+from harmonica_rt.capture.facts import Facts
 from harmonica_rt.capture.graph import CapturedGraph, placeholders
 from harmonica_rt.capture.identity import contents, first_change
 from harmonica_rt.capture.inference import check_draws_nothing, modes_of
@@ -59,17 +60,18 @@ class Frame:
     code: CodeType
 
     def guard(self) -> None:
-        """Let the graph run for this very model only, with these hooks in it. Called while dynamo compiles."""
+        """Let the graph run for this very model only, with the same code and hooks. Called while dynamo compiles."""
         install_guard(self.source.make_guard(GuardBuilder.ID_MATCH))
-        install_guard(self.source.make_guard(_same_hooks))
+        install_guard(self.source.make_guard(_same_code))
 
 
-def _same_hooks(builder: GuardBuilder, guard: Guard) -> None:
-    """A guard on a model: dynamo itself takes hooks that are added or removed later for nothing."""
+def _same_code(builder: GuardBuilder, guard: Guard) -> None:
+    """A guard on a model: what dynamo itself takes for constant, methods of classes and hooks above all."""
     model = builder.get(guard)
     held = [hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+    held += Facts(model).code()
     noted = list(map(contents, held))
-    code = get_verbose_code_parts(f"___same_hooks({guard.name})", guard)
+    code = get_verbose_code_parts(f"___same_code({guard.name})", guard)
     builder.get_guard_manager(guard).add_lambda_guard(lambda _: first_change(held, noted) < 0, code, guard.user_stack)
 
 
@@ -117,7 +119,8 @@ class DynamoGraph:
         weights: index of the graph's argument -> its name in the model, or where it lies outside of it.
         inputs: index of the graph's argument -> dotted argument path of the call.
         numbers: index of the graph's argument -> where a number came from, that dynamo made symbolic because it
-            changed from call to call (a size, a scale, an epsilon). A plan is made for each value.
+            changed from call to call (a size, a scale, an epsilon) and that the graph uses. A plan is made for each
+            value.
 
     Raises:
         CaptureError: the graph is a part of the model's forward that lacks sites.
@@ -137,7 +140,8 @@ class DynamoGraph:
         for index, node in enumerate(arguments):
             source = _name(node.meta["grapharg"].source)
             if _is_number(node):
-                self.numbers[index] = self._arguments.path(source) or source
+                if node.users:  # where a view begins in its storage comes along, and is used by nothing
+                    self.numbers[index] = self._arguments.path(source) or source
             elif source.startswith(frame.name):
                 self.weights[index] = _module_path(source, frame.name)
             elif (path := self._arguments.path(source)) is not None:
@@ -305,7 +309,8 @@ def _digest(graph: fx.Graph, weights: Sequence[fx.Node]) -> str:
     if graph.find_nodes(op="get_attr"):
         return f"graph {next(_unique)}"  # tensors and subgraphs have no text
     layouts = [_layout(node.meta["example_value"]) for node in weights]
-    return hashlib.sha256(f"{graph}\n{layouts}".encode()).hexdigest()
+    used = [node.format_node() for node in graph.nodes if node.users or node.op != "placeholder"]
+    return hashlib.sha256(f"{used}\n{layouts}".encode()).hexdigest()
 
 
 def _layout(weight: Any) -> Any:

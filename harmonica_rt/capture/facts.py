@@ -20,7 +20,7 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -131,6 +131,11 @@ class Facts:
         if first_change(self.containers, self.noted) < 0:
             return ()
         return tuple(itertools.islice(self.differences(Facts(model)), TOLD))
+
+    def code(self) -> list[Any]:
+        """The containers that hold the code of the model's packages: classes, functions and what they close over."""
+        kinds = (type, FunctionType, CellType)
+        return [held for held in self.containers if isinstance(held, kinds) and _package(held) not in _CLOSED]
 
     def let_go(self) -> None:
         """Keep what can be compared with other facts, and none of the objects that were looked at.
