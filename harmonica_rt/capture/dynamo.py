@@ -68,7 +68,8 @@ class Frame:
 def _same_code(builder: GuardBuilder, guard: Guard) -> None:
     """A guard on a model: what dynamo itself takes for constant, methods of classes and hooks above all."""
     model = builder.get(guard)
-    held = [hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+    held: list[Any] = [h for module in model.modules() for h in (module._forward_hooks, module._forward_pre_hooks)]
+    held += [(cls, "forward") for cls in dict.fromkeys(map(type, model.modules()))]
     held += Facts(model).code()
     noted = list(map(contents, held))
     code = get_verbose_code_parts(f"___same_code({guard.name})", guard)
