@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -28,13 +29,13 @@ class Changes:
         self._undo: list[Callable[[], object]] = []
 
     def set(self, held: dict[str, Any], name: str, value: Any) -> None:
-        """Let `held[name]` be `value` for a while."""
-        self.undone_by(functools.partial(_put_back, held, name, held.get(name, _ABSENT)))
+        """Let `held[name]` be `value` for a while, or until somebody else makes it something else, which stays."""
+        self.undone_by(functools.partial(_put_back, held, name, held.get(name, _ABSENT), value))
         held[name] = value
 
     def remove(self, held: dict[str, Any], name: str) -> None:
-        """Let there be no `held[name]` for a while."""
-        self.undone_by(functools.partial(_put_back, held, name, held.get(name, _ABSENT)))
+        """Let there be no `held[name]` for a while, or until somebody else makes one, which stays."""
+        self.undone_by(functools.partial(_put_back, held, name, held.get(name, _ABSENT), _ABSENT))
         held.pop(name, None)
 
     def undone_by(self, undo: Callable[[], object]) -> None:
@@ -54,22 +55,35 @@ class Changes:
         self.undo()
 
 
-def _put_back(held: dict[str, Any], name: str, before: Any) -> None:
+def _put_back(held: dict[str, Any], name: str, before: Any, value: Any) -> None:
+    if held.get(name, _ABSENT) is not value:
+        return
     if before is _ABSENT:
         held.pop(name, None)
     else:
         held[name] = before
 
 
+class _Turn:
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+
+
 class Turns:
     """One call at a time may have the turn. A lock that neither an interrupted call nor a fork can leave locked."""
 
     def __init__(self) -> None:
-        self._taken: dict[int, object] = {}  # by process: what a fork copies is not the child's
+        self._taken: dict[int, _Turn] = {}  # by process: what a fork copies is not the child's
+
+    @property
+    def mine(self) -> bool:
+        """Whether a call of this thread has the turn: what asks lies within that call."""
+        taken = self._taken.get(os.getpid())
+        return taken is not None and taken.thread == threading.get_ident()
 
     def take(self, changes: Changes) -> bool:
         """Take the turn until `changes` are undone. False if another call has it."""
-        process, mine = os.getpid(), object()
+        process, mine = os.getpid(), _Turn()
         changes.undone_by(functools.partial(self._give_back, process, mine))
         return self._taken.setdefault(process, mine) is mine  # one operation: it happens or it does not
 

@@ -97,6 +97,8 @@ class GraphSession(Session):
         Raises:
             RunError, ScheduleMismatchError, ConcurrentRunError, CaptureError: as a call of `CompiledModel`.
         """
+        if self._turns.mine:  # within another call of it
+            return call.graph.module(*call.values)
         changes = Changes()
         with changes, changes:
             self._enter(changes)

@@ -59,7 +59,7 @@ class Denoiser(Session):
         self.model, self.given = model, given
         self._convention = CallConvention(model)
         self.__module__ = type(model).__module__  # with the class's name, what diffusers writes into a saved pipeline
-        self._counted_by: weakref.ref[Any] | None = None  # the pipeline that begins the runs by itself
+        self._counted_by: list[weakref.ref[Any]] = []  # pipelines that begin their runs by themselves
         self._complete = True
 
     @property  # type: ignore[misc]
@@ -71,12 +71,16 @@ class Denoiser(Session):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One call of the denoiser, in the current step of the current run. Arguments and result are the model's.
 
+        A call from within another one (from a hook of the model) is the plain model's.
+
         Raises:
             RunError: the call cannot belong to the current run (steps used up, timesteps turned back, a failed run).
             ScheduleMismatchError: the pipeline asked for another number of steps than the schedule has.
             ConcurrentRunError: another thread is using this denoiser.
             CaptureError: in strict mode, the model cannot be captured.
         """
+        if self._turns.mine:
+            return call_with_hooks(self.model, own_forward(self.model), args, kwargs)
         changes = Changes()
         with changes, changes:
             self._enter(changes)
@@ -128,8 +132,12 @@ class Denoiser(Session):
     def reset(self, timesteps: Sequence[float] | torch.Tensor | None = None) -> None:
         """See `Session.reset`. What holds this model and calls `reset` by itself counts its own steps."""
         caller = pipeline_holding(self, calling_objects())
-        self._counted_by = weakref.ref(caller) if caller is not None else None
+        if caller is not None and not self._begins_its_runs(caller):
+            self._counted_by = [*(one for one in self._counted_by if one() is not None), weakref.ref(caller)]
         super().reset(timesteps)
+
+    def _begins_its_runs(self, pipeline: Any) -> bool:
+        return any(one() is pipeline for one in self._counted_by)
 
     def _call(self, call: Call, uncached: Callable[[], Any]) -> Any:
         if self._run is None or self._run.untouched or not self._following:
@@ -139,8 +147,7 @@ class Denoiser(Session):
     def _settle_in(self, callers: list[Any]) -> None:
         """Take over in a pipeline that this was assigned to; its run began, unseen, before this call."""
         pipeline = pipeline_holding(self, callers)
-        counted_by = self._counted_by() if self._counted_by is not None else None
-        if pipeline is not None and pipeline is not counted_by:
+        if pipeline is not None and not self._begins_its_runs(pipeline):
             from harmonica_rt.runtime.pipelines import install_assigned  # which imports this module
 
             install_assigned(pipeline)

@@ -24,6 +24,8 @@ from typing import Any
 
 from torch import nn
 
+from harmonica_rt.runtime.run import Run
+
 _MARK = "_harmonica_run"
 _LIBRARIES = ("harmonica_rt", "diffusers", "torch", "contextlib")  # their functions only help to set timesteps
 
@@ -127,6 +129,40 @@ class Origin:
                 return None
             beneath.append(frame.f_code)
         return len(beneath) if self._mark is None else None
+
+
+class ByHand:
+    """Runs that `reset()` begins, told apart where loops take turns step by step, as generators and coroutines do.
+
+    Where a run's first call came from within the function that called `reset()`, all of its calls must.
+    """
+
+    def __init__(self) -> None:
+        self._mark: FrameMark | None = None  # of the function that began the current run
+        self._bound = False
+        self._left: list[FrameMark] = []  # functions whose runs were broken off while they were not running
+
+    def begins(self, before: Run | None) -> None:
+        """`reset()` begins a run, whatever became of the one before."""
+        mark = self._mark
+        if before is not None and not before.finished and mark is not None and not mark.is_on_stack():
+            self._left.append(mark)
+        self._left = [left for left in self._left if not left.gone and not left.is_on_stack()]
+        frame = _own_function()
+        self._mark, self._bound = FrameMark(frame) if frame is not None else None, False
+
+    def makes_this_call(self, run: Run) -> bool:
+        """Whether the call under way is the run's."""
+        mark, here = self._mark, False
+        for frame in _callers():
+            if any(left.is_of(frame) for left in self._left):
+                return False
+            if mark is not None and mark.is_of(frame):
+                here = True
+                break
+        if run.untouched:
+            self._bound = here
+        return here or not self._bound or mark is None or mark.gone
 
 
 def calling_objects() -> Iterator[Any]:

@@ -23,7 +23,7 @@ from harmonica_rt.runtime.counting import StepCount
 from harmonica_rt.runtime.engine import Engine, RunKey
 from harmonica_rt.runtime.following import Following
 from harmonica_rt.runtime.notices import Notices
-from harmonica_rt.runtime.origin import Origin, calling_scheduler
+from harmonica_rt.runtime.origin import ByHand, Origin, calling_scheduler
 from harmonica_rt.runtime.run import Run, RunStats
 from harmonica_rt.runtime.scheduler import RunTimesteps, steps_left_out, timesteps_are_set
 from harmonica_rt.schedule import Schedule
@@ -61,6 +61,7 @@ class Session:
         self._origin: Origin | None = None  # of the current run; None where reset() began it
         self._count: StepCount | None = None  # of the current run, from its first call on
         self._suspended: list[tuple[Origin, Any]] = []  # runs that another one displaced, and their schedulers
+        self._by_hand = ByHand()
         self._notices = Notices()
         self._begun = False  # whether a scheduler ever began a run
         # Threads in whose pipeline run another thread began its own. Not their numbers, which later threads get again.
@@ -82,6 +83,7 @@ class Session:
         changes = Changes()
         with changes, changes:
             self._enter(changes)
+            self._by_hand.begins(self._run)
             self._begin().key = key
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -174,6 +176,8 @@ class Session:
             return self._call_in_pipeline(call, uncached)
         run = self._run or self._begin()
         run.check_thread()
+        if not self._by_hand.makes_this_call(run):
+            raise ConcurrentRunError(_INTERLEAVED)
         return run.call(call, counts_as_step=True)
 
     def _call_in_pipeline(self, call: Call, uncached: Callable[[], Any]) -> Any:
@@ -324,6 +328,10 @@ class Session:
         Raises:
             ConcurrentRunError: another call is under way.
         """
+        if self._turns.mine:
+            raise ConcurrentRunError(
+                f"a run of {self._model_name} cannot begin or go on within one of its calls, as in a hook of the model"
+            )
         if not self._turns.take(changes):
             raise ConcurrentRunError(
                 f"{self._model_name} is in a call in another thread. Use one compiled model (and one "

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -15,6 +17,7 @@ import harmonica_rt as hrt
 from harmonica_rt.capture import graph
 from harmonica_rt.capture.call import Call, Signature
 from harmonica_rt.capture.graph import CapturedGraph
+from harmonica_rt.errors import PlanFileError
 from harmonica_rt.parity.report import ParityReport
 from harmonica_rt.report import Report
 from harmonica_rt.runtime import planned
@@ -32,11 +35,13 @@ class Outcome:
         schedule: a random one, about half of it reused.
         plain: parity of the lowering `plain`.
         fused: report of the lowering `fused` after two runs, both checked step by step.
+        unsaved: why its plan cannot be saved and loaded again; None where it can.
     """
 
     schedule: hrt.Schedule
     plain: ParityReport
     fused: Report
+    unsaved: str | None
 
     @property
     def kinds(self) -> list[str]:
@@ -63,7 +68,19 @@ def run(name: str, entry: Entry) -> Outcome:
             fused.reset()
             for call in calls:
                 fused(**call)
-    return Outcome(schedule, plain, fused.report())
+        unsaved = why_unsaved(fused)
+    return Outcome(schedule, plain, fused.report(), unsaved)
+
+
+def why_unsaved(compiled: hrt.CompiledModel) -> str | None:
+    """Why the plan of a compiled model cannot be saved; None where it can, and what was saved can be loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            compiled.save(Path(folder) / "plan.json")
+        except PlanFileError as error:
+            return str(error)
+        hrt.load(Path(folder) / "plan.json", compiled.model, strict=True)
+    return None
 
 
 @contextmanager

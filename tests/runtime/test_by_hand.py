@@ -1,0 +1,149 @@
+"""Runs that `reset()` begins: loops that take turns, and calls within calls."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import harmonica_rt as hrt
+from harmonica_rt import CompiledModel, Schedule
+from harmonica_rt.errors import ConcurrentRunError
+from tests.models import SITES, stack, stack_call
+
+STEPS = 4
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return stack()
+
+
+@pytest.fixture(params=[hrt.compile, hrt.reference], ids=["compiled", "reference"])
+def denoiser(request: pytest.FixtureRequest, model: nn.Module) -> Any:
+    schedule = Schedule.every(2, steps=STEPS, sites=hrt.find_sites(model, patterns=SITES))
+    how = {"lowering": "plain"} if request.param is hrt.compile else {}
+    return request.param(model, schedule, **how)
+
+
+def loop(denoiser: Any, shift: float = 0.0) -> Iterator[torch.Tensor]:
+    """A run that can be halted between steps."""
+    denoiser.reset()
+    for step in range(STEPS):
+        call = stack_call(step)
+        yield denoiser(latents=call["latents"] + shift, timestep=call["timestep"])
+
+
+def whole(denoiser: Any, shift: float = 0.0) -> list[torch.Tensor]:
+    return list(loop(denoiser, shift))
+
+
+def equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    return len(some) == len(others) and all(map(torch.equal, some, others))
+
+
+@pytest.mark.parametrize("done", range(1, STEPS))
+def test_a_loop_that_goes_on_after_another_has_begun_is_told_so(denoiser: Any, done: int) -> None:
+    expected = whole(denoiser, 1.0)
+    first, second = loop(denoiser), loop(denoiser, 1.0)
+    for _ in range(done):
+        next(first)
+    begun = [next(second)]
+    with pytest.raises(ConcurrentRunError, match="take turns step by step"):
+        next(first)
+    assert equal([*begun, *second], expected)
+
+
+def test_a_loop_that_goes_on_before_the_first_call_of_another_is_told_so(denoiser: Any) -> None:
+    expected = whole(denoiser)
+    first = loop(denoiser)
+    next(first)
+    denoiser.reset()
+    with pytest.raises(ConcurrentRunError, match="take turns step by step"):
+        next(first)
+    assert equal([denoiser(**stack_call(step)) for step in range(STEPS)], expected)
+
+
+def test_loops_one_after_the_other_are_fine(denoiser: Any) -> None:
+    expected, halted = whole(denoiser), loop(denoiser)
+    next(halted)
+    assert equal(whole(denoiser), expected)
+    assert equal([*loop(denoiser)], expected)
+
+
+def test_who_begins_a_run_need_not_make_its_calls(denoiser: Any) -> None:
+    expected = whole(denoiser)
+
+    def begin() -> Iterator[None]:
+        denoiser.reset()
+        yield
+
+    suspended = begin()
+    next(suspended)  # its function neither runs nor has it returned
+    assert equal([denoiser(**stack_call(step)) for step in range(STEPS)], expected)
+
+
+@pytest.mark.parametrize("step", range(STEPS))
+def test_a_call_from_a_hook_of_the_model_is_the_plain_models(denoiser: Any, model: nn.Module, step: int) -> None:
+    other, plain, expected = stack_call(9), model(**stack_call(9)), whole(denoiser)
+    found, calls = [], 0
+
+    def again(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == step + 1:
+            found.append(denoiser(**other))
+            with pytest.raises(ConcurrentRunError, match="within one of its calls"):
+                denoiser.reset()
+
+    handle = model.register_forward_hook(again)
+    assert equal(whole(denoiser), expected)
+    handle.remove()
+    assert torch.equal(found[0], plain)
+
+
+def test_a_forward_that_a_hook_of_the_model_replaces_stays(denoiser: Any, model: nn.Module) -> None:
+    calls = 0
+
+    def replacing(module: nn.Module, *_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            module.forward = types.MethodType(doubled, module)  # type: ignore[method-assign]
+
+    model.register_forward_hook(replacing)
+    outputs = whole(denoiser)
+    assert torch.equal(outputs[1], 2 * type(model).forward(model, **stack_call(1)))
+
+
+def doubled(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return 2 * type(self).forward(self, *args, **kwargs)
+
+
+class Own:
+    """A pipeline of one's own, which begins the runs of its compiled model by itself."""
+
+    def __init__(self, denoiser: Any) -> None:
+        self.denoiser, self.scheduler = denoiser, types.SimpleNamespace(set_timesteps=lambda steps: None)
+
+    def __call__(self, between: Callable[[], None] = lambda: None) -> list[torch.Tensor]:
+        outputs = []
+        self.denoiser.reset()
+        for step in range(STEPS):
+            outputs.append(self.denoiser(**stack_call(step)))
+        between()
+        return outputs
+
+
+def test_two_pipelines_of_ones_own_may_share_a_compiled_model(model: nn.Module) -> None:
+    schedule = Schedule.every(2, steps=STEPS, sites=hrt.find_sites(model, patterns=SITES))
+    compiled = hrt.compile(model, schedule, lowering="plain")
+    expected, pipelines = whole(compiled), [Own(compiled), Own(compiled)]
+    for _ in range(2):
+        for pipeline in pipelines:
+            assert equal(pipeline(), expected)
+            assert type(pipeline.denoiser) is CompiledModel
