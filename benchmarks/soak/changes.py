@@ -162,22 +162,6 @@ class Scaled:
         return _times(self.processor(attn, *args, **kwargs), self.factor)
 
 
-class ScaledModule(nn.Module):
-    """The same around a processor that is a module, in whose place only a module can stand."""
-
-    def __init__(self, processor: nn.Module, factor: float) -> None:
-        super().__init__()
-        self.processor, self.factor = processor, factor
-
-    def forward(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
-        """The other one's result, scaled."""
-        return _times(self.processor(attn, *args, **kwargs), self.factor)
-
-
-def _scaled_processor(own: Any, value: int) -> Any:
-    return (ScaledModule if isinstance(own, nn.Module) else Scaled)(own, FACTORS[value])
-
-
 def _kept(pipeline: Any) -> dict[Any, dict[Any, Any]]:
     """What changes keep of a pipeline, so that it goes when the pipeline does."""
     found: dict[Any, dict[Any, Any]] = pipeline.__dict__.setdefault("_soak_kept", {})
@@ -263,7 +247,7 @@ def _set_lora(pipeline: Any, value: int) -> None:
 
 OF_DIFFUSERS: Mapping[str, Change] = {
     "eps": objects(_norm, "eps", lambda own, value: 0.3 * value),
-    "processor": objects(_attention, "processor", _scaled_processor),
+    "processor": objects(_attention, "processor", lambda own, value: Scaled(own, FACTORS[value])),
     "site replaced": objects(lambda m: m.transformer_blocks[1], "ff", other_weights),
     "forward of a site": own_forward(lambda m: m.transformer_blocks[0].ff),
     "forward of the model": own_forward(lambda m: m),

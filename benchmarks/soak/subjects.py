@@ -6,7 +6,7 @@ The one that is written here is fast and reads every kind of state; the others a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -380,13 +380,15 @@ def _of_diffusers(
     cls: Any,
     build: Callable[..., Any] | None = None,
     more: Mapping[str, Change] | None = None,
+    without: Sequence[str] = (),
     **options: Any,
 ) -> Subject:
+    found = {**changes.OF_DIFFUSERS, **changes.of_the_class(cls), **(more or {})}
     return Subject(
         build=build or functools.partial(_build_family, name),
         sample=sample,
         arguments=functools.partial(_arguments_of, name),
-        changes={**changes.OF_DIFFUSERS, **changes.of_the_class(cls), **(more or {})},
+        changes={change: found[change] for change in found.keys() - set(without)},
         samplers=samplers,
         **options,
     )
@@ -442,6 +444,7 @@ SUBJECTS: Mapping[str, Subject] = {
         cls=d.FluxTransformer2DModel,
         build=_build_image_prompts,
         more=changes.IP_ADAPTER,
+        without=("processor",),  # a module, of which the layer asks what arguments it takes
         events=(*_EVENTS, *_PROMPTS),
     ),
 }

@@ -25,6 +25,7 @@ from harmonica_rt import Schedule
 pytestmark = [
     # KDPM2 hands tensors to numpy functions, which call their __array_wrap__ in a way that is going away
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::harmonica_rt.FallbackWarning"),  # hooks inside the model
     # said of a second adapter
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
 ]
