@@ -388,7 +388,7 @@ def _of_diffusers(
         build=build or functools.partial(_build_family, name),
         sample=sample,
         arguments=functools.partial(_arguments_of, name),
-        changes={change: found[change] for change in found.keys() - set(without)},
+        changes={name: change for name, change in found.items() if name not in without},
         samplers=samplers,
         **options,
     )
