@@ -18,7 +18,7 @@ def test_the_snippet_runs_from_any_folder(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", snippet],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},  # other tests have the other cores
         capture_output=True,
         text=True,
     )

@@ -51,6 +51,7 @@ _NOT_OF_A_CLASS = frozenset(
         *("__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__orig_bases__"),
         *("__abstractmethods__", "_abc_impl", "__firstlineno__", "__static_attributes__", "__match_args__"),
         *("__dataclass_fields__", "__dataclass_params__", "__parameters__"),
+        "__slotnames__",  # copies and pickles of an object leave it in its class
     )
 )
 _CALLED_UNNAMED = (

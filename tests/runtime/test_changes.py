@@ -6,9 +6,12 @@ Held against a truth with hooks that is told of the changes, and shares nothing 
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import functools
+import gc
 import logging
+import pickle
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -373,6 +376,29 @@ def test_nothing_is_looked_at_twice_where_nothing_changed(monkeypatch: pytest.Mo
         for step in range(STEPS):
             compiled(**stack_call(step))
         monkeypatch.setattr(ModelWatch, "_read_anew", lambda self: pytest.fail("the model was read anew"))
+
+
+NO_CHANGES: dict[str, Callable[[Model], object]] = {
+    "copied": copy.deepcopy,
+    "pickled": lambda m: pickle.dumps(attention(m).processor),
+    "weights read": lambda m: m.state_dict(),
+    "set to what it is": lambda m: m.eval().to(torch.float32).requires_grad_(True),
+    "an attribute set to an equal number": lambda m: setattr(attention(m), "scale", float(str(attention(m).scale))),
+    "garbage collected": lambda m: gc.collect(),
+}
+
+
+@pytest.mark.parametrize("kind", NO_CHANGES)
+def test_what_changes_nothing_makes_no_plan_and_no_step_in_full(kind: str) -> None:
+    tried = model()
+    compiled = hrt.compile(tried, schedule_of(tried), lowering="plain", strict=True)
+    compiled.reset()
+    for step in range(STEPS):
+        if step in (CHANGED, UNDONE):
+            NO_CHANGES[kind](tried)
+        compiled(**stack_call(step))
+    assert len(compiled.report().plans) == 1
+    assert compiled.report().last_catch_ups == ()
 
 
 class LateLook:
