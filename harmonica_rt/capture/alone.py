@@ -7,6 +7,7 @@ modules of the other one.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -43,16 +44,32 @@ os.register_at_fork(after_in_child=_free_in_child)
 
 
 def keep_torch_state(changes: Changes) -> None:
-    """Put grad mode and the stacks of modes of this thread back when `changes` are undone.
+    """Put grad mode, dispatch keys and the stacks of modes of this thread back when `changes` are undone.
 
     Torch's own context managers do so too, unless they are interrupted.
     """
+    keys = torch._C._PreserveDispatchKeyGuard()
+    changes.undone_by(functools.partial(keys.__exit__, None, None, None))
+    keys.__enter__()
     changes.undone_by(functools.partial(torch._C._set_grad_enabled, torch.is_grad_enabled()))
     for size_of, pop in (
         (torch._C._len_torch_function_stack, torch._C._pop_torch_function_stack),
         (torch._C._len_torch_dispatch_stack, torch._C._pop_torch_dispatch_stack),
     ):
         changes.undone_by(functools.partial(_pop_to, size_of(), size_of, pop))
+    changes.undone_by(_finish_contexts)
+
+
+def _finish_contexts() -> None:
+    """Finish the generators of context managers whose end was interrupted.
+
+    They would finish when the traceback goes, and then put back what has been put back already.
+    """
+    trace = sys.exc_info()[2]
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == contextlib.__file__:
+            trace.tb_frame.clear()
+        trace = trace.tb_next
 
 
 def _pop_to(size: int, size_of: Callable[[], int], pop: Callable[[], object]) -> None:

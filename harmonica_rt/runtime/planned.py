@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from harmonica_rt.capture.alone import keep_torch_state
 from harmonica_rt.capture.call import Call
 from harmonica_rt.capture.facts import Facts
 from harmonica_rt.capture.graph import capture
@@ -20,6 +21,7 @@ from harmonica_rt.capture.refusals import check_capturable
 from harmonica_rt.capture.roles import roles
 from harmonica_rt.capture.saved import ModelFacts
 from harmonica_rt.capture.watch import ModelState, ModelWatch
+from harmonica_rt.changes import Changes
 from harmonica_rt.errors import PlanFileError
 from harmonica_rt.indices import StepIndex
 from harmonica_rt.plan import saved
@@ -213,8 +215,10 @@ class PlannedEngine:
             raise PlanFileError(
                 f"the plans are of the model as it was: {self.watch.difference}. Run it once more, then save"
             )
-        model = ModelFacts.of(self._model)
-        return [saved.encode(runtime.plan, key.signature, runtime.roles, model) for key, runtime in fitting.items()]
+        model, changes = ModelFacts.of(self._model), Changes()
+        with changes, changes:
+            keep_torch_state(changes)
+            return [saved.encode(runtime.plan, key.signature, runtime.roles, model) for key, runtime in fitting.items()]
 
     def restore(self, records: Iterable[Any]) -> None:
         """Keep plans that `saved` gave, for a model that is as it was then.
@@ -231,8 +235,10 @@ class PlannedEngine:
         facts = self.watch.look().facts
         model = ModelFacts.of(self._model)
         for number, record in enumerate(records):
-            started, place = time.perf_counter(), f"plans[{number}]"
-            plan, signature, leaf_roles = saved.decode(record, self._schedule, model, place)
+            started, place, changes = time.perf_counter(), f"plans[{number}]", Changes()
+            with changes, changes:
+                keep_torch_state(changes)
+                plan, signature, leaf_roles = saved.decode(record, self._schedule, model, place)
             key = PlanKey(signature, facts)
             if key in self.cache:
                 raise PlanFileError(f"{place}: a second plan for calls of {signature}")

@@ -196,6 +196,49 @@ def test_verify() -> None:
         assert torch.equal(model(**calls[0]), plain), place
 
 
+def test_save_and_load(tmp_path: Path) -> None:
+    """A file is there whole or not at all, and nothing else is left in its folder."""
+    model, schedule, calls = model_of("plain")
+    compiled, path = hrt.compile(model, schedule, lowering="plain"), tmp_path / "plan.json"
+    expected = run_of(compiled, calls)
+    before = state(model)
+    for place in interruptions(lambda: compiled.save(path), lambda: path.unlink(missing_ok=True)):
+        assert [file.name for file in tmp_path.iterdir()] in ([], [path.name]), place
+        if path.exists():
+            assert torch.equal(run_of(hrt.load(path, model), calls), expected), place
+    compiled.save(path)
+    for place in interruptions(lambda: hrt.load(path, model)):
+        assert state(model) == before, place
+        assert torch.equal(run_of(hrt.load(path, model), calls), expected), place
+
+
+def test_behind_torch_compile() -> None:
+    model, schedule, calls = model_of("plain")
+    plain, expected = model(**calls[0]), run_of(hrt.compile(model, schedule, lowering="plain"), calls)
+    traced: Any = torch.compile(model, backend="harmonica", options={"schedule": schedule, "lowering": "plain"})
+    session: Any = None
+
+    def run() -> torch.Tensor:
+        session.reset()
+        return torch.stack([traced(**call) for call in calls])
+
+    def begin() -> None:
+        session.reset()
+        traced(**calls[0])
+
+    try:
+        with torch.no_grad():
+            traced(**calls[0])
+            session = hrt.attach(traced)
+            before = state(model)
+            for place in interruptions(lambda: traced(**calls[1]), begin):
+                assert state(model) == before, place
+                assert torch.equal(run(), expected), place
+                assert torch.equal(model(**calls[0]), plain), place
+    finally:
+        torch._dynamo.reset()
+
+
 def test_pipelines() -> None:
     """Compile, run, verify and uncompile a pipeline; what is interrupted may be done or not, but not by half."""
     family = families()["dit"]
