@@ -16,7 +16,7 @@ ROOTS = {"harmonica_rt": REPO, "harmonica_kernels": REPO / "kernels", "harmonica
 
 # Each stage may import itself, the stages before it, the base and harmonica_kernels.
 STAGES = ("capture", "passes", "plan", "lower", "runtime", "parity")
-BASE = ("errors", "indices", "changes", "untrusted")
+BASE = ("errors", "indices", "changes", "untrusted", "wrapped")
 
 
 def allowed(importer: str, imported: str) -> bool:
@@ -34,7 +34,7 @@ def allowed(importer: str, imported: str) -> bool:
     if part in BASE:
         return target == "harmonica_rt" and target_part in BASE
     if part == "schedule":
-        return target == "harmonica_rt" and target_part in ("schedule", "errors", "untrusted")
+        return target == "harmonica_rt" and target_part in ("schedule", "errors", "untrusted", "wrapped")
     if part not in STAGES:  # the surface: api, backend, cli, ...
         return True
     earlier = STAGES[: STAGES.index(part) + 1]

@@ -163,7 +163,7 @@ def _shared(kind: Kind, seed: int, tally: Tally, most: int) -> Iterator[Fault]:
     plain = [Run(seed=run.seed, batch=run.batch, guided=run.guided, prompt=run.prompt) for run in world.runs]
     world = replace(world, runs=tuple(plain), lowering="plain")
     draw, pair = random.Random(seed), Pair(world)
-    for index in range(0, min(kind.runs, most) - 2, 3):
+    for index in range(0, max(min(kind.runs, most) - 2, 1), 3):
         tally.runs += 3
         found = faults_shared(pair, plain[index : index + 2], draw, threads=kind.together == "threads")
         found.append(pair.fault(plain[index + 2]))

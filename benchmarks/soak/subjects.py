@@ -183,7 +183,7 @@ class _CallbackControls(Controls):
         self._base: torch.Tensor | None = None
 
     def prompt(self, value: int, *, in_place: bool) -> None:
-        now = self.tensors["prompt_embeds"]
+        now = self.changed.get("prompt_embeds", self.tensors["prompt_embeds"])  # guidance may have ended in this step
         if self._base is None or self._base.shape != now.shape:
             self._base = now.clone()
         wanted = self._base * PROMPT_FACTORS[value]

@@ -340,8 +340,8 @@ class Pair:
                 return None  # what it left behind, the next run tells
             raise
         except HarmonicaError as error:
-            if run.interrupted_at or any(event.kind == "gradient" for event in run.events):
-                return None  # documented: a gradient through a run under way
+            if run.interrupted_at:
+                return None
             return f"refused: {type(error).__name__}: {error}"
         except Exception as error:
             # as documented: behind torch.compile there is no eager fallback, and dynamo's error carries ours

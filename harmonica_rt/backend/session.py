@@ -142,8 +142,8 @@ class GraphEngine:
         return state
 
     def begin_run(self, key: RunKey | None = None) -> None:
-        """See `Engine.begin_run`. No stream is left of earlier states, so none of their weights is kept."""
-        self._states = {signature: known[-1:] for signature, known in self._states.items()}
+        """See `Engine.begin_run`. No stream is left of earlier states."""
+        self._states.clear()
         self.plans.begin_run(key)
 
     def new_stream(self, call: Call) -> Stream:

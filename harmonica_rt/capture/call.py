@@ -205,8 +205,8 @@ class CallConvention:
 def _parameters(model: nn.Module) -> list[inspect.Parameter]:
     """Of the model's forward, or of its only child's where that takes anything: then it passes on what it gets."""
     parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
-    children = list(model.children())
-    if len(children) != 1 or any(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+    children, anything = list(model.children()), {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    if len(children) != 1 or {p.kind for p in parameters} != anything:
         return parameters
     within = _parameters(children[0])
     named = any(p.kind is p.POSITIONAL_OR_KEYWORD for p in within)

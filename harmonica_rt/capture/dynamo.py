@@ -26,6 +26,7 @@ from torch import fx, nn
 from torch._dynamo.guards import GuardBuilder, get_verbose_code_parts, install_guard
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import Guard
+from torch.nn.modules import module as every_module
 
 from harmonica_rt.capture.call import Call, CallConvention
 from harmonica_rt.capture.export import export_functional
@@ -66,9 +67,13 @@ class Frame:
 
 
 def _same_code(builder: GuardBuilder, guard: Guard) -> None:
-    """A guard on a model: what dynamo itself takes for constant, methods of classes and hooks above all."""
+    """A guard on a model: what dynamo itself takes for constant, methods of classes and hooks above all.
+
+    Nothing of it refers to the model, which dynamo does not keep alive.
+    """
     model = builder.get(guard)
     held: list[Any] = [h for module in model.modules() for h in (module._forward_hooks, module._forward_pre_hooks)]
+    held += [every_module._global_forward_hooks, every_module._global_forward_pre_hooks]
     held += [(cls, "forward") for cls in dict.fromkeys(map(type, model.modules()))]
     held += Facts(model).code()
     noted = list(map(contents, held))

@@ -20,7 +20,7 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,10 +111,6 @@ class Facts:
         self._values = walk.values
         self._places = walk.places
 
-    def __len__(self) -> int:
-        """Number of facts."""
-        return len(self._values)
-
     def same_as(self, other: Facts) -> bool:
         """Whether a graph captured under one holds under the other."""
         return self._values == other._values
@@ -134,9 +130,10 @@ class Facts:
         return tuple(itertools.islice(self.differences(Facts(model)), TOLD))
 
     def code(self) -> list[Any]:
-        """The containers that hold the code of the model's packages: classes, functions and what they close over."""
-        kinds = (type, FunctionType, CellType)
-        return [held for held in self.containers if isinstance(held, kinds) and _package(held) not in _CLOSED]
+        """The containers that hold the code of the model's packages: classes, and functions that close over nothing."""
+        kinds = (type, FunctionType)
+        found = [held for held in self.containers if isinstance(held, kinds) and _package(held) not in _CLOSED]
+        return [held for held in found if not getattr(held, "__closure__", None)]
 
     def let_go(self) -> None:
         """Keep what can be compared with other facts, and none of the objects that were looked at.

@@ -28,6 +28,10 @@ class Swapped:
         """Run the stand-in."""
         return self._call(*args, **kwargs)
 
+    def retire(self) -> None:
+        """From now on it is what it stood for: whoever wrapped it meanwhile keeps it."""
+        self._call = self.original
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of the model made meanwhile has its own forward, not the stand-in and all that it holds on to."""
         return copy.deepcopy(self.original, memo)

@@ -173,7 +173,7 @@ def _trace_as_it_is(model: nn.Module, call: Call, sites: Sequence[str]) -> _Trac
             with changes, changes:
                 changes.undone_by(Facts(model).put_back)  # tracing leaves tensors without values where a forward writes
                 keep_only_own_forward(model, changes)
-                model.forward = _noting_changes(forward, model, written)
+                changes.set(model.__dict__, "forward", _noting_changes(forward, model, written))
                 program = export_functional(model, (), call.kwargs)
             check_sizes(program.graph, site_columns(model, sites))
             return _Traced(program, tuple(written))

@@ -91,9 +91,13 @@ class ModelWatch:
         """The model changed by itself, while it ran: that makes no other state of the current one."""
         if self._current is None or self._untouched():
             return
-        now = self._read_anew()
-        self._current.become(self._recognised(now), self._note)
-        self._now = now
+        changes = Changes()
+        with changes, changes:
+            take_capture_lock(changes)  # as in `look`
+            if not self._untouched():
+                now = self._read_anew()
+                self._current.become(self._recognised(now), self._note)
+                self._now = now
 
     def _untouched(self) -> bool:
         now = self._now

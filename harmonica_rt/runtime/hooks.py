@@ -37,7 +37,9 @@ def call_with_hooks(
         return inner(*args, **kwargs)
     changes = Changes()
     with changes, changes:
-        changes.set(model.__dict__, name, Swapped(inner, own_forward(model)))
+        swapped = Swapped(inner, own_forward(model))
+        changes.undone_by(swapped.retire)
+        changes.set(model.__dict__, name, swapped)
         return model._call_impl(*args, **kwargs)
 
 

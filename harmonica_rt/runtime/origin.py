@@ -134,18 +134,20 @@ class Origin:
 class ByHand:
     """Runs that `reset()` begins, told apart where loops take turns step by step, as generators and coroutines do.
 
-    Where a run's first call came from within the function that called `reset()`, all of its calls must.
+    Where a run broke another one off, and its first call came from within the function that called `reset()`, all of
+    its calls must.
     """
 
     def __init__(self) -> None:
         self._mark: FrameMark | None = None  # of the function that began the current run
-        self._bound = False
+        self._bound = self._broke_off = False
         self._left: list[FrameMark] = []  # functions whose runs were broken off while they were not running
 
     def begins(self, before: Run | None) -> None:
         """`reset()` begins a run, whatever became of the one before."""
         mark = self._mark
-        if before is not None and not before.finished and mark is not None and not mark.is_on_stack():
+        self._broke_off = before is not None and not before.finished and not before.untouched
+        if self._broke_off and mark is not None and not mark.is_on_stack():
             self._left.append(mark)
         self._left = [left for left in self._left if not left.gone and not left.is_on_stack()]
         frame = _own_function()
@@ -161,7 +163,7 @@ class ByHand:
                 here = True
                 break
         if run.untouched:
-            self._bound = here
+            self._bound = here and self._broke_off
         return here or not self._bound or mark is None or mark.gone
 
 

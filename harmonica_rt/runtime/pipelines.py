@@ -136,10 +136,11 @@ def uninstall(pipeline: Any) -> None:
 
     Nothing happens where nothing was installed.
     """
-    for wrapper in compiled_around(held_denoiser(pipeline)):
+    module, left_over = denoiser_module(pipeline), _left_over(pipeline)
+    sharing = [one for before in (installed(module), left_over) if before is not None for one in before.pipelines]
+    for wrapper in (wrapper for one in (pipeline, *sharing) for wrapper in compiled_around(held_denoiser(one))):
         if isinstance(wrapper.__dict__.get("_compiled_call_impl"), _NotTraced):
             del wrapper.__dict__["_compiled_call_impl"]
-    module, left_over = denoiser_module(pipeline), _left_over(pipeline)
     for before in (installed(module), left_over):
         if before is None:
             continue

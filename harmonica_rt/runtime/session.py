@@ -64,8 +64,9 @@ class Session:
         self._by_hand = ByHand()
         self._notices = Notices()
         self._begun = False  # whether a scheduler ever began a run
-        # Threads in whose pipeline run another thread began its own. Not their numbers, which later threads get again.
-        self._displaced: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+        # Threads in whose pipeline run another thread began its own, each with that run's origin: thread objects, since
+        # identifiers are reused.
+        self._displaced: weakref.WeakKeyDictionary[threading.Thread, Origin | None] = weakref.WeakKeyDictionary()
 
     def reset(self, timesteps: Sequence[float] | torch.Tensor | None = None) -> None:
         """Begin a new run: the next call is step 0. A pipeline's denoiser does it by itself.
@@ -288,20 +289,23 @@ class Session:
             if not self._run.finished:
                 self._run.abandon()
             owner = self._run.thread
-            over = self._origin is not None and self._origin.over
-            if self._following and owner is not None and owner is not current and not over:
-                self._displaced.add(owner)
-        self._displaced.discard(current)
+            if self._following and owner is not None and owner is not current:
+                self._displaced[owner] = self._origin
+        self._displaced.pop(current, None)
         self._origin = self._count = None
         self._run = Run(self.schedule, self.engine, self._notices, any_thread=not self._following)
         return self._run
 
     def _check_not_displaced(self) -> None:
-        if self._displaced and threading.current_thread() in self._displaced:
-            raise ConcurrentRunError(
-                "another thread began a sampling run on this compiled model before this thread's was over. Use one "
-                "compiled model (and one pipeline) for each thread, or let the runs take turns"
-            )
+        current = threading.current_thread()
+        if current in self._displaced:
+            displaced = self._displaced[current]
+            if displaced is None or not displaced.over:
+                raise ConcurrentRunError(
+                    "another thread began a sampling run on this compiled model before this thread's was over. Use one "
+                    "compiled model (and one pipeline) for each thread, or let the runs take turns"
+                )
+            del self._displaced[current]
         if not self._suspended:
             return
         own = self._origin.distance(self._scheduler) if self._origin is not None and self._run is not None else None

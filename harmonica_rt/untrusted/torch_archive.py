@@ -85,12 +85,12 @@ class TorchArchive:
             self.content = pickle_data.read(io.BytesIO(pickled))
             order = f"{self._prefix}byteorder"
             self._order = ">" if order in self._zip.namelist() and self._zip.read(order) == b"big" else "<"
-        except ForbiddenNameError:
+        except (ForbiddenNameError, ArchiveError):
             self._zip.close()
             raise
-        except (ArchiveError, PickleError, *_DAMAGED) as error:
+        except (PickleError, *_DAMAGED) as error:
             self._zip.close()
-            raise error if isinstance(error, ArchiveError) else ArchiveError(str(error)) from error
+            raise ArchiveError(str(error)) from error
 
     def __enter__(self) -> TorchArchive:
         return self
@@ -117,7 +117,7 @@ class TorchArchive:
         stored = np.frombuffer(data, dtype, len(data) // dtype.itemsize)
         [count], [stride] = tensor.shape, tensor.stride
         last = tensor.offset + stride * (count - 1)
-        if (count > 1 and stride < 1) or (count and not 0 <= tensor.offset <= last < len(stored)):
+        if count < 0 or (count > 1 and stride < 1) or (count and not 0 <= tensor.offset <= last < len(stored)):
             raise ArchiveError(
                 f"{quoted(count)} numbers {quoted(stride)} apart from place {quoted(tensor.offset)} on, of the "
                 f"{len(stored)} that are stored; save a contiguous tensor"

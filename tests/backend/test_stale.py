@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import torch
 from torch import _dynamo as dynamo
 from torch import nn
+from torch.nn.modules import module as every_module
 
 import harmonica_rt as hrt
 from harmonica_rt import Schedule
@@ -60,6 +63,35 @@ def test_hooks_come_and_go(in_place: bool) -> None:
     assert torch.equal(run_of(traced, session), expected)
 
 
+def test_hooks_on_every_module_are_refused() -> None:
+    model: Any = stack()
+    schedule = Schedule.every(2, steps=STEPS, sites=hrt.find_sites(model, patterns=SITES))
+    traced: Any = torch.compile(model, backend="harmonica", options={"schedule": schedule, "lowering": "plain"})
+    with torch.no_grad():
+        traced(**stack_call(0))
+    session = attach(traced)
+    expected = run_of(traced, session)
+    handle = every_module.register_module_forward_hook(lambda module, args, output: output * 0.5)
+    try:
+        with pytest.raises(Exception, match="hook"):
+            run_of(traced, session)
+    finally:
+        handle.remove()
+    assert torch.equal(run_of(traced, session), expected)
+
+
+def test_a_model_whose_own_forward_closes_over_it_is_freed() -> None:
+    model = closing_over_itself()
+    schedule = Schedule.every(2, steps=STEPS, sites=hrt.find_sites(model, patterns=SITES))
+    traced: Any = torch.compile(model, backend="harmonica", options={"schedule": schedule, "lowering": "plain"})
+    with torch.no_grad():
+        traced(**stack_call(0))
+    gone = weakref.ref(model)
+    del model, traced
+    gc.collect()
+    assert gone() is None
+
+
 @pytest.mark.parametrize("change", ["method", "class attribute", "default"])
 def test_code_that_changes_is_traced_again(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = Coded().eval()
@@ -80,6 +112,13 @@ def test_code_that_changes_is_traced_again(change: str, monkeypatch: pytest.Monk
     assert torch.equal(run_of(traced, session), expected)
     monkeypatch.undo()
     assert torch.equal(run_of(traced, session), before)
+
+
+def closing_over_itself() -> Any:
+    model: Any = stack()
+    own = type(model).forward
+    model.forward = lambda latents, timestep: own(model, latents, timestep)
+    return model
 
 
 def shifted(x: torch.Tensor, by: float = 0.5) -> torch.Tensor:

@@ -96,6 +96,22 @@ def test_positions_without_names_are_refused_with_what_to_do(inner: tuple[nn.Mod
     assert convention.normalise((), {"x": torch.zeros(1)}).paths == ("x",)
 
 
+class ByPosition(nn.Module):
+    """Takes no names, so what comes must not be given names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Denoiser()
+
+    def forward(self, *args: object) -> object:
+        return self.inner(*args)
+
+
+def test_a_wrapper_that_takes_no_names_is_given_none() -> None:
+    with pytest.raises(SignatureError, match=r"forward of ByPosition takes \*args"):
+        CallConvention(ByPosition()).normalise((torch.zeros(1),), {})
+
+
 @pytest.mark.parametrize("model", [Wrapper(Denoiser()), Wrapper(Wrapper(Denoiser()))])
 def test_what_wraps_one_model_takes_what_that_takes(model: nn.Module) -> None:
     x, t = torch.randn(2, 3), torch.tensor([1.0])

@@ -87,6 +87,19 @@ def test_who_begins_a_run_need_not_make_its_calls(denoiser: Any) -> None:
     assert equal([denoiser(**stack_call(step)) for step in range(STEPS)], expected)
 
 
+def test_a_run_may_be_begun_in_a_generator_and_gone_on_with_outside(denoiser: Any) -> None:
+    expected = whole(denoiser)
+
+    def begin() -> Iterator[torch.Tensor]:
+        denoiser.reset()
+        yield denoiser(**stack_call(0))
+
+    suspended = begin()
+    outputs = [next(suspended)]
+    outputs += [denoiser(**stack_call(step)) for step in range(1, STEPS)]
+    assert equal(outputs, expected)
+
+
 @pytest.mark.parametrize("step", range(STEPS))
 def test_a_call_from_a_hook_of_the_model_is_the_plain_models(denoiser: Any, model: nn.Module, step: int) -> None:
     other, plain, expected = stack_call(9), model(**stack_call(9)), whole(denoiser)
@@ -118,6 +131,20 @@ def test_a_forward_that_a_hook_of_the_model_replaces_stays(denoiser: Any, model:
     model.register_forward_hook(replacing)
     outputs = whole(denoiser)
     assert torch.equal(outputs[1], 2 * type(model).forward(model, **stack_call(1)))
+
+
+def test_a_forward_that_a_hook_of_the_model_wraps_stays_wrapped(denoiser: Any, model: nn.Module) -> None:
+    """What it wraps is at that moment the denoiser's own stand-in, which is the model's forward from then on."""
+
+    def wrapping(module: nn.Module, *_: Any) -> None:
+        original = module.forward
+        module.forward = lambda *args, **kwargs: 2 * original(*args, **kwargs)  # type: ignore[method-assign]
+        handle.remove()
+
+    handle = model.register_forward_hook(wrapping)
+    outputs = whole(denoiser)
+    assert torch.equal(outputs[1], 2 * type(model).forward(model, **stack_call(1)))
+    assert torch.equal(model(**stack_call(1)), outputs[1])
 
 
 def doubled(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -128,6 +128,18 @@ def test_a_call_from_outside_after_a_run_was_given_up_and_another_thread_made_on
     assert torch.equal(model(**call).sample, plain)
 
 
+def test_a_call_from_outside_after_a_displaced_run_was_told_so(pipeline: Any) -> None:
+    model = pipeline.transformer
+    prompt = {"encoder_hidden_states": SD3.unguided["prompt_embeds"]}
+    call = {"pooled_projections": SD3.unguided["pooled_prompt_embeds"], "timestep": torch.tensor([500.0]), **prompt}
+    call["hidden_states"] = torch.randn(1, model.config.in_channels, 8, 8)
+    plain = model.forward(**call).sample
+    work = at_step(1, lambda: in_another_thread(lambda: sample(pipeline, STEPS, **SD3.unguided)))
+    with pytest.raises(ConcurrentRunError):
+        sample(pipeline, STEPS, callback_on_step_end=work, **SD3.unguided)
+    assert torch.equal(model(**call).sample, plain)
+
+
 def test_runs_may_take_turns_in_many_threads(pipeline: Any) -> None:
     expected = sample(pipeline, STEPS, **SD3.unguided)
     for _ in range(3):

@@ -168,3 +168,28 @@ def test_a_wrapper_of_ones_own_is_captured_with_what_it_does(wrapper: type[Passi
     for step in range(STEPS):
         given = tuple(stack_call(step).values())
         assert torch.equal(quick(*given), truth(*given))
+
+
+def test_uncompiling_one_of_two_pipelines_gives_the_others_wrapper_back(schedule: Schedule) -> None:
+    torch.manual_seed(0)
+    first = dit()
+    second = type(first)(first.transformer, first.vae, type(first.scheduler).from_config(first.scheduler.config))
+    first.transformer = by_torch_compile(first.transformer)
+    for pipeline in (first, second):
+        pipeline.set_progress_bar_config(disable=True)
+        hrt.compile(pipeline, schedule)
+    hrt.uncompile(second)
+    assert first.transformer.__dict__.get("_compiled_call_impl") is None
+
+
+def test_a_wrapper_around_a_compiled_model_is_refused(schedule: Schedule) -> None:
+    compiled = hrt.compile(dit().transformer, schedule)
+    with pytest.raises(hrt.HarmonicaError, match=r"wraps a compiled DiTTransformer2DModel.*_orig_mod\.model"):
+        hrt.compile(torch.compile(compiled, backend="eager"), schedule)  # type: ignore[call-overload]
+
+
+def test_a_model_that_the_other_door_compiled_in_place_is_refused(schedule: Schedule) -> None:
+    model = dit().transformer
+    model.compile(backend="harmonica", options={"schedule": schedule})
+    with pytest.raises(hrt.HarmonicaError, match=r"compiled already, by torch\.compile"):
+        hrt.compile(model, schedule)
