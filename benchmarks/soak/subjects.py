@@ -211,6 +211,9 @@ def _call_of(name: str, run: Any) -> dict[str, Any]:
         call["height"] = (8, 16)[run.size]
     if "class_labels" in call:
         call["class_labels"] = [run.prompt, 5, 7][: run.batch]
+    elif "pooled_prompt_embeds" in call:  # SD3 and Flux repeat no embeddings that they are given
+        embeddings = {key: value for key, value in call.items() if "prompt_embeds" in key}
+        call.update({key: value.repeat_interleave(run.batch, dim=0) for key, value in embeddings.items()})
     else:
         call["num_images_per_prompt"] = run.batch
     return call
