@@ -5,6 +5,6 @@ oracle shares with the package, the soak cannot see; so it is written with forwa
 by the package, what state the model is in.
 
 Reading order: `oracle.py` (what is right), `toy.py` (a model that reads every kind of state), `changes.py` (what can
-be done to a model), `subjects.py` (pipelines), `plans.py` (random runs as data), `world.py` (one run on both sides),
+be done to a model), `subjects.py` (pipelines), `runs.py` (random runs as data), `world.py` (one run on both sides),
 `together.py` (several runs at once), `drive.py` (many worlds, counted), `shrink.py`.
 """

@@ -62,11 +62,6 @@ class Oracle:
         """Calls of the step at hand so far."""
         return sum(self._calls_in_step.values())
 
-    @property
-    def streams(self) -> int:
-        """How many streams the run has had."""
-        return len(self._streams)
-
     @contextmanager
     def watching(self, model: torch.nn.Module, *, call_is_step: bool = False) -> Iterator[None]:
         """Within this block every call of `model` goes by the schedule; with `call_is_step` each is a step."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from benchmarks.soak.changes import Change
 from benchmarks.soak.subjects import SUBJECTS, Subject, evaluations
 
-DOORS = ("compile", "model", "reference", "torch.compile")
 PROMPTS = 3  # values of a prompt that a run may change between
 MAX_STATES = 3  # of one run; a compiled model keeps the streams of about as many
 

@@ -447,7 +447,7 @@ SUBJECTS: Mapping[str, Subject] = {
         cls=d.FluxTransformer2DModel,
         build=_build_image_prompts,
         more=changes.IP_ADAPTER,
-        without=("processor",),  # a module, of which the layer asks what arguments it takes
+        without=("processor",),  # here it is a module, and the layer inspects the signature of its forward
         events=(*_EVENTS, *_PROMPTS),
     ),
 }

@@ -80,7 +80,7 @@ class Call:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Dotted argument paths, one a leaf."""
+        """Dotted argument paths, one per leaf."""
         return self.convention.paths(self)
 
     def plain_difference(self, other: Signature) -> str | None:
@@ -203,7 +203,7 @@ class CallConvention:
 
 
 def _parameters(model: nn.Module) -> list[inspect.Parameter]:
-    """Of the model's forward, or of its only child's where that takes anything: then it passes on what it gets."""
+    """The parameters of the model's forward, or of its only child's where that forward takes anything to pass it on."""
     parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
     children, anything = list(model.children()), {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
     if len(children) != 1 or {p.kind for p in parameters} != anything:

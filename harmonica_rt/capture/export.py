@@ -22,7 +22,10 @@ from harmonica_rt.changes import Changes
 
 
 class GivenUp(Exception):
-    """Carries the reason out of a trace that was given up: torch.export prints the graph of some errors, this not."""
+    """Carries the reason out of a trace that was given up.
+
+    torch.export prints the graph for some errors, but not for this one.
+    """
 
     def __init__(self, failure: CaptureFailure) -> None:
         super().__init__()

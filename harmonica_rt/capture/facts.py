@@ -345,7 +345,7 @@ class _Walk:
     # ---- code
 
     def _seen_class(self, cls: type) -> None:
-        """Of the class of an object, which is reached without a name."""
+        """Note the class of an object; it is reached without a name."""
         if id(cls) not in self._seen:
             self._visit(-1, _qualified(cls), cls)
 

@@ -42,7 +42,7 @@ def doctor() -> None:
         "lowerings",
         "fused (with the ops above), inductor (fused, the rest compiled), plain (bit for bit)",
     )
-    _line("CUDA graphs", "one a step program" if torch.cuda.is_available() else "none: no CUDA device")
+    _line("CUDA graphs", "one per step program" if torch.cuda.is_available() else "none: no CUDA device")
     if not build.extension and not build.chosen:
         console.print("the C++ ops were meant to be built; see the reason above", style="yellow")
         raise typer.Exit(1)

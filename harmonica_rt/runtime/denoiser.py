@@ -50,7 +50,7 @@ class Denoiser(Session):
 
     Of a wrapped model `model` is the one inside and `given` the wrapper, whose attributes it has. It passes for the
     model where a class is asked for, because pipelines save, move and offload what is a module of the class that they
-    know. Attributes that are set on it are set on the model.
+    know. Attributes that are set on it are set on `given`.
     """
 
     def __init__(self, given: nn.Module, schedule: Schedule, engine: Engine) -> None:
@@ -76,7 +76,7 @@ class Denoiser(Session):
         Raises:
             RunError: the call cannot belong to the current run (steps used up, timesteps turned back, a failed run).
             ScheduleMismatchError: the pipeline asked for another number of steps than the schedule has.
-            ConcurrentRunError: another thread is using this denoiser.
+            ConcurrentRunError: another thread is using this denoiser, or two loops take turns.
             CaptureError: in strict mode, the model cannot be captured.
         """
         if self._turns.mine:

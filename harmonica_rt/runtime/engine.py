@@ -18,7 +18,7 @@ class RunKey(NamedTuple):
     """What makes two runs alike.
 
     Attributes:
-        timesteps: one a step of the schedule, as the scheduler that drives the run has them.
+        timesteps: one per step of the schedule, as the scheduler that drives the run has them.
         first: the step that the run begins with; image-to-image leaves out those before it.
     """
 
@@ -55,7 +55,7 @@ class RunKey(NamedTuple):
 
 
 class Stream(Protocol):
-    """The cached features of one sequence of calls, one call a step, all with one signature."""
+    """The cached features of one sequence of calls, one call per step, all with one signature."""
 
     def run(self, step: StepIndex, call: Call, *, catch_up: bool) -> Any:
         """Run the denoiser for `step` and return what the model would.

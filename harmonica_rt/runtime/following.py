@@ -52,7 +52,7 @@ class Following:
             self._followed.append(_Followed(weakref.ref(pipeline), pipeline.scheduler))
 
     def leave(self, pipeline: Any) -> None:
-        """Follow it no more."""
+        """Stop following it."""
         left = [one for one in self._followed if one.pipeline() is pipeline]
         kept = [one for one in self._followed if one not in left]
         for one in left:

@@ -153,7 +153,7 @@ def uninstall(pipeline: Any) -> None:
 
 
 def _left_over(pipeline: Any) -> Denoiser | None:
-    """A denoiser that follows this pipeline's scheduler though its module was replaced, or its pipeline is no more."""
+    """A denoiser that follows this pipeline's scheduler though its module was replaced, or whose pipeline is gone."""
     listener = listener_of(pipeline.scheduler)
     if not isinstance(listener, Denoiser):
         return None

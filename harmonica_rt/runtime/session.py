@@ -2,7 +2,8 @@
 
 One call at a time, one run at a time. A run begins with `reset()`, or, for a pipeline's denoiser, when its scheduler
 sets timesteps; it moves on with every call, or with every scheduler step (`counting`). In a pipeline, calls that do not
-come from the function that began the run (`origin`) are the plain model's.
+come from the function that began the run (`origin`) are the plain model's. Where `reset()` begins runs, loops that take
+turns are told apart by the functions that called it.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class Session:
 
     @property
     def pipelines(self) -> list[Any]:
-        """The pipelines it is in; none for a model by itself, or where they are no more."""
+        """The pipelines it is in; none for a model by itself, or where they have been garbage-collected."""
         return self._following.pipelines
 
     def attach(self, pipeline: Any) -> None:
@@ -114,7 +115,7 @@ class Session:
         self._following.add(pipeline)
 
     def leave(self, pipeline: Any) -> None:
-        """Follow this pipeline's scheduler no more."""
+        """Stop following this pipeline's scheduler."""
         self._following.leave(pipeline)
 
     def detach(self) -> None:

@@ -39,7 +39,7 @@ class StaticTensors:
 
 
 class StaticRows:
-    """Values that are other ones in every step, packed, so that one copy a dtype brings in those of a step.
+    """Values that are other ones in every step, packed, so that one copy per dtype brings in those of a step.
 
     Args:
         examples: the values of one step, whose layout all steps have. Views of one tensor share its place.

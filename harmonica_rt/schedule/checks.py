@@ -94,10 +94,10 @@ def check_sites(sites: Iterable[object]) -> tuple[str, ...]:
 
 
 def check_timesteps(timesteps: object, steps: int) -> tuple[float, ...]:
-    """One finite float a step, or ScheduleError."""
+    """One finite float per step, or ScheduleError."""
     values = check_sequence(timesteps, "timesteps")
     if len(values) != steps:
-        raise ScheduleError(f"timesteps: expected one a step ({steps}), got {len(values)}; leave them out if unknown")
+        raise ScheduleError(f"timesteps: expected one per step ({steps}), got {len(values)}; leave them out if unknown")
     return tuple(check_number(value, f"timesteps[{i}]") for i, value in enumerate(values))
 
 
@@ -107,4 +107,4 @@ def check_scores_shape(scores: Sequence[Sequence[float] | None], shape: tuple[in
         raise ScheduleError(f"made_by.scores: expected one row a step ({shape[0]}), got {len(scores)}")
     for step, row in enumerate(scores):
         if row is not None and len(row) != shape[1]:
-            raise ScheduleError(f"made_by.scores, step {step}: expected one a site ({shape[1]}), got {len(row)}")
+            raise ScheduleError(f"made_by.scores, step {step}: expected one per site ({shape[1]}), got {len(row)}")

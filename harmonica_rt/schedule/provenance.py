@@ -81,7 +81,7 @@ class ModelInfo:
 
     @classmethod
     def of(cls, model: object) -> ModelInfo:
-        """Of a model, with the fingerprint of its `config` if it has one."""
+        """The record of a model, with the fingerprint of its `config` if it has one."""
         model = unwrapped(model)
         config = getattr(model, "config", None)
         # __class__ and not type(): a compiled model stands for the model inside
@@ -102,7 +102,7 @@ class SamplerInfo:
 
     @classmethod
     def of(cls, scheduler: object) -> SamplerInfo:
-        """Of a scheduler, with the public entries of its `config` if it has one (infinities in words)."""
+        """The record of a scheduler, with the public entries of its `config` if it has one (infinities in words)."""
         config = getattr(scheduler, "config", None)
         entries = config.items() if isinstance(config, Mapping) else ()
         public = {key: value for key, value in entries if not key.startswith("_")}

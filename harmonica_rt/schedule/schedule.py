@@ -44,7 +44,7 @@ class Schedule:
         sites: dotted module paths in execution order.
         model: the model it was made for.
         sampler: the sampler it was made for.
-        timesteps: the sampler's timesteps, one a step. Provenance only; a schedule fits by its number of
+        timesteps: the sampler's timesteps, one per step. Provenance only; a schedule fits by its number of
             steps.
         guidance: the guidance scale it was made for.
         made_by: the method that made it.

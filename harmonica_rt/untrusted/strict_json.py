@@ -2,7 +2,7 @@
 
 The hazard: Python's reader is lenient where a file must not be. Of two equal keys the last wins, NaN passes, half of a
 surrogate pair becomes a string that nothing can write; and deep nesting or a long number ends in an error of Python's
-own. Here each of these is a `JsonError`, and whatever is returned can be written again.
+own. Here each of these is a `JsonError`, and whatever is returned, of bytes, can be written again.
 """
 
 from __future__ import annotations

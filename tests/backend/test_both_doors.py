@@ -55,7 +55,9 @@ def test_behind_the_other_door_names_detach(pipeline: Any, schedule: Schedule, f
 def test_behind_the_other_door_in_place_names_detach(pipeline: Any, schedule: Schedule) -> None:
     through_torch(pipeline, schedule, in_place=True)
     hrt.attach(pipeline)
-    with pytest.raises(HarmonicaError, match=r"[uU]ndo that first: harmonica_rt\.attach\(pipe\.transformer\)\.detach\(\)"):
+    with pytest.raises(
+        HarmonicaError, match=r"[uU]ndo that first: harmonica_rt\.attach\(pipe\.transformer\)\.detach\(\)"
+    ):
         hrt.compile(pipeline, schedule)
     hrt.attach(pipeline.transformer).detach()
     expected = sample(hrt.reference(pipeline, schedule), STEPS, **CALL)

@@ -221,13 +221,13 @@ BAD_FIELDS = {
     "model-text": ({"model": "DiT"}, "model: expected an object, got a string"),
     "model-number": ({"model": {"class_name": 3}}, "model.class_name: expected a non-empty string, got 3"),
     "config-list": ({"sampler": {"class_name": "D", "config": []}}, "sampler.config: expected a mapping"),
-    "timesteps-short": ({"timesteps": [1, 2]}, "timesteps: expected one a step (3), got 2"),
+    "timesteps-short": ({"timesteps": [1, 2]}, "timesteps: expected one per step (3), got 2"),
     "timesteps-text": ({"timesteps": [1, 2, "3"]}, "timesteps[2]: expected a number, got '3'"),
     "guidance-text": ({"guidance": "high"}, "guidance: expected a number, got 'high'"),
     "made-by-list": ({"made_by": ["m"]}, "made_by: expected an object, got a list"),
     "scores-short": (
         {"made_by": {"method": "m", "hyper_parameters": {}, "scores": [None, [1], None]}},
-        "made_by.scores, step 1: expected one a site (4), got 1",
+        "made_by.scores, step 1: expected one per site (4), got 1",
     ),
 }
 

@@ -151,7 +151,7 @@ def test_bad_sites(sites, message) -> None:
 
 
 BAD_PROVENANCE = {
-    "timesteps-short": (lambda: {"timesteps": [1, 2]}, "timesteps: expected one a step (3), got 2"),
+    "timesteps-short": (lambda: {"timesteps": [1, 2]}, "timesteps: expected one per step (3), got 2"),
     "timesteps-nan": (
         lambda: {"timesteps": [1, 2, np.nan]},
         "timesteps[2]: expected a finite number, got nan",
@@ -200,7 +200,7 @@ BAD_PROVENANCE = {
     ),
     "scores-ragged": (
         lambda: {"made_by": MadeBy("m", scores=[None, [0.0] * 4, None])},
-        "made_by.scores, step 1: expected one a site (5), got 4",
+        "made_by.scores, step 1: expected one per site (5), got 4",
     ),
     "scores-nan": (
         lambda: {"made_by": MadeBy("m", scores=[[np.nan]])},

@@ -111,7 +111,7 @@ class Walker:
     def probe(
         self, inputs: Mapping[str, Any], generators: Sequence[torch.Generator], visit: Callable[[DenoiserCall], T]
     ) -> tuple[tuple[float, ...], T]:
-        """The timesteps of a run, one a step (as many as its NFE), and what `visit` makes of its first call.
+        """The timesteps of a run, one per step (as many as its NFE), and what `visit` makes of its first call.
 
         The run goes no further than that call.
         """
