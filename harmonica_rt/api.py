@@ -150,8 +150,8 @@ def compile(
     Of a pipeline the denoiser is compiled in place and the same pipeline is returned; its scheduler begins the runs and
     counts the steps. Of a model a `CompiledModel` is returned, called like the model, one call per step; `reset()`
     begins the next run, and must: without it the next image would go on where the last one stopped. Assigned to a
-    pipeline (`pipe.transformer = compile(pipe.transformer, schedule)`) it compiles the pipeline. Plans are made at the first
-    call of each signature (shapes, dtypes, plain arguments). For inference only: results carry no gradient.
+    pipeline (`pipe.transformer = compile(pipe.transformer, schedule)`) it compiles the pipeline. Plans are made at the
+    first call of each signature (shapes, dtypes, plain arguments). For inference only: results carry no gradient.
 
     Args:
         model_or_pipeline: an `nn.Module` in eval mode, or a diffusers pipeline.
