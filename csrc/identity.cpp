@@ -97,9 +97,11 @@ bool same_entry(PyObject* owner, PyObject* name, Noted& noted) {
   return noted.next_is(or_none(found.get()));
 }
 
-// An error of the iterator stays set.
+// An error of the iterator stays set. Of a set, what it holds, whatever its class makes of iteration.
 bool same_iteration(PyObject* container, Noted& noted) {
-  const Held iterator(PyObject_GetIter(container));
+  getiterfunc iterate = PyObject_GetIter;
+  if (PyAnySet_Check(container)) iterate = (PyFrozenSet_Check(container) ? PyFrozenSet_Type : PySet_Type).tp_iter;
+  const Held iterator(iterate(container));
   if (iterator.get() == nullptr) return false;
   while (true) {
     const Held item(PyIter_Next(iterator.get()));
@@ -122,6 +124,8 @@ bool same_contents(PyObject* container, PyObject* items, uint64_t* version) {
     for (Py_ssize_t i = 0; same && i < PyList_GET_SIZE(container); ++i) {
       same = noted.next_is(PyList_GET_ITEM(container, i));
     }
+  } else if (PyAnySet_Check(container)) {
+    same = same_iteration(container, noted);
   } else if (PyTuple_Check(container)) {
     same = same_entry(PyTuple_GET_ITEM(container, 0), PyTuple_GET_ITEM(container, 1), noted);
   } else if (PyCell_Check(container)) {

@@ -13,14 +13,20 @@ by identity, so that a replaced one is seen, and are not followed.
 
 from __future__ import annotations
 
+import builtins
+import dis
 import enum
 import functools
 import itertools
+import operator
+import random
 import sys
 import weakref
-from collections import deque
-from collections.abc import Iterator
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from array import array
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from types import BuiltinFunctionType, BuiltinMethodType, CodeType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,16 +35,18 @@ from torch import nn
 from torch.nn.modules import module as every_module
 
 from harmonica_rt.capture.forward import own_forward
-from harmonica_rt.capture.identity import Contents, cell_contents, contents, first_change, put_back
+from harmonica_rt.capture.identity import Contents, cell_contents, contents, first_change, items_of, put_back
 from harmonica_rt.capture.tensors import metadata
 
-LARGEST_CONTAINER = 10_000  # items; a larger one is no setting of a model, and counts by identity and length
+LARGEST_CONTAINER = 10_000  # items; of a larger one only which objects it holds counts
+LARGEST_ARRAY = 2**20  # bytes; what is in a larger one is not looked at
 TOLD = 5  # changes named in a message
 
 _SCALARS = (bool, int, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, range)
 _BY_TEXT = (float, complex)  # not by value: NaN equals nothing, and -0.0 equals 0.0
 _CLOSED = (sys.stdlib_module_names | {"torch", "numpy", "harmonica_rt", "harmonica_kernels"}) - {"__main__"}
-_PLAIN_OBJECTS = frozenset({"types", "argparse", "collections", "dataclasses"})  # whose objects just hold attributes
+# whose objects just hold attributes
+_PLAIN_OBJECTS = frozenset({"types", "argparse", "collections", "dataclasses", "os", "queue", "weakref", "_thread"})
 
 # Of every module: not read by a forward, or looked at in a way of their own.
 UNREAD = frozenset((*nn.Module().__dict__, "_compiled_call_impl")) - {"training", "_parameters", "_buffers", "_modules"}
@@ -54,11 +62,14 @@ _NOT_OF_A_CLASS = frozenset(
         "__slotnames__",  # copies and pickles of an object leave it in its class
     )
 )
-_CALLED_UNNAMED = (
-    "forward", "__call__", "__getattr__", "__getattribute__", "__getitem__", "__iter__", "__next__", "__len__",
-    "__contains__", "__bool__", "__enter__", "__exit__", "__new__", "__init__", "__post_init__", "__get__",
-    "__torch_function__", "__torch_dispatch__",
-)  # fmt: skip
+_CALLED_UNNAMED = ("forward",)  # and what Python calls for its syntax: methods between underscores, but for these:
+_NOT_CALLED = frozenset(
+    (
+        *("__repr__", "__str__", "__format__", "__dir__", "__sizeof__", "__del__", "__init_subclass__", "__set_name__"),
+        *("__class_getitem__", "__subclasshook__", "__prepare__", "__copy__", "__deepcopy__", "__reduce__"),
+        *("__reduce_ex__", "__getstate__", "__setstate__", "__getnewargs__", "__getnewargs_ex__"),
+    )
+)
 
 
 def own_attributes(module: nn.Module, *, root: bool) -> list[str]:
@@ -97,7 +108,8 @@ class Facts:
         noted: the contents of each container.
         versions: of the containers, for `identity.first_change`.
         tensors: plain tensors among it: neither parameters nor buffers of the model.
-        arrays: numpy arrays among it, each with its bytes.
+        texts: what holds its state where no container shows it (arrays, random generators, iterators), as functions
+            that tell it in words or bytes, each with what it told.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -106,7 +118,7 @@ class Facts:
         self.noted: list[Contents] = list(map(contents, self.containers))
         self.versions = bytearray(8 * len(self.containers))
         self.tensors = tuple(walk.tensors)
-        self.arrays = tuple(walk.arrays)
+        self.texts = tuple(walk.texts)
         self._caches = tuple(walk.caches)
         self._values = walk.values
         self._places = walk.places
@@ -125,7 +137,7 @@ class Facts:
 
     def changes(self, model: nn.Module) -> tuple[str, ...]:
         """What is otherwise in the model now, in words; a few of many."""
-        if first_change(self.containers, self.noted) < 0:
+        if first_change(self.containers, self.noted) < 0 and self.texts_hold():
             return ()
         return tuple(itertools.islice(self.differences(Facts(model)), TOLD))
 
@@ -135,13 +147,17 @@ class Facts:
         found = [held for held in self.containers if isinstance(held, kinds) and _package(held) not in _CLOSED]
         return [held for held in found if not getattr(held, "__closure__", None)]
 
+    def texts_hold(self) -> bool:
+        """Whether everything that is told in words or bytes still tells the same."""
+        return all(tell() == told for tell, told in self.texts)
+
     def let_go(self) -> None:
         """Keep what can be compared with other facts, and none of the objects that were looked at.
 
         The containers and their contents hold weights, which may be gone from the model while a plan keeps its facts.
         """
         self.containers, self.noted = [], []
-        self.tensors, self.arrays, self._caches = (), (), ()
+        self.tensors, self.texts, self._caches = (), (), ()
 
     def _by_place(self) -> dict[str, Any]:
         texts: list[str] = []
@@ -197,7 +213,7 @@ class _Walk:
         self.places: list[_Place] = []
         self.containers: list[Any] = []
         self.tensors: list[torch.Tensor] = []
-        self.arrays: list[tuple[np.ndarray[Any, Any], bytes]] = []
+        self.texts: list[tuple[Callable[[], Any], Any]] = []
         self.caches: list[Any] = []
         self._root = model
         self._seen: dict[int, int] = {}  # object -> its fact
@@ -227,6 +243,8 @@ class _Walk:
         kind = type(value)
         if kind in _SCALARS:
             self._note(parent, name, (kind, value))
+            if kind is str and value.isidentifier():
+                self._reach(value)  # getattr(self, self.kind)
         elif kind in _BY_TEXT:
             self._note(parent, name, (kind, repr(value)))
         elif kind is not tuple and id(value) in self._seen:
@@ -240,12 +258,13 @@ class _Walk:
         if isinstance(value, torch.Tensor):
             self.tensors.append(value)
             # A tensor has one weak reference while it lives: it tells tensors apart and keeps none alive.
-            self._note(parent, name, (Is(weakref.ref(value)), *metadata(value)))
-        elif isinstance(value, nn.Module):
+            fact = self._note(parent, name, (Is(weakref.ref(value)), *metadata(value)))
+            self._later(fact, [(".__dict__", value.__dict__)])
+        elif issubclass(type(value), nn.Module):  # isinstance() believes proxies, and compiled models
             self._module(parent, name, value)
         elif isinstance(value, type):
             self._class(parent, name, value)
-        elif isinstance(value, (dict, list, tuple, set, frozenset, deque)):
+        elif issubclass(type(value), (dict, list, tuple, set, frozenset, deque)):
             self._container(parent, name, value)
         elif isinstance(value, FunctionType):
             self._function(parent, name, value)
@@ -255,10 +274,16 @@ class _Walk:
         elif isinstance(value, functools.partial):
             fact = self._note(parent, name, ("partial",))
             self._later(fact, [(".func", value.func), (".args", value.args), (".keywords", value.keywords)])
-        elif isinstance(value, np.ndarray) and not value.dtype.hasobject and value.nbytes <= 2**20:
-            data = value.tobytes()
-            self.arrays.append((value, data))
-            self._note(parent, name, (value.dtype.str, value.shape, data))
+        elif (tell := _teller(value)) is not None:
+            told = tell()
+            self.texts.append((tell, told))
+            self._note(parent, name, (Is(type(value)), told))
+        elif isinstance(value, (weakref.ref, *weakref.ProxyTypes)):
+            fact = self._note(parent, name, ("weakly",))
+            self._later(fact, [("()", _referent(value))])
+        elif isinstance(value, BuiltinMethodType) and not isinstance(value.__self__, _NO_OWNERS):
+            fact = self._note(parent, name, ("method", value.__name__))
+            self._later(fact, [(".__self__", value.__self__)])
         elif _is_opened(value):
             self._object(parent, name, value)
         else:
@@ -274,22 +299,25 @@ class _Walk:
 
     def _container(self, parent: int, name: str, value: Any) -> None:
         kind = type(value)
-        if len(value) > LARGEST_CONTAINER:
-            self._note(parent, name, (Is(value), len(value)))
-            return
+        items = items_of(value)
         if not isinstance(value, (tuple, frozenset)):
             self.containers.append(value)
-        if isinstance(value, dict):
-            keys = tuple(map(_key, dict.keys(value)))
-            fact = self._note(parent, name, (kind, keys))
+        if len(items) > LARGEST_CONTAINER:
+            fact = self._note(parent, name, (Is(value), tuple(map(Is, items))))
+        elif isinstance(value, dict):
+            fact = self._note(parent, name, (kind, tuple(map(_key, dict.keys(value)))))
             self._later(fact, [(f"[{key!r:.80}]", item) for key, item in dict.items(value)])
-            if getattr(value, "__dict__", None):  # a config with its entries as attributes as well
-                self._visit(fact, ".__dict__", value.__dict__)
         elif isinstance(value, (set, frozenset)):
-            self._note(parent, name, (kind, frozenset(map(_key, value))))
+            fact = self._note(parent, name, (kind, frozenset(map(_key, items))))
         else:
-            fact = self._note(parent, name, (kind, len(value)))
-            self._later(fact, [(f"[{index}]", item) for index, item in enumerate(value)])
+            fact = self._note(parent, name, (kind, len(items)))
+            self._later(fact, [(f"[{index}]", item) for index, item in enumerate(items)])
+        if kind.__flags__ & _HEAP_TYPE or kind is defaultdict:  # of a class of its own, which may have attributes
+            self._seen_class(kind)
+            self._later(fact, [(".__dict__", getattr(value, "__dict__", None))])
+            if isinstance(value, defaultdict):
+                self.containers.append((value, "default_factory"))
+                self._later(fact, [(".default_factory", value.default_factory)])
 
     def _object(self, parent: int, name: str, value: Any) -> None:
         self._seen_class(type(value))
@@ -351,7 +379,7 @@ class _Walk:
 
     def _class(self, parent: int, name: str, cls: type) -> None:
         fact = self._note(parent, name, Is(cls))
-        for base in cls.__mro__[1:]:
+        for base in (*cls.__mro__[1:], type(cls)):
             self._seen_class(base)
         if not cls.__flags__ & _HEAP_TYPE:
             return
@@ -371,7 +399,8 @@ class _Walk:
                 continue
             method = self._note(fact, f".{key}", (type(value), Is(function.__code__)))
             self._methods.setdefault(key, []).append((method, function))
-            if key in self._reached and not (key == "__init__" and issubclass(cls, nn.Module)):
+            called = key in self._reached or (key.startswith("__") and key.endswith("__") and key not in _NOT_CALLED)
+            if called and not (key == "__init__" and issubclass(cls, nn.Module)):
                 self._later(method, [("()", function)])
         self._later(fact, children)
 
@@ -388,8 +417,7 @@ class _Walk:
         for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             self.containers.append(cell)
             children.append((f".{variable}", cell_contents(cell)))
-        if function.__dict__:
-            children.append((".__dict__", function.__dict__))
+        children.append((".__dict__", function.__dict__))
         self._later(fact, children)
         if _package(function) not in _CLOSED:
             self._follow(function)
@@ -397,10 +425,20 @@ class _Walk:
     def _follow(self, function: FunctionType) -> None:
         """Reach what the names in a function's code mean."""
         names, where = _names(function.__code__), function.__globals__
+        loaded, imported = _loaded(function.__code__)
+        entered: set[int] = set()
         for name in names:
             self._reach(name)
+        for name in loaded:
             if name in where:
-                self._global(f"{function.__module__}.", where, name, names)
+                self._global(f"{function.__module__}.", where, name, names, entered)
+            elif name in vars(builtins):
+                self._global("builtins.", vars(builtins), name, names, entered)
+        for name in imported:
+            package = str(where.get("__package__") or "")
+            for module in (sys.modules.get(name), sys.modules.get(f"{package}.{name}".rstrip("."))):
+                if module is not None and _package_of(module) not in _CLOSED:
+                    self._inside_module(module, names, entered)
 
     def _reach(self, name: str) -> None:
         """Methods of that name may be called."""
@@ -409,7 +447,7 @@ class _Walk:
             for method, function in self._methods.get(name, ()):
                 self._pending.append((method, "()", function))
 
-    def _global(self, prefix: str, where: dict[str, Any], name: str, names: tuple[str, ...]) -> None:
+    def _global(self, prefix: str, where: dict[str, Any], name: str, names: tuple[str, ...], entered: set[int]) -> None:
         """What stands in a dict of globals; of a module, what the other names of the code mean in it."""
         value = where[name]
         if (id(where), name) not in self._entries:
@@ -420,13 +458,22 @@ class _Walk:
             else:
                 self._note(-1, f"{prefix}{name}", Is(value))
         if isinstance(value, ModuleType):
-            inner = value.__dict__
-            for other in names:
-                if other != name and other in inner and (id(inner), other) not in self._entries:
-                    self._global(f"{value.__name__}.", inner, other, names)
+            self._inside_module(value, names, entered)
+
+    def _inside_module(self, module: ModuleType, names: tuple[str, ...], entered: set[int]) -> None:
+        """What the names of a function's code mean in a module; `entered` are those that were looked into for it."""
+        inner = module.__dict__
+        if id(inner) in entered:
+            return
+        entered.add(id(inner))
+        for other in names:
+            if other in inner:
+                self._global(f"{module.__name__}.", inner, other, names, entered)
 
 
 _HEAP_TYPE = 1 << 9
+# Of builtin functions. Torch and numpy draw from one generator for the process, as Python does; capture looks at those.
+_NO_OWNERS = (ModuleType, type(None), random.Random, np.random.RandomState)
 
 
 def _is_opened(value: Any) -> bool:
@@ -456,6 +503,25 @@ def _key(key: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=4096)
+def _loaded(code: CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names that code and the code within it look up among globals, and the modules that it imports."""
+    loaded, imported = dict[str, None](), dict[str, None]()
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            loaded[step.argval] = None
+        elif step.opname == "IMPORT_NAME":
+            parts = step.argval.split(".")
+            imported.update(dict.fromkeys(".".join(parts[:n]) for n in range(1, len(parts) + 1)))
+        elif step.opname == "IMPORT_FROM" and imported:
+            imported[f"{next(reversed(imported))}.{step.argval}"] = None
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            for names, found in zip((loaded, imported), _loaded(constant), strict=True):
+                names.update(dict.fromkeys(found))
+    return tuple(loaded), tuple(imported)
+
+
+@functools.lru_cache(maxsize=4096)
 def _names(code: CodeType) -> tuple[str, ...]:
     """The names in a code object and in those within it; strings count too: `getattr(self, "norm")`."""
     found = dict.fromkeys(code.co_names)
@@ -476,6 +542,47 @@ def _function_in(value: Any) -> FunctionType | None:
     return value if isinstance(value, FunctionType) else None
 
 
+def _teller(value: Any) -> Callable[[], Any] | None:
+    """A function that tells the state of what shows it in no container; None for anything else."""
+    if isinstance(value, np.ndarray):
+        if value.nbytes > LARGEST_ARRAY:
+            return None
+        return (
+            (lambda: repr(list(map(id, value.flat))))
+            if value.dtype.hasobject
+            else (lambda: (value.dtype.str, value.shape, value.tobytes()))
+        )
+    if isinstance(value, (bytearray, memoryview, array)):
+        return lambda: bytes(value)
+    if isinstance(value, random.Random):
+        return value.getstate
+    if isinstance(value, (np.random.Generator, np.random.RandomState)):
+        return lambda: repr(value.bit_generator.state if isinstance(value, np.random.Generator) else value.get_state())
+    if isinstance(value, torch.Generator):
+        return lambda: value.get_state().numpy().tobytes()
+    if isinstance(value, ContextVar):
+        return lambda: id(value.get(None))
+    if isinstance(value, GeneratorType):
+        return lambda: (value.gi_running, getattr(value.gi_frame, "f_lasti", None))
+    if isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools"):
+        return lambda: (repr(value), operator.length_hint(value, -1))
+    return None
+
+
+def _referent(reference: Any) -> Any:
+    """What is referred to weakly; None where it is gone."""
+    if isinstance(reference, weakref.ref):
+        return reference()
+    try:
+        return reference.__repr__.__self__
+    except ReferenceError:
+        return None
+
+
+def _package_of(module: ModuleType) -> str:
+    return module.__name__.partition(".")[0]
+
+
 def _package(thing: Any) -> str:
     return str(getattr(thing, "__module__", None) or "builtins").partition(".")[0]
 
@@ -485,6 +592,10 @@ def _qualified(cls: type) -> str:
 
 
 def _slots(cls: type) -> list[str]:
-    found = [base.__dict__.get("__slots__", ()) for base in cls.__mro__]
-    names = [name for slots in found for name in ((slots,) if isinstance(slots, str) else slots)]
+    names = []
+    for base in cls.__mro__:
+        slots = base.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            private = name.startswith("__") and not name.endswith("__")
+            names.append(f"_{base.__name__.lstrip('_')}{name}" if private else name)
     return [name for name in names if name not in ("__dict__", "__weakref__")]

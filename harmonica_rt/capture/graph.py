@@ -11,12 +11,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, TensorArgument
@@ -230,9 +232,11 @@ def _noting_changes(forward: Callable[..., Any], model: nn.Module, changes: list
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
-        before = Facts(model)
+        before, drawn = Facts(model), (random.getstate(), repr(np.random.get_state()))
         output = forward(*args, **kwargs)
         changes[:] = before.changes(model)
+        if drawn != (random.getstate(), repr(np.random.get_state())):
+            changes.append("it draws random numbers from Python or numpy")
         return output
 
     return run

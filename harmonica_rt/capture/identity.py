@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import operator
+from collections import deque
 from collections.abc import Callable
 from types import CellType, FunctionType
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import harmonica_kernels  # its import finds out whether the extension can be loaded beside this torch
 
 Contents = tuple[Any, ...]
+_WITH_ITEMS = frozenset({list, tuple, set, frozenset, deque, dict})
 
 
 def contents(container: Any) -> Contents:
@@ -28,8 +30,8 @@ def contents(container: Any) -> Contents:
     """
     if isinstance(container, dict):
         return _flat(container)
-    if isinstance(container, list):
-        return tuple(container)
+    if isinstance(container, (list, set, frozenset)):
+        return items_of(container)
     if isinstance(container, tuple):
         owner, name = container
         return (dict.get(owner, name) if isinstance(owner, dict) else getattr(owner, name, None),)
@@ -41,7 +43,13 @@ def contents(container: Any) -> Contents:
         return (container.__mro__, *(part for item in container.__dict__.items() for part in item))
     if isinstance(getattr(container, "__dict__", None), dict):
         return (type(container), *_flat(container.__dict__))
-    return tuple(container)
+    return items_of(container)
+
+
+def items_of(container: Any) -> Contents:
+    """What a list, tuple, set, deque or dict (its keys) holds, whatever its class makes of iteration."""
+    kind = next((base for base in type(container).__mro__ if base in _WITH_ITEMS), None)
+    return tuple(container if kind is None else kind.__iter__(container))  # type: ignore[attr-defined]
 
 
 def cell_contents(cell: CellType) -> Any:
@@ -61,6 +69,9 @@ def put_back(container: Any, before: Contents) -> None:
         _put_back(container, before)
     elif isinstance(container, list):
         container[:] = before
+    elif isinstance(container, set):
+        container.clear()
+        container.update(before)
     elif isinstance(container, tuple):
         _put_entry(container[0], container[1], before[0])
     elif isinstance(container, CellType):
@@ -80,7 +91,7 @@ def put_back(container: Any, before: Contents) -> None:
         _put_back(container.__dict__, before[1:])
     else:
         container.clear()
-        (container.extend if hasattr(container, "extend") else container.update)(before)
+        container.extend(before)
 
 
 def _put_back(held: dict[Any, Any], before: Contents) -> None:
