@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_PASS_ON = ("torch.nn.parallel", "torch.distributed")
+_PASS_ON = ("torch.nn.parallel.distributed",)
 
 
 def unwrapped(model: Any) -> Any:
@@ -22,10 +22,14 @@ def unwrapped(model: Any) -> Any:
 
 def compiled_around(model: Any) -> list[Any]:
     """The `OptimizedModule`s among the wrappers of a model, outermost first."""
+    return [wrapper for wrapper in wrappers(model) if "_orig_mod" in wrapper._modules]
+
+
+def wrappers(model: Any) -> list[Any]:
+    """What is around the model inside, outermost first."""
     found = []
     while (inner := _inside(model)) is not None:
-        if "_orig_mod" in model._modules:
-            found.append(model)
+        found.append(model)
         model = inner
     return found
 
@@ -34,8 +38,8 @@ def _inside(model: Any) -> Any | None:
     children: Mapping[str, Any] = getattr(model, "__dict__", {}).get("_modules") or {}
     if (compiled := children.get("_orig_mod")) is not None:
         return compiled
-    if "base_model" in children and callable(getattr(type(model), "get_base_model", None)):
+    # Where its forward is: a class derived from one of these may do something else.
+    home = str(getattr(getattr(type(model), "forward", None), "__module__", ""))
+    if "base_model" in children and home.startswith("peft."):
         return model.get_base_model()
-    if type(model).__module__.startswith(_PASS_ON):
-        return children.get("module")
-    return None
+    return children.get("module") if home.startswith(_PASS_ON) else None

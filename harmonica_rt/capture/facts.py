@@ -15,18 +15,15 @@ from __future__ import annotations
 
 import builtins
 import dis
-import enum
 import functools
 import itertools
-import operator
 import random
 import sys
+import threading
 import weakref
-from array import array
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
-from types import BuiltinFunctionType, BuiltinMethodType, CodeType, FunctionType, GeneratorType, MethodType, ModuleType
+from collections.abc import Iterator
+from types import BuiltinFunctionType, BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,11 +32,11 @@ from torch import nn
 from torch.nn.modules import module as every_module
 
 from harmonica_rt.capture.forward import own_forward
+from harmonica_rt.capture.hidden import Hidden, hidden_state, is_untold
 from harmonica_rt.capture.identity import Contents, cell_contents, contents, first_change, items_of, put_back
 from harmonica_rt.capture.tensors import metadata
 
 LARGEST_CONTAINER = 10_000  # items; of a larger one only which objects it holds counts
-LARGEST_ARRAY = 2**20  # bytes; what is in a larger one is not looked at
 TOLD = 5  # changes named in a message
 
 _SCALARS = (bool, int, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, range)
@@ -108,8 +105,9 @@ class Facts:
         noted: the contents of each container.
         versions: of the containers, for `identity.first_change`.
         tensors: plain tensors among it: neither parameters nor buffers of the model.
-        texts: what holds its state where no container shows it (arrays, random generators, iterators), as functions
-            that tell it in words or bytes, each with what it told.
+        hidden: what holds its state where no container shows it (arrays, random generators, iterators), each with the
+            state that it had.
+        untold: where something lies whose state nothing tells, in words.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -118,7 +116,8 @@ class Facts:
         self.noted: list[Contents] = list(map(contents, self.containers))
         self.versions = bytearray(8 * len(self.containers))
         self.tensors = tuple(walk.tensors)
-        self.texts = tuple(walk.texts)
+        self.hidden = tuple(walk.hidden)
+        self.untold = tuple(walk.untold)
         self._caches = tuple(walk.caches)
         self._values = walk.values
         self._places = walk.places
@@ -137,7 +136,7 @@ class Facts:
 
     def changes(self, model: nn.Module) -> tuple[str, ...]:
         """What is otherwise in the model now, in words; a few of many."""
-        if first_change(self.containers, self.noted) < 0 and self.texts_hold():
+        if first_change(self.containers, self.noted) < 0 and self.hidden_hold():
             return ()
         return tuple(itertools.islice(self.differences(Facts(model)), TOLD))
 
@@ -147,9 +146,9 @@ class Facts:
         found = [held for held in self.containers if isinstance(held, kinds) and _package(held) not in _CLOSED]
         return [held for held in found if not getattr(held, "__closure__", None)]
 
-    def texts_hold(self) -> bool:
-        """Whether everything that is told in words or bytes still tells the same."""
-        return all(tell() == told for tell, told in self.texts)
+    def hidden_hold(self) -> bool:
+        """Whether everything hidden is in the state that it had."""
+        return all(hidden.tell() == told for hidden, told in self.hidden)
 
     def let_go(self) -> None:
         """Keep what can be compared with other facts, and none of the objects that were looked at.
@@ -157,7 +156,7 @@ class Facts:
         The containers and their contents hold weights, which may be gone from the model while a plan keeps its facts.
         """
         self.containers, self.noted = [], []
-        self.tensors, self.texts, self._caches = (), (), ()
+        self.tensors, self.hidden, self._caches = (), (), ()
 
     def _by_place(self) -> dict[str, Any]:
         texts: list[str] = []
@@ -171,6 +170,9 @@ class Facts:
         changed = first_change(self.containers, self.noted)
         for index in range(changed, len(self.containers)) if changed >= 0 else ():
             put_back(self.containers[index], self.noted[index])
+        for hidden, told in self.hidden:
+            if hidden.put_back is not None and hidden.tell() != told:
+                hidden.put_back(told)
         for cache in self._caches:
             cache.cache_clear()
 
@@ -213,7 +215,8 @@ class _Walk:
         self.places: list[_Place] = []
         self.containers: list[Any] = []
         self.tensors: list[torch.Tensor] = []
-        self.texts: list[tuple[Callable[[], Any], Any]] = []
+        self.hidden: list[tuple[Hidden, Any]] = []
+        self.untold: list[str] = []
         self.caches: list[Any] = []
         self._root = model
         self._seen: dict[int, int] = {}  # object -> its fact
@@ -274,10 +277,13 @@ class _Walk:
         elif isinstance(value, functools.partial):
             fact = self._note(parent, name, ("partial",))
             self._later(fact, [(".func", value.func), (".args", value.args), (".keywords", value.keywords)])
-        elif (tell := _teller(value)) is not None:
-            told = tell()
-            self.texts.append((tell, told))
+        elif (hidden := hidden_state(value)) is not None:
+            told = hidden.tell()
+            self.hidden.append((hidden, told))
             self._note(parent, name, (Is(type(value)), told))
+        elif is_untold(value):
+            self.untold.append(f"{name.lstrip('.')} is a {type(value).__name__}, whose state nothing tells")
+            self._note(parent, name, Is(value))
         elif isinstance(value, (weakref.ref, *weakref.ProxyTypes)):
             fact = self._note(parent, name, ("weakly",))
             self._later(fact, [("()", _referent(value))])
@@ -316,14 +322,16 @@ class _Walk:
             self._seen_class(kind)
             self._later(fact, [(".__dict__", getattr(value, "__dict__", None))])
             if isinstance(value, defaultdict):
-                self.containers.append((value, "default_factory"))
+                self.hidden.append((Hidden(lambda: id(value.default_factory)), id(value.default_factory)))
                 self._later(fact, [(".default_factory", value.default_factory)])
 
     def _object(self, parent: int, name: str, value: Any) -> None:
         self._seen_class(type(value))
         slots = [slot for slot in _slots(type(value)) if hasattr(value, slot)]
         attributes = {**{slot: getattr(value, slot) for slot in slots}, **getattr(value, "__dict__", {})}
-        if hasattr(value, "__dict__"):
+        if isinstance(value, threading.local):
+            self.containers.append(value.__dict__)  # of this thread
+        elif hasattr(value, "__dict__"):
             self.containers.append(value)
         self.containers += [(value, slot) for slot in slots]
         # what is written in C holds more than it shows
@@ -429,7 +437,7 @@ class _Walk:
         entered: set[int] = set()
         for name in names:
             self._reach(name)
-        for name in loaded:
+        for name in dict.fromkeys((*loaded, *names)) if "globals" in loaded else loaded:
             if name in where:
                 self._global(f"{function.__module__}.", where, name, names, entered)
             elif name in vars(builtins):
@@ -478,7 +486,7 @@ _NO_OWNERS = (ModuleType, type(None), random.Random, np.random.RandomState)
 
 def _is_opened(value: Any) -> bool:
     """Whether the attributes of an object are its user's: settings, and not the inside of a library's machinery."""
-    if isinstance(value, (ModuleType, BuiltinFunctionType, enum.Enum)):
+    if isinstance(value, (ModuleType, BuiltinFunctionType)):
         return False
     package = _package(type(value))
     return package not in _CLOSED or type(value).__module__ in _PLAIN_OBJECTS
@@ -540,33 +548,6 @@ def _function_in(value: Any) -> FunctionType | None:
         if isinstance(inner, FunctionType):
             return inner
     return value if isinstance(value, FunctionType) else None
-
-
-def _teller(value: Any) -> Callable[[], Any] | None:
-    """A function that tells the state of what shows it in no container; None for anything else."""
-    if isinstance(value, np.ndarray):
-        if value.nbytes > LARGEST_ARRAY:
-            return None
-        return (
-            (lambda: repr(list(map(id, value.flat))))
-            if value.dtype.hasobject
-            else (lambda: (value.dtype.str, value.shape, value.tobytes()))
-        )
-    if isinstance(value, (bytearray, memoryview, array)):
-        return lambda: bytes(value)
-    if isinstance(value, random.Random):
-        return value.getstate
-    if isinstance(value, (np.random.Generator, np.random.RandomState)):
-        return lambda: repr(value.bit_generator.state if isinstance(value, np.random.Generator) else value.get_state())
-    if isinstance(value, torch.Generator):
-        return lambda: value.get_state().numpy().tobytes()
-    if isinstance(value, ContextVar):
-        return lambda: id(value.get(None))
-    if isinstance(value, GeneratorType):
-        return lambda: (value.gi_running, getattr(value.gi_frame, "f_lasti", None))
-    if isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools"):
-        return lambda: (repr(value), operator.length_hint(value, -1))
-    return None
 
 
 def _referent(reference: Any) -> Any:

@@ -30,6 +30,7 @@ from harmonica_rt.capture.call import Call
 from harmonica_rt.capture.export import GivenUp, export_functional, not_traced
 from harmonica_rt.capture.facts import Facts
 from harmonica_rt.capture.forward import keep_only_own_forward, own_forward
+from harmonica_rt.capture.hidden import Told
 from harmonica_rt.capture.inference import check_draws_nothing, modes_of
 from harmonica_rt.capture.marking import (
     StopsAtUnknownSizes,
@@ -97,6 +98,8 @@ def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph
     changes = Changes()
     with changes, changes:
         take_capture_lock(changes)
+        changes.undone_by(functools.partial(random.setstate, random.getstate()))
+        changes.undone_by(functools.partial(np.random.set_state, np.random.get_state()))
         _check_results_of(model, sites, changes)
         traced = _trace(model, call, sites)
     program, values = traced.program, traced.values
@@ -232,10 +235,11 @@ def _noting_changes(forward: Callable[..., Any], model: nn.Module, changes: list
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
-        before, drawn = Facts(model), (random.getstate(), repr(np.random.get_state()))
+        before, drawn = Facts(model), random.getstate()
+        drawn_by_numpy = Told(np.random.get_state())
         output = forward(*args, **kwargs)
-        changes[:] = before.changes(model)
-        if drawn != (random.getstate(), repr(np.random.get_state())):
+        changes[:] = (*before.changes(model), *before.untold)
+        if random.getstate() != drawn or Told(np.random.get_state()) != drawn_by_numpy:
             changes.append("it draws random numbers from Python or numpy")
         return output
 

@@ -108,7 +108,7 @@ class ModelWatch:
             if index <= changed or not self._is_harmless(now, index):
                 return False
             changed = index
-        return self._note.hold() and now.texts_hold()
+        return self._note.hold() and now.hidden_hold()
 
     def _is_harmless(self, facts: Facts, index: int) -> bool:
         """Whether a container has other objects, yet equal ones, or such as no forward reads. Takes note of them."""

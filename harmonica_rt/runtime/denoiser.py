@@ -21,7 +21,7 @@ from harmonica_rt.runtime.origin import Origin, calling_objects, pipeline_holdin
 from harmonica_rt.runtime.reference import ReferenceEngine
 from harmonica_rt.runtime.session import Session
 from harmonica_rt.schedule import Schedule
-from harmonica_rt.wrapped import unwrapped
+from harmonica_rt.wrapped import unwrapped, wrappers
 
 C = TypeVar("C", bound=Callable[..., Any])
 
@@ -84,7 +84,10 @@ class Denoiser(Session):
         changes = Changes()
         with changes, changes:
             self._enter(changes)
-            return call_with_hooks(self.model, self._forward, args, kwargs)
+            forward = functools.partial(_with_hooks, self.model, self._forward)
+            for wrapper in () if self._following else reversed(wrappers(self.given)):
+                forward = functools.partial(_with_hooks, wrapper, forward)  # a pipeline calls the wrapper itself
+            return forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copies and pickles hold the model and the schedule: each makes runs of its own, in no pipeline."""
@@ -156,6 +159,10 @@ class Denoiser(Session):
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self._convention.normalise(args, kwargs)
         return self._call(call, lambda: own_forward(self.model)(*args, **kwargs))
+
+
+def _with_hooks(model: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return call_with_hooks(model, inner, args, kwargs)
 
 
 def _reference_of(given: nn.Module, schedule: Schedule) -> Denoiser:

@@ -17,6 +17,7 @@ from harmonica_rt.changes import Changes
 from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.runtime.denoiser import Denoiser
 from harmonica_rt.runtime.following import scheduler_in_use
+from harmonica_rt.runtime.hooks import call_with_hooks
 from harmonica_rt.runtime.scheduler import listener_of
 from harmonica_rt.wrapped import compiled_around, unwrapped
 
@@ -89,19 +90,22 @@ def install(pipeline: Any, denoiser: Denoiser) -> None:
     denoiser.model.__dict__["_compiled_call_impl"] = denoiser
     for one in denoiser.pipelines:
         for wrapper in compiled_around(held_denoiser(one)):
-            wrapper.__dict__["_compiled_call_impl"] = _NotTraced(denoiser.model)
+            wrapper.__dict__["_compiled_call_impl"] = _NotTraced(wrapper, denoiser.model)
     _last_installed[denoiser.model] = weakref.ref(denoiser)
 
 
 class _NotTraced:
     """Stands in for the call of an `OptimizedModule`: dynamo traces the model inside without the call put there."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, wrapper: nn.Module, model: nn.Module) -> None:
+        self._wrapper, self._model = wrapper, model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model as it is called now."""
-        return self._model(*args, **kwargs)
+        """Call the model as it is called now, and the wrapper itself again where no denoiser has the model's call."""
+        if installed(self._model) is None:
+            self._wrapper.__dict__.pop("_compiled_call_impl", None)
+            return self._wrapper(*args, **kwargs)
+        return call_with_hooks(self._wrapper, self._model, args, kwargs)
 
 
 def follower_of(module: nn.Module) -> Denoiser | None:

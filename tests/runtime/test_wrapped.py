@@ -193,3 +193,55 @@ def test_a_model_that_the_other_door_compiled_in_place_is_refused(schedule: Sche
     model.compile(backend="harmonica", options={"schedule": schedule})
     with pytest.raises(hrt.HarmonicaError, match=r"compiled already, by torch\.compile"):
         hrt.compile(model, schedule)
+
+
+@pytest.mark.parametrize("wrap", [with_lora, by_torch_compile, parallel])
+def test_hooks_of_a_wrapper_run(wrap: Callable[[nn.Module], nn.Module], schedule: Schedule) -> None:
+    torch.manual_seed(0)
+    wrapper = wrap(dit().transformer)
+    given = {
+        "hidden_states": torch.randn(1, 4, 8, 8),
+        "timestep": torch.tensor([500]),
+        "class_labels": torch.tensor([1]),
+    }
+    plain = wrapper(**given, return_dict=False)[0]
+    wrapper.register_forward_hook(lambda module, args, output: (2 * output[0],))
+    for make in (hrt.compile, hrt.reference):
+        assert torch.allclose(make(wrapper, schedule)(**given, return_dict=False)[0], 2 * plain, atol=1e-5)
+
+
+def test_hooks_of_torch_compiles_wrapper_run_in_a_pipeline(schedule: Schedule) -> None:
+    torch.manual_seed(0)
+    pipeline = dit()
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.transformer = by_torch_compile(pipeline.transformer)
+    calls = []
+    pipeline.transformer.register_forward_hook(lambda *_: calls.append(1))
+    hrt.compile(pipeline, schedule)
+    sample(pipeline, STEPS, **CALL)
+    assert len(calls) == STEPS
+
+
+def test_a_wrapper_that_is_put_back_later_runs_as_before(schedule: Schedule) -> None:
+    torch.manual_seed(0)
+    pipeline = dit()
+    pipeline.set_progress_bar_config(disable=True)
+    wrapper = pipeline.transformer = by_torch_compile(pipeline.transformer)
+    hrt.compile(pipeline, schedule)
+    pipeline.transformer = wrapper._orig_mod
+    hrt.uncompile(pipeline)
+    pipeline.transformer = wrapper
+    sample(pipeline, STEPS, **CALL)
+    assert wrapper.__dict__.get("_compiled_call_impl") is None
+
+
+class Doubled(peft.PeftModel):
+    """One with a forward of its own."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return (2 * super().forward(*args, **kwargs)[0],)
+
+
+def test_a_class_derived_from_a_wrapper_is_the_model_itself(schedule: Schedule) -> None:
+    model = Doubled(dit().transformer, peft.LoraConfig(target_modules=["to_q"])).eval()
+    assert unwrapped(model) is model

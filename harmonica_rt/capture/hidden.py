@@ -1,0 +1,96 @@
+"""State that no container shows: what is in arrays, and how far random generators and iterators have come.
+
+A container is compared object by object (`identity`). These change without any object being replaced, so each is asked
+for its state, as a value that can be compared, and most can be put back into it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import random
+from array import array
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from types import GeneratorType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+LARGEST_ARRAY = 2**20  # bytes; what is in a larger one is not looked at
+
+
+class Hidden(NamedTuple):
+    """How to ask an object for its state, and how to put it back; None where that is not possible."""
+
+    tell: Callable[[], Any]
+    put_back: Callable[[Any], object] | None = None
+
+
+def hidden_state(value: Any) -> Hidden | None:
+    """Of an object that hides its state; None for any other."""
+    if isinstance(value, np.ndarray):
+        return _of_array(value)
+    if isinstance(value, bytearray):
+        return Hidden(lambda: bytes(value), lambda told: value.__setitem__(slice(None), told))
+    if isinstance(value, array):
+        return Hidden(value.tobytes, lambda told: value.__setitem__(slice(None), array(value.typecode, told)))
+    if isinstance(value, memoryview):
+        return Hidden(lambda: bytes(value))
+    if isinstance(value, random.Random):
+        return Hidden(value.getstate, value.setstate)
+    if isinstance(value, np.random.RandomState):
+        return Hidden(lambda: Told(value.get_state()), lambda told: value.set_state(told.state))
+    if isinstance(value, np.random.Generator):
+        generator = value.bit_generator
+        return Hidden(lambda: Told(generator.state), lambda told: setattr(generator, "state", told.state))
+    if isinstance(value, torch.Generator):
+        return Hidden(lambda: value.get_state().numpy().tobytes())
+    if isinstance(value, ContextVar):
+        return Hidden(lambda: id(value.get(None)))
+    if isinstance(value, itertools.count):
+        return Hidden(lambda: repr(value))
+    if isinstance(value, Iterator) and type(value).__module__ == "builtins" and hasattr(value, "__length_hint__"):
+        return Hidden(lambda: operator.length_hint(value))
+    return None
+
+
+def is_untold(value: Any) -> bool:
+    """Whether an object has a state that nothing tells."""
+    return isinstance(value, GeneratorType) or (isinstance(value, Iterator) and type(value).__module__ == "itertools")
+
+
+class Told:
+    """A state that is compared by its text, since parts of it are arrays."""
+
+    __slots__ = ("_text", "state")
+
+    def __init__(self, state: Any) -> None:
+        self.state, self._text = state, _text(state)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Told) and self._text == other._text
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _text(state: Any) -> str:
+    if isinstance(state, dict):
+        return repr({key: _text(value) for key, value in state.items()})
+    if isinstance(state, tuple):
+        return repr([_text(value) for value in state])
+    return repr(state.tobytes()) if isinstance(state, np.ndarray) else repr(state)
+
+
+def _of_array(value: np.ndarray[Any, Any]) -> Hidden | None:
+    if value.dtype.hasobject:
+        return Hidden(lambda: list(map(id, value.flat)))
+    if value.nbytes > LARGEST_ARRAY:
+        return None
+
+    def put_back(told: Any) -> None:
+        _, shape, data = told
+        value[...] = np.frombuffer(data, value.dtype).reshape(shape)
+
+    return Hidden(lambda: (value.dtype.str, value.shape, value.tobytes()), put_back)

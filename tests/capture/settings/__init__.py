@@ -1,0 +1,1 @@
+"""A package of settings, which forwards read by importing it."""
