@@ -88,6 +88,5 @@ class TensorNote:
         return same_objects(self._tensors, tensors)
 
     def same_as(self, other: TensorNote) -> bool:
-        """Whether these are the same tensors as those, neither written to nor given other memory in between."""
-        same = same_objects(self._tensors, other._tensors) and self._versions == other._versions
-        return same and self._addresses == other._addresses
+        """Whether these are the same tensors as those, not written to in between; they may lie elsewhere now."""
+        return same_objects(self._tensors, other._tensors) and self._versions == other._versions

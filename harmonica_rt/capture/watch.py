@@ -3,7 +3,8 @@
 Callbacks, guiders and adapters change a model in mid-run. So the question is asked each time, in a way that costs next
 to nothing where the answer is yes: the containers that hold what the forward may read still hold the very same objects,
 and no weight was written to. Where the answer is no, the model is read anew, and it is either in a state that is known
-already (adapters switched back) or in a new one. Written through `.data`, a weight keeps its version: that is not seen.
+already (adapters switched back) or in a new one. Through `.data` a weight is written, or assigned other memory, and
+looks like one that was moved: that is not seen.
 """
 
 from __future__ import annotations
