@@ -30,7 +30,8 @@ _TIMESTEP = re.compile(
 )
 # LTX-2, Kandinsky 6 and MiniMax-H3; Cosmos 3; La-Proteina.
 _FURTHER_LATENTS = re.compile(
-    r"^(audio|video)_(hidden_states|latents)$|^(vision|sound|action)_tokens$|^local_latents$|^noisy_", re.IGNORECASE
+    r"^(audio|video)_(hidden_states|latents)$|^(vision|sound|action)_tokens$|^local_latents$|^noisy_(?!.*index)",
+    re.IGNORECASE,
 )
 
 
@@ -52,7 +53,8 @@ def roles(call: Call) -> tuple[Role, ...]:
 @functools.lru_cache(maxsize=1024)
 def _role(path: str, latents: str | None) -> Role:
     name = _name(path)
-    if _root(path) == latents or _RESIDUAL.search(path) or _FURTHER_LATENTS.match(name):
+    among_others = "." in path and _says_otherwise(name)  # in a dict that holds the latents and more
+    if (_root(path) == latents and not among_others) or _RESIDUAL.search(path) or _FURTHER_LATENTS.match(name):
         return Role.LATENTS
     return Role.TIMESTEP if _TIMESTEP.match(name) else Role.REQUEST
 

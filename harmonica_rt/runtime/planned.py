@@ -32,6 +32,7 @@ from harmonica_rt.runtime.graphs import Graphs
 from harmonica_rt.runtime.plans import PlanKey, Plans
 from harmonica_rt.runtime.reference import ReferenceEngine
 from harmonica_rt.schedule import Schedule
+from harmonica_rt.schedule.sites import check_sites
 
 log = logging.getLogger(__name__)
 
@@ -247,6 +248,7 @@ class PlannedEngine:
     def _add_plan(self, call: Call) -> PlanRuntime | None:
         started = time.perf_counter()
         name = type(self._model).__name__
+        check_sites(self._model, self._schedule.sites)  # modules may have been removed since it was compiled
         try:
             captured = capture(self._model, call, self._schedule.sites)
         except CaptureError as error:

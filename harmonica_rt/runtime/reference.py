@@ -24,6 +24,7 @@ from harmonica_rt.errors import SiteError
 from harmonica_rt.indices import SiteIndex, StepIndex
 from harmonica_rt.runtime.engine import RunKey
 from harmonica_rt.schedule import Schedule
+from harmonica_rt.schedule.sites import check_sites
 
 
 class ReferenceEngine:
@@ -45,7 +46,12 @@ class ReferenceEngine:
         self._watch.begin_run()
 
     def new_stream(self, call: Call) -> ReferenceStream:
-        """A stream with nothing stored."""
+        """A stream with nothing stored.
+
+        Raises:
+            SiteError: the model has lost a site.
+        """
+        check_sites(self._model, self._schedule.sites)
         return ReferenceStream(self._model, self._schedule, self._watch)
 
 

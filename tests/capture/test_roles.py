@@ -92,3 +92,23 @@ def test_nested_timesteps_and_numbers() -> None:
     one = torch.zeros(1)
     found = roles_of(forward, sample=one, extra={"timestep": one, "time_ids": one}, height=3)
     assert found == {"sample": LATENTS, "extra.timestep": TIMESTEP, "extra.time_ids": REQUEST, "height": REQUEST}
+
+
+def test_a_dict_that_holds_the_latents_and_more() -> None:
+    def forward(self: Any, inputs: Any) -> None: ...
+
+    one = torch.zeros(1)
+    found = roles_of(forward, inputs={"latents": one, "prompt_embeds": one, "timestep": one, "noise": one})
+    assert found == {
+        "inputs.latents": LATENTS,
+        "inputs.prompt_embeds": REQUEST,
+        "inputs.timestep": TIMESTEP,
+        "inputs.noise": LATENTS,
+    }
+
+
+def test_indices_of_noisy_frames_are_part_of_the_request() -> None:
+    def forward(self: Any, sample: Any, noisy_frame_indexes: Any) -> None: ...
+
+    found = roles_of(forward, sample=torch.zeros(1), noisy_frame_indexes=torch.zeros(1))
+    assert found["noisy_frame_indexes"] is REQUEST

@@ -337,9 +337,7 @@ def test_changes_within_a_run(kind: str, door: str) -> None:
         same = [bool(torch.equal(a, b)) for a, b in zip(got, expected, strict=True)]
         assert all(same), (turn, same)
         if turn == "first" and isinstance(compiled, hrt.CompiledModel):
-            plans = (
-                1 if kind in EAGER | {"parameter", "parameter, in place", "buffer"} else 2
-            )
+            plans = 1 if kind in EAGER | {"parameter", "parameter, in place", "buffer"} else 2
             assert len(compiled.report().plans) == plans, "changing back must find the plan that there was"
 
 
@@ -536,3 +534,15 @@ def test_a_table_made_at_the_first_call_is_no_state() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     assert compiled.report().last_catch_ups == ()
     assert len(compiled.report().plans) == 1
+
+
+@pytest.mark.parametrize("door", ["compiled", "reference"])
+def test_a_site_that_is_no_more_is_named(door: str) -> None:
+    tried = model()
+    schedule = schedule_of(tried)
+    compiled = hrt.compile(tried, schedule) if door == "compiled" else hrt.reference(tried, schedule)
+    compiled.reset()
+    compiled(**stack_call(0))
+    del tried.blocks[1]
+    with pytest.raises(hrt.HarmonicaError, match=r"Model has no module blocks\.1\.attn"):
+        compiled(**stack_call(1))
