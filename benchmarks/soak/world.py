@@ -24,6 +24,7 @@ from benchmarks.soak.subjects import SUBJECTS, Controls, evaluations
 from harmonica_rt.backend import harmonica
 from harmonica_rt.capture.reasons import Obstacle
 from harmonica_rt.errors import HarmonicaError, PlanFileError
+from harmonica_rt.runtime.pipelines import installed
 
 HOOKED = Obstacle.HOOKS.value  # documented: such a model runs eagerly
 ROUNDING = 1e-4  # of the largest value; a wrong image is off by 1e-3 and more
@@ -197,6 +198,7 @@ class Compiled(Side):
     def __init__(self, world: World, schedule: Any) -> None:
         super().__init__(world)
         self.schedule = schedule
+        self._interrupted = False  # in its last run
         self.install()
 
     def install(self) -> None:
@@ -256,9 +258,13 @@ class Compiled(Side):
                 hrt.load(path, self.pipeline)
 
     def sample(self, run: Run) -> Outcome:
-        """One run of the compiled pipeline."""
+        """One run of the compiled pipeline; it is compiled again where the last run was interrupted in between."""
+        if self._interrupted and self.world.door == "compile" and installed(self.pipeline.transformer) is None:
+            self.install()
+        self._interrupted = True
         with interrupted_at_line(run.interrupted_at):
             outcome = super().sample(run)
+        self._interrupted = False
         if self.session is None:
             return outcome
         report = self.session.report()
