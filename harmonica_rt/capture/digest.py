@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from harmonica_rt.capture.facts import own_attributes
 from harmonica_rt.capture.forward import own_forward
 from harmonica_rt.capture.tensors import named_tensors, shared_names
+from harmonica_rt.capture.walk import own_attributes
 from harmonica_rt.errors import PlanFileError
 
 _SCALARS = (

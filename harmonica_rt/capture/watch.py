@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from harmonica_rt.capture.alone import take_capture_lock
-from harmonica_rt.capture.facts import UNREAD, UNREAD_OF_ROOT, Facts
+from harmonica_rt.capture.facts import Facts
 from harmonica_rt.capture.forward import own_forward
 from harmonica_rt.capture.identity import contents, first_change
 from harmonica_rt.capture.tensors import TensorNote, named_tensors, same_objects
+from harmonica_rt.capture.walk import UNREAD, UNREAD_OF_ROOT
 from harmonica_rt.changes import Changes
 
 KNOWN_STATES = 16  # kept to be recognised again; the one unused longest is forgotten
