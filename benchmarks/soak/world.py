@@ -198,7 +198,7 @@ class Compiled(Side):
     def __init__(self, world: World, schedule: Any) -> None:
         super().__init__(world)
         self.schedule = schedule
-        self._interrupted = False  # in its last run
+        self._interrupted = self.after_interruption = False
         self.install()
 
     def install(self) -> None:
@@ -261,7 +261,7 @@ class Compiled(Side):
         """One run of the compiled pipeline; it is compiled again where the last run was interrupted in between."""
         if self._interrupted and self.world.door == "compile" and installed(self.pipeline.transformer) is None:
             self.install()
-        self._interrupted = True
+        self.after_interruption, self._interrupted = self._interrupted, True
         with interrupted_at_line(run.interrupted_at):
             outcome = super().sample(run)
         self._interrupted = False
@@ -346,7 +346,10 @@ class Pair:
                 return None  # what it left behind, the next run tells
             raise
         except HarmonicaError as error:
-            if run.interrupted_at:
+            # Where a run was interrupted before a new scheduler of its pipeline was seen, a call from outside looks like
+            # the first of that run.
+            unseen = self.compiled.after_interruption and "requires a gradient" in str(error)
+            if run.interrupted_at or unseen:
                 return None
             return f"refused: {type(error).__name__}: {error}"
         except Exception as error:
