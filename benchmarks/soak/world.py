@@ -346,7 +346,7 @@ class Pair:
                 return None  # what it left behind, the next run tells
             raise
         except HarmonicaError as error:
-            # A call from outside looks like the first of the run that was interrupted before its new scheduler was seen.
+            # A call from outside looks like the first of a run that was interrupted before its scheduler was seen.
             unseen = self.compiled.after_interruption and "requires a gradient" in str(error)
             if run.interrupted_at or unseen:
                 return None
