@@ -236,9 +236,10 @@ def _callbacks(frame: FrameType) -> frozenset[CodeType]:
 def _code_of(value: Any) -> CodeType | None:
     while isinstance(value, functools.partial):
         value = value.func
-    if not callable(value) or isinstance(value, (type, nn.Module)):
+    if not callable(value) or isinstance(value, type):
         return None
-    for function in (value, type(value).__call__):
+    ways = (type(value).forward,) if issubclass(type(value), nn.Module) else (value, type(value).__call__)
+    for function in ways:
         code = getattr(inspect.unwrap(function), "__code__", None)
         if isinstance(code, CodeType):
             return code

@@ -177,12 +177,22 @@ def plain_function(metric: Metric) -> dict[str, Any]:
     return {"callback": callback}
 
 
+class AsModule(nn.Module):
+    def __init__(self, metric: Metric) -> None:
+        super().__init__()
+        self._metric = metric
+
+    def forward(self, pipe: Any, step: int) -> None:
+        self._metric(pipe, step)
+
+
 SHAPES: dict[str, Callable[[Metric], dict[str, Any]]] = {
     "function": plain_function,
     "method": lambda metric: {"callback": metric.method},
     "object": lambda metric: {"callback": metric},
     "partial": lambda metric: {"callback": functools.partial(Metric.method, metric)},
     "decorated": lambda metric: {"callback": torch.no_grad()(metric.method)},
+    "module": lambda metric: {"callback": AsModule(metric)},
     "by any name": lambda metric: {"on_step": metric.method},
 }
 
