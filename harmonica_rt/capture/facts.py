@@ -42,7 +42,7 @@ class Facts:
         self.tensors = tuple(walk.tensors)
         self.hidden = tuple(walk.hidden)
         self.untold = tuple(walk.untold)
-        self._caches = tuple(walk.caches)
+        self._caches = [(cache, cache.cache_info().misses) for cache in walk.caches]
         self._values = walk.values
         self._places = walk.places
 
@@ -80,7 +80,7 @@ class Facts:
         The containers and their contents hold weights, which may be gone from the model while a plan keeps its facts.
         """
         self.containers, self.noted = [], []
-        self.tensors, self.hidden, self._caches = (), (), ()
+        self.tensors, self.hidden, self._caches = (), (), []
 
     def _by_place(self) -> dict[str, Any]:
         texts: list[str] = []
@@ -90,15 +90,19 @@ class Facts:
         return dict(zip((text.lstrip(".") for text in texts), values, strict=True))
 
     def put_back(self) -> None:
-        """Let everything be again what it was, and nothing be left in caches: tracing leaves tensors without values."""
+        """Let everything be again what it was, and nothing be left in caches that got something.
+
+        Tracing leaves tensors without values there.
+        """
         changed = first_change(self.containers, self.noted)
         for index in range(changed, len(self.containers)) if changed >= 0 else ():
             put_back(self.containers[index], self.noted[index])
         for hidden, told in self.hidden:
             if hidden.put_back is not None and hidden.tell() != told:
                 hidden.put_back(told)
-        for cache in self._caches:
-            cache.cache_clear()
+        for cache, misses in self._caches:
+            if cache.cache_info().misses != misses:
+                cache.cache_clear()
 
 
 def _is_weight(value: Any) -> bool:

@@ -6,6 +6,7 @@ import array
 import collections
 import contextvars
 import enum
+import functools
 import itertools
 import random
 import threading
@@ -275,3 +276,33 @@ def test_a_forward_that_goes_on_from_where_it_was_has_no_plan(kind: str) -> None
         compiled(**stack_call(0))
     if kind not in ("Python", "numpy"):
         assert random.getstate() == drawn
+
+
+@functools.cache
+def memo(size: int) -> torch.Tensor:
+    return torch.full((size,), 2.0)
+
+
+class Memoised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = stack(depth=1)
+
+    def forward(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """See `Stack`."""
+        return self.inner(latents * memo(latents.shape[-1]), timestep)
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_cache_of_a_function_holds_no_traced_tensor_and_what_it_held(filled: bool) -> None:
+    memo.cache_clear()
+    model = Memoised().eval()
+    held = memo(8) if filled else None
+    compiled = hrt.compile(
+        model, Schedule.every(2, steps=2, sites=hrt.find_sites(model, patterns=["inner.blocks.*.*"]))
+    )
+    compiled(**stack_call(0))
+    assert type(memo(8)) is torch.Tensor
+    assert torch.equal(memo(8), torch.full((8,), 2.0))
+    if filled:
+        assert memo(8) is held
