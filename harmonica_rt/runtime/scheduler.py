@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
+from harmonica_rt.changes import Changes
 from harmonica_rt.errors import HarmonicaError
 
 
@@ -168,8 +169,9 @@ class _Watch:
         scheduler = self.scheduler()
         if getattr(self._telling, name, False):
             return method(*args, **kwargs)
-        setattr(self._telling, name, True)
-        try:
+        changes = Changes()
+        with changes, changes:
+            changes.set(self._telling.__dict__, name, True)
             if name == "set_timesteps":
                 self.listener.run_begins(scheduler)
                 return method(*args, **kwargs)
@@ -177,8 +179,6 @@ class _Watch:
             result = method(*args, **kwargs)
             self.listener.step_ends(scheduler)
             return result
-        finally:
-            setattr(self._telling, name, False)
 
 
 class _Told:
