@@ -457,13 +457,11 @@ def _model_to_compile(model_or_pipeline: Any) -> nn.Module:
             f"torch.compile wraps a compiled {type(model.model).__name__} here; compile the model itself: "
             "wrapper._orig_mod.model"
         )
-    if _through_torch_compile(held):
-        undo = (
-            "pipe.transformer = pipe.transformer._orig_mod" if held is not model else "model._compiled_call_impl = None"
-        )
+    if held is not model and _through_torch_compile(held):
         raise HarmonicaError(
             f"this {type(model).__name__} is compiled already, by torch.compile with this package's backend. Undo "
-            f"that first: harmonica_rt.attach(pipe.transformer).detach(), then {undo}"
+            "that first: harmonica_rt.attach(pipe.transformer).detach(), then "
+            "pipe.transformer = pipe.transformer._orig_mod"
         )
     return model
 

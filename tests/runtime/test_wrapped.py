@@ -188,13 +188,6 @@ def test_a_wrapper_around_a_compiled_model_is_refused(schedule: Schedule) -> Non
         hrt.compile(torch.compile(compiled, backend="eager"), schedule)  # type: ignore[call-overload]
 
 
-def test_a_model_that_the_other_door_compiled_in_place_is_refused(schedule: Schedule) -> None:
-    model = dit().transformer
-    model.compile(backend="harmonica", options={"schedule": schedule})
-    with pytest.raises(hrt.HarmonicaError, match=r"compiled already, by torch\.compile"):
-        hrt.compile(model, schedule)
-
-
 @pytest.mark.parametrize("wrap", [with_lora, by_torch_compile, parallel])
 def test_hooks_of_a_wrapper_run(wrap: Callable[[nn.Module], nn.Module], schedule: Schedule) -> None:
     torch.manual_seed(0)
