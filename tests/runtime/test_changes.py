@@ -537,7 +537,7 @@ def test_a_table_made_at_the_first_call_is_no_state() -> None:
 
 
 @pytest.mark.parametrize("door", ["compiled", "reference"])
-def test_a_site_that_is_no_more_is_named(door: str) -> None:
+def test_a_site_that_was_removed_is_named(door: str) -> None:
     tried = model()
     schedule = schedule_of(tried)
     compiled = hrt.compile(tried, schedule) if door == "compiled" else hrt.reference(tried, schedule)
