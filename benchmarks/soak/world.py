@@ -66,6 +66,13 @@ class Side:
         self._values: dict[str, int] = {}
         made = {event.name for run in world.runs for event in run.events if event.kind == "change"}
         self._shared = {name for name in made if self.subject.changes[name].shared}
+        for name in sorted({*made, *(name for run in world.runs for name, _ in run.state)} - self._shared):
+            change = self.subject.changes[name]
+            for value in (
+                *range(1, change.values),
+                0,
+            ):  # what it keeps is made now, of the weights that both sides have
+                change.set(self.pipeline, value)
         self._parameters = {name: p.detach().clone() for name, p in self.pipeline.transformer.named_parameters()}
         self._weights = 0
 
