@@ -184,17 +184,15 @@ class _Watch:
 class _Told:
     """A method of a watched class, in the place of the one that the original class or the object has."""
 
-    def __init__(self, watched: _Watch) -> None:
-        self._watch = watched
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._owner, self._name = owner, name
+    def __init__(self, watched: _Watch, name: str) -> None:
+        self._watch, self._name = watched, name
+        self.owner: type  # not by `__set_name__`: Python makes a RuntimeError of a Ctrl-C there
 
     def __get__(self, scheduler: Any, owner: Any = None) -> Any:
         name, watched = self._name, self._watch
         if scheduler is None:
             return getattr(watched.original, name)
-        method = vars(scheduler).get(name) or getattr(super(self._owner, scheduler), name, None)
+        method = vars(scheduler).get(name) or getattr(super(self.owner, scheduler), name, None)
         if method is None:  # a wrapper that hands on what it lacks
             hand_on: Callable[[Any, str], Any] = inspect.getattr_static(watched.original, "__getattr__")
             method = hand_on(scheduler, name)
@@ -225,18 +223,20 @@ def _watch_of(scheduler: Any) -> _Watch | None:
 def _watched_class(original: Any, scheduler: Any, listener: Listener) -> type:
     """A subclass for one object. A scheduler made with `from_config` of a watched one may have its class."""
     watched = _Watch(scheduler, listener, original)
+    told = {name: _Told(watched, name) for name in ("step", "set_timesteps")}
     members: dict[str, Any] = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "__class__": property(lambda _: original),
         "__reduce_ex__": _reduce_to(original),
-        "step": _Told(watched),
-        "set_timesteps": _Told(watched),
+        **told,
         _WATCH: watched,
     }
     metaclass: Any = type(original)
     found: type = metaclass(original.__name__, (original,), members)
+    for method in told.values():
+        method.owner = found
     return found
 
 
