@@ -106,7 +106,7 @@ def _other_content(rng: Random, value: dict[str, Any]) -> object:
                 rows[rng.choice([*rows, "7.prob"])] = rng.choice(_odd_tensors())
             case 3:
                 rows[rng.choice((3, 1.5, None, "prob", "01.prob", "-1.prob", "999999.prob", "٣.prob", *ODD_TEXT))] = (
-                    rows["0.prob"]
+                    rng.choice(list(rows.values()))
                 )
             case 4 if len(rows) > 1:
                 del rows[rng.choice(list(rows))]
