@@ -52,7 +52,7 @@ def _plan_rows(case: str, schedule: str, plan: Plan, target: str) -> list[Row]:
         ("planned", planned, "bytes", None),
         ("lower bound", bound, "bytes", None),
         ("planned / lower bound", planned / bound, "ratio", target),
-        ("one address a site", plan.table.site_addresses_bytes, "bytes", None),
+        ("one address per site", plan.table.site_addresses_bytes, "bytes", None),
         ("step programs", len(plan.programs), "count", None),
         ("programs with addresses", plan.programs_with_addresses, "count", None),
     ]

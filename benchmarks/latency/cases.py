@@ -61,12 +61,12 @@ class Case:
 
     @property
     def device(self) -> torch.device:
-        """Of the weights."""
+        """Where the weights lie."""
         return next(self.model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The dtype of the weights."""
         return next(self.model.parameters()).dtype
 
     @property

@@ -64,7 +64,7 @@ class Oracle:
 
     @contextmanager
     def watching(self, model: torch.nn.Module, *, call_is_step: bool = False) -> Iterator[None]:
-        """Within this block every call of `model` goes by the schedule; with `call_is_step` each is a step."""
+        """Within this block every call of `model` goes by the schedule; with `call_is_step` each call is a step."""
         handles: list[Any] = []
 
         def begins(_: Any, args: Any, kwargs: dict[str, Any]) -> None:

@@ -156,7 +156,7 @@ def _random_events(
     *,
     guided: bool,
 ) -> tuple[Event, ...]:
-    """Up to three events. Those that make streams are of one kind, so that there are no more streams than are kept."""
+    """Up to three events; those that make streams are of one kind, or there would be more streams than are kept."""
     if steps < 2 or draw.random() < 0.35:
         return ()
     events = []

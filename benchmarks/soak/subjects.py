@@ -36,7 +36,7 @@ SAMPLERS: Mapping[str, Callable[[], Any]] = {
     "flow, shifted": functools.partial(d.FlowMatchEulerDiscreteScheduler, use_dynamic_shifting=True),
 }
 _OF_NOISE = tuple(name for name in SAMPLERS if not name.startswith("flow"))
-_LATE = ("Euler", "Euler ancestral", "DPM++", "UniPC", "flow")  # one evaluation a step, and set_begin_index
+_LATE = ("Euler", "Euler ancestral", "DPM++", "UniPC", "flow")  # one evaluation per step, and they have set_begin_index
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def evaluations(sampler: str, asked: int) -> int:
 
 
 class Controls:
-    """What a callback may do to the run that is under way; a subject offers some of it."""
+    """What a callback may do to the run that is under way. Each subject offers some of it, and asks for no other."""
 
     def prompt(self, value: int, *, in_place: bool) -> None:
         """Go on with this prompt, in the memory of the one before or in its own."""
@@ -174,7 +174,7 @@ def _loop_arguments(loop: toy.Loop, seed: int) -> dict[str, Any]:
 
 
 class _CallbackControls(Controls):
-    """Of a pipeline with `callback_on_step_end`; what it returns from there is in `changed`."""
+    """The controls of a pipeline with `callback_on_step_end`, which returns `changed`."""
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline

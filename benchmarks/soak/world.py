@@ -326,7 +326,7 @@ class Pair:
         # as documented: dynamo makes graphs as it sees fit, and the first step in another one is computed in full
         try:
             counts = found().counts
-        except Exception:
+        except Exception:  # it is in `what` already
             return what
         self.plain.oracle.in_full = Counter(counts[2] if counts is not None else ())
         try:

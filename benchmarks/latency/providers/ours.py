@@ -58,7 +58,7 @@ class LoopRunner(Runner):
         return scheduler.step(super().step(index), scheduler.timesteps[index])
 
     def theory(self) -> float:
-        """Of the plan; what is computed before the steps is not taken off."""
+        """The theoretical speed-up of the plan; what is computed before the steps is not taken off."""
         return self.task.theory
 
     def close(self) -> None:
