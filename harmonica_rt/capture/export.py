@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import logging
 import warnings
 from typing import Any
@@ -18,6 +16,7 @@ from harmonica_rt.capture.alone import keep_torch_state, take_capture_lock
 from harmonica_rt.capture.functional import functionalise, is_mutating
 from harmonica_rt.capture.layout import same_layout
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
+from harmonica_rt.capture.threads import keep_from_other_threads
 from harmonica_rt.changes import Changes
 
 
@@ -42,7 +41,7 @@ def export_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     with changes, changes:
         take_capture_lock(changes)
         keep_torch_state(changes)
-        _leave_backends_on(changes)
+        keep_from_other_threads(changes)
         _silence_about_values(changes)
         program = _exported(module, args, kwargs)
     _check_functional_signature(program)
@@ -68,14 +67,6 @@ def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             raise  # the last two are no fault of the model's, which may be captured another time
         except Exception as error:  # torch.export raises a dozen unrelated types; each becomes a reason, none is lost
             raise CaptureError(not_traced(error)) from error
-
-
-def _leave_backends_on(changes: Changes) -> None:
-    """Keep torch.export from switching oneDNN and cuDNN off: that is for all threads, which would round otherwise."""
-    for name in ("torch.export._trace", "torch.export.exported_program"):
-        module = vars(importlib.import_module(name))  # here: it takes a while
-        if "_ignore_backend_decomps" in module:
-            changes.set(module, "_ignore_backend_decomps", contextlib.nullcontext)
 
 
 def _has_advice(record: logging.LogRecord) -> bool:

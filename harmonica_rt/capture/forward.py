@@ -7,26 +7,43 @@ forward under them: not a call installed in the module's place, not torch's forw
 from __future__ import annotations
 
 import copy
+import inspect
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from types import MethodType
+from types import CodeType, MethodType
 from typing import Any
 
 from torch import nn
 
+from harmonica_rt.capture.threads import in_this_thread
 from harmonica_rt.changes import Changes
 
 
 class Swapped:
-    """A call that stands in the place of a forward for a while, and knows what it stands for."""
+    """A call that stands in the place of another one for a while, for one thread, and knows what it stands for.
 
-    def __init__(self, call: Callable[..., Any], original: Callable[..., Any]) -> None:
-        self._call = call
-        self.original = original
+    Args:
+        call: the stand-in.
+        original: what it stands for.
+        elsewhere: what other threads run meanwhile; `original` unless given.
+    """
+
+    def __init__(
+        self, call: Callable[..., Any], original: Callable[..., Any], elsewhere: Callable[..., Any] | None = None
+    ) -> None:
+        self._call = in_this_thread(call, elsewhere or original)
+        self.original = self.__wrapped__ = original  # the latter for its signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the stand-in."""
+        """Run the stand-in, or in another thread what it stands for."""
         return self._call(*args, **kwargs)
+
+    @property
+    def __code__(self) -> CodeType:
+        """For torch.export, which writes down where a forward is defined."""
+        code = getattr(inspect.unwrap(self.original), "__code__", None)
+        return code if isinstance(code, CodeType) else Swapped.__call__.__code__
 
     def retire(self) -> None:
         """From now on it is what it stood for: whoever wrapped it meanwhile keeps it."""
@@ -53,10 +70,20 @@ def own_forward(model: nn.Module) -> Callable[..., Any]:
 
 
 def keep_only_own_forward(model: nn.Module, changes: Changes) -> None:
-    """Let a call of `model` run its own forward and nothing else until `changes` are undone."""
-    held = model.__dict__
+    """Let a call of `model` by this thread run its own forward and nothing else until `changes` are undone.
+
+    Calls by other threads wait until then: a trace takes weights out of the model and puts them back. Take the capture
+    lock before, or two threads may wait for each other.
+    """
+    held, over = model.__dict__, threading.Event()
+
+    def afterwards(*args: Any, **kwargs: Any) -> Any:
+        over.wait()
+        return model(*args, **kwargs)
+
+    changes.undone_by(over.set)
+    before = held.get("_compiled_call_impl") or model._call_impl
+    changes.set(held, "_compiled_call_impl", Swapped(model._call_impl, before, afterwards))
     changes.set(held, "forward", own_forward(model))
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         changes.set(held, hooks, OrderedDict())
-    if "_compiled_call_impl" in held:
-        changes.set(held, "_compiled_call_impl", None)

@@ -11,14 +11,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, TensorArgument
@@ -27,10 +25,10 @@ from torch.utils import _pytree as pytree
 
 from harmonica_rt.capture.alone import take_capture_lock
 from harmonica_rt.capture.call import Call
+from harmonica_rt.capture.draws import SharedDraws
 from harmonica_rt.capture.export import GivenUp, export_functional, not_traced
 from harmonica_rt.capture.facts import Facts
-from harmonica_rt.capture.forward import keep_only_own_forward, own_forward
-from harmonica_rt.capture.hidden import Told
+from harmonica_rt.capture.forward import Swapped, keep_only_own_forward, own_forward
 from harmonica_rt.capture.inference import check_draws_nothing, modes_of
 from harmonica_rt.capture.marking import (
     StopsAtUnknownSizes,
@@ -43,6 +41,7 @@ from harmonica_rt.capture.marking import (
 from harmonica_rt.capture.reads import Reading, RequestReads, keep_lists_whole, reads_of
 from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
 from harmonica_rt.capture.refusals import check_capturable
+from harmonica_rt.capture.threads import import_tracer, in_this_thread
 from harmonica_rt.changes import Changes
 from harmonica_rt.indices import SiteIndex
 
@@ -94,14 +93,15 @@ def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph
         CaptureError: the model cannot be captured; `failure` names the obstacle and where it lies.
     """
     check_capturable(model)
+    import_tracer()
     started = time.perf_counter()
     changes = Changes()
     with changes, changes:
         take_capture_lock(changes)
-        changes.undone_by(functools.partial(random.setstate, random.getstate()))
-        changes.undone_by(functools.partial(np.random.set_state, np.random.get_state()))
+        draws = SharedDraws(changes)
+        keep_only_own_forward(model, changes)
         _check_results_of(model, sites, changes)
-        traced = _trace(model, call, sites)
+        traced = _trace(model, call, sites, draws)
     program, values = traced.program, traced.values
     check_draws_nothing(program.graph, modes_of(model))
     weights, constants, inputs = placeholders(program, len(call.leaves))
@@ -144,7 +144,7 @@ class _Traced:
     values: list[torch.Tensor] | None = None
 
 
-def _trace(model: nn.Module, call: Call, sites: Sequence[str]) -> _Traced:
+def _trace(model: nn.Module, call: Call, sites: Sequence[str], draws: SharedDraws) -> _Traced:
     """Trace a model whose forward leaves it as it is.
 
     A model may make tables at its first call. So one that changes while it is traced is run once and traced again; if
@@ -153,19 +153,19 @@ def _trace(model: nn.Module, call: Call, sites: Sequence[str]) -> _Traced:
     Raises:
         CaptureError: it cannot be traced, or changes whenever it runs. It is then as it was before.
     """
-    traced = _trace_as_it_is(model, call, sites)
+    traced = _trace_as_it_is(model, call, sites, draws)
     if not traced.written:
         return traced
     before = Facts(model)
     _run_once(model, call)
-    traced = _trace_as_it_is(model, call, sites)
+    traced = _trace_as_it_is(model, call, sites, draws)
     if traced.written:
         before.put_back()
         raise CaptureError(CaptureFailure(Obstacle.STATE, "; ".join(traced.written)))
     return traced
 
 
-def _trace_as_it_is(model: nn.Module, call: Call, sites: Sequence[str]) -> _Traced:
+def _trace_as_it_is(model: nn.Module, call: Call, sites: Sequence[str], draws: SharedDraws) -> _Traced:
     """Trace a model, and leave it as it was.
 
     One that cannot be traced without values is traced with what it reads of its request; or may be once it has run: it
@@ -173,14 +173,23 @@ def _trace_as_it_is(model: nn.Module, call: Call, sites: Sequence[str]) -> _Trac
     """
 
     def attempt(forward: Callable[..., Any]) -> _Traced | CaptureFailure:
+        found = once(forward)
+        if draws.unsure and not draws.watching:
+            draws.watching = True
+            found = once(forward)
+        return found
+
+    def once(forward: Callable[..., Any]) -> _Traced | CaptureFailure:
         changes, written = Changes(), list[str]()
         try:
             with changes, changes:
                 changes.undone_by(Facts(model).put_back)  # tracing leaves tensors without values where a forward writes
-                keep_only_own_forward(model, changes)
-                changes.set(model.__dict__, "forward", _noting_changes(forward, model, written))
+                noting = _noting_changes(draws.noting(forward), model, written)
+                changes.set(model.__dict__, "forward", Swapped(noting, own_forward(model)))
                 program = export_functional(model, (), call.kwargs)
             check_sizes(program.graph, site_columns(model, sites))
+            if draws.drew_last:
+                written.append("it draws random numbers from Python or numpy")
             return _Traced(program, tuple(written))
         except CaptureError as error:
             return error.failure  # not the error, which holds on to all that was traced
@@ -205,10 +214,11 @@ def _trace_as_it_is(model: nn.Module, call: Call, sites: Sequence[str]) -> _Trac
 
 
 def _check_results_of(model: nn.Module, sites: Sequence[str], changes: Changes) -> None:
-    """Let `check_site_result` look at what sites return until `changes` are undone."""
+    """Let `check_site_result` look at what sites return to this thread until `changes` are undone."""
+    mine = in_this_thread(check_site_result, lambda *_: None)
     for held in (model.get_submodule(site).__dict__ for site in sites):
-        for hooks, mine in (("_forward_hooks", check_site_result), ("_forward_hooks_with_kwargs", True)):
-            changes.set(held, hooks, OrderedDict({**held[hooks], "harmonica_rt": mine}))
+        for hooks, value in (("_forward_hooks", mine), ("_forward_hooks_with_kwargs", True)):
+            changes.set(held, hooks, OrderedDict({**held[hooks], "harmonica_rt": value}))
 
 
 def _makes_something(model: nn.Module, call: Call) -> bool:
@@ -219,9 +229,7 @@ def _makes_something(model: nn.Module, call: Call) -> bool:
 
 
 def _run_once(model: nn.Module, call: Call) -> None:
-    changes = Changes()
-    with changes, changes, torch.no_grad():
-        keep_only_own_forward(model, changes)
+    with torch.no_grad():
         model(**call.kwargs)
 
 
@@ -235,12 +243,9 @@ def _noting_changes(forward: Callable[..., Any], model: nn.Module, changes: list
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
-        before, drawn = Facts(model), random.getstate()
-        drawn_by_numpy = Told(np.random.get_state())
+        before = Facts(model)
         output = forward(*args, **kwargs)
         changes[:] = (*before.changes(model), *before.untold)
-        if random.getstate() != drawn or Told(np.random.get_state()) != drawn_by_numpy:
-            changes.append("it draws random numbers from Python or numpy")
         return output
 
     return run

@@ -58,8 +58,15 @@ def plain_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def metadata(tensor: torch.Tensor) -> tuple[Any, ...]:
     """What a tensor looks like: shape, strides, dtype, device and class; of its parts too, where it has some."""
-    own = (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, type(tensor))
+    own: tuple[Any, ...] = (tensor.layout, tensor.dtype, tensor.device, type(tensor))
+    if not tensor.is_nested:
+        own = (tuple(tensor.shape), tensor.stride() if tensor.layout is torch.strided else None, *own)
     return (*own, *map(metadata, inner_tensors(tensor)))
+
+
+def _has_address(tensor: torch.Tensor) -> bool:
+    """Not so where it is made of others, sparse, of oneDNN or the like."""
+    return type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer) and tensor.layout is torch.strided
 
 
 _version = operator.attrgetter("_version")
@@ -70,9 +77,9 @@ class TensorNote:
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         self._tensors = tensors
-        # Inference tensors have no version; those made of others, and those without storage, have no address.
+        # Inference tensors have no version, and others no address.
         self._versioned = [tensor for tensor in tensors if not tensor.is_inference()]
-        self._placed = [tensor for tensor in tensors if type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer)]
+        self._placed = list(filter(_has_address, tensors))
         self._versions = list(map(_version, self._versioned))
         self._addresses = list(map(torch.Tensor.data_ptr, self._placed))
 

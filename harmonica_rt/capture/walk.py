@@ -15,7 +15,7 @@ import sys
 import threading
 import weakref
 from collections import defaultdict, deque
-from types import BuiltinFunctionType, BuiltinMethodType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, BuiltinMethodType, FunctionType, GenericAlias, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -210,15 +210,16 @@ class Walk:
     def _object(self, parent: int, name: str, value: Any) -> None:
         self._seen_class(type(value))
         slots = [slot for slot in _slots(type(value)) if hasattr(value, slot)]
-        attributes = {**{slot: getattr(value, slot) for slot in slots}, **getattr(value, "__dict__", {})}
-        if isinstance(value, threading.local):
-            self.containers.append(value.__dict__)  # of this thread
-        elif hasattr(value, "__dict__"):
-            self.containers.append(value)
+        attributes = {slot: getattr(value, slot) for slot in slots}
+        own = getattr(value, "__dict__", None)
+        if isinstance(own, dict):  # not so where an object stands for a class
+            attributes |= own
+            self.containers.append(own if isinstance(value, threading.local) else value)  # the former of this thread
         self.containers += [(value, slot) for slot in slots]
         # what is written in C holds more than it shows
-        own = None if all(base is object or base.__flags__ & _HEAP_TYPE for base in type(value).__mro__) else Is(value)
-        fact = self._note(parent, name, (Is(type(value)), tuple(sorted(attributes)), own))
+        written_in_c = any(base is not object and not base.__flags__ & _HEAP_TYPE for base in type(value).__mro__)
+        identity = Is(value) if written_in_c else None
+        fact = self._note(parent, name, (Is(type(value)), tuple(sorted(attributes)), identity))
         self._later(fact, [(f".{key}", attributes[key]) for key in sorted(attributes)])
 
     def _module(self, parent: int, name: str, module: nn.Module) -> None:
@@ -368,7 +369,7 @@ _NO_OWNERS = (ModuleType, type(None), random.Random, np.random.RandomState)
 
 def _is_opened(value: Any) -> bool:
     """Whether the attributes of an object are its user's: settings, and not the inside of a library's machinery."""
-    if isinstance(value, (ModuleType, BuiltinFunctionType)):
+    if isinstance(value, (ModuleType, BuiltinFunctionType, GenericAlias)):
         return False
     package = package_of(type(value))
     return package not in CLOSED or type(value).__module__ in _PLAIN_OBJECTS

@@ -7,7 +7,6 @@ on to change it in place.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.utils import _pytree as pytree
 from harmonica_rt.capture.call import Call
 from harmonica_rt.capture.forward import own_forward
 from harmonica_rt.capture.marking import check_site_result
+from harmonica_rt.capture.threads import in_this_thread
 from harmonica_rt.capture.watch import ModelState, ModelWatch
 from harmonica_rt.changes import Changes
 from harmonica_rt.errors import SiteError
@@ -101,19 +101,7 @@ def _replace_sites(
             call: Callable[..., Any] = _Reused(cache.get(site, []))
         else:
             call = _Recorded(module, fresh.setdefault(site, []), plain)
-        changes.set(module.__dict__, "_compiled_call_impl", _InThisThread(call, plain))
-
-
-class _InThisThread:
-    """Runs `call` in the thread that made this, and the plain module in others, which share the model."""
-
-    def __init__(self, call: Callable[..., Any], plain: Callable[..., Any]) -> None:
-        self._call = call
-        self._plain = plain
-        self._thread = threading.get_ident()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return (self._call if threading.get_ident() == self._thread else self._plain)(*args, **kwargs)
+        changes.set(module.__dict__, "_compiled_call_impl", in_this_thread(call, plain))
 
 
 class _Reused:

@@ -9,6 +9,7 @@ import enum
 import functools
 import itertools
 import random
+import sys
 import threading
 import types
 import weakref
@@ -22,6 +23,7 @@ from torch import nn
 
 import harmonica_rt as hrt
 from harmonica_rt import FallbackWarning, Schedule
+from harmonica_rt.capture.facts import Facts
 from harmonica_rt.capture.watch import ModelWatch
 from tests.capture import settings
 from tests.capture.settings import image
@@ -195,6 +197,54 @@ def test_a_change_is_another_state(kind: str, model: Reading, monkeypatch: pytes
     CHANGES[kind](model, monkeypatch)
     assert watch.look() is not before
     assert watch.look().facts is not before.facts
+
+
+class WithoutAttributes:
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("not known")
+
+
+ODD: dict[str, Any] = {
+    "generic alias of a builtin": list[int],
+    "generic alias with brackets of its own": collections.abc.Generator[None, object, object],
+    "generic alias of typing": Any | None,
+    "view of a dict": types.MappingProxyType({"a": 1}),
+    "refuses attributes": WithoutAttributes(),
+    "frame": sys._getframe(),
+    "sparse": torch.eye(8).to_sparse(),
+    "of oneDNN": torch.eye(8).to_mkldnn(),
+    "on no device": torch.eye(8, device="meta"),
+    "conjugate": torch.eye(8, dtype=torch.complex64).conj(),
+}
+
+
+class Odd(nn.Module):
+    def __init__(self, held: Any) -> None:
+        super().__init__()
+        self.inner = stack(depth=1)
+        self.held = held
+
+    def forward(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """See `Stack`."""
+        if self.held is None:
+            latents = latents * 2
+        return self.inner(latents, timestep)
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_cannot_be_opened_is_told_by_identity(kind: str) -> None:
+    model = Odd(ODD[kind]).eval()
+    watch = ModelWatch(model)
+    before = watch.look()
+    facts = Facts(model)
+    facts.put_back()
+    assert facts.changes(model) == ()
+    assert watch.look() is before
+    compiled = hrt.compile(model, Schedule.every(2, steps=2, sites=["inner.blocks.0"]), lowering="plain", strict=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(**stack_call(0)), model(**stack_call(0)))
+    model.held = None
+    assert watch.look() is not before
 
 
 def test_the_state_comes_back(model: Reading, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,221 @@
+"""What other threads do while a model is captured is done as ever, and is not taken for the model's."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from math import sqrt
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import harmonica_rt as hrt
+from harmonica_rt import Schedule
+
+STEPS = 4
+T = TypeVar("T")
+
+# Locks, since nothing that a forward's values depend on shows in them.
+ENTERED, GO_ON = threading.Lock(), threading.Lock()
+
+
+def stand_still() -> None:
+    """Within a forward: tell that it got here, and wait until it may go on."""
+    if ENTERED.locked():
+        ENTERED.release()
+    if not GO_ON.acquire(timeout=60):
+        raise TimeoutError
+    GO_ON.release()
+
+
+class Standing(nn.Module):
+    """Stands still in the midst of its forward. One of its modules has two names: such are traced through stand-ins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.again = self.first
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        hidden = self.again(self.first(hidden_states)) * sqrt(2.0)
+        stand_still()
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return hidden + timestep.view(-1, 1, 1)
+
+
+class Drawing(Standing):
+    """Draws from Python's generator, `how` it says."""
+
+    how: str
+
+    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        drawn = random.random() if self.how == "random" else random.randint(1, 6) if self.how == "randint" else 0.0
+        return super().forward(hidden_states, timestep) * (1 + drawn)
+
+
+def call(step: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return {"hidden_states": torch.randn(2, 3, 4, generator=generator), "timestep": torch.full((2,), 1.0 - step / 9)}
+
+
+def standing(kind: type[Standing] = Standing) -> Standing:
+    torch.manual_seed(0)
+    return kind().eval()
+
+
+def compiled(model: Standing) -> hrt.CompiledModel:
+    schedule = Schedule.every(2, steps=STEPS, sites=("blocks.0", "blocks.1"))
+    return hrt.compile(model, schedule, lowering="plain")
+
+
+def run_of(denoiser: Any) -> torch.Tensor:
+    denoiser.reset()
+    with torch.no_grad():
+        return torch.stack([denoiser(**call(step)) for step in range(STEPS)])
+
+
+def meanwhile(denoiser: Any, work: Callable[[], T]) -> tuple[T, torch.Tensor]:
+    """Do `work` in this thread while another one captures the model; what it gives, and what the other's run gave."""
+    assert ENTERED.acquire(timeout=60)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            with GO_ON:
+                run = pool.submit(run_of, denoiser)
+                while not ENTERED.acquire(timeout=0.05):  # released in the midst of the forward
+                    assert not run.done(), run.result()
+                result = work()
+            return result, run.result(timeout=60)
+    finally:
+        if ENTERED.locked():
+            ENTERED.release()
+
+
+@torch.no_grad()
+def test_modules_run_as_ever() -> None:
+    """Those of another model, of one that is built meanwhile, and compiled ones."""
+    model, other = standing(), standing()
+    expected = run_of(compiled(other))
+    inner = torch.compile(other.blocks[0], backend="eager")
+    image = torch.randn(2, 3, 4)
+    attended = other.attention(image, image, image, need_weights=False)[0]  # rounds otherwise where torch compiles
+    inner(image)
+
+    def work() -> list[Any]:
+        return [
+            other.first(image),
+            type(other.again),
+            other.attention(image, image, image, need_weights=False)[0],
+            inner(image),
+            nn.BatchNorm1d(4).eval()(image[0]),
+        ]
+
+    found, run = meanwhile(compiled(model), work)
+    alone = work()
+    assert [kind for kind in found if isinstance(kind, type)] == [nn.Linear]
+    assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True) if isinstance(a, torch.Tensor))
+    assert torch.equal(found[2], attended)
+    assert torch.equal(run, expected)
+
+
+def test_torch_is_not_compiling_and_functions_are_those_of_python() -> None:
+    def work() -> list[Any]:
+        nobody = max([], default=None)
+        return [
+            bool(torch.compiler.is_compiling()),
+            bool(torch.compiler.is_exporting()),
+            bool(torch.fx._symbolic_trace.is_fx_tracing()),
+            nobody,
+            max("b", "a"),
+            min((3, "x"), (1, "y")),
+            type(math.pow(2, 3)),
+            sqrt is math.sqrt,
+            nn.Module.__call__ is not None,
+        ]
+
+    found, _ = meanwhile(compiled(standing()), work)
+    assert found == work() == [False, False, False, None, "b", (1, "y"), float, True, True]
+
+
+@pytest.mark.parametrize("installed", [False, True])
+@torch.no_grad()
+def test_a_call_of_the_model_itself_waits(installed: bool) -> None:
+    """Its weights are not in their places meanwhile."""
+    model, plain = standing(), standing()
+    expected = plain(**call(7))
+    denoiser = compiled(model)
+    results: list[Any] = []
+    begun = threading.Event()
+
+    def from_elsewhere() -> None:
+        begun.set()
+        with torch.no_grad():
+            results.append(model(**call(7)))
+
+    def work() -> threading.Thread:
+        thread = threading.Thread(target=from_elsewhere)
+        thread.start()
+        assert begun.wait(60)
+        assert not results
+        return thread
+
+    thread, run = meanwhile(denoiser, work)
+    thread.join(60)
+    assert torch.equal(results[0], expected)
+    assert torch.equal(run, run_of(compiled(plain)))
+
+
+def draw_from_python() -> list[Any]:
+    return [random.random() for _ in range(3)]
+
+
+def draw_from_numpy() -> list[Any]:
+    return list(np.random.rand(3))
+
+
+@pytest.mark.parametrize("draw", [draw_from_python, draw_from_numpy])
+def test_what_others_draw_is_drawn_once_and_not_by_the_model(draw: Callable[[], list[Any]]) -> None:
+    random.seed(0), np.random.seed(0)
+    expected = [*draw(), *draw()]
+    random.seed(0), np.random.seed(0)
+    denoiser = compiled(standing())
+    first, _ = meanwhile(denoiser, draw)
+    assert [*first, *draw()] == expected
+    assert denoiser.report().fallbacks == ()
+
+
+@pytest.mark.parametrize("how", ["random", "randint"])
+def test_a_model_that_draws_is_told_from_others_that_do(how: str) -> None:
+    model = standing(Drawing)
+    model.how = how
+    denoiser = compiled(model)
+    with pytest.warns(hrt.FallbackWarning, match="draws random numbers"):
+        meanwhile(denoiser, draw_from_python)
+
+
+def test_a_profiler_goes_on_after_a_model_was_watched() -> None:
+    """Which is told from its neighbours by a profiler."""
+    seen: list[str] = []
+
+    def mine(frame: Any, event: str, called: Any) -> None:
+        seen.append(event)
+
+    model = standing(Drawing)
+    model.how = "random"
+    sys.setprofile(mine)
+    try:
+        with pytest.warns(hrt.FallbackWarning, match="draws random numbers"):
+            run_of(compiled(model))
+        assert sys.getprofile() is mine
+    finally:
+        sys.setprofile(None)
+    assert seen
