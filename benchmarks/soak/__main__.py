@@ -1,9 +1,10 @@
-"""`python -m benchmarks soak [--runs N] [--seed S] [--kind KIND] [--save]`, or `--kind KIND --world SEED`."""
+"""`python -m benchmarks soak [--runs N] [--processes P] [--seed S] [--kind KIND] [--save]`; or `--kind KIND --world W`."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import sys
 import time
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks import rows
-from benchmarks.soak.drive import KINDS, Fault, Tally, faults_of, soak
+from benchmarks.soak.drive import KINDS, Fault, Piece, Tally, added_up, faults_of, pieces
 from benchmarks.soak.shrink import shrunk
 
 
@@ -22,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks soak", description=main.__doc__)
     parser.add_argument("--runs", type=int, default=10_000, help="how many, over all kinds (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="of all worlds (default: 0)")
+    parser.add_argument("--processes", type=int, default=1, help="at once; the runs are the same (default: 1)")
     parser.add_argument("--kind", choices=names, metavar="KIND", help="all runs of this one kind")
     parser.add_argument("--world", type=int, metavar="SEED", help="run the one world of this seed, as a fault named it")
     parser.add_argument(
@@ -31,15 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.world is not None and options.kind is None:
         parser.error("--world needs the --kind that it is of")
-    if options.runs < 1:
-        parser.error("--runs must be at least 1")
-    logging.getLogger("harmonica_rt").setLevel(logging.ERROR)  # it warns of the very things that are provoked here
-    torch.set_num_threads(1)
+    if min(options.runs, options.processes) < 1:
+        parser.error("--runs and --processes must be at least 1")
+    _prepare()
     if options.world is not None:
         sys.exit(_again(names[options.kind], options.world, shrink=options.shrink))
     started = time.perf_counter()
     kinds = KINDS if options.kind is None else [replace(names[options.kind], share=1.0)]
-    tallies = soak(options.runs, options.seed, lambda fault: print(fault, flush=True), kinds)
+    work = pieces(options.runs, options.seed, kinds)
+    with multiprocessing.get_context("spawn").Pool(options.processes, _prepare) as pool:
+        tallies = added_up(zip(work, pool.imap(_told, work), strict=True))
     seconds = time.perf_counter() - started
     found = [row for name, tally in tallies.items() for row in tally.rows(name)]
     found.append(rows.Row("soak", "all", "random", "runs", sum(t.runs for t in tallies.values()), "count"))
@@ -48,6 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.save:
         print(f"written to {rows.save('soak', found)}")
     sys.exit(int(any(tally.faults for tally in tallies.values())))
+
+
+def _prepare() -> None:
+    logging.getLogger("harmonica_rt").setLevel(logging.ERROR)  # it warns of the very things that are provoked here
+    torch.set_num_threads(1)
+
+
+def _told(piece: Piece) -> Tally:
+    return piece.run(lambda fault: print(fault, flush=True))
 
 
 def _again(kind: object, seed: int, *, shrink: bool) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from benchmarks.rows import Row
@@ -24,6 +24,7 @@ FAULTS = (
 OFTEN = 40  # runs of a world of pipelines of diffusers, which take longer to capture; others have twice as many
 SELDOM = 10  # of a world behind torch.compile, which traces anew for each change
 THREADS = 3
+PIECE = 200  # runs
 
 
 @dataclass(frozen=True)
@@ -90,25 +91,40 @@ class Tally:
         return found + [Row("soak", kind, "random", what, counted[what], "count", target="0") for what in FAULTS]
 
 
-def soak(count: int, seed: int, tell: Callable[[Fault], None], kinds: Sequence[Kind] = ()) -> dict[str, Tally]:
-    """At least `count` runs, of all kinds by their shares; `tell` is called with each fault.
+@dataclass(frozen=True)
+class Piece:
+    """Some runs of one kind, over worlds that `seed` draws."""
 
-    Args:
-        count: how many runs.
-        seed: of all worlds; the same seed gives the same ones.
-        tell: called with each fault as it is found.
-        kinds: some instead of all.
-    """
-    kinds = kinds or KINDS
-    tallies = {kind.name: Tally() for kind in kinds}
-    draw = random.Random(seed)
-    for kind in kinds:
-        tally, wanted = tallies[kind.name], round(kind.share * count)
-        while tally.runs < wanted:
-            world = draw.randrange(10**9)
-            for fault in faults_of(kind, world, tally, wanted - tally.runs):
+    kind: Kind
+    seed: str
+    runs: int
+
+    def run(self, tell: Callable[[Fault], None]) -> Tally:
+        """At least so many runs; `tell` is called with each fault as it is found."""
+        tally, draw = Tally(), random.Random(self.seed)
+        while tally.runs < self.runs:
+            for fault in faults_of(self.kind, draw.randrange(10**9), tally, self.runs - tally.runs):
                 tally.faults.append(fault)
                 tell(fault)
+        return tally
+
+
+def pieces(count: int, seed: int, kinds: Sequence[Kind] = ()) -> list[Piece]:
+    """`count` runs of all kinds by their shares (or of some instead), in pieces that can run in any order."""
+    return [
+        Piece(kind, f"{seed}, {kind.name}, {begin}", min(PIECE, round(kind.share * count) - begin))
+        for kind in kinds or KINDS
+        for begin in range(0, round(kind.share * count), PIECE)
+    ]
+
+
+def added_up(done: Iterable[tuple[Piece, Tally]]) -> dict[str, Tally]:
+    """What was counted, by kind."""
+    tallies: dict[str, Tally] = {}
+    for piece, tally in done:
+        found = tallies.setdefault(piece.kind.name, Tally())
+        found.runs += tally.runs
+        found.faults += tally.faults
     return tallies
 
 

@@ -14,7 +14,7 @@ import torch._dynamo as dynamo
 from torch import nn
 
 from benchmarks.soak import toy
-from benchmarks.soak.drive import KINDS, Kind, Tally, faults_of
+from benchmarks.soak.drive import KINDS, PIECE, Kind, Tally, added_up, faults_of, pieces
 from benchmarks.soak.oracle import Oracle
 from benchmarks.soak.runs import Event, Run, World, random_world
 from benchmarks.soak.shrink import shrunk
@@ -109,6 +109,15 @@ def test_random_runs(kind: Kind) -> None:
 
 
 # ---- the soak itself
+
+
+def test_pieces_are_all_runs_once_each_with_worlds_of_its_own() -> None:
+    found = pieces(10_000, 0)
+    assert {kind.name: round(kind.share * 10_000) for kind in KINDS} == {
+        name: tally.runs for name, tally in added_up((piece, Tally(runs=piece.runs)) for piece in found).items()
+    }
+    assert max(piece.runs for piece in found) <= PIECE
+    assert len({piece.seed for piece in found} | {piece.seed for piece in pieces(10_000, 1)}) == 2 * len(found)
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
