@@ -1,4 +1,4 @@
-"""`python -m benchmarks soak [--runs N] [--processes P] [--seed S] [--kind KIND] [--save]`; or `--kind KIND --world W`."""
+"""`python -m benchmarks soak`, 10,000 random runs; or one world again: `soak --kind KIND --world SEED`."""
 
 from __future__ import annotations
 
