@@ -24,7 +24,10 @@ from typing import Any
 
 from torch import nn
 
+from harmonica_rt.errors import RunError
 from harmonica_rt.runtime.run import Run
+
+MAX_FUNCTIONS = 8  # that are remembered of a loop whose run another function began
 
 _MARK = "_harmonica_run"
 _LIBRARIES = ("harmonica_rt", "diffusers", "torch", "contextlib")  # their functions only help to set timesteps
@@ -132,39 +135,60 @@ class Origin:
 
 
 class ByHand:
-    """Runs that `reset()` begins, told apart where loops take turns step by step, as generators and coroutines do.
+    """Runs that `reset()` begins: which calls are theirs.
 
-    Where a run broke another one off, and its first call came from within the function that called `reset()`, all of
-    its calls must.
+    Loops may take turns step by step, as generators and coroutines do: a run that was broken off while its loop was
+    halted must not go on. Where a run broke another one off, and its first call came from within the function that
+    called `reset()`, all of its calls must. A function that called `reset()` and made the calls, and was left in the
+    midst of them (by an error), has ended its run.
     """
 
     def __init__(self) -> None:
-        self._mark: FrameMark | None = None  # of the function that began the current run
+        self._began: FrameMark | None = None  # the function that began the current run
+        self._loop: list[
+            FrameMark
+        ] = []  # functions that were running at every call so far; the former alone, if it was
+        self._calls = 0
         self._bound = self._broke_off = False
-        self._left: list[FrameMark] = []  # functions whose runs were broken off while they were not running
+        self._left: list[FrameMark] = []  # functions whose runs were broken off while they were halted
 
     def begins(self, before: Run | None) -> None:
         """`reset()` begins a run, whatever became of the one before."""
-        mark = self._mark
         self._broke_off = before is not None and not before.finished and not before.untouched
-        if self._broke_off and mark is not None and not mark.is_on_stack():
-            self._left.append(mark)
+        if self._broke_off:
+            self._left += self._loop
         self._left = [left for left in self._left if not left.gone and not left.is_on_stack()]
         frame = _own_function()
-        self._mark, self._bound = FrameMark(frame) if frame is not None else None, False
+        self._began = FrameMark(frame) if frame is not None else None
+        self._loop, self._calls, self._bound = [], 0, False
 
     def makes_this_call(self, run: Run) -> bool:
-        """Whether the call under way is the run's."""
-        mark, here = self._mark, False
+        """Whether the call under way is the run's.
+
+        Raises:
+            RunError: the run has ended with its function.
+        """
+        began, here = self._began, False
         for frame in _callers():
             if any(left.is_of(frame) for left in self._left):
                 return False
-            if mark is not None and mark.is_of(frame):
+            if began is not None and began.is_of(frame):
                 here = True
                 break
+        self._calls += 1
         if run.untouched:
             self._bound = here and self._broke_off
-        return here or not self._bound or mark is None or mark.gone
+            self._loop = [began] if here and began is not None else _functions_running()
+            return True
+        if self._calls > 2 and self._loop and all(mark.gone for mark in self._loop):
+            raise RunError(
+                f"the function that this run began in has returned, after {run.stats.calls} calls. Call reset() before "
+                "the next run; where several functions make the calls of one run, call it in the one that calls those"
+            )
+        running = [mark for mark in self._loop if mark.is_on_stack()]
+        if running or self._calls == 2:
+            self._loop = running
+        return here or not self._bound or began is None or began.gone
 
 
 def calling_objects() -> Iterator[Any]:
@@ -220,6 +244,18 @@ def _own_function() -> FrameType | None:
         if str(frame.f_globals.get("__name__")).partition(".")[0] not in _LIBRARIES:
             return frame if frame.f_code.co_flags & inspect.CO_OPTIMIZED else None
     return None
+
+
+def _functions_running() -> list[FrameMark]:
+    """The innermost functions of the user's that are running; none from beneath the top of a script."""
+    marks: list[FrameMark] = []
+    for frame in _callers():
+        if str(frame.f_globals.get("__name__")).partition(".")[0] in _LIBRARIES:
+            continue
+        if not frame.f_code.co_flags & inspect.CO_OPTIMIZED or len(marks) == MAX_FUNCTIONS:
+            break
+        marks.append(FrameMark(frame))
+    return marks
 
 
 def _callbacks(frame: FrameType) -> frozenset[CodeType]:

@@ -12,7 +12,7 @@ from torch import nn
 
 import harmonica_rt as hrt
 from harmonica_rt import CompiledModel, Schedule
-from harmonica_rt.errors import ConcurrentRunError
+from harmonica_rt.errors import ConcurrentRunError, RunError
 from tests.models import SITES, stack, stack_call
 
 STEPS = 4
@@ -174,3 +174,69 @@ def test_two_pipelines_of_ones_own_may_share_a_compiled_model(model: nn.Module) 
         for pipeline in pipelines:
             assert equal(pipeline(), expected)
             assert type(pipeline.denoiser) is CompiledModel
+
+
+@pytest.mark.parametrize("done", [2, 3])
+def test_a_function_that_was_left_in_mid_run_has_ended_it(denoiser: Any, done: int) -> None:
+    expected = whole(denoiser)
+
+    def broken_off() -> None:
+        denoiser.reset()
+        for step in range(done):
+            denoiser(**stack_call(step))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken_off()
+    for _ in range(2):
+        with pytest.raises(RunError, match=f"has returned, after {done} calls. Call reset"):
+            denoiser(**stack_call(done))
+    assert equal(whole(denoiser), expected)
+
+
+def test_several_functions_may_make_the_calls_of_one_run(denoiser: Any) -> None:
+    expected = whole(denoiser)
+
+    def some(steps: range) -> list[torch.Tensor]:
+        return [denoiser(**stack_call(step)) for step in steps]
+
+    def begun_here() -> list[torch.Tensor]:
+        denoiser.reset()
+        return some(range(2)) + some(range(2, STEPS))
+
+    def begin() -> list[torch.Tensor]:
+        denoiser.reset()
+        return [denoiser(**stack_call(0))]
+
+    assert equal(begun_here(), expected)
+    assert equal(begin() + some(range(1, 3)) + some(range(3, STEPS)), expected)
+    denoiser.reset()
+    assert equal(some(range(2)) + some(range(2, STEPS)), expected)
+
+
+def helped(denoiser: Any, shift: float = 0.0) -> Iterator[torch.Tensor]:
+    """As `loop`; another function begins the run, and a further one makes the calls."""
+
+    def begin() -> None:
+        denoiser.reset()
+
+    def at(step: int) -> torch.Tensor:
+        call = stack_call(step)
+        return denoiser(latents=call["latents"] + shift, timestep=call["timestep"])
+
+    begin()
+    for step in range(STEPS):
+        yield at(step)
+
+
+@pytest.mark.parametrize("done", range(1, STEPS))
+def test_loops_whose_functions_are_helped_and_take_turns_are_told_so(denoiser: Any, done: int) -> None:
+    expected = whole(denoiser, 1.0)
+    first, second = helped(denoiser), helped(denoiser, 1.0)
+    for _ in range(done):
+        next(first)
+    begun = [next(second)]
+    with pytest.raises(ConcurrentRunError, match="take turns step by step"):
+        next(first)
+    assert equal([*begun, *second], expected)
+    assert equal([*helped(denoiser, 1.0)], expected)
