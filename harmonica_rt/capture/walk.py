@@ -168,7 +168,7 @@ class Walk:
             self._note(parent, name, Is(value))
         elif isinstance(value, (weakref.ref, *weakref.ProxyTypes)):
             fact = self._note(parent, name, ("weakly",))
-            self._later(fact, [("()", _referent(value))])
+            self._later(fact, [("()", referent(value))])
         elif isinstance(value, BuiltinMethodType) and not isinstance(value.__self__, _NO_OWNERS):
             fact = self._note(parent, name, ("method", value.__name__))
             self._later(fact, [(".__self__", value.__self__)])
@@ -393,7 +393,7 @@ def _key(key: Any) -> Any:
     return Is(key)
 
 
-def _referent(reference: Any) -> Any:
+def referent(reference: Any) -> Any:
     """What is referred to weakly; None where it is gone."""
     if isinstance(reference, weakref.ref):
         return reference()

@@ -24,6 +24,7 @@ from typing import Any
 
 from torch import nn
 
+from harmonica_rt.capture.walk import referent
 from harmonica_rt.errors import RunError
 from harmonica_rt.runtime.run import Run
 
@@ -265,6 +266,8 @@ def _callbacks(frame: FrameType) -> frozenset[CodeType]:
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + extra]
     passed: list[Any] = []
     for value in (variables.get(name) for name in names if name != "self"):
+        if type(value) in weakref.ProxyTypes:
+            value = referent(value)
         passed += value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else [value]
     return frozenset(found for value in passed if (found := _code_of(value)) is not None)
 

@@ -186,6 +186,18 @@ class AsModule(nn.Module):
         self._metric(pipe, step)
 
 
+class AsPartialMethod(AsModule):
+    __call__ = functools.partialmethod(AsModule.forward)
+
+
+KEPT: list[Any] = []
+
+
+def weakly(metric: Metric) -> Any:
+    KEPT[:] = [metric]
+    return weakref.proxy(metric)
+
+
 SHAPES: dict[str, Callable[[Metric], dict[str, Any]]] = {
     "function": plain_function,
     "method": lambda metric: {"callback": metric.method},
@@ -193,6 +205,10 @@ SHAPES: dict[str, Callable[[Metric], dict[str, Any]]] = {
     "partial": lambda metric: {"callback": functools.partial(Metric.method, metric)},
     "decorated": lambda metric: {"callback": torch.no_grad()(metric.method)},
     "module": lambda metric: {"callback": AsModule(metric)},
+    "partial method": lambda metric: {"callback": AsPartialMethod(metric)},
+    "bound partial method": lambda metric: {"callback": AsPartialMethod(metric).__call__},
+    "weak proxy": lambda metric: {"callback": weakly(metric)},
+    "weak method": lambda metric: {"callback": lambda *args: weakref.WeakMethod(metric.method)()(*args)},
     "by any name": lambda metric: {"on_step": metric.method},
 }
 
