@@ -19,7 +19,7 @@ from benchmarks.rows import Row
 
 def run(*, repeats: int, quick: bool) -> list[Row]:
     """Load, run once, compile, run a few steps; memory is the process's resident size, sampled all the while."""
-    del repeats  # one compile: its memory can only be seen once a process
+    del repeats  # one compile: its memory can only be seen once per process
     case = models.dit_xl_2(2, 20) if not quick else models.dit_12x384(2, 20)
     sites = hrt.find_sites(case.model)
     schedule = schedules.ten_patterns(sites, 20)

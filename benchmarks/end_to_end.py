@@ -20,8 +20,8 @@ from benchmarks import models, schedules
 from benchmarks.rows import Row
 from benchmarks.timing import Spread, interleaved
 from harmonica_rt.api import CompiledModel
-from harmonica_rt.lower import HOISTED
-from harmonica_rt.runtime.planned import PlannedEngine
+from harmonica_rt.execute.planned_engine import PlannedEngine
+from harmonica_rt.options import HOISTED, CompileOptions
 
 STEPS = 20
 CHECKED = 4  # steps held against the reference
@@ -103,7 +103,7 @@ def _check(case: models.Case, schedule: hrt.Schedule) -> None:
 
 
 def _compile(case: models.Case, schedule: hrt.Schedule, lowering: str) -> CompiledModel:
-    engine = PlannedEngine(case.model, schedule, lowering=lowering, strict=True, max_plans=1, debug=False)
+    engine = PlannedEngine(case.model, schedule, CompileOptions(lowering=lowering, strict=True, max_plans=1))
     return CompiledModel(case.model, schedule, engine, verify=False)
 
 

@@ -23,9 +23,10 @@ from benchmarks import models, schedules
 from benchmarks.rows import Row
 from benchmarks.timing import Spread
 from harmonica_rt.api import CompiledModel
-from harmonica_rt.capture.watch import ModelWatch
-from harmonica_rt.runtime.graphs import Body, Graphs, copies
-from harmonica_rt.runtime.planned import PlannedEngine
+from harmonica_rt.execute.cuda_graphs import Body, Graphs, copies
+from harmonica_rt.execute.planned_engine import PlannedEngine
+from harmonica_rt.model.watch import ModelWatch
+from harmonica_rt.options import CompileOptions
 
 STEPS = 20
 RUNS = 50  # in each repeat
@@ -64,13 +65,13 @@ class IdlePool:
 
 
 def run(*, repeats: int, quick: bool) -> list[Row]:
-    """Seconds a step, of the compiled model and of the least there is."""
+    """Seconds per step, of the compiled model and of the least there is."""
     runs, layers = (2, 4) if quick else (RUNS, 28)
     model = models.dit(layers=layers, heads=2, head_dim=8)
     calls = models.dit_calls(model, 2, STEPS)
     schedule = schedules.ten_patterns(hrt.find_sites(model), STEPS)
     graphs = Graphs(lambda device: IdlePool(), measured=False)
-    engine = PlannedEngine(model, schedule, lowering="fused", strict=True, max_plans=1, debug=False, graphs=graphs)
+    engine = PlannedEngine(model, schedule, CompileOptions(strict=True, max_plans=1), graphs)
     compiled = CompiledModel(model, schedule, engine, verify=False)
     timesteps = [float(call["timestep"][0]) for call in calls]
 

@@ -15,7 +15,7 @@ NULL_CLASS = 1000
 
 @dataclass(frozen=True)
 class Case:
-    """A denoiser and its calls, one a step."""
+    """A denoiser and its calls, one per step."""
 
     name: str
     model: nn.Module

@@ -8,8 +8,8 @@ import harmonica_rt as hrt
 from benchmarks import models, schedules
 from benchmarks.rows import Row
 from harmonica_rt import Schedule
-from harmonica_rt.capture.call import CallConvention
-from harmonica_rt.capture.graph import capture
+from harmonica_rt.call.call import CallConvention
+from harmonica_rt.capture.capture import capture
 from harmonica_rt.plan.invariants import check_plan
 from harmonica_rt.plan.plan import Plan, build_plan
 

@@ -1,4 +1,4 @@
-"""Interleaved timing: every provider once a round, so that a machine that drifts drifts for all of them."""
+"""Interleaved timing: every provider once per round, so that a machine that drifts drifts for all of them."""
 
 from __future__ import annotations
 

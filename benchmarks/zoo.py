@@ -23,10 +23,10 @@ from torch.utils import _pytree as pytree
 
 import harmonica_rt as hrt
 from benchmarks.rows import RESULTS, Row
-from harmonica_rt.capture.call import CallConvention
-from harmonica_rt.capture.graph import capture
-from harmonica_rt.capture.reasons import CaptureError
-from harmonica_rt.capture.roles import roles
+from harmonica_rt.call.call import CallConvention
+from harmonica_rt.call.roles import roles
+from harmonica_rt.capture.capture import capture
+from harmonica_rt.errors import CaptureError
 from harmonica_rt.lower import lower
 from harmonica_rt.plan.invariants import check_plan
 from harmonica_rt.plan.plan import build_plan

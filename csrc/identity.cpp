@@ -110,7 +110,7 @@ bool same_iteration(PyObject* container, Noted& noted) {
   }
 }
 
-// In the order of `contents` in harmonica_rt/capture/identity.py. `version`, if there is one, is that of the container's
+// In the order of `contents` in harmonica_rt/model/identity.py. `version`, if there is one, is that of the container's
 // dict when it was last found to be the same; 0 where it never was. False with an error set where looking failed.
 bool same_contents(PyObject* container, PyObject* items, uint64_t* version) {
   Noted noted(items);

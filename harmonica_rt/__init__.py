@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from harmonica_rt.version import __version__
+
 if TYPE_CHECKING:
     from harmonica_rt.api import (
         CompiledModel,
@@ -19,30 +21,27 @@ if TYPE_CHECKING:
         verify,
     )
     from harmonica_rt.backend import attach
-    from harmonica_rt.capture.reasons import CaptureError
     from harmonica_rt.demo import demo_pipeline, demo_schedule
-    from harmonica_rt.errors import HarmonicaError
-    from harmonica_rt.fit import model_info
+    from harmonica_rt.errors import CaptureError, HarmonicaError
+    from harmonica_rt.execute.planned_engine import FallbackWarning
     from harmonica_rt.parity.report import ParityError, ParityReport
-    from harmonica_rt.runtime.planned import FallbackWarning
+    from harmonica_rt.pipelines.fit import model_info
     from harmonica_rt.schedule import Schedule, find_sites
-
-__version__ = "0.1.0"
 
 _HOME = {
     "CompiledModel": "harmonica_rt.api",
     "compile": "harmonica_rt.api",
     "get_compiled": "harmonica_rt.api",
     "load": "harmonica_rt.api",
-    "model_info": "harmonica_rt.fit",
+    "model_info": "harmonica_rt.pipelines.fit",
     "reference": "harmonica_rt.api",
     "uncompile": "harmonica_rt.api",
     "verify": "harmonica_rt.api",
     "attach": "harmonica_rt.backend",
-    "CaptureError": "harmonica_rt.capture.reasons",
+    "CaptureError": "harmonica_rt.errors",
     "demo_pipeline": "harmonica_rt.demo",
     "demo_schedule": "harmonica_rt.demo",
-    "FallbackWarning": "harmonica_rt.runtime.planned",
+    "FallbackWarning": "harmonica_rt.execute.planned_engine",
     "HarmonicaError": "harmonica_rt.errors",
     "ParityError": "harmonica_rt.parity.report",
     "ParityReport": "harmonica_rt.parity.report",

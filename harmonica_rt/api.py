@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Iterable, Mapping
 from types import FunctionType
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, Unpack, overload
 
 from torch import nn
 
-from harmonica_rt import saved
 from harmonica_rt.arguments import (
-    check_flags,
-    check_limits,
     check_path,
     check_pipeline,
     check_pipeline_arguments,
@@ -21,19 +19,17 @@ from harmonica_rt.arguments import (
     check_seed,
     check_subject,
     check_tolerance,
-    check_whole_number,
     checked_calls,
 )
 from harmonica_rt.errors import ArgumentError, HarmonicaError, InvariantError, PlanFileError
-from harmonica_rt.fit import check_fit, check_lowering, warn_about_sampler
-from harmonica_rt.lower import DEFAULT as DEFAULT_LOWERING
+from harmonica_rt.execute.planned_engine import PlannedEngine
+from harmonica_rt.options import DEFAULT_LOWERING, CompileKeywords, CompileOptions, LoadKeywords, check_flags
 from harmonica_rt.parity.lockstep import LockstepEngine, Tolerance
 from harmonica_rt.parity.report import ParityReport
 from harmonica_rt.parity.verify import verify_model, verify_pipeline
-from harmonica_rt.report import Report
-from harmonica_rt.runtime.denoiser import Denoiser
-from harmonica_rt.runtime.graphs import graphs_of
-from harmonica_rt.runtime.pipelines import (
+from harmonica_rt.pipelines.denoiser import PipelineDenoiser
+from harmonica_rt.pipelines.fit import check_fit, warn_about_sampler
+from harmonica_rt.pipelines.install import (
     denoiser_module,
     held_denoiser,
     install,
@@ -42,17 +38,19 @@ from harmonica_rt.runtime.pipelines import (
     other_denoisers,
     uninstall,
 )
-from harmonica_rt.runtime.planned import PlannedEngine
-from harmonica_rt.runtime.reference import ReferenceEngine
+from harmonica_rt.planfile import file as saved
+from harmonica_rt.reference_engine import ReferenceEngine
+from harmonica_rt.report import Report
+from harmonica_rt.sampling.denoiser import Denoiser
 from harmonica_rt.schedule import Schedule
-from harmonica_rt.wrapped import unwrapped
+from harmonica_rt.wrappers import unwrapped
 
 log = logging.getLogger(__name__)
 
 P = TypeVar("P")
 
 
-class CompiledModel(Denoiser):
+class CompiledModel(PipelineDenoiser):
     """A model under a schedule, compiled. Called like the model, one run at a time; see `compile`."""
 
     def __init__(self, given: nn.Module, schedule: Schedule, planned: PlannedEngine, *, verify: bool) -> None:
@@ -79,7 +77,7 @@ class CompiledModel(Denoiser):
         if not plans:
             raise HarmonicaError("there is no plan to save yet: the first call of the compiled model makes one")
         try:
-            saved.write(path, self.model, self.schedule, self._planned.lowering, plans)
+            saved.write(path, self.model, self.schedule, self._planned.options.lowering, plans)
         except OSError as error:
             raise PlanFileError(
                 f"{os.fspath(path)}: cannot be written ({error.strerror}); give a file in a folder that exists and can "
@@ -108,13 +106,8 @@ def compile(
     model_or_pipeline: nn.Module,
     schedule: Schedule,
     *,
-    lowering: str = ...,
-    graphs: str = ...,
     verify: bool = ...,
-    strict: bool = ...,
-    max_plans: int = ...,
-    max_plan_bytes: int | None = ...,
-    debug: bool = ...,
+    **options: Unpack[CompileKeywords],
 ) -> CompiledModel: ...
 
 
@@ -123,13 +116,8 @@ def compile(
     model_or_pipeline: P,
     schedule: Schedule,
     *,
-    lowering: str = ...,
-    graphs: str = ...,
     verify: bool = ...,
-    strict: bool = ...,
-    max_plans: int = ...,
-    max_plan_bytes: int | None = ...,
-    debug: bool = ...,
+    **options: Unpack[CompileKeywords],
 ) -> P: ...
 
 
@@ -177,19 +165,18 @@ def compile(
         HarmonicaError: an unknown lowering or graph mode, a pipeline without a known denoiser, or one whose denoiser
             torch.compile compiled with our backend.
     """
-    check_flags(verify=verify, strict=strict, debug=debug)
+    check_flags(verify=verify, debug=debug)
     if verify and debug:
         raise HarmonicaError("verify reads slots after their last use, which debug overwrites; choose one of the two")
-    planned = _planned(
-        model_or_pipeline,
-        schedule,
-        lowering,
-        graphs,
+    options = CompileOptions(
+        lowering=lowering,
+        graphs=graphs,
         strict=strict,
         max_plans=max_plans,
         max_plan_bytes=max_plan_bytes,
         debug=debug,
     )
+    planned = _planned(model_or_pipeline, schedule, options)
     return _take_over(model_or_pipeline, CompiledModel(_held(model_or_pipeline), schedule, planned, verify=verify))
 
 
@@ -197,11 +184,7 @@ def compile(
 def load(
     path: str | os.PathLike[str],
     model_or_pipeline: nn.Module,
-    *,
-    graphs: str = ...,
-    strict: bool = ...,
-    max_plans: int = ...,
-    max_plan_bytes: int | None = ...,
+    **options: Unpack[LoadKeywords],
 ) -> CompiledModel: ...
 
 
@@ -209,11 +192,7 @@ def load(
 def load(
     path: str | os.PathLike[str],
     model_or_pipeline: P,
-    *,
-    graphs: str = ...,
-    strict: bool = ...,
-    max_plans: int = ...,
-    max_plan_bytes: int | None = ...,
+    **options: Unpack[LoadKeywords],
 ) -> P: ...
 
 
@@ -242,24 +221,14 @@ def load(
         ArgumentError, HarmonicaError: as `compile`.
     """
     check_path(path)
-    check_flags(strict=strict)
-    check_whole_number("max_plans", max_plans, least=1)
-    graphs_of(graphs)
+    options = CompileOptions(graphs=graphs, strict=strict, max_plans=max_plans, max_plan_bytes=max_plan_bytes)
     model = _model_to_compile(model_or_pipeline)
     try:
         found = saved.read(path, model)
     except OSError as error:
         raise PlanFileError(f"{os.fspath(path)}: cannot be read as a saved plan ({error.strerror})") from error
-    kept = max(max_plans, len(found.plans))
-    planned = _planned(
-        model_or_pipeline,
-        found.schedule,
-        found.lowering,
-        graphs,
-        strict=strict,
-        max_plans=kept,
-        max_plan_bytes=max_plan_bytes,
-    )
+    options = dataclasses.replace(options, lowering=found.lowering, max_plans=max(max_plans, len(found.plans)))
+    planned = _planned(model_or_pipeline, found.schedule, options)
     try:
         planned.restore(found.plans)
     except (PlanFileError, InvariantError) as error:
@@ -322,7 +291,7 @@ def reference(model_or_pipeline: Any, schedule: Schedule) -> Any:
     check_schedule(schedule)
     model = _model_to_compile(model_or_pipeline)
     check_fit(model, schedule)
-    denoiser = Denoiser(_held(model_or_pipeline), schedule, ReferenceEngine(model, schedule))
+    denoiser = PipelineDenoiser(_held(model_or_pipeline), schedule, ReferenceEngine(model, schedule))
     if isinstance(model_or_pipeline, nn.Module):
         return denoiser
     install(model_or_pipeline, denoiser)
@@ -360,7 +329,7 @@ def verify(
             cannot be called with these arguments; or as `compile`.
     """
     check_schedule(schedule)
-    check_lowering(lowering)
+    CompileOptions(lowering=lowering, graphs=graphs)
     check_seed(seed)
     check_tolerance(tolerance)
     model = _model_to_compile(model_or_pipeline)
@@ -390,33 +359,16 @@ def verify(
 def _planned(
     model_or_pipeline: Any,
     schedule: Schedule,
-    lowering: str,
-    graphs: str,
-    *,
-    strict: bool,
-    max_plans: int,
-    max_plan_bytes: int | None,
-    debug: bool = False,
+    options: CompileOptions,
 ) -> PlannedEngine:
     check_schedule(schedule)
-    check_lowering(lowering)
-    check_limits(max_plans, max_plan_bytes)
     model = _model_to_compile(model_or_pipeline)
     check_fit(model, schedule)
-    return PlannedEngine(
-        model,
-        schedule,
-        lowering=lowering,
-        strict=strict,
-        max_plans=max_plans,
-        max_plan_bytes=max_plan_bytes,
-        debug=debug,
-        graphs=graphs_of(graphs),
-    )
+    return PlannedEngine(model, schedule, options)
 
 
-def _compiled_again(given: nn.Module, schedule: Schedule, options: dict[str, Any], verify: bool) -> CompiledModel:
-    return CompiledModel(given, schedule, PlannedEngine(unwrapped(given), schedule, **options), verify=verify)
+def _compiled_again(given: nn.Module, schedule: Schedule, options: CompileOptions, verify: bool) -> CompiledModel:
+    return CompiledModel(given, schedule, PlannedEngine(unwrapped(given), schedule, options), verify=verify)
 
 
 def _take_over(model_or_pipeline: Any, compiled: CompiledModel) -> Any:

@@ -15,9 +15,10 @@ from torch import nn
 
 from harmonica_rt.errors import ArgumentError
 from harmonica_rt.parity.lockstep import Tolerance
-from harmonica_rt.runtime.denoiser import Denoiser
-from harmonica_rt.runtime.pipelines import is_pipeline
+from harmonica_rt.pipelines.install import is_pipeline
+from harmonica_rt.sampling.denoiser import Denoiser
 from harmonica_rt.schedule import Schedule
+from harmonica_rt.untrusted.text import described
 
 
 def check_schedule(given: object) -> None:
@@ -64,28 +65,6 @@ def check_pipeline(given: object) -> None:
         )
     if isinstance(given, nn.Module):
         raise ArgumentError(f"expected a pipeline, got {described(given)}; pass the pipeline that was compiled")
-
-
-def check_flags(**given: object) -> None:
-    """Raise ArgumentError unless all are True or False: `strict="no"` would be taken for yes."""
-    for name, value in given.items():
-        if not isinstance(value, bool):
-            raise ArgumentError(f"{name} is either True or False, got {described(value)}")
-
-
-def check_whole_number(name: str, given: object, least: int) -> None:
-    """Raise ArgumentError unless `given` is an int of at least `least`."""
-    if isinstance(given, bool) or not isinstance(given, int):
-        raise ArgumentError(f"{name} is a whole number, got {described(given)}")
-    if given < least:
-        raise ArgumentError(f"{name} is a whole number of at least {least}, got {given}")
-
-
-def check_limits(max_plans: object, max_plan_bytes: object) -> None:
-    """Raise ArgumentError unless these are limits of what `compile` keeps: at least one plan, and one byte or None."""
-    check_whole_number("max_plans", max_plans, least=1)
-    if max_plan_bytes is not None:
-        check_whole_number("max_plan_bytes", max_plan_bytes, least=1)
 
 
 def check_seed(given: object) -> None:
@@ -143,14 +122,3 @@ def check_pipeline_arguments(pipeline: Any, given: Mapping[str, Any]) -> None:
             f"verify calls the pipeline, and {name} cannot be called like this: {error}. Pass what you pass to the "
             "pipeline, by name: verify(pipe, schedule, num_inference_steps=..., ...)"
         ) from error
-
-
-def described(given: object) -> str:
-    """What came, in a few words."""
-    if isinstance(given, type):
-        return f"the class {given.__name__} itself"
-    if given is None or isinstance(given, bool | int | float | str | bytes | os.PathLike):
-        text = repr(given)
-        return text if len(text) <= 80 else f"{text[:77]}..."
-    name = type(given).__name__
-    return f"{'an' if name[:1] in 'AEIOUaeiou' else 'a'} {name}"

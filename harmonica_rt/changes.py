@@ -64,6 +64,17 @@ def _put_back(held: dict[str, Any], name: str, before: Any, value: Any) -> None:
         held[name] = before
 
 
+def in_this_thread(call: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
+    """`call` in the thread that asks for this, `elsewhere` in all others."""
+    thread = threading.get_ident()
+
+    @functools.wraps(call)
+    def either(*args: Any, **kwargs: Any) -> Any:
+        return (call if threading.get_ident() == thread else elsewhere)(*args, **kwargs)
+
+    return either
+
+
 class _Turn:
     def __init__(self) -> None:
         self.thread = threading.get_ident()

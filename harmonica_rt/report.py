@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from harmonica_rt.capture.reasons import CaptureFailure
+from harmonica_rt.errors import CaptureFailure
+from harmonica_rt.execute.plan_cache import PlanKey, Plans
+from harmonica_rt.execute.plan_stream import PlanRuntime
 from harmonica_rt.lower.inductor import InductorLowering
-from harmonica_rt.runtime.execution import PlanRuntime
-from harmonica_rt.runtime.plans import PlanKey, Plans
-from harmonica_rt.runtime.run import RunStats
+from harmonica_rt.sampling.run import RunStats
 from harmonica_rt.schedule import Schedule
 from harmonica_rt.untrusted.text import printable
 
@@ -33,7 +33,7 @@ class PlanReport:
 
     Attributes:
         signature: shapes and dtypes it is for.
-        steps: one entry a step.
+        steps: one entry per step.
         programs: number of step programs.
         programs_with_addresses: number of (program, slot addresses) pairs, for a backend that bakes addresses in.
         full_flops: FLOPs of one call of the uncached model.
@@ -160,7 +160,7 @@ class Report:
     Attributes:
         model: class name of the model.
         cur: cache utilisation ratio of the schedule.
-        plans: one entry a plan in the cache; empty before the first call.
+        plans: one entry per plan in the cache; empty before the first call.
         fallbacks: why calls of some signatures run eagerly.
         last_calls: denoiser calls of the last (or current) run.
         last_cur: share of entries that the last run really reused; None before the first run.
@@ -242,7 +242,7 @@ def _plan_lines(plan: PlanReport) -> list[str]:
         f"plan for {plan.signature}",
         f"  theoretical speed-up {plan.theoretical_speedup:.2f}x ({plan.full_flops / 1e9:.2f} GFLOP a call uncached)",
         f"  {plan.programs} step programs ({plan.programs_with_addresses} with addresses), {plan.slots} slots in "
-        f"{_mib(plan.arena_bytes)} (lower bound {_mib(plan.lower_bound_bytes)}, one address a site "
+        f"{_mib(plan.arena_bytes)} (lower bound {_mib(plan.lower_bound_bytes)}, one address per site "
         f"{_mib(plan.site_addresses_bytes)})",
         f"  compiled in {plan.compile_seconds:.2f} s: capture {plan.capture_seconds:.2f}, plan "
         f"{plan.plan_seconds:.2f}, lower {plan.lower_seconds:.2f}; holds {_mib(plan.held_bytes)}",

@@ -21,7 +21,9 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from harmonica_rt.runtime import graphs, launches, plans
+from harmonica_rt.execute import cuda_graphs as graphs
+from harmonica_rt.execute import launch_order as launches
+from harmonica_rt.execute import plan_cache as plans
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm, aten.addmm, aten.bmm}

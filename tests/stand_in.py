@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from harmonica_rt.runtime.graphs import Body, Graph, Graphs
+from harmonica_rt.execute.cuda_graphs import Body, Graph, Graphs
 
 
 class StandInPool:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import harmonica_rt as hrt
-from harmonica_rt.backend.session import Options
+from harmonica_rt.backend.session import BackendOptions
 from harmonica_rt.errors import (
     ArgumentError,
     HarmonicaError,
@@ -70,7 +70,7 @@ TAKE_A_SCHEDULE: dict[str, Callable[[Any, Any], Any]] = {
     "compile-model": lambda pipe, given: hrt.compile(pipe.transformer, given),
     "reference": hrt.reference,
     "verify": lambda pipe, given: hrt.verify(pipe, given, **CALL),
-    "backend": lambda pipe, given: Options.of({"schedule": given}),
+    "backend": lambda pipe, given: BackendOptions.of({"schedule": given}),
 }
 
 
@@ -153,7 +153,7 @@ def test_options_of_the_wrong_kind(pipeline: Any, schedule: hrt.Schedule, option
             hrt.load("plan.json", pipeline, **{name: value})
     if name in ("debug", "lowering", "graphs"):
         with pytest.raises(HarmonicaError, match=message):
-            Options.of({"schedule": schedule, name: value})
+            BackendOptions.of({"schedule": schedule, name: value})
     assert type(pipeline.scheduler) is d.DDIMScheduler
 
 
@@ -170,7 +170,7 @@ def test_options_of_the_wrong_kind(pipeline: Any, schedule: hrt.Schedule, option
 )
 def test_options_of_the_backend(given: Any, message: str) -> None:
     with pytest.raises(HarmonicaError, match=message):
-        Options.of(given)
+        BackendOptions.of(given)
 
 
 @pytest.mark.parametrize("count", [0, STEPS - 1, STEPS + 1])

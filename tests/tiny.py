@@ -199,7 +199,7 @@ def families() -> dict[str, Family]:
         "pixart-alpha": Family(pixart_alpha, pixart, {**pixart, "guidance_scale": 1.0}),
         "pixart-sigma": Family(pixart_sigma, pixart, {**pixart, "guidance_scale": 1.0}),
         "sd3": Family(sd3, sd3_prompt, {**sd3_prompt, "guidance_scale": 0.0}),
-        # true guidance calls the model twice a step
+        # true guidance calls the model twice per step
         "flux": Family(flux, {**flux_prompt, **negative, "true_cfg_scale": 2.0}, flux_prompt),
     }
 

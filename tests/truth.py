@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 import harmonica_rt as hrt
 from harmonica_rt import Schedule
-from harmonica_rt.lower import EXACT
+from harmonica_rt.options import EXACT
 from harmonica_rt.report import Report
 from tests.tiny import sample
 

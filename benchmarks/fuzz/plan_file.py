@@ -23,7 +23,7 @@ import harmonica_rt as hrt
 from benchmarks.fuzz.format import Format
 from benchmarks.fuzz.json_damage import changed, damaged_json, odd_value
 from harmonica_rt.errors import HarmonicaError, PlanFileError
-from harmonica_rt.saved import contents_digest
+from harmonica_rt.planfile.file import contents_digest
 
 STEPS = 3
 LOWERINGS = ("plain", "fused")

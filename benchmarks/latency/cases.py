@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 
 from benchmarks import models
 from harmonica_rt import Schedule, find_sites, model_info
-from harmonica_rt.capture.call import Call, CallConvention
-from harmonica_rt.capture.graph import capture
+from harmonica_rt.call.call import Call, CallConvention
+from harmonica_rt.capture.capture import capture
 from harmonica_rt.demo import bundled_model
 from harmonica_rt.plan.plan import Plan, build_plan
 
@@ -45,7 +45,7 @@ class Geometry:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A model, its batch, and the calls of one run, one a step.
+    """A model, its batch, and the calls of one run, one per step.
 
     Attributes:
         name: model, geometry, images.

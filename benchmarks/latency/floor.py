@@ -19,9 +19,10 @@ from torch.utils import _pytree as pytree
 
 from benchmarks.latency.cases import Task
 from benchmarks.latency.measure import clock_of, seconds_of
-from harmonica_rt.capture.roles import roles
-from harmonica_rt.lower import HOISTED, lower
-from harmonica_rt.passes.specialise import StepGraph
+from harmonica_rt.call.roles import roles
+from harmonica_rt.lower import lower
+from harmonica_rt.options import HOISTED
+from harmonica_rt.plan.specialise import StepGraph
 
 aten = torch.ops.aten
 PRODUCTS = {
@@ -52,7 +53,7 @@ class Layout:
 
 
 def floors(task: Task) -> list[float]:
-    """Seconds below which no step can go, one a step."""
+    """Seconds below which no step can go, one per step."""
     device = task.case.device
     programs = lower(HOISTED, task.plan, roles(task.case.call())).programs
     graphs = [program.step for program in programs]

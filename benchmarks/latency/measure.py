@@ -75,7 +75,7 @@ def clock_of(device: torch.device) -> Clock:
 
 @dataclass
 class Samples:
-    """What was measured of one runner, one entry a round.
+    """What was measured of one runner, one entry per round.
 
     Attributes:
         seconds: of whole runs, from the first step's call to the end of its work; beginning a run is not in it.
@@ -101,7 +101,7 @@ class Samples:
 def interleave(
     runners: Mapping[str, Runner], repeats: int, clock: Clock, sensor: Sensor | None = None
 ) -> dict[str, Samples]:
-    """Time whole runs, every runner once a round, each round beginning with another one; then rounds of steps."""
+    """Time whole runs, every runner once per round, each round beginning with another one; then rounds of steps."""
     samples = {name: Samples() for name in runners}
     names = list(runners)
     for turn in range(repeats):

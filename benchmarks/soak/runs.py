@@ -100,7 +100,7 @@ def random_world(seed: int, *, runs: int, subject: str, door: str = "compile", p
     sampler = draw.choice(list(found.samplers))
     variant = draw.randrange(12)
     if door == "model":
-        variant -= variant // 3 % 2 * 3  # a model by itself is called once a step
+        variant -= variant // 3 % 2 * 3  # a model by itself is called once per step
     world = World(
         seed=seed,
         subject=subject,
@@ -186,7 +186,7 @@ def _random_changes(
     *,
     two_calls: bool,
 ) -> list[Event]:
-    """One change going back and forth. Two calls a step have twice the streams, so half the states."""
+    """One change going back and forth. Two calls per step have twice the streams, so half the states."""
     name = draw.choice(list(few))
     now = state.get(name, 0)
     others = [value for value in range(changes[name].values) if value != now]

@@ -22,9 +22,8 @@ from benchmarks.soak.oracle import Oracle
 from benchmarks.soak.runs import Run, World
 from benchmarks.soak.subjects import SUBJECTS, Controls, evaluations
 from harmonica_rt.backend import harmonica
-from harmonica_rt.capture.reasons import Obstacle
-from harmonica_rt.errors import HarmonicaError, PlanFileError
-from harmonica_rt.runtime.pipelines import installed
+from harmonica_rt.errors import HarmonicaError, Obstacle, PlanFileError
+from harmonica_rt.pipelines.install import installed
 
 HOOKED = Obstacle.HOOKS.value  # documented: such a model runs eagerly
 ROUNDING = 1e-4  # of the largest value; a wrong image is off by 1e-3 and more

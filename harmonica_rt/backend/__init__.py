@@ -16,18 +16,18 @@ from typing import Any, TypeVar, overload
 from torch import fx, nn
 
 from harmonica_rt.arguments import check_subject
-from harmonica_rt.backend.session import NAME, GraphSession, Options
+from harmonica_rt.backend.session import NAME, BackendOptions, GraphSession
 from harmonica_rt.capture.dynamo import SEE_THE_BREAK, DynamoGraph, traced_frame
-from harmonica_rt.capture.refusals import check_capturable
 from harmonica_rt.errors import HarmonicaError, ScheduleMismatchError
-from harmonica_rt.fit import check_fit, warn_about_sampler
-from harmonica_rt.runtime.denoiser import Denoiser
-from harmonica_rt.runtime.pipelines import follower_of, held_denoiser, installed
-from harmonica_rt.runtime.scheduler import listener_of
+from harmonica_rt.model.refusals import check_capturable
+from harmonica_rt.pipelines.fit import check_fit, warn_about_sampler
+from harmonica_rt.pipelines.install import follower_of, held_denoiser, installed
+from harmonica_rt.sampling.denoiser import Denoiser
+from harmonica_rt.sampling.scheduler import listener_of
 
 P = TypeVar("P")
 
-_sessions: weakref.WeakKeyDictionary[nn.Module, dict[Options, GraphSession]] = weakref.WeakKeyDictionary()
+_sessions: weakref.WeakKeyDictionary[nn.Module, dict[BackendOptions, GraphSession]] = weakref.WeakKeyDictionary()
 
 
 def harmonica(graph: fx.GraphModule, example_inputs: list[Any], **given: Any) -> Callable[..., Any]:
@@ -41,7 +41,7 @@ def harmonica(graph: fx.GraphModule, example_inputs: list[Any], **given: Any) ->
     mode = given.pop("mode", None)
     if mode is not None or given.keys() - {"options"}:
         raise HarmonicaError(f"backend {NAME!r} has no modes; it takes options={{...}}")
-    options = Options.of(given.get("options"))
+    options = BackendOptions.of(given.get("options"))
     frame = traced_frame(graph)
     if follower_of(frame.model) is not None:
         raise HarmonicaError(
@@ -70,7 +70,7 @@ def harmonica(graph: fx.GraphModule, example_inputs: list[Any], **given: Any) ->
     return planned
 
 
-def _session(model: nn.Module, options: Options) -> GraphSession:
+def _session(model: nn.Module, options: BackendOptions) -> GraphSession:
     of_model = _sessions.setdefault(model, {})
     if options not in of_model:
         of_model[options] = GraphSession(type(model).__name__, options)
@@ -119,7 +119,7 @@ def _session_of(compiled: nn.Module) -> GraphSession:
         if isinstance(compiled, Denoiser) or installed(model) is not None:
             remedy = "harmonica_rt.compile compiled it, which needs no attach (get_compiled(pipe) has the report)"
         raise HarmonicaError(f"this {model.__class__.__name__} is not compiled with backend {NAME!r}: {remedy}")
-    options = Options.of(getattr(_backend_of(compiled), "kwargs", {}).get("options"))
+    options = BackendOptions.of(getattr(_backend_of(compiled), "kwargs", {}).get("options"))
     check_fit(model, options.schedule)
     return _session(model, options)
 

@@ -10,76 +10,57 @@ from typing import Any
 
 import torch
 
-from harmonica_rt.arguments import check_flags, check_limits, check_schedule, described
-from harmonica_rt.capture.call import Call, Signature
+from harmonica_rt.arguments import check_schedule
+from harmonica_rt.call.call import Call, Signature
+from harmonica_rt.call.roles import roles
 from harmonica_rt.capture.dynamo import GraphCall
-from harmonica_rt.capture.roles import roles
-from harmonica_rt.capture.tensors import TensorNote, same_objects
-from harmonica_rt.capture.watch import KNOWN_STATES
 from harmonica_rt.changes import Changes
+from harmonica_rt.engine import RunKey, Stream
 from harmonica_rt.errors import ArgumentError, HarmonicaError
-from harmonica_rt.fit import check_lowering
-from harmonica_rt.lower import DEFAULT as DEFAULT_LOWERING
+from harmonica_rt.execute.cuda_graphs import graphs_of
+from harmonica_rt.execute.plan_cache import PlanKey, Plans
+from harmonica_rt.model.tensors import TensorNote, same_objects
+from harmonica_rt.model.watch import KNOWN_STATES
+from harmonica_rt.options import CompileOptions
 from harmonica_rt.plan.plan import build_plan
 from harmonica_rt.report import Report
-from harmonica_rt.runtime.engine import RunKey, Stream
-from harmonica_rt.runtime.graphs import graphs_of
-from harmonica_rt.runtime.plans import PlanKey, Plans
-from harmonica_rt.runtime.session import Session
+from harmonica_rt.sampling.session import Session
 from harmonica_rt.schedule import Schedule
+from harmonica_rt.untrusted.text import described
 
 NAME = "harmonica"
-MAX_PLANS = 8  # of one session; the one unused longest goes first
 
 
 @dataclass(frozen=True)
-class Options:
-    """What `torch.compile` is given as `options`.
-
-    Attributes:
-        schedule: which sites to compute and which to reuse in each step.
-        lowering: see `harmonica_rt.compile`.
-        graphs: see `harmonica_rt.compile`.
-        debug: see `harmonica_rt.compile`.
-        max_plan_bytes: see `harmonica_rt.compile`.
-    """
+class BackendOptions:
+    """What `torch.compile` is given as `options`: the schedule, and beside it what `harmonica_rt.compile` takes."""
 
     schedule: Schedule
-    lowering: str = DEFAULT_LOWERING
-    graphs: str = "auto"
-    debug: bool = False
-    max_plan_bytes: int | None = None
+    plans: CompileOptions
 
     @classmethod
-    def of(cls, given: Mapping[str, Any] | None) -> Options:
+    def of(cls, given: Mapping[str, Any] | None) -> BackendOptions:
         """Check what was given.
 
         Raises:
-            ArgumentError: no schedule or something else in its place, or an option of the wrong kind.
-            HarmonicaError: an unknown option, lowering or graph mode.
+            ArgumentError: no schedule or something else in its place, an unknown lowering or graph mode, or an option
+                of the wrong kind.
+            HarmonicaError: an unknown option.
         """
         given = {} if given is None else given
+        example = f'torch.compile(model, backend="{NAME}", options={{"schedule": schedule}})'
         if not isinstance(given, Mapping):
-            raise ArgumentError(
-                f"backend {NAME!r} takes its options as a dict, got {described(given)}: "
-                f'torch.compile(model, backend="{NAME}", options={{"schedule": schedule}})'
-            )
-        names = [field.name for field in dataclasses.fields(cls)]
+            raise ArgumentError(f"backend {NAME!r} takes its options as a dict, got {described(given)}: {example}")
+        names = ("schedule", *(field.name for field in dataclasses.fields(CompileOptions) if field.name != "strict"))
         unknown = [name for name in given if name not in names]
         if unknown:
             raise HarmonicaError(f"backend {NAME!r} has no option {unknown[0]!r}; it has {', '.join(names)}")
         if "schedule" not in given:
-            raise ArgumentError(
-                f"backend {NAME!r} needs a harmonica_rt.Schedule: "
-                f'torch.compile(model, backend="{NAME}", options={{"schedule": schedule}})'
-            )
-        check_schedule(given["schedule"])
-        options = cls(**given)
-        check_lowering(options.lowering)
-        graphs_of(options.graphs)
-        check_flags(debug=options.debug)
-        check_limits(MAX_PLANS, options.max_plan_bytes)
-        return options
+            raise ArgumentError(f"backend {NAME!r} needs a harmonica_rt.Schedule: {example}")
+        rest = {**given}
+        schedule = rest.pop("schedule")
+        check_schedule(schedule)
+        return cls(schedule, CompileOptions(**rest))
 
 
 class GraphSession(Session):
@@ -88,7 +69,7 @@ class GraphSession(Session):
     engine: GraphEngine
     undone_by = "harmonica_rt.attach(pipe.transformer).detach()"
 
-    def __init__(self, model_name: str, options: Options) -> None:
+    def __init__(self, model_name: str, options: BackendOptions) -> None:
         super().__init__(model_name, options.schedule, GraphEngine(model_name, options))
 
     def call(self, call: GraphCall) -> Any:
@@ -114,16 +95,8 @@ class GraphEngine:
 
     looks_late = False
 
-    def __init__(self, model_name: str, options: Options) -> None:
-        graphs = graphs_of(options.graphs)
-        self.plans = Plans(
-            model_name,
-            lowering=options.lowering,
-            graphs=graphs,
-            debug=options.debug,
-            limit=MAX_PLANS,
-            max_bytes=options.max_plan_bytes,
-        )
+    def __init__(self, model_name: str, options: BackendOptions) -> None:
+        self.plans = Plans(model_name, options.plans, graphs_of(options.plans.graphs))
         self._schedule = options.schedule
         self._weights: dict[PlanKey, _Weights] = {}
         self._states: dict[Signature, list[TensorNote]] = {}  # of the run, the one found last at the end

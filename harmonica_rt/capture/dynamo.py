@@ -28,14 +28,14 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import Guard
 from torch.nn.modules import module as every_module
 
-from harmonica_rt.capture.call import Call, CallConvention
+from harmonica_rt.call.call import Call, CallConvention
+from harmonica_rt.capture.capture import CapturedGraph, placeholders
 from harmonica_rt.capture.export import export_functional
-from harmonica_rt.capture.facts import Facts
-from harmonica_rt.capture.graph import CapturedGraph, placeholders
-from harmonica_rt.capture.identity import contents, first_change
-from harmonica_rt.capture.inference import check_draws_nothing, modes_of
-from harmonica_rt.capture.marking import find_site_outputs, site_columns, site_of
-from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
+from harmonica_rt.capture.sites import find_site_outputs, site_columns, site_of
+from harmonica_rt.errors import CaptureError, CaptureFailure, Obstacle
+from harmonica_rt.model.facts import Facts
+from harmonica_rt.model.identity import contents, first_change
+from harmonica_rt.model.training_mode import check_draws_nothing, modes_of
 
 SEE_THE_BREAK = "torch.compile(..., fullgraph=True) shows where dynamo breaks the graph, and why"
 

@@ -12,12 +12,12 @@ from torch.export.graph_signature import ConstantArgument, OutputKind, TensorArg
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
-from harmonica_rt.capture.alone import keep_torch_state, take_capture_lock
-from harmonica_rt.capture.functional import functionalise, is_mutating
-from harmonica_rt.capture.layout import same_layout
-from harmonica_rt.capture.reasons import CaptureError, CaptureFailure, Obstacle
-from harmonica_rt.capture.threads import keep_from_other_threads
+from harmonica_rt.capture.one_thread import keep_from_other_threads
 from harmonica_rt.changes import Changes
+from harmonica_rt.errors import CaptureError, CaptureFailure, Obstacle
+from harmonica_rt.graph.functionalise import functionalise, is_mutating
+from harmonica_rt.graph.layout import same_layout
+from harmonica_rt.torch_state import keep_torch_state, take_capture_lock
 
 
 class GivenUp(Exception):

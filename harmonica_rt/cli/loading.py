@@ -21,7 +21,7 @@ from harmonica_rt.cli.command import out_of_memory
 from harmonica_rt.cli.console import debugging
 from harmonica_rt.cli.options import one_of
 from harmonica_rt.errors import HarmonicaError
-from harmonica_rt.runtime.pipelines import denoiser_module
+from harmonica_rt.pipelines.install import denoiser_module
 
 _REFERENCE = re.compile(r"\s*\([^()]*(?:stack ?trace|traceback)[^()]*\)|[^.\n]*(?:stack ?trace|traceback)[^.\n]*\.?")
 """A parenthesis or a sentence that sends the reader to a stack trace."""

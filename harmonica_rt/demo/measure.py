@@ -14,7 +14,7 @@ from torch import nn
 
 from harmonica_rt.api import CompiledModel
 from harmonica_rt.changes import Changes
-from harmonica_rt.runtime.pipelines import denoiser_module, put_temporarily
+from harmonica_rt.pipelines.install import denoiser_module, put_temporarily
 
 
 @dataclass(frozen=True)

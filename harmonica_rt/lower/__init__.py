@@ -1,22 +1,29 @@
-"""Lower: the step graphs of a plan -> programs that run."""
+"""Lower: the step graphs of a plan -> programs that run.
+
+In: `Plan`, the roles of its inputs. Out: a `Lowering`: one program per step graph, and the prologue, all that is
+computed before the steps.
+
+Hazard: what is fused rounds otherwise. Only `plain` has the reference's bits; the others are held to a measured
+tolerance.
+
+Reading order: `plain`, then `fused` with `hoist` (what no step owes to the latents), `patterns` and `fuse`;
+`inductor` with `regions`, `compiled_region` and `faster_of_two`; `cuda_graph_rules` names what a CUDA graph cannot
+hold.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol
 
-from harmonica_rt.capture.roles import Role
+from harmonica_rt.call.roles import Role
 from harmonica_rt.lower.fused import FusedLowering
+from harmonica_rt.lower.hoist import Prologue
 from harmonica_rt.lower.inductor import InductorLowering
 from harmonica_rt.lower.plain import PlainLowering, Program
-from harmonica_rt.passes.hoist import Prologue
-from harmonica_rt.passes.specialise import StepGraph
+from harmonica_rt.options import HOISTED
 from harmonica_rt.plan.plan import Plan
-
-LOWERINGS = ("plain", "fused", "inductor")
-DEFAULT = "fused"
-HOISTED = "hoisted"  # fused without its ops, to tell what they bring
-EXACT = ("plain",)  # equal to the reference bit for bit on CPU
+from harmonica_rt.plan.specialise import StepGraph
 
 
 class Lowering(Protocol):

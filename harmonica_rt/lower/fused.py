@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from harmonica_rt.capture.roles import Role
+from harmonica_rt.call.roles import Role
+from harmonica_rt.lower.fuse import fuse
+from harmonica_rt.lower.hoist import Prologue, cut, plan_prologue
 from harmonica_rt.lower.plain import Program
-from harmonica_rt.passes.fuse import fuse
-from harmonica_rt.passes.hoist import Prologue, cut, plan_prologue
-from harmonica_rt.passes.specialise import StepGraph
 from harmonica_rt.plan.plan import Plan
+from harmonica_rt.plan.specialise import StepGraph
 
 
 class FusedLowering:

@@ -16,17 +16,17 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from harmonica_rt.capture.roles import Role
+from harmonica_rt.call.roles import Role
 from harmonica_rt.errors import RegionError
 from harmonica_rt.lower import plain
-from harmonica_rt.lower.compiled import CompiledRegion
-from harmonica_rt.lower.faster import Faster
+from harmonica_rt.lower.compiled_region import CompiledRegion
+from harmonica_rt.lower.faster_of_two import Faster
 from harmonica_rt.lower.fused import FusedLowering
+from harmonica_rt.lower.hoist import cut
 from harmonica_rt.lower.plain import Program
-from harmonica_rt.passes.hoist import cut
-from harmonica_rt.passes.regions import Region, divide, operators, sections, whole
-from harmonica_rt.passes.specialise import StepGraph
+from harmonica_rt.lower.regions import Region, divide, operators, sections, whole
 from harmonica_rt.plan.plan import Plan
+from harmonica_rt.plan.specialise import StepGraph
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from harmonica_rt.passes.hoist import Prologue
-from harmonica_rt.passes.specialise import StepGraph
+from harmonica_rt.lower.hoist import Prologue
 from harmonica_rt.plan.plan import Plan
+from harmonica_rt.plan.specialise import StepGraph
 
 
 class PlainLowering:

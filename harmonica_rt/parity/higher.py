@@ -15,13 +15,13 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from harmonica_rt.capture.call import Call
-from harmonica_rt.capture.watch import ModelState, ModelWatch
+from harmonica_rt.call.call import Call
+from harmonica_rt.engine import RunKey
 from harmonica_rt.indices import StepIndex
+from harmonica_rt.model.watch import ModelState, ModelWatch
 from harmonica_rt.parity.promoted import Promoted
 from harmonica_rt.parity.tolerance import one_up
-from harmonica_rt.runtime.engine import RunKey
-from harmonica_rt.runtime.reference import ReferenceStream
+from harmonica_rt.reference_engine import ReferenceStream
 from harmonica_rt.schedule import Schedule
 
 

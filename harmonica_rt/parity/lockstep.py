@@ -15,18 +15,18 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from harmonica_rt.capture.call import Call
+from harmonica_rt.call.call import Call
+from harmonica_rt.engine import RunKey, Stream
+from harmonica_rt.execute.plan_stream import PlanStream
+from harmonica_rt.execute.planned_engine import PlannedEngine, ReadingStream
 from harmonica_rt.indices import SiteIndex, SiteOutput, StepIndex
-from harmonica_rt.lower import EXACT
 from harmonica_rt.lower.plain import Program
+from harmonica_rt.options import EXACT
 from harmonica_rt.parity.higher import HigherEngine, HigherStream
 from harmonica_rt.parity.report import ParityError, ParityReport, StepParity
 from harmonica_rt.parity.tolerance import NONE, Allowance, Error, limit_from, same_bits, worst
-from harmonica_rt.passes.specialise import Pattern, specialise
-from harmonica_rt.runtime.engine import RunKey, Stream
-from harmonica_rt.runtime.execution import PlanStream
-from harmonica_rt.runtime.planned import PlannedEngine, ReadingStream
-from harmonica_rt.runtime.reference import ReferenceEngine, ReferenceStream
+from harmonica_rt.plan.specialise import Pattern, specialise
+from harmonica_rt.reference_engine import ReferenceEngine, ReferenceStream
 from harmonica_rt.schedule import Schedule
 
 Tolerance = Literal["auto", "exact", "measured"]
@@ -49,7 +49,7 @@ class LockstepEngine:
     ) -> None:
         if tolerance == "auto":
             on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-            tolerance = "exact" if on_cpu and planned.lowering in EXACT else "measured"
+            tolerance = "exact" if on_cpu and planned.options.lowering in EXACT else "measured"
         self.report = ParityReport(tolerance)
         self.planned = planned
         self.raise_at_once = raise_at_once

@@ -13,16 +13,15 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from harmonica_rt.changes import Changes
+from harmonica_rt.engine import Engine
 from harmonica_rt.errors import HarmonicaError
-from harmonica_rt.lower import EXACT
+from harmonica_rt.execute.planned_engine import PlannedEngine
+from harmonica_rt.options import EXACT, CompileOptions
 from harmonica_rt.parity.lockstep import LockstepEngine, Tolerance
 from harmonica_rt.parity.report import ParityError, ParityReport, TrajectoryParity
 from harmonica_rt.parity.tolerance import NONE, Error, limit_from, same_bits, worst
-from harmonica_rt.runtime.denoiser import Denoiser
-from harmonica_rt.runtime.engine import Engine
-from harmonica_rt.runtime.graphs import graphs_of
-from harmonica_rt.runtime.pipelines import denoiser_module, put_temporarily
-from harmonica_rt.runtime.planned import PlannedEngine
+from harmonica_rt.pipelines.install import denoiser_module, put_temporarily
+from harmonica_rt.sampling.denoiser import Denoiser
 from harmonica_rt.schedule import Schedule
 
 RUNS_TO_RECORD = 3  # after the first, which learns the timesteps: graphs are warmed up, recorded and replayed
@@ -97,9 +96,8 @@ def verify_model(
 
 
 def _lockstep(model: nn.Module, schedule: Schedule, lowering: str, graphs: str, tolerance: Tolerance) -> LockstepEngine:
-    planned = PlannedEngine(
-        model, schedule, lowering=lowering, strict=True, max_plans=4, debug=False, graphs=graphs_of(graphs)
-    )
+    options = CompileOptions(lowering=lowering, graphs=graphs, strict=True, max_plans=4)
+    planned = PlannedEngine(model, schedule, options)
     return LockstepEngine(model, schedule, planned, tolerance=tolerance, raise_at_once=False)
 
 
@@ -109,7 +107,7 @@ def _checked_runs(lockstep: LockstepEngine, run: Callable[[], Any]) -> Any:
     if lockstep.planned.cache.pool_bytes is not None:
         more = RUNS_TO_RECORD
     else:
-        more = 0 if lockstep.planned.lowering in EXACT else 1  # a second one knows the timesteps
+        more = 0 if lockstep.planned.options.lowering in EXACT else 1  # a second one knows the timesteps
     for _ in range(more):
         if lockstep.report.ok:
             result = run()

@@ -19,10 +19,10 @@ from torch import fx
 
 from harmonica_rt.errors import InvariantError
 from harmonica_rt.indices import SlotId
-from harmonica_rt.passes.specialise import check_step_graph
 from harmonica_rt.plan.liveness import sources
 from harmonica_rt.plan.plan import Plan
 from harmonica_rt.plan.slots import ALIGNMENT, Slot
+from harmonica_rt.plan.specialise import check_step_graph
 
 
 def check_plan(plan: Plan) -> None:

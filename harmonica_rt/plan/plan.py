@@ -7,13 +7,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from harmonica_rt.capture.graph import CapturedGraph
+from harmonica_rt.capture.capture import CapturedGraph
 from harmonica_rt.errors import ScheduleMismatchError
+from harmonica_rt.graph import flops
 from harmonica_rt.indices import ProgramId, SlotId, StepIndex
-from harmonica_rt.passes import flops
-from harmonica_rt.passes.specialise import Pattern, StepGraph, specialise
 from harmonica_rt.plan.liveness import Lifetime, analyse
 from harmonica_rt.plan.slots import SlotTable, Value, place, placed
+from harmonica_rt.plan.specialise import Pattern, StepGraph, specialise
 from harmonica_rt.schedule import Schedule
 
 
@@ -35,7 +35,7 @@ class Plan:
         schedule: what was asked for.
         programs: one step graph for each distinct pattern.
         patterns: the pattern of each program.
-        steps: one entry a step.
+        steps: one entry per step.
         table: where every stored value lives.
         seconds: wall time of planning, the capture not included.
     """

@@ -102,7 +102,7 @@ def check_timesteps(timesteps: object, steps: int) -> tuple[float, ...]:
 
 
 def check_scores_shape(scores: Sequence[Sequence[float] | None], shape: tuple[int, ...]) -> None:
-    """ScheduleError unless there is a row a step, each with one score a site or None."""
+    """ScheduleError unless there is a row per step, each with one score per site or None."""
     if len(scores) != shape[0]:
         raise ScheduleError(f"made_by.scores: expected one row a step ({shape[0]}), got {len(scores)}")
     for step, row in enumerate(scores):

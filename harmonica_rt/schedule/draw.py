@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from harmonica_rt.schedule.data import ScheduleData
 from harmonica_rt.schedule.files import save_figure
 from harmonica_rt.schedule.producers import site_kind
 from harmonica_rt.untrusted.text import one_line
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.text import Text
 
-    from harmonica_rt.schedule.schedule import Schedule
 
 _MAX_PANELS = 8  # with more kinds than this the sites stand in one panel, in execution order
 _LABEL, _FACT = 60, 2000  # characters at most
@@ -64,7 +64,7 @@ def _panel(kind: str, columns: list[int], sites: Sequence[str]) -> _Panel:
     return _Panel(kind, tuple(columns), tuple(owners), "")
 
 
-def _facts(schedule: Schedule) -> list[tuple[str, str]]:
+def _facts(schedule: ScheduleData) -> list[tuple[str, str]]:
     """The provenance, as (name, what it says); nothing for what is not known."""
     facts = []
     if (model := schedule.model) is not None:
@@ -83,7 +83,7 @@ def _facts(schedule: Schedule) -> list[tuple[str, str]]:
     return [(name, one_line(value, _FACT)) for name, value in facts]
 
 
-def render(schedule: Schedule, width: int | None = None) -> Text:
+def render(schedule: ScheduleData, width: int | None = None) -> Text:
     """The schedule as text: a header, then a row for each step and a column for each site.
 
     Readable without colour too. Where the sites do not fit into `width`, a column stands for several, and its
@@ -113,7 +113,7 @@ def render(schedule: Schedule, width: int | None = None) -> Text:
     return text
 
 
-def _append_rows(text: Text, schedule: Schedule, room: int) -> None:
+def _append_rows(text: Text, schedule: ScheduleData, room: int) -> None:
     panels = _panels(schedule.sites)
     margin = len("step  ") + len(" 100.0%") + 3 * (len(panels) - 1)
     group = 1  # sites that share one column
@@ -150,7 +150,7 @@ def _glyph(share: float) -> tuple[str, str]:
     return ("▓", "blue") if share >= 0.5 else ("░", "blue")
 
 
-def plot(schedule: Schedule, path: str | os.PathLike[str] | None = None) -> Figure:
+def plot(schedule: ScheduleData, path: str | os.PathLike[str] | None = None) -> Figure:
     """The schedule as a heat map, with CUR per step at its right; see `Schedule.plot`.
 
     Uses matplotlib's object interface: no pyplot, no global state, no display.
@@ -196,7 +196,7 @@ def plot(schedule: Schedule, path: str | os.PathLike[str] | None = None) -> Figu
     return figure
 
 
-def _draw_panel(axis: Axes, schedule: Schedule, panel: _Panel, inches: float) -> None:
+def _draw_panel(axis: Axes, schedule: ScheduleData, panel: _Panel, inches: float) -> None:
     from matplotlib.colors import ListedColormap
 
     count = len(panel.columns)
@@ -223,7 +223,7 @@ def _draw_panel(axis: Axes, schedule: Schedule, panel: _Panel, inches: float) ->
     _strip(axis)
 
 
-def _draw_bars(axis: Axes, schedule: Schedule) -> None:
+def _draw_bars(axis: Axes, schedule: ScheduleData) -> None:
     shares = schedule.cur_per_step()
     axis.barh(np.arange(schedule.steps) + 0.5, shares, height=0.8, color=_REUSE)
     axis.set_xlim(0, 1)

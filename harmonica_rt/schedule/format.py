@@ -12,13 +12,14 @@ import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from harmonica_rt.errors import ScheduleError
 from harmonica_rt.schedule.checks import check_number, check_sequence, check_sites
+from harmonica_rt.schedule.data import ScheduleData
 from harmonica_rt.schedule.provenance import (
     SCORE_DECIMALS,
     MadeBy,
@@ -29,9 +30,6 @@ from harmonica_rt.schedule.provenance import (
 )
 from harmonica_rt.untrusted import strict_json
 from harmonica_rt.untrusted.text import one_line, quoted
-
-if TYPE_CHECKING:
-    from harmonica_rt.schedule.schedule import Schedule
 
 FORMAT = "harmonica-schedule"
 VERSION = 1
@@ -46,7 +44,7 @@ class ScheduleFileNotFoundError(ScheduleError, FileNotFoundError):
     """There is no such schedule file, or no schedule of that name comes with the package."""
 
 
-def to_text(schedule: Schedule) -> str:
+def to_text(schedule: ScheduleData) -> str:
     """The file's text: one line a site, a step, and a row of scores. Equal schedules give equal text."""
     fields = [
         f'"format": {_json(FORMAT)}',
@@ -226,5 +224,5 @@ def _parse_compute(document: dict[str, object], n_sites: int) -> NDArray[np.bool
                 f"got {other[0]!r} at place {row.index(other[0])}"
             )
         if len(row) != n_sites:
-            raise ScheduleError(f"compute, step {step}: expected one entry a site ({n_sites}), got {len(row)}")
+            raise ScheduleError(f"compute, step {step}: expected one entry per site ({n_sites}), got {len(row)}")
     return np.array([[c == "1" for c in str(row)] for row in rows], dtype=np.bool_)

@@ -11,16 +11,15 @@ import re
 import tempfile
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harmonica_rt.errors import ScheduleError
+from harmonica_rt.schedule import draw
+from harmonica_rt.schedule.data import ScheduleData
 from harmonica_rt.schedule.files import write_atomically
-from harmonica_rt.schedule.format import ScheduleFileNotFoundError
+from harmonica_rt.schedule.format import ScheduleFileNotFoundError, to_text
 from harmonica_rt.schedule.provenance import check_mapping
 from harmonica_rt.untrusted.text import one_line
-
-if TYPE_CHECKING:
-    from harmonica_rt.schedule.schedule import Schedule
 
 FILE, PICTURE, CARD = "schedule.json", "schedule.png", "README.md"
 LIBRARY = "harmonica-rt"  # `library_name` of our cards
@@ -55,20 +54,20 @@ def find_file(repo_or_dir: str | os.PathLike[str], filename: str, **download: An
     return path
 
 
-def write_folder(schedule: Schedule, folder: str | os.PathLike[str], base_model: str | None) -> None:
+def write_folder(schedule: ScheduleData, folder: str | os.PathLike[str], base_model: str | None) -> None:
     """Write the schedule, its picture and its card; another library's card is left as it is."""
     target = Path(folder)
     if target.is_file():
         raise ScheduleError(f"{target}: expected a folder, and it is a file; `save` writes single files")
     target.mkdir(parents=True, exist_ok=True)
-    schedule.save(target / FILE)
-    schedule.plot(target / PICTURE)
+    write_atomically(target / FILE, to_text(schedule))
+    draw.plot(schedule, target / PICTURE)
     if not (target / CARD).exists() or is_ours((target / CARD).read_bytes()):
         write_atomically(target / CARD, card(schedule, base_model))
 
 
 def push(
-    schedule: Schedule,
+    schedule: ScheduleData,
     repo_id: str,
     *,
     base_model: str | None,
@@ -101,7 +100,7 @@ def is_ours(card: bytes) -> bool:
     return first == "---" and f"library_name: {LIBRARY}" in takewhile(lambda line: line != "---", lines)
 
 
-def card(schedule: Schedule, base_model: str | None) -> str:
+def card(schedule: ScheduleData, base_model: str | None) -> str:
     """The card in Markdown: what the schedule saves, for what it was made and how, and how to use it."""
     from huggingface_hub import ModelCardData
 

@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from harmonica_rt.errors import ScheduleError
 from harmonica_rt.schedule.checks import check_sequence
+from harmonica_rt.schedule.data import ScheduleData
 from harmonica_rt.schedule.producers import mask_column
 from harmonica_rt.untrusted.text import one_line, quoted
-
-if TYPE_CHECKING:
-    from harmonica_rt.schedule.schedule import Schedule
 
 
 def smoothcache_mask(
@@ -41,7 +38,7 @@ def smoothcache_mask(
     columns = {key: mask_column(check_sequence(value, one_line(key)), one_line(key)) for key, value in lists.items()}
     lengths = {key: len(column) for key, column in columns.items()}
     if len(set(lengths.values())) != 1:
-        raise ScheduleError(f"expected lists of one length, one entry a step; got lengths {quoted(lengths)}")
+        raise ScheduleError(f"expected lists of one length, one entry per step; got lengths {quoted(lengths)}")
     steps = next(iter(lengths.values()))
     names = {ours: theirs for theirs, ours in components.items()}
     keys = [[key for key in _keys(site, names) if key in columns] for site in sites]
@@ -54,7 +51,7 @@ def smoothcache_mask(
     return np.stack([columns[found[0]] if found else np.ones(steps, np.bool_) for found in keys], axis=1)
 
 
-def smoothcache_text(schedule: Schedule, components: Mapping[str, str]) -> str:
+def smoothcache_text(schedule: ScheduleData, components: Mapping[str, str]) -> str:
     """The file that SmoothCache reads: a list for a component where all its blocks agree, else one for each block."""
     names = {ours: theirs for theirs, ours in components.items()}
     blocks: dict[str, NDArray[np.bool_]] = {}
@@ -73,7 +70,7 @@ def smoothcache_text(schedule: Schedule, components: Mapping[str, str]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def step_mask_of(schedule: Schedule) -> list[int]:
+def step_mask_of(schedule: ScheduleData) -> list[int]:
     """One 0 or 1 a step.
 
     Raises:

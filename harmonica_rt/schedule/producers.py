@@ -78,7 +78,7 @@ def step_mask(mask: StepMask | Mapping[str, StepMask], sites: Sequence[str]) -> 
     columns = {pattern: mask_column(bits, f"mask[{pattern!r}]") for pattern, bits in mask.items()}
     lengths = {pattern: len(bits) for pattern, bits in columns.items()}
     if len(set(lengths.values())) > 1:
-        raise ScheduleError(f"mask: the masks must be equally long, one entry a step; got lengths {lengths}")
+        raise ScheduleError(f"mask: the masks must be equally long, one entry per step; got lengths {lengths}")
     chosen = [_first_match(site, columns) for site in sites]
     if idle := [pattern for pattern in columns if pattern not in chosen]:
         raise ScheduleError(
@@ -105,5 +105,5 @@ def mask_column(mask: object, field: str) -> NDArray[np.bool_]:
         if entry not in (("0", "1") if isinstance(mask, str) else (0, 1)):
             raise ScheduleError(f"{field}: expected only 0 (reuse) and 1 (compute), got {quoted(entry)} at step {step}")
     if not entries:
-        raise ScheduleError(f"{field}: expected one entry a step, got none")
+        raise ScheduleError(f"{field}: expected one entry per step, got none")
     return np.array([entry in (1, "1") for entry in entries], dtype=np.bool_)

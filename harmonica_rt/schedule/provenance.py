@@ -20,7 +20,7 @@ from harmonica_rt.schedule.checks import check_name, check_number, check_sequenc
 from harmonica_rt.schedule.fingerprint import config_fingerprint
 from harmonica_rt.untrusted.strict_json import MAX_DEPTH, MAX_DIGITS
 from harmonica_rt.untrusted.text import one_line, quoted
-from harmonica_rt.wrapped import unwrapped
+from harmonica_rt.wrappers import unwrapped
 
 _DEEPEST = MAX_DEPTH - 3  # lists and mappings in one another; in a file they lie in three more
 SCORE_DECIMALS = 4  # enough to redraw a threshold, few enough to read and diff

@@ -1,9 +1,4 @@
-"""The schedule: `bool[steps, sites]`, True = compute, False = reuse, with what it was made for and how.
-
-The hazard: a schedule that is nearly right - a site less, a row out of order, a first step that reads what no
-step wrote - still runs and gives a wrong image. So one is checked when it is made, by whatever way, and
-cannot change after.
-"""
+"""The schedule: ways to make, read, draw and write one. What it holds is checked in `data`."""
 
 from __future__ import annotations
 
@@ -12,22 +7,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from harmonica_rt.errors import ScheduleError
 from harmonica_rt.schedule import draw, format, hub, interchange, producers, routers
 from harmonica_rt.schedule.checks import (
     check_compute,
     check_number,
-    check_scores_shape,
     check_sites,
     check_timesteps,
 )
+from harmonica_rt.schedule.data import ScheduleData
 from harmonica_rt.schedule.files import write_atomically
 from harmonica_rt.schedule.format import ScheduleFileNotFoundError
 from harmonica_rt.schedule.provenance import MadeBy, ModelInfo, SamplerInfo
-from harmonica_rt.untrusted.text import one_line, quoted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +29,7 @@ FilePath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Schedule:
+class Schedule(ScheduleData):
     """A static cache schedule. Immutable and hashable; `==` compares everything and gives one bool.
 
     Attributes:
@@ -52,86 +45,6 @@ class Schedule:
     Raises:
         ScheduleError: naming the field, what was expected, what came, and what to do.
     """
-
-    compute: NDArray[np.bool_]
-    sites: tuple[str, ...]
-    model: ModelInfo | None = None
-    sampler: SamplerInfo | None = None
-    timesteps: tuple[float, ...] | None = None
-    guidance: float | None = None
-    made_by: MadeBy | None = None
-
-    def __post_init__(self) -> None:
-        compute, sites = check_compute(self.compute), check_sites(self.sites)
-        steps = len(compute)
-        if compute.shape[1] != len(sites):
-            raise ScheduleError(
-                f"compute: expected one column a site, got {compute.shape[1]} columns for {len(sites)} sites"
-            )
-        if not compute[0].all():
-            first = [site for site, computes in zip(sites, compute[0], strict=True) if not computes]
-            raise ScheduleError(
-                f"compute: step 0 reuses {len(first)} of {len(sites)} sites ({quoted(first[0])} first), but "
-                f"nothing is stored before it; make every entry of step 0 compute"
-            )
-        set_ = object.__setattr__
-        # frombuffer over bytes: unlike setflags(write=False), nobody can make it writable again
-        set_(self, "compute", np.frombuffer(compute.tobytes(), dtype=np.bool_).reshape(compute.shape))
-        set_(self, "sites", sites)
-        for field, kind in (("model", ModelInfo), ("sampler", SamplerInfo), ("made_by", MadeBy)):
-            value = getattr(self, field)
-            if value is not None and not isinstance(value, kind):
-                raise ScheduleError(f"{field}: expected a {kind.__name__} or None, got {type(value).__name__}")
-        if self.timesteps is not None:
-            set_(self, "timesteps", check_timesteps(self.timesteps, steps))
-        if self.guidance is not None:
-            set_(self, "guidance", check_number(self.guidance, "guidance"))
-        if self.made_by is not None and self.made_by.scores is not None:
-            check_scores_shape(self.made_by.scores, compute.shape)
-
-    @property
-    def steps(self) -> int:
-        """Number of steps (NFE)."""
-        return int(self.compute.shape[0])
-
-    @property
-    def cur(self) -> float:
-        """Cache utilisation ratio: reused entries / all entries, 0 ... 1."""
-        return float(1.0 - self.compute.mean())
-
-    def cur_per_step(self) -> NDArray[np.float64]:
-        """CUR of each step, `[steps]`."""
-        shares: NDArray[np.float64] = self.compute.mean(axis=1, dtype=np.float64)
-        return 1.0 - shares
-
-    def cur_per_kind(self) -> dict[str, float]:
-        """CUR of each kind of site (`attn1`, `ff`, ...: the last name in its path), as they first appear."""
-        kinds = [producers.site_kind(site) for site in self.sites]
-        return {kind: float(1.0 - self.compute[:, [k == kind for k in kinds]].mean()) for kind in dict.fromkeys(kinds)}
-
-    @property
-    def patterns(self) -> int:
-        """Number of distinct rows, the all-compute row among them."""
-        return len(np.unique(self.compute, axis=0))
-
-    def __eq__(self, other: object) -> bool:
-        return self._key() == other._key() if isinstance(other, Schedule) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(self._key())
-
-    def __reduce__(self) -> tuple[type[Schedule], tuple[object, ...]]:
-        # through the constructor, so that copies and unpickled schedules are read-only as well
-        return Schedule, (np.array(self.compute), *self._key()[2:])
-
-    def __repr__(self) -> str:
-        made = f", made by {one_line(self.made_by.method)}" if self.made_by else ""
-        return f"<Schedule {self.steps} steps x {len(self.sites)} sites, CUR {self.cur:.2%}{made}>"
-
-    def _key(self) -> tuple[object, ...]:
-        shape, mask = self.compute.shape, self.compute.tobytes()
-        rest = (self.sites, self.model, self.sampler, self.timesteps, self.guidance, self.made_by)
-        return (shape, mask, *rest)
 
     @classmethod
     def from_array(
@@ -320,7 +233,7 @@ class Schedule:
         return interchange.step_mask_of(self)
 
     def plot(self, path: FilePath | None = None) -> Figure:
-        """Steps x sites as a heat map, a panel a kind of site; saved to `path` (PNG, SVG, PDF) if given."""
+        """Steps x sites as a heat map, a panel per kind of site; saved to `path` (PNG, SVG, PDF) if given."""
         return draw.plot(self, path)
 
     def with_provenance(

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from harmonica_rt.errors import ArgumentError, SiteError
-from harmonica_rt.wrapped import unwrapped
+from harmonica_rt.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from torch import nn

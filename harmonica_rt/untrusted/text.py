@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import reprlib
 from numbers import Number
+from os import PathLike
 
 QUOTED = 120  # characters of a value that a message cites; more says nothing to a reader
 
@@ -28,6 +29,17 @@ def quoted(value: object) -> str:
 def one_line(text: object, limit: int = QUOTED) -> str:
     """`text` without quotes on a single line, in at most `limit` characters: a name in a table or a title."""
     return _shorten(printable(str(text)).replace("\n", r"\n").replace("\t", r"\t"), limit)
+
+
+def described(given: object) -> str:
+    """What came, in a few words."""
+    if isinstance(given, type):
+        return f"the class {given.__name__} itself"
+    if given is None or isinstance(given, bool | int | float | str | bytes | PathLike):
+        text = repr(given)
+        return text if len(text) <= 80 else f"{text[:77]}..."
+    name = type(given).__name__
+    return f"{'an' if name[:1] in 'AEIOUaeiou' else 'a'} {name}"
 
 
 def _shorten(text: str, limit: int = QUOTED) -> str:

@@ -19,7 +19,7 @@ import triton.language as tl
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 MAX_BLOCK: Final = 1024  # columns of a program that may split rows. Not measured yet
 MAX_WIDTH: Final = 8192  # columns of a program that may not; no known DiT has more. Not measured yet
-# Warps by columns of a program, 1 where there are fewer: 8 columns a thread are a load of 16 bytes in half types. With
+# Warps by columns of a program, 1 where there are fewer: 8 columns per thread load 16 bytes in half types. With
 # 16, two of them, wide rows need no stack (but 56 bytes for 16 caches of 8192 in Triton 3.6 on sm_80). Not measured yet
 WARPS: Final = {512: 2, 1024: 4, 2048: 8, 4096: 8, 8192: 16}
 

@@ -17,8 +17,7 @@ from torch._dynamo.utils import counters
 
 import harmonica_rt as hrt
 from harmonica_rt import Schedule
-from harmonica_rt.capture.reasons import CaptureError
-from harmonica_rt.errors import HarmonicaError, RunError
+from harmonica_rt.errors import CaptureError, HarmonicaError, RunError
 from tests.models import Stack, stack, stack_call
 from tests.tiny import random_schedule
 

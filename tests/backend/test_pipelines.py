@@ -35,7 +35,7 @@ def pipeline() -> Any:
     return built
 
 
-# flux: true guidance calls twice a step, and its forward is wrapped
+# flux: true guidance calls twice per step, and its forward is wrapped
 @pytest.mark.parametrize(
     ("family", "in_place", "steps"), [("dit", False, 20), ("pixart-alpha", True, STEPS), ("flux", False, STEPS)]
 )

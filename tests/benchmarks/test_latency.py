@@ -28,8 +28,9 @@ from benchmarks.latency.providers import PROVIDERS
 from benchmarks.latency.providers.base import Provider, Role, Runner, evenly, fewest_computed
 from benchmarks.latency.providers.cache_dit import CacheDit
 from benchmarks.latency.run import WARM_UPS, Settings, measure_task
-from harmonica_rt.capture.roles import roles
-from harmonica_rt.lower import HOISTED, lower
+from harmonica_rt.call.roles import roles
+from harmonica_rt.lower import lower
+from harmonica_rt.options import HOISTED
 
 STEPS = 4
 CPU = torch.device("cpu")

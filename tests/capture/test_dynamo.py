@@ -10,11 +10,11 @@ import torch
 from torch import fx, nn
 
 from harmonica_rt import find_sites
-from harmonica_rt.capture.call import CallConvention
+from harmonica_rt.call.call import CallConvention
+from harmonica_rt.capture.capture import CapturedGraph, capture
 from harmonica_rt.capture.dynamo import DynamoGraph, GraphCall, traced_frame
-from harmonica_rt.capture.functional import is_mutating
-from harmonica_rt.capture.graph import CapturedGraph, capture
-from harmonica_rt.capture.reasons import CaptureError, Obstacle
+from harmonica_rt.errors import CaptureError, Obstacle
+from harmonica_rt.graph.functionalise import is_mutating
 from tests.models import stack, stack_call
 
 

@@ -13,21 +13,21 @@ from torch._dynamo.utils import counters
 
 import harmonica_rt as hrt
 from harmonica_rt import Schedule, find_sites
-from harmonica_rt.capture.call import CallConvention
-from harmonica_rt.capture.graph import capture
-from harmonica_rt.capture.roles import roles
+from harmonica_rt.call.call import CallConvention
+from harmonica_rt.call.roles import roles
+from harmonica_rt.capture.capture import capture
 from harmonica_rt.errors import RegionError
 from harmonica_rt.indices import StepIndex
 from harmonica_rt.lower import inductor
-from harmonica_rt.lower.compiled import CompiledRegion
-from harmonica_rt.lower.faster import ROUNDS, Faster
+from harmonica_rt.lower.compiled_region import CompiledRegion
+from harmonica_rt.lower.faster_of_two import ROUNDS, Faster
 from harmonica_rt.lower.inductor import InductorLowering
 from harmonica_rt.lower.plain import Program
-from harmonica_rt.passes.regions import Region, operators
+from harmonica_rt.lower.regions import Region, operators
 from harmonica_rt.plan.plan import build_plan
 from tests import tiny
+from tests.lower.test_regions import dit, dit_call, random_schedule
 from tests.models import Stack, stack, stack_call
-from tests.passes.test_regions import dit, dit_call, random_schedule
 
 STEPS = 4
 

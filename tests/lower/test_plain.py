@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from harmonica_rt.capture.call import CallConvention
-from harmonica_rt.capture.graph import CapturedGraph, capture
+from harmonica_rt.call.call import CallConvention
+from harmonica_rt.capture.capture import CapturedGraph, capture
 from harmonica_rt.indices import SiteIndex, SiteOutput
 from harmonica_rt.lower.plain import Program
-from harmonica_rt.passes.specialise import Pattern, specialise
+from harmonica_rt.plan.specialise import Pattern, specialise
 
 COMPUTE = frozenset[SiteIndex]()
 SITE = SiteIndex(0)

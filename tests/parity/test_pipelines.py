@@ -12,9 +12,9 @@ from torch import fx, nn
 import harmonica_rt as hrt
 from harmonica_rt import Schedule, find_sites
 from harmonica_rt.errors import HarmonicaError
+from harmonica_rt.execute.plan_stream import PlanStream
 from harmonica_rt.indices import SlotId
 from harmonica_rt.lower.plain import Program
-from harmonica_rt.runtime.execution import PlanStream
 from tests.models import Stack, stack, stack_call
 from tests.tiny import families
 

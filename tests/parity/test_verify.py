@@ -11,7 +11,8 @@ from torch import fx
 import harmonica_rt as hrt
 from harmonica_rt import Schedule, find_sites
 from harmonica_rt.errors import HarmonicaError
-from harmonica_rt.lower import LOWERINGS, plain
+from harmonica_rt.lower import plain
+from harmonica_rt.options import LOWERINGS
 from harmonica_rt.parity.tolerance import Allowance, Error, limit_from, same_bits
 from tests.models import Stack, stack, stack_call
 
@@ -84,8 +85,8 @@ def test_a_site_of_a_model_that_reads_its_request_is_named(monkeypatch: pytest.M
 
 
 def test_a_corrupted_slot_is_named_in_the_step_that_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from harmonica_rt.execute.plan_stream import PlanStream
     from harmonica_rt.indices import SlotId
-    from harmonica_rt.runtime.execution import PlanStream
 
     original = PlanStream.run
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from harmonica_rt import Schedule, find_sites
-from harmonica_rt.capture.call import CallConvention
-from harmonica_rt.capture.graph import CapturedGraph, capture
+from harmonica_rt.call.call import CallConvention
+from harmonica_rt.capture.capture import CapturedGraph, capture
 from harmonica_rt.errors import InvariantError, ScheduleMismatchError
 from harmonica_rt.indices import SlotId, StepIndex
 from harmonica_rt.plan.invariants import check_plan

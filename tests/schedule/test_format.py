@@ -204,7 +204,7 @@ BAD_FIELDS = {
     "steps-other": ({"steps": 4}, "compute: expected one string a step (4 by the field 'steps'), got 3"),
     "compute-text": ({"compute": "1111"}, "compute: expected a list, got str"),
     "compute-lists": ({"compute": [[1], "1", "1"]}, "compute, step 0: expected a string of 0 and 1, got a list"),
-    "row-short": ({"compute": ["1111", "111", "1111"]}, "compute, step 1: expected one entry a site (4), got 3"),
+    "row-short": ({"compute": ["1111", "111", "1111"]}, "compute, step 1: expected one entry per site (4), got 3"),
     "row-letter": (
         {"compute": ["1111", "1111", "11x1"]},
         "compute, step 2: expected only 0 (reuse) and 1 (compute), got 'x' at place 2",

@@ -116,7 +116,7 @@ BAD_MASKS = {
     "floats": (MASK.astype(float), "compute: expected bools or 0/1 integers, got dtype float64"),
     "strings": ([["1"] * 5], "compute: expected bools or 0/1 integers, got dtype <U1"),
     "a-two": ([[1, 1, 1, 1, 2]], "compute: expected only 0 (reuse) and 1 (compute), got 2"),
-    "a-site-less": (MASK[:, :4], "compute: expected one column a site, got 4 columns for 5 sites"),
+    "a-site-less": (MASK[:, :4], "compute: expected one column per site, got 4 columns for 5 sites"),
     "first-step": (
         ~MASK,
         "compute: step 0 reuses 5 of 5 sites ('blocks.0.attn1' first), but nothing is stored",
@@ -257,13 +257,13 @@ def test_step_masks_by_pattern_first_match_decides() -> None:
 BAD_STEP_MASKS = {
     "letter": ("1x", "mask: expected only 0 (reuse) and 1 (compute), got 'x' at step 1"),
     "two": ([1, 2], "mask: expected only 0 (reuse) and 1 (compute), got 2 at step 1"),
-    "empty": ("", "mask: expected one entry a step, got none"),
+    "empty": ("", "mask: expected one entry per step, got none"),
     "first-reuses": ("01", "compute: step 0 reuses 5 of 5 sites"),
     "no-pattern": ({}, "mask: expected at least one pattern"),
     "pattern-letter": ({"*": "1-"}, "mask['*']: expected only 0 (reuse) and 1 (compute), got '-' at step 1"),
     "unequal": (
         {"attn1": "10", "*": "100"},
-        "must be equally long, one entry a step; got lengths {'attn1': 2, '*': 3}",
+        "must be equally long, one entry per step; got lengths {'attn1': 2, '*': 3}",
     ),
     "unmatched-site": ({"attn1": "10", "ff": "11"}, "no pattern matches the site 'head' (kind 'head')"),
     "unmatched-pattern": ({"atn1": "10", "*": "11"}, "the patterns ['atn1'] decide no site"),

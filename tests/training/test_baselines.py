@@ -159,7 +159,7 @@ def test_errors_are_those_of_a_plain_run(name: str) -> None:
     family = tiny.families()[name]
     count = len(family.guided.get("class_labels", [0]))
     seen = outputs_of(walker.pipeline, measured.sites, 5, count, **family.guided)
-    streams = 2 if name == "flux" else 1  # true guidance calls the model twice a step
+    streams = 2 if name == "flux" else 1  # true guidance calls the model twice per step
     assert all(len(found) == 5 * streams for found in seen)
     expected = np.full((2, 5, len(seen)), np.nan)
     for site, found in enumerate(seen):

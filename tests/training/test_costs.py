@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from harmonica_rt import Schedule, find_sites
-from harmonica_rt.capture.call import CallConvention
-from harmonica_rt.capture.graph import capture
+from harmonica_rt.call.call import CallConvention
+from harmonica_rt.capture.capture import capture
 from harmonica_rt.errors import ScheduleError, ScheduleMismatchError, SiteError
 from harmonica_rt.plan.plan import build_plan
 from harmonica_training.costs import SiteCosts, count_costs

@@ -63,7 +63,7 @@ class Case:
         ("dit", d.DDPMScheduler()),  # adds noise
         ("pixart-alpha", d.DPMSolverMultistepScheduler()),  # keeps a history
         ("pixart-alpha", d.SASolverScheduler()),
-        ("flux", None),  # flow matching, two calls a step
+        ("flux", None),  # flow matching, two calls per step
     ],
     ids=["ddim", "ddpm", "dpm-solver++", "sa-solver", "flow-euler"],
 )

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from harmonica_rt.capture.reasons import CaptureError, Obstacle
-from harmonica_rt.errors import HarmonicaError, SignatureError
+from harmonica_rt.errors import CaptureError, HarmonicaError, Obstacle, SignatureError
 
 
 @dataclass(frozen=True)

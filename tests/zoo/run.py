@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 import harmonica_rt as hrt
-from harmonica_rt.capture import graph
-from harmonica_rt.capture.call import Call, Signature
-from harmonica_rt.capture.graph import CapturedGraph
+from harmonica_rt.call.call import Call, Signature
+from harmonica_rt.capture import capture as graph
+from harmonica_rt.capture.capture import CapturedGraph
 from harmonica_rt.errors import PlanFileError
+from harmonica_rt.execute import planned_engine as planned
 from harmonica_rt.parity.report import ParityReport
 from harmonica_rt.report import Report
-from harmonica_rt.runtime import planned
 from tests.tiny import random_schedule, randomised
 from tests.zoo.entry import TINY, Entry, calls_of, model_of
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harmonica_rt.capture.reasons import CaptureError
+from harmonica_rt.errors import CaptureError
 from tests.zoo.run import run
 from tests.zoo.table import NO_DENOISER, ZOO, exported
 

@@ -1,5 +1,6 @@
 """Learning cache schedules for Diffusion Transformers, in plain PyTorch: no Triton, no runtime."""
 
+from harmonica_training.checkpoint import TrainingInterrupted
 from harmonica_training.conditions import (
     ClassLabels,
     Conditions,
@@ -9,7 +10,7 @@ from harmonica_training.conditions import (
     read_prompts,
 )
 from harmonica_training.config import TrainConfig
-from harmonica_training.errors import CheckpointError, DivergenceError, TrainingError, TrainingInterrupted
+from harmonica_training.errors import CheckpointError, DivergenceError, TrainingError
 from harmonica_training.trainer import TrainingResult, train
 
 __all__ = [

@@ -77,6 +77,24 @@ class Checkpoint:
         return int.from_bytes(content.digest()[:8], "big") >> 1
 
 
+class TrainingInterrupted(KeyboardInterrupt):
+    """A training was interrupted (Ctrl-C); what it had learned until then is kept.
+
+    Attributes:
+        iteration: iterations done, those of earlier processes among them.
+        checkpoint: the state after the last finished iteration, for `save_checkpoint`; None if this process finished
+            none.
+        path: the file that the checkpoint was written to; None without a directory, and in all processes but the first.
+    """
+
+    def __init__(self, iteration: int, checkpoint: Checkpoint | None, path: Path | None) -> None:
+        kept = "its state is in `.checkpoint`" if path is None else f"call train again with directory={path.parent}"
+        super().__init__(f"interrupted after iteration {iteration}" + (f"; {kept} to go on" if checkpoint else ""))
+        self.iteration = iteration
+        self.checkpoint = checkpoint
+        self.path = path
+
+
 def save_checkpoint(directory: str | os.PathLike[str], checkpoint: Checkpoint, *, keep: int = 2) -> Path:
     """Write `iteration-000120.safetensors` into `directory`, then delete all but the newest `keep` checkpoints.
 

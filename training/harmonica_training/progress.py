@@ -68,7 +68,7 @@ class Progress(Protocol):
         """An iteration is over."""
 
     def renewed(self, iteration: int, weights: Sequence[float]) -> None:
-        """In `iteration` lambda was renewed; `weights` has one number a step."""
+        """In `iteration` lambda was renewed; `weights` has one number per step."""
 
     def schedule(self, iteration: int, scores: NDArray[np.floating[Any]], compute: NDArray[np.bool_]) -> None:
         """After `iteration` the routers say `scores` (0 to 1), the schedule `compute`; both `[steps, sites]`."""
@@ -198,7 +198,7 @@ class TensorBoardLog:
         self._scalars({f"lambda/step_{step:0{digits}}": weight for step, weight in enumerate(weights)}, iteration)
 
     def schedule(self, iteration: int, scores: NDArray[np.floating[Any]], compute: NDArray[np.bool_]) -> None:
-        """Log two pictures, a row a step and a column a site: scores in greys, computed sites white."""
+        """Log two pictures, a row per step and a column per site: scores in greys, computed sites white."""
         writer = self._opened()
         with self._failures_named():
             for tag, values in (("scores", scores), ("schedule", compute)):

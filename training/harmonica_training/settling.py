@@ -36,7 +36,7 @@ class Found:
     """A schedule and the router that it is of.
 
     Attributes:
-        logs: logarithm of what it makes of the final latents, one a batch, see `Validation.logs`.
+        logs: logarithm of what it makes of the final latents, one per batch, see `Validation.logs`.
         computes: bool `[steps, sites]`.
         logits: of the router, `[steps, sites]`.
     """
@@ -129,7 +129,7 @@ class Settling:
         if logs is None:
             return
         if not logs or not all(type(log) in (int, float) and abs(log) < LARGEST_LOG for log in logs):
-            raise CheckpointError(f"settling: expected logs of errors, one a batch, got {quoted(logs)}")
+            raise CheckpointError(f"settling: expected logs of errors, one per batch, got {quoted(logs)}")
         if missing := {"best.computes", "best.logits"} - tensors.keys():
             raise CheckpointError(f"settling: {', '.join(sorted(missing))} is missing")
         computes = tensors["best.computes"].numpy()

@@ -21,10 +21,10 @@ from harmonica_rt.schedule import MadeBy, Schedule
 from harmonica_rt.untrusted.text import one_line, quoted
 from harmonica_training import distributed
 from harmonica_training.cached_forward import frozen
-from harmonica_training.checkpoint import Checkpoint, file_name, latest_checkpoint, save_checkpoint
+from harmonica_training.checkpoint import Checkpoint, TrainingInterrupted, file_name, latest_checkpoint, save_checkpoint
 from harmonica_training.conditions import Conditions
 from harmonica_training.config import TrainConfig
-from harmonica_training.errors import CheckpointError, DivergenceError, TrainingError, TrainingInterrupted
+from harmonica_training.errors import CheckpointError, DivergenceError, TrainingError
 from harmonica_training.harmonica import HarmoniCa, Objective
 from harmonica_training.progress import IterationRecord, Progress, Silent
 from harmonica_training.router import Router, logit

@@ -83,7 +83,7 @@ class Walker:
 
         Args:
             inputs: arguments of the pipeline's call for this batch of B samples.
-            generators: one a sample, for the noise that the run starts from and that its scheduler adds.
+            generators: one per sample, for the noise that the run starts from and that its scheduler adds.
             denoise: called in the place of the denoiser.
             window: walk only the steps `first <= step < last` of the run; they count from 0 here too.
             start: latents `[B, ...]` to start from, in the place of noise.

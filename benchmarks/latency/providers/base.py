@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from benchmarks.latency.cases import Task
-from harmonica_rt.passes.flops import flop_counter
+from harmonica_rt.graph.flops import flop_counter
 
 Role = Literal["uncached", "peer", "hooks", "ours"]
 """`hooks` and `ours` follow the schedule exactly and are held against the reference; a peer approximates otherwise."""

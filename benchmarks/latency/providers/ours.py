@@ -10,7 +10,7 @@ import torch
 import harmonica_rt as hrt
 from benchmarks.latency.cases import Task
 from benchmarks.latency.providers.base import Role, Runner
-from harmonica_rt.lower import LOWERINGS
+from harmonica_rt.options import LOWERINGS
 
 
 class StepCounter:

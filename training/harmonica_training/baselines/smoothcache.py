@@ -134,7 +134,7 @@ def calibrate(
     lookahead: int = 3,
     precision: Precision = contextlib.nullcontext,
 ) -> SmoothCacheErrors:
-    """Measure the errors in uncached runs of the pipeline, one a batch.
+    """Measure the errors in uncached runs of the pipeline, one per batch.
 
     The norms of a site go over the batch, over its output tensors and over its calls in a forward; errors are averaged
     over batches and over the calls of the denoiser in a step. Holds the sites' outputs of the last `lookahead` steps.

@@ -1,0 +1,80 @@
+"""What the arguments of a denoiser are to a run, by their names.
+
+Nothing in a call says which tensors change from step to step. Taking one that stays the same for one that changes would
+reuse features across a change of it: a wrong image. The reverse mistake only costs time. So every argument counts as
+part of the request, and a change of it as a new request, unless its name says that it moves with the latents. Those
+names are few: the latents come first, timesteps are called so, what a ControlNet adds is made anew from the latents in
+every step, and models that denoise several things at once name the others after what they are (`audio_hidden_states`).
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import re
+
+import torch
+
+from harmonica_rt.call.call import Call
+
+# Names that an argument before the latents may have, so that it is not taken for them.
+_REQUEST = re.compile(
+    r"encoder|prompt|class|label|pooled|text|caption|embeds|context|mask|_ids$|guidance|resolution|aspect_ratio|rotary"
+    r"|^y$|^cond|^prior",
+    re.IGNORECASE,
+)
+# `control` is what the original ControlNet calls its residuals.
+_RESIDUAL = re.compile(r"controlnet|additional_residual|^control(\.|$)", re.IGNORECASE)
+_TIMESTEP = re.compile(
+    r"^t$|^(\w+_)?(time_?steps?|times?|sigmas?)(_r|_ratio)?$|^noise_(levels?|labels)$", re.IGNORECASE
+)
+# LTX-2, Kandinsky 6 and MiniMax-H3; Cosmos 3; La-Proteina.
+_FURTHER_LATENTS = re.compile(
+    r"^(audio|video)_(hidden_states|latents)$|^(vision|sound|action)_tokens$|^local_latents$|^noisy_(?!.*index)",
+    re.IGNORECASE,
+)
+
+
+class Role(enum.Enum):
+    """What a tensor argument is to a run."""
+
+    LATENTS = "latents"  # changes in every step
+    TIMESTEP = "timestep"  # changes in every step, and can be known before the run
+    REQUEST = "request"  # stays the same over a run, or a new request begins
+
+
+def roles(call: Call) -> tuple[Role, ...]:
+    """The role of each leaf of a call. Leaves that are no tensors are part of the request too."""
+    paths = call.paths
+    latents = _latents(call, paths)
+    return tuple(_role(path, latents) for path in paths)
+
+
+@functools.lru_cache(maxsize=1024)
+def _role(path: str, latents: str | None) -> Role:
+    name = _name(path)
+    among_others = "." in path and _says_otherwise(name)  # in a dict that holds the latents and more
+    if (_root(path) == latents and not among_others) or _RESIDUAL.search(path) or _FURTHER_LATENTS.match(name):
+        return Role.LATENTS
+    return Role.TIMESTEP if _TIMESTEP.match(name) else Role.REQUEST
+
+
+def _latents(call: Call, paths: tuple[str, ...]) -> str | None:
+    """The first argument of the model's forward that holds tensors and whose name says nothing else."""
+    held = [_root(path) for path, leaf in zip(paths, call.leaves, strict=True) if isinstance(leaf, torch.Tensor)]
+    in_order = [name for name in call.convention.arguments if name in held]
+    return next((name for name in (*in_order, *held) if not _says_otherwise(name)), None)
+
+
+def _says_otherwise(name: str) -> bool:
+    return any(pattern.search(name) for pattern in (_REQUEST, _RESIDUAL, _TIMESTEP))
+
+
+def _root(path: str) -> str:
+    """The argument that a leaf is in."""
+    return path.partition(".")[0]
+
+
+def _name(path: str) -> str:
+    """The last name on the way to a leaf; places in a list have none."""
+    return next((part for part in reversed(path.split(".")) if not part.isdigit()), path)

@@ -1,0 +1,95 @@
+"""What drives a stream: anything that can run one step of one stream, normally or catching up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from harmonica_rt.call.call import Call
+from harmonica_rt.errors import ArgumentError, ScheduleMismatchError
+from harmonica_rt.indices import StepIndex
+
+
+class RunKey(NamedTuple):
+    """What makes two runs alike.
+
+    Attributes:
+        timesteps: one per step of the schedule, as the scheduler that drives the run has them.
+        first: the step that the run begins with; image-to-image leaves out those before it.
+    """
+
+    timesteps: tuple[float, ...]
+    first: StepIndex = StepIndex(0)
+
+    @classmethod
+    def of(cls, timesteps: object, steps: int) -> RunKey:
+        """The key of a run over all `steps` of a schedule with these timesteps.
+
+        Raises:
+            ArgumentError: not a flat list, array or tensor of finite numbers.
+            ScheduleMismatchError: not one per step.
+        """
+        expected = "timesteps is a list, array or tensor of finite numbers, one per step"
+        if isinstance(timesteps, torch.Tensor | np.ndarray):
+            if timesteps.ndim != 1 or getattr(timesteps, "is_meta", False):
+                raise ArgumentError(f"{expected}; got one of shape {tuple(timesteps.shape)}")
+            timesteps = timesteps.tolist()  # waits for a device once, not once per value
+        if isinstance(timesteps, str | bytes) or not isinstance(timesteps, Iterable):
+            raise ArgumentError(f"{expected}; got {timesteps!r}")
+        values = []
+        for value in timesteps:
+            try:
+                number = float(value)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise ArgumentError(f"{expected}; one of them is {value!r}") from error
+            if not math.isfinite(number):
+                raise ArgumentError(f"{expected}; one of them is {number}")
+            values.append(number)
+        if len(values) != steps:
+            raise ScheduleMismatchError(f"the schedule is for {steps} steps, reset got {len(values)} timesteps")
+        return cls(tuple(values))
+
+
+class Stream(Protocol):
+    """The cached features of one sequence of calls, one call per step, all with one signature."""
+
+    def run(self, step: StepIndex, call: Call, *, catch_up: bool) -> Any:
+        """Run the denoiser for `step` and return what the model would.
+
+        With `catch_up` nothing is reused and everything that later steps may read is stored anew.
+        """
+
+    def begin(self) -> None:
+        """The next call has other conditioning: nothing kept of earlier calls counts any more."""
+
+    def end(self) -> None:
+        """The run is over.
+
+        Raises:
+            RunError: something that it was computed with turned out wrong.
+        """
+
+
+class Engine(Protocol):
+    """Makes streams. Knows the model and the schedule."""
+
+    @property
+    def looks_late(self) -> bool:
+        """Whether a step may start before the model is looked at: the device then works while the host looks."""
+
+    def state(self, call: Call) -> object:
+        """What the model is now, told by identity: features stored in one state are never reused in another."""
+
+    def begin_run(self, key: RunKey | None = None) -> None:
+        """A sampling run begins: all streams of the last one are over.
+
+        Args:
+            key: runs of one key are alike. None where no scheduler drives it.
+        """
+
+    def new_stream(self, call: Call) -> Stream:
+        """A stream for calls with the signature of `call`, with nothing stored."""

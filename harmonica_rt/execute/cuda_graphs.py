@@ -1,0 +1,202 @@
+"""CUDA graphs: record the launches of a step once, send them again with one.
+
+A graph holds addresses, so all it reads and writes must stay where it was. What it makes in between lies in a pool that
+all graphs of a plan share: the outputs of one are overwritten by the next, and must be copied at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from harmonica_rt.execute.launch_order import has_streams
+
+MAX_FAILURES = 3  # recordings of a pool that may fail; the memory that each one took is not given back
+
+# torch allows one recording at a time. Its CUDA streams are few and handed out in turn, so that two pools may have the
+# same one: what one thread launched there would get into what another one records.
+_RECORDING = threading.Lock()
+
+Body = Callable[[], tuple[Any, ...]]
+
+
+class Graph(Protocol):
+    """A recorded body."""
+
+    def replay(self) -> tuple[Any, ...]:
+        """Run the body again; its outputs are good until another graph of the pool is replayed."""
+
+
+class Pool(Protocol):
+    """Records bodies into memory that they share, on one device."""
+
+    nbytes: int
+    device: torch.device
+
+    def warm_up(self, body: Body) -> tuple[Any, ...]:
+        """Run `body` once as it will be recorded, so that nothing is loaded or tuned while recording; its outputs."""
+
+    def record(self, body: Body) -> Graph:
+        """Record `body`, which was warmed up.
+
+        Raises:
+            RuntimeError: something in it cannot be recorded. Other bodies still can.
+        """
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """Wall time of `run` until the device is done."""
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """How steps become graphs.
+
+    Attributes:
+        make_pool: makes the pool of a plan on a device; None where the device has no graphs.
+        measured: keep a graph only where it is faster than the launches it stands for.
+    """
+
+    make_pool: Callable[[torch.device], Pool | None]
+    measured: bool
+
+
+def graphs_of(mode: str) -> Graphs | None:
+    """The graphs that `CompileOptions.graphs` means; None for no graphs."""
+    return None if mode == "off" else Graphs(_cuda_pool, measured=mode == "auto")
+
+
+def _cuda_pool(device: torch.device) -> Pool | None:
+    return CudaPool(device) if has_streams(device) else None
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Where graphs are recorded: a private pool by its handle, and the CUDA stream that its memory belongs to."""
+
+    handle: Any
+    stream: torch.cuda.Stream
+
+
+class CudaPool:
+    """One private memory pool and one CUDA stream for all graphs of a plan. Its memory is freed with the graphs.
+
+    A recording that fails leaves its pool open (`CUDAGraph.capture_end` raises before it closes the pool), and torch
+    refuses to record into an open pool. So the place of a recording is taken away before it begins and only given back
+    when it has ended well; otherwise the next one makes a new place. Graphs recorded before keep the old pool alive.
+    torch counts a recording that could not be ended as a user of its pool for good, so the memory that it took is lost:
+    after a few of those nothing more is recorded.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.nbytes = 0
+        self.device = device
+        self._place = self._new_place()
+        self._anchor: Graph | None = None  # a pool is freed with its last graph, and its handle is no good from then on
+        self._failures = 0
+        self._usable = True
+
+    def warm_up(self, body: Body) -> tuple[Any, ...]:
+        """See `Pool.warm_up`: on the CUDA stream that records, because libraries keep workspaces for each stream."""
+        with _RECORDING:
+            stream, current = self._usable_place().stream, torch.cuda.current_stream(self.device)
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                outputs = body()
+            current.wait_stream(stream)
+            return copies(outputs)  # made on the caller's CUDA stream: the originals belong to this one
+
+    def record(self, body: Body) -> Graph:
+        """See `Pool.record`. The thread must have run `body` before: libraries make handles of their own for each."""
+        if self._failures >= MAX_FAILURES:
+            raise RuntimeError(
+                f"{self._failures} recordings of this plan failed already, and kept the memory they took"
+            )
+        with _RECORDING:
+            torch.cuda.synchronize(self.device)
+            place = self._usable_place()
+            self._usable = False
+            if self._anchor is None:
+                torch.cuda.empty_cache()  # a private pool takes nothing from the cache, only what the device has left
+                self._anchor = self._recorded(place, lambda: (torch.zeros(1, device=self.device),))
+            graph = self._recorded(place, body)
+            self._usable = True
+            return graph
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """See `Pool.seconds`."""
+        torch.cuda.synchronize(self.device)
+        started = time.perf_counter()
+        run()
+        torch.cuda.synchronize(self.device)
+        return time.perf_counter() - started
+
+    def _new_place(self) -> _Place:
+        return _Place(torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device))
+
+    def _usable_place(self) -> _Place:
+        if not self._usable:
+            self._place, self._anchor, self._usable = self._new_place(), None, True
+        return self._place
+
+    def _recorded(self, place: _Place, body: Body) -> Graph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device), torch.cuda.stream(place.stream), _own_workspaces():
+            before = torch.cuda.memory_reserved(self.device)
+            try:
+                graph.capture_begin(pool=place.handle, capture_error_mode="thread_local")
+                outputs = body()
+                graph.capture_end()
+            except BaseException:
+                self._abandon(graph, place)
+                raise
+            finally:
+                self.nbytes += torch.cuda.memory_reserved(self.device) - before
+        return _CudaGraph(graph, outputs)
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph, place: _Place) -> None:
+        """End a recording, and the allocation to its pool, however far it came."""
+        try:
+            graph.capture_end()
+        except RuntimeError:  # says once more that the recording failed
+            self._failures += 1
+        finally:
+            with contextlib.suppress(RuntimeError):  # the pool is closed already, as it should be
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), place.handle)
+
+
+@contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """Within this block, on the current CUDA stream, what is recorded takes its cuBLAS workspaces from its own pool.
+
+    torch keeps a workspace for each handle and CUDA stream (before 2.12 in graphs, too). A graph that used one from
+    outside would share it with plain launches, and one from its pool that was kept would be overwritten by graphs. The
+    thread's handle is made first: making it is not allowed while recording.
+    """
+    torch.cuda.current_blas_handle()
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
+
+
+class _CudaGraph:
+    def __init__(self, graph: torch.cuda.CUDAGraph, outputs: tuple[Any, ...]) -> None:
+        self._graph = graph
+        self._outputs = outputs
+
+    def replay(self) -> tuple[Any, ...]:
+        self._graph.replay()
+        return self._outputs
+
+
+def copies(outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The outputs with every tensor copied."""
+    return tuple(output.clone() if isinstance(output, torch.Tensor) else output for output in outputs)

@@ -1,0 +1,176 @@
+"""The plans of one model by the signature of their calls, bounded in number and in bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from typing import NamedTuple
+
+import torch
+
+from harmonica_rt.call.call import Signature
+from harmonica_rt.call.roles import Role
+from harmonica_rt.engine import RunKey
+from harmonica_rt.execute.cuda_graphs import Graphs
+from harmonica_rt.execute.launch_order import has_streams
+from harmonica_rt.execute.plan_stream import PlanRuntime, Weights
+from harmonica_rt.model.facts import Facts
+from harmonica_rt.options import CompileOptions
+from harmonica_rt.plan.invariants import check_plan
+from harmonica_rt.plan.plan import Plan
+
+log = logging.getLogger(__name__)
+
+SHARE = 0.25  # of a GPU's memory that the plans of a model may hold, unless told otherwise
+
+
+class PlanKey(NamedTuple):
+    """What a plan is kept under.
+
+    Attributes:
+        signature: of its calls.
+        model: the facts of the model that it was made for; None where those who make the calls see to that.
+    """
+
+    signature: Signature
+    model: Facts | None = None
+
+    def __str__(self) -> str:
+        return str(self.signature)
+
+    def without_reads(self) -> PlanKey:
+        """The key that calls of this plan have, whatever the model reads of their request."""
+        return self._replace(signature=dataclasses.replace(self.signature, read=()))
+
+
+class Plans:
+    """A bounded cache of lowered plans.
+
+    Args:
+        model_name: for the log.
+        options: how plans are made and kept. Their bytes are arenas, inputs of graphs, and what graphs reserve; a plan
+            in use is kept however large it is.
+        graphs: how step programs become graphs; None runs them launch by launch.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        options: CompileOptions,
+        graphs: Graphs | None,
+    ) -> None:
+        self.options = options
+        self._model_name = model_name
+        self._graphs = graphs
+        self._held: dict[PlanKey, PlanRuntime] = {}  # no OrderedDict: an interrupted one is no longer whole
+        self._key: RunKey | None = None
+
+    def __contains__(self, key: PlanKey) -> bool:
+        return key in self._held
+
+    def __getitem__(self, key: PlanKey) -> PlanRuntime:
+        """The plan, now the one used last."""
+        runtime = self._held[key] = self._held.pop(key)
+        return runtime
+
+    @property
+    def held(self) -> dict[PlanKey, PlanRuntime]:
+        """All plans, the one used last at the end."""
+        return dict(self._held)
+
+    @property
+    def pool_bytes(self) -> int | None:
+        """Bytes that graphs reserved between their inputs and outputs; None where there are no graphs."""
+        pools = [runtime.pool for runtime in self._held.values() if runtime.pool is not None]
+        return sum(pool.nbytes for pool in pools) if pools else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all plans hold now."""
+        return sum(runtime.nbytes for runtime in self._held.values())
+
+    def begin_run(self, key: RunKey | None) -> None:
+        """A run begins, for every plan."""
+        self._key = key
+        for runtime in self._held.values():
+            runtime.begin_run(key)
+        self._drop_surplus(coming=0)
+
+    def add(
+        self,
+        key: PlanKey,
+        plan: Plan,
+        weights: Weights,
+        roles: tuple[Role, ...],
+        *,
+        started: float,
+        loaded: bool = False,
+    ) -> PlanRuntime:
+        """Check, lower and keep a plan, and drop those unused longest where there are too many or they hold too much.
+
+        Args:
+            key: what it is kept under.
+            plan: the plan.
+            weights: see `PlanRuntime`.
+            roles: of the leaves of its calls.
+            started: when its making began, by `time.perf_counter()`.
+            loaded: whether it comes from a file.
+
+        Raises:
+            InvariantError: the plan breaks a rule.
+        """
+        check_plan(plan)
+        signature = key.signature
+        with signature.in_its_autocast():
+            runtime = PlanRuntime(
+                plan,
+                weights,
+                roles,
+                lowering=self.options.lowering,
+                debug=self.options.debug,
+                pool=self._graphs.make_pool(signature.device) if self._graphs is not None else None,
+                measured=self._graphs is not None and self._graphs.measured,
+            )
+        runtime.begin_run(self._key)
+        runtime.compile_seconds = time.perf_counter() - started
+        self._held[key] = runtime
+        log.info(
+            "%s %s for %s in %.1f s: %d step programs",
+            "loaded the plan of" if loaded else "planned",
+            self._model_name,
+            signature,
+            runtime.compile_seconds,
+            len(plan.programs),
+        )
+        self._drop_surplus(coming=sum(plan.table.arena_bytes.values()))
+        return runtime
+
+    def _drop_surplus(self, *, coming: int) -> None:
+        """Drop plans, the one unused longest first, until both limits hold.
+
+        The plan used last stays, and so does every plan of the run at hand: its streams hold it, so dropping it would
+        give nothing back, and the next run would make it again.
+
+        Args:
+            coming: bytes that the plan used last is about to take.
+        """
+        most = self.options.max_plans
+        for key, runtime in [*self._held.items()][:-1]:
+            too_many, too_large = len(self._held) > most, self._too_large(coming) and runtime.nbytes > 0
+            if runtime.in_use or not (too_many or too_large):
+                continue
+            del self._held[key]
+            reason = f"{most} plans are kept" if too_many else f"plans may hold {self._byte_limit()} bytes"
+            log.info("dropped the plan for %s: %s", key, reason)
+
+    def _too_large(self, coming: int) -> bool:
+        limit = self._byte_limit()
+        return limit is not None and self.nbytes + coming > limit
+
+    def _byte_limit(self) -> int | None:
+        """What was asked for, or a share of the device's memory; None for no limit."""
+        if self.options.max_plan_bytes is not None or not self._held:
+            return self.options.max_plan_bytes
+        device = next(reversed(self._held)).signature.device
+        return int(SHARE * torch.cuda.get_device_properties(device).total_memory) if has_streams(device) else None

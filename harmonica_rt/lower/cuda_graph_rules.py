@@ -1,0 +1,68 @@
+"""What keeps a step graph, or a part of the prologue, from being recorded as a CUDA graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from harmonica_rt.lower.hoist import Part
+from harmonica_rt.model.training_mode import draws_numbers
+from harmonica_rt.plan.specialise import StepGraph
+
+
+def obstacle(step: StepGraph | Part, *others: torch.device) -> str | None:
+    """The first node that a CUDA graph cannot hold, and why; None where there is none.
+
+    A graph replays the same launches with the same addresses: nothing in it may wait for a value, have a size that
+    depends on one, live on another device, or draw random numbers (a recorded generator needs to be registered).
+
+    Args:
+        step: the graph.
+        others: devices that it is recorded on, or with; a graph may lie on the CPU as a whole.
+    """
+    found = (device for node in step.graph.nodes if (device := _device(node)) is not None)
+    devices = list(dict.fromkeys((*others, *found)))
+    for node in step.graph.nodes:
+        reason = None if _is_number(node, step) else _reason(node, devices)
+        if reason is not None:
+            return f"{node.name} ({node.target}) {reason}"
+    return None
+
+
+def _reason(node: fx.Node, devices: list[torch.device]) -> str | None:
+    device = _device(node)
+    if len(devices) > 1 and device is not None and device.type == "cpu":
+        return "lies on the CPU, other values do not"
+    first = next((device for device in devices if device.type != "cpu"), None)
+    if device is not None and device.type != "cpu" and device != first:
+        return f"lies on {device}, other values on {first}: a graph holds the work of one device"
+    tags: Any = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else ()
+    if torch.Tag.data_dependent_output in tags:
+        return "waits for a value"
+    if torch.Tag.dynamic_output_shape in tags and not _indexes_by_position(node):
+        return "has a size that depends on values"
+    if draws_numbers(node):
+        return "draws random numbers (is a dropout on?)"
+    return None
+
+
+def _device(node: fx.Node) -> torch.device | None:
+    value = node.meta.get("val")
+    return value.device if isinstance(value, torch.Tensor) else None
+
+
+def _is_number(node: fx.Node, step: StepGraph | Part) -> bool:
+    """A constant of no dimensions on the CPU is a number to a kernel, which is read when the graph is recorded."""
+    value = node.meta.get("val")
+    is_constant = node.op == "placeholder" and node.name in step.constants
+    return is_constant and isinstance(value, torch.Tensor) and value.dim() == 0
+
+
+def _indexes_by_position(node: fx.Node) -> bool:
+    """Indexing gives a size that depends on values only where an index is a mask."""
+    if node.target is not torch.ops.aten.index.Tensor:
+        return False
+    indices: Any = node.args[1]
+    return all(index is None or index.meta["val"].dtype is not torch.bool for index in indices)

@@ -1,0 +1,250 @@
+"""Fuse residual additions, alone, in runs, and with the norm and modulate behind them, into harmonica operators.
+
+Requires: a step graph whose nodes carry fake tensors, not yet cut from its prologue (`1 + scale` has to be in it).
+Ensures: the same values up to rounding, the same tables, every stored value still a node, nothing shared with the given
+graph; what does not match is left as it was and counted.
+
+Hazards, before the mechanism: a fused call stands where the last addition of its run stood, and its norm may need
+operands that come later in the graph, or that depend on the sum itself. So operands are moved forward where they can be
+and the norm is taken in only as far as that goes. And the operators give contiguous results where additions keep the
+strides of their arguments, which a `view` behind them may rely on.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from harmonica_rt.errors import InvariantError
+from harmonica_rt.lower.patterns import (
+    VIEWS,
+    Norm,
+    Residual,
+    find_norms,
+    find_residual,
+    is_cast,
+    is_norm,
+    unwidened,
+    value,
+)
+from harmonica_rt.plan.specialise import StepGraph, check_step_graph
+
+aten = torch.ops.aten
+
+MOST_CACHES = 16  # of one call; a longer run becomes several calls of about equal length
+
+
+@dataclass(frozen=True)
+class FusedStep:
+    """A fused step graph and what became of it.
+
+    Attributes:
+        step: the graph, with calls of `torch.ops.harmonica` in it.
+        counts: calls it makes of `gated_residual`, `residual_reuse` and `residual_reuse_norm_modulate`, and how many
+            `residuals left` and `norms left` there are. An ungated addition alone, one pass already, is not counted.
+        reasons: why residuals and norms were left, with how many each.
+    """
+
+    step: StepGraph
+    counts: dict[str, int]
+    reasons: dict[str, int]
+
+
+def fuse(step: StepGraph) -> FusedStep:
+    """Rewrite a step graph with fused operators; `step` itself stays as it is."""
+    import harmonica_kernels  # noqa: F401  # registers torch.ops.harmonica; here, so that planning alone needs it not
+
+    fused = replace(step, graph=_copy(step.graph))
+    _drop_idle_casts(fused.graph)
+    fusion = _Fusion(fused)
+    for node in list(fused.graph.nodes):
+        if node.users:  # erased ones have none
+            fusion.visit(node)
+    _restride(fused.graph, fusion.restrided)
+    check_step_graph(fused)
+    reasons = _reasons(fused.graph, fusion.slots)
+    for kind in ("residual", "norm"):
+        fusion.counts[f"{kind}s left"] = sum(n for reason, n in reasons.items() if reason.startswith(f"{kind}:"))
+    return FusedStep(fused, fusion.counts, reasons)
+
+
+class _Fusion:
+    """One sweep over a graph, rewriting it in place."""
+
+    def __init__(self, step: StepGraph) -> None:
+        self.graph = step.graph
+        self.slots = frozenset(step.read_nodes)
+        self.counts = dict.fromkeys(("gated_residual", "residual_reuse", "residual_reuse_norm_modulate"), 0)
+        self.restrided: set[fx.Node] = set()
+
+    def visit(self, node: fx.Node) -> None:
+        """Rewrite the run that ends at `node`, if one does."""
+        residual = find_residual(node, self.slots)
+        if not isinstance(residual, Residual) or self._continues(node):
+            return
+        run = [residual]
+        while self._continues(run[0].x):
+            earlier = find_residual(run[0].x, self.slots)
+            assert isinstance(earlier, Residual)
+            run.insert(0, earlier)
+        norm = next((each for each in reversed(find_norms(node)) if _move_before(node, each.operands)), None)
+        gated = any(each.gate is not None for each in run)
+        if gated or norm is not None or (len(run) > 1 and any(each.y in self.slots for each in run)):
+            self._rewrite(run, norm)
+
+    def _continues(self, node: fx.Node) -> bool:
+        """Whether `node` is a residual that serves only as the `x` of another."""
+        if len(node.users) != 1 or not isinstance(find_residual(node, self.slots), Residual):
+            return False
+        following = find_residual(next(iter(node.users)), self.slots)
+        return isinstance(following, Residual) and following.x is node and node not in (following.y, following.gate)
+
+    def _rewrite(self, run: list[Residual], norm: Norm | None) -> None:
+        last, x = run[-1].node, run[0].x
+        calls = -(-len(run) // MOST_CACHES)
+        parts = [run[len(run) * i // calls : len(run) * (i + 1) // calls] for i in range(calls)]
+        for part in parts if norm is None else parts[:-1]:
+            x = self._sum(last, x, part)
+        if norm is not None:
+            x, normed = self._norm(last, x, parts[-1], norm)
+            self._replace(norm.out, normed)
+        if last.users:
+            self._replace(last, x)
+        else:
+            _erase(last)
+            _erase(x)
+
+    def _sum(self, before: fx.Node, x: fx.Node, part: list[Residual]) -> fx.Node:
+        ops = torch.ops.harmonica
+        if len(part) == 1:
+            return self._call(before, ops.gated_residual.default, (x, part[0].y, part[0].gate))
+        return self._call(before, ops.residual_reuse.default, (x, [r.y for r in part], [r.gate for r in part]))
+
+    def _norm(self, before: fx.Node, x: fx.Node, part: list[Residual], norm: Norm) -> tuple[fx.Node, fx.Node]:
+        scale = norm.scale
+        for view in norm.scale_views:
+            scale = self._insert(before, VIEWS[view.target], (scale, *view.args[1:]), view.kwargs)
+        results = self._call(
+            before,
+            torch.ops.harmonica.residual_reuse_norm_modulate.default,
+            (x, [r.y for r in part], [r.gate for r in part], norm.weight, norm.bias, scale, norm.shift),
+            {"rms": norm.rms, "eps": norm.eps},
+        )
+        hidden, normed = (self._insert(before, operator.getitem, (results, index)) for index in (0, 1))
+        return hidden, normed
+
+    def _call(
+        self, before: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> fx.Node:
+        self.counts[target._schema.name.split("::")[1]] += 1
+        return self._insert(before, target, args, kwargs)
+
+    def _insert(
+        self, before: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> fx.Node:
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(target, args, kwargs)
+        node.meta["nn_module_stack"] = before.meta.get("nn_module_stack")
+        node.meta["val"] = _run(node)
+        return node
+
+    def _replace(self, old: fx.Node, new: fx.Node) -> None:
+        if value(old).stride() != value(new).stride():
+            self.restrided.add(new)
+        new.meta = {**old.meta, "val": value(new)}
+        old.replace_all_uses_with(new)
+        _erase(old)
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    return copy
+
+
+def _drop_idle_casts(graph: fx.Graph) -> None:
+    """Drop casts to the dtype, device and strides that a tensor has; `.to` is in every other line of a model."""
+    for node in list(graph.nodes):
+        if is_cast(node):
+            before, after = value(node.args[0]), value(node)
+            if (before.dtype, before.device, before.stride()) == (after.dtype, after.device, after.stride()):
+                node.replace_all_uses_with(node.args[0])
+                _erase(node)
+
+
+def _erase(node: fx.Node) -> None:
+    """Erase a node that nothing uses, and what only it used."""
+    pending = [node]
+    while pending:
+        dead = pending.pop()
+        if dead.users or dead.op not in ("call_function", "get_attr") or dead._erased:
+            continue
+        pending.extend(dead.all_input_nodes)
+        dead.graph.erase_node(dead)
+
+
+def _move_before(place: fx.Node, operands: Iterable[fx.Node]) -> bool:
+    """Move what the operands need before `place`; False, and nothing is moved, where one needs `place` itself."""
+    needed: set[fx.Node] = set()
+    pending = list(operands)
+    while pending:
+        node = pending.pop()
+        if node is place:
+            return False
+        if node not in needed and node > place:
+            needed.add(node)
+            pending.extend(node.all_input_nodes)
+    for node in sorted(needed):
+        place.prepend(node)
+    return True
+
+
+def _restride(graph: fx.Graph, restrided: set[fx.Node]) -> None:
+    """Give the nodes behind `restrided` ones the fake tensors that they make of other strides.
+
+    `view` raises where strides do not allow it, so those become `reshape`.
+    """
+    for node in graph.nodes if restrided else ():
+        if node.op != "call_function" or restrided.isdisjoint(node.all_input_nodes):
+            continue
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
+        if node.target is aten.as_strided.default:
+            raise InvariantError(f"{node.name} reads memory by strides that fusing changed; lower this model as plain")
+        fresh = _run(node)
+        if _strides(fresh) != _strides(value(node)):
+            restrided.add(node)
+        node.meta["val"] = fresh
+
+
+def _strides(values: Any) -> list[Any]:
+    return [leaf.stride() for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+def _run(node: fx.Node) -> Any:
+    """What a node makes of the fake tensors of its arguments."""
+    args, kwargs = pytree.tree_map_only(fx.Node, value, (node.args, node.kwargs))
+    with torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _reasons(graph: fx.Graph, slots: frozenset[fx.Node]) -> dict[str, int]:
+    reasons: Counter[str] = Counter()
+    for node in graph.nodes:
+        residual = find_residual(node, slots)
+        if isinstance(residual, str):
+            reasons[residual] += 1
+        elif is_norm(node):
+            source = unwidened(node.args[0])
+            if isinstance(find_residual(source, slots), Residual) or source.target is operator.getitem:
+                reasons["norm: not one that can follow its sum in one call"] += 1
+            else:
+                reasons["norm: what it reads is no residual sum"] += 1
+    return dict(reasons)

@@ -1,0 +1,246 @@
+"""Hoist: what a step does not owe to the latents is computed before it, for all steps at once.
+
+A step graph is cut where values that see the latents begin to use values that do not. The latter become arguments of
+the body, and two pieces of the captured graph, the prologue, compute them: `once` what sees weights and the request
+only, `each` what sees the timestep as well, for every step. In a DiT that is nearly half of all nodes (time embeddings,
+adaLN modulation, text projections, keys and values of cross-attention), and of a small batch most of the memory
+traffic, since their weights are read for one row a sample.
+
+Requires: functional graphs, step graphs of the captured graph (fused or not). Ensures: the same values up to rounding.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from harmonica_rt.call.roles import Role
+from harmonica_rt.capture.capture import CapturedGraph
+from harmonica_rt.plan.binding_time import Binding, bindings
+from harmonica_rt.plan.specialise import StepGraph, check_step_graph, needed_nodes
+
+LIMIT = 512 * 2**20  # bytes of hoisted values of one stream
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A piece of the captured graph.
+
+    Placeholders come in the order weights, constants, inputs, given; the output node holds one flat tuple.
+
+    Attributes:
+        graph: the piece.
+        weights: dotted names in the model.
+        constants: placeholder names in the captured graph.
+        inputs: indices among the call's leaves.
+        given: values of the other part that it takes.
+        results: names of its outputs.
+    """
+
+    graph: fx.Graph
+    weights: tuple[str, ...]
+    constants: tuple[str, ...]
+    inputs: tuple[int, ...]
+    given: tuple[str, ...]
+    results: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Prologue:
+    """What is computed before the bodies.
+
+    Attributes:
+        names: of the hoisted values, nodes of the captured graph.
+        once: computes those that see weights and the request, and what `each` is given.
+        each: computes, for one step, those that see its timestep too.
+        timesteps: indices of the leaves that are timesteps.
+        nbytes: of all hoisted values of one stream over a run; views cost nothing.
+    """
+
+    names: tuple[str, ...]
+    once: Part
+    each: Part
+    timesteps: tuple[int, ...]
+    nbytes: int
+
+
+def plan_prologue(
+    captured: CapturedGraph, steps: Sequence[StepGraph], roles: Sequence[Role], runs: int, *, limit: int = LIMIT
+) -> Prologue:
+    """Choose what to hoist out of `steps`.
+
+    Where the values would take more than `limit` bytes, the largest stay in the body, and what they are made of is
+    hoisted in their place.
+
+    Args:
+        captured: the graph that all step graphs come from.
+        steps: the distinct step graphs of a run.
+        roles: of the call's leaves.
+        runs: number of steps of a run.
+        limit: bytes.
+    """
+    late = {node for nodes in captured.site_outputs for node in nodes}
+    bound = bindings(captured.graph, captured.inputs, roles, {*captured.weights, *captured.constants}, late)
+    nodes = {node.name: node for node in captured.graph.nodes}
+    held = {*captured.weights, *captured.constants}  # a view of one costs nothing in the body, and a copy before it
+    stay = {
+        name
+        for name, node in nodes.items()
+        if not isinstance(node.meta.get("val"), torch.Tensor) or _owner(node).name in held
+    }
+    while True:
+        names = _frontier(steps, {name: bound[node] for name, node in nodes.items()}, stay)
+        groups: dict[fx.Node, list[str]] = {}
+        for name in names:
+            groups.setdefault(_owner(nodes[name]), []).append(name)
+        sizes = {owner: _nbytes(owner) * (runs if bound[owner] & Binding.TIMESTEP else 1) for owner in groups}
+        if sum(sizes.values()) <= limit:
+            break
+        largest = max(sizes, key=sizes.__getitem__)
+        stay |= {*groups[largest], largest.name}
+    hoisted = [nodes[name] for name in names]
+    each = [node for node in hoisted if bound[node] & Binding.TIMESTEP]
+    given = _given(each, bound)
+    once = list(dict.fromkeys([node for node in hoisted if not bound[node] & Binding.TIMESTEP] + given))
+    leaves = [index for index, role in enumerate(roles) if role is Role.TIMESTEP]
+    return Prologue(
+        names=tuple(names),
+        once=_part(captured, once, ()),
+        each=_part(captured, each, given),
+        timesteps=tuple(index for index in leaves if index in captured.inputs.values()),
+        nbytes=sum(sizes.values()),
+    )
+
+
+def cut(step: StepGraph, names: Collection[str]) -> StepGraph:
+    """The body: `step` with the hoisted values as arguments, and without what only they needed."""
+    hoisted: dict[fx.Node, str] = {}
+    for node in step.graph.nodes:
+        name = _captured_name(node)
+        if name is not None and name in names:
+            hoisted[node] = name
+    outputs: Any = step.graph.output_node().args[0]
+    results, stored = outputs
+    needed = needed_nodes([*results, *stored], set(hoisted))
+    arguments = [node for node in step.graph.nodes if node.op == "placeholder"]
+    ends = [len(step.weights), len(step.constants), len(step.inputs), len(step.reads)]
+    starts = [sum(ends[:index]) for index in range(4)]
+    kept = [[node in needed for node in arguments[start : start + n]] for start, n in zip(starts, ends, strict=True)]
+
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    live = [node for node in step.graph.nodes if node in needed and node in hoisted]
+    for node in (*arguments[: starts[3]], *live, *arguments[starts[3] :]):
+        if node in needed:
+            copies[node] = graph.placeholder(hoisted.get(node, node.name))
+            copies[node].meta = dict(node.meta)
+    for node in step.graph.nodes:
+        if node in needed and node not in copies and node.op != "output":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(fx.map_arg((results, stored), copies.__getitem__))
+    body = replace(
+        step,
+        graph=graph,
+        weights=_kept(step.weights, kept[0]),
+        constants=_kept(step.constants, kept[1]),
+        inputs=_kept(step.inputs, kept[2]),
+        hoisted=tuple(hoisted[node] for node in live),
+        reads=_kept(step.reads, kept[3]),
+    )
+    check_step_graph(body)
+    return body
+
+
+def _kept(items: tuple, keep: list[bool]) -> tuple:  # type: ignore[type-arg]
+    return tuple(item for item, kept in zip(items, keep, strict=True) if kept)
+
+
+def _frontier(steps: Sequence[StepGraph], bound: dict[str, Binding], stay: set[str]) -> list[str]:
+    """Names of the values to hoist: what does not see the latents and is used by what does, or by what stays."""
+    found: dict[str, None] = {}
+    for step in steps:
+        for node in step.graph.nodes:
+            name = _captured_name(node)
+            if name is None or name in stay or bound[name] & Binding.LATENTS:
+                continue
+            if any(_in_body(user, bound, stay) for user in node.users):
+                found[name] = None
+    return list(found)
+
+
+def _in_body(node: fx.Node, bound: dict[str, Binding], stay: set[str]) -> bool:
+    name = _captured_name(node)
+    return name is None or name in stay or bool(bound[name] & Binding.LATENTS)
+
+
+def _captured_name(node: fx.Node) -> str | None:
+    """The node of the captured graph that this one computes; None for what a pass made, and for arguments."""
+    return node.meta.get("captured_name") if node.op == "call_function" else None
+
+
+def _owner(node: fx.Node) -> fx.Node:
+    """The node whose memory a value lies in."""
+    while node.op == "call_function" and _is_view(node.target):
+        first = node.args[0]
+        if not isinstance(first, fx.Node):
+            break
+        node = first
+    return node
+
+
+def _is_view(target: object) -> bool:
+    if target is operator.getitem:
+        return True
+    return isinstance(target, torch._ops.OpOverload) and any(r.alias_info is not None for r in target._schema.returns)
+
+
+def _nbytes(node: fx.Node) -> int:
+    """Bytes of what a node makes; 0 for weights and inputs, which are there anyway."""
+    value = node.meta.get("val")
+    return value.numel() * value.element_size() if node.op == "call_function" and isinstance(value, torch.Tensor) else 0
+
+
+def _given(each: list[fx.Node], bound: dict[fx.Node, Binding]) -> list[fx.Node]:
+    """What the timestep part uses that does not see the timestep itself."""
+    given: dict[fx.Node, None] = {}
+    pending, seen = list(each), set(each)
+    while pending:
+        for used in pending.pop().all_input_nodes:
+            if used in seen or used.op == "placeholder":
+                continue
+            seen.add(used)
+            if bound[used] & Binding.TIMESTEP or not isinstance(used.meta.get("val"), torch.Tensor):
+                pending.append(used)
+            else:
+                given[used] = None
+    return list(given)
+
+
+def _part(captured: CapturedGraph, results: Sequence[fx.Node], given: Sequence[fx.Node]) -> Part:
+    needed = needed_nodes(results, set(given))
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    tables = (captured.weights, captured.constants, captured.inputs)
+    groups = [
+        [n for n in captured.graph.nodes if n.op == "placeholder" and n in needed and n.name in t] for t in tables
+    ]
+    for node in (*groups[0], *groups[1], *groups[2], *given):
+        copies[node] = graph.placeholder(node.name)
+    for node in captured.graph.nodes:
+        if node in needed and node not in copies:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in results))
+    graph.lint()
+    return Part(
+        graph=graph,
+        weights=tuple(captured.weights[node.name] for node in groups[0]),
+        constants=tuple(node.name for node in groups[1]),
+        inputs=tuple(captured.inputs[node.name] for node in groups[2]),
+        given=tuple(node.name for node in given),
+        results=tuple(node.name for node in results),
+    )

@@ -1,0 +1,88 @@
+"""The model's own forward, beneath everything that others put around it.
+
+Hooks of the model itself run around a plan, not inside it; so what is captured, and what the reference runs, is the
+forward under them: not a call installed in the module's place, not torch's forward hooks, not accelerate's wrapper.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from types import CodeType, MethodType
+from typing import Any
+
+from torch import nn
+
+from harmonica_rt.changes import Changes, in_this_thread
+
+
+class Swapped:
+    """A call that stands in the place of another one for a while, for one thread, and knows what it stands for.
+
+    Args:
+        call: the stand-in.
+        original: what it stands for.
+        elsewhere: what other threads run meanwhile; `original` unless given.
+    """
+
+    def __init__(
+        self, call: Callable[..., Any], original: Callable[..., Any], elsewhere: Callable[..., Any] | None = None
+    ) -> None:
+        self._call = in_this_thread(call, elsewhere or original)
+        self.original = self.__wrapped__ = original  # the latter for its signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the stand-in, or in another thread what it stands for."""
+        return self._call(*args, **kwargs)
+
+    @property
+    def __code__(self) -> CodeType:
+        """For torch.export, which writes down where a forward is defined."""
+        code = getattr(inspect.unwrap(self.original), "__code__", None)
+        return code if isinstance(code, CodeType) else Swapped.__call__.__code__
+
+    def retire(self) -> None:
+        """From now on it is what it stood for: whoever wrapped it meanwhile keeps it."""
+        self._call = self.original
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the model made meanwhile has its own forward, not the stand-in and all that it holds on to."""
+        return copy.deepcopy(self.original, memo)
+
+
+def forward_attribute(model: nn.Module) -> str:
+    """Where the innermost forward of `model` is kept: accelerate moves it aside when it wraps a module."""
+    return "_old_forward" if model.__dict__.get("_hf_hook") is not None else "forward"
+
+
+def own_forward(model: nn.Module) -> Callable[..., Any]:
+    """The innermost forward of `model`: its class's, unless somebody replaced it on the object."""
+    found = model.__dict__.get(forward_attribute(model))
+    if isinstance(found, Swapped):
+        return found.original
+    if found is None:
+        return MethodType(type(model).forward, model)
+    return found  # type: ignore[no-any-return]
+
+
+def keep_only_own_forward(model: nn.Module, changes: Changes) -> None:
+    """Let a call of `model` by this thread run its own forward and nothing else until `changes` are undone.
+
+    Calls by other threads wait until then: a trace takes weights out of the model and puts them back. Take the capture
+    lock before, or two threads may wait for each other.
+    """
+    held, over = model.__dict__, threading.Event()
+
+    def afterwards(*args: Any, **kwargs: Any) -> Any:
+        over.wait()
+        return model(*args, **kwargs)
+
+    changes.undone_by(over.set)
+    before = held.get("_compiled_call_impl") or model._call_impl
+    changes.set(held, "_compiled_call_impl", Swapped(model._call_impl, before, afterwards))
+    changes.set(held, "forward", own_forward(model))
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        changes.set(held, hooks, OrderedDict())

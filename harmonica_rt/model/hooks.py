@@ -1,0 +1,52 @@
+"""Run the hooks of a denoiser around a call that was swapped in for its forward.
+
+Installing a call in a module (as `nn.Module.compile` does) bypasses what others hung on that module: forward hooks, and
+accelerate's, which move weights to the device. They are run here, around the swapped call, by the module's own code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from harmonica_rt.changes import Changes
+from harmonica_rt.errors import HarmonicaError
+from harmonica_rt.model.forward import Swapped, forward_attribute, own_forward
+
+
+def call_with_hooks(
+    model: nn.Module, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Call `inner` in the place of the forward of `model`, with the hooks of `model` around it.
+
+    Raises:
+        HarmonicaError: the model carries diffusers hooks (another feature cache, say), which replace the forward.
+    """
+    registry = getattr(model, "_diffusers_hook", None)
+    if registry is not None and registry.hooks:
+        raise HarmonicaError(
+            f"{type(model).__name__} carries the diffusers hooks {', '.join(registry.hooks)}, which take the place of "
+            "its forward. Disable them (disable_cache(), for a cache; for group offloading, let the pipeline move the "
+            "whole model with enable_model_cpu_offload() instead) or uncompile the model"
+        )
+    name = forward_attribute(model)
+    if name == "forward" and not _has_hooks(model):
+        return inner(*args, **kwargs)
+    changes = Changes()
+    with changes, changes:
+        swapped = Swapped(inner, own_forward(model))
+        changes.undone_by(swapped.retire)
+        changes.set(model.__dict__, name, swapped)
+        return model._call_impl(*args, **kwargs)
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    return bool(
+        model._forward_hooks
+        or model._forward_pre_hooks
+        or torch.nn.modules.module._global_forward_hooks
+        or torch.nn.modules.module._global_forward_pre_hooks
+    )

@@ -1,0 +1,85 @@
+"""How a model is compiled: checked once, where the caller can still mend it, and handed on whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypedDict
+
+from harmonica_rt.errors import ArgumentError
+from harmonica_rt.untrusted.text import described
+
+LOWERINGS = ("plain", "fused", "inductor")
+DEFAULT_LOWERING = "fused"
+HOISTED = "hoisted"  # fused without its ops: for benchmarks, to tell what they bring
+EXACT = ("plain",)  # equal to the reference bit for bit on CPU
+GRAPH_MODES = ("auto", "on", "off")
+
+
+class LoadKeywords(TypedDict, total=False):
+    """The keywords of `harmonica_rt.load`; see `CompileOptions`."""
+
+    graphs: str
+    strict: bool
+    max_plans: int
+    max_plan_bytes: int | None
+
+
+class CompileKeywords(LoadKeywords, total=False):
+    """The keywords of `harmonica_rt.compile`; see `CompileOptions`."""
+
+    lowering: str
+    debug: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileOptions:
+    """How plans are made and kept.
+
+    Attributes:
+        lowering: how step graphs become programs, one of `LOWERINGS`.
+        graphs: whether step programs become CUDA graphs, one of `GRAPH_MODES`.
+        strict: raise CaptureError instead of running eagerly.
+        max_plans: plans kept, at least 1; the one unused longest goes first.
+        max_plan_bytes: bytes of device memory that all plans may hold; None for a share of a GPU's memory, and for no
+            limit on a CPU.
+        debug: fill slots with NaN before they are written and after their last read.
+
+    Raises:
+        ArgumentError: naming the option, what it takes and what came.
+    """
+
+    lowering: str = DEFAULT_LOWERING
+    graphs: str = "auto"
+    strict: bool = False
+    max_plans: int = 8
+    max_plan_bytes: int | None = None
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        check_flags(strict=self.strict, debug=self.debug)
+        check_choice("lowering", self.lowering, LOWERINGS, unlisted=(HOISTED,))
+        check_choice("graphs", self.graphs, GRAPH_MODES)
+        check_whole_number("max_plans", self.max_plans, least=1)
+        if self.max_plan_bytes is not None:
+            check_whole_number("max_plan_bytes", self.max_plan_bytes, least=1)
+
+
+def check_choice(name: str, given: object, choices: tuple[str, ...], unlisted: tuple[str, ...] = ()) -> None:
+    """Raise ArgumentError unless `given` is one of `choices`, or one of those that no message lists."""
+    if not isinstance(given, str) or given not in (*choices, *unlisted):
+        raise ArgumentError(f"{name} {given!r} is not known; choose one of {', '.join(choices)}")
+
+
+def check_flags(**given: object) -> None:
+    """Raise ArgumentError unless all are True or False: `strict="no"` would be taken for yes."""
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise ArgumentError(f"{name} is either True or False, got {described(value)}")
+
+
+def check_whole_number(name: str, given: object, least: int) -> None:
+    """Raise ArgumentError unless `given` is an int of at least `least`."""
+    if isinstance(given, bool) or not isinstance(given, int):
+        raise ArgumentError(f"{name} is a whole number, got {described(given)}")
+    if given < least:
+        raise ArgumentError(f"{name} is a whole number of at least {least}, got {given}")

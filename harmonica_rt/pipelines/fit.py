@@ -1,0 +1,54 @@
+"""Does a schedule fit the model and the pipeline that it is to run on?"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+
+from harmonica_rt.errors import ArgumentError, ScheduleMismatchError, SiteError
+from harmonica_rt.schedule import ModelInfo, Schedule
+from harmonica_rt.schedule.sites import check_sites
+
+log = logging.getLogger(__name__)
+
+
+def model_info(model: nn.Module) -> ModelInfo:
+    """Class name and config fingerprint of a model, to record in a schedule.
+
+    Raises:
+        ArgumentError: not a module.
+    """
+    if not isinstance(model, nn.Module):
+        remedy = "; pass its denoiser: model_info(pipe.transformer)" if hasattr(model, "scheduler") else ""
+        raise ArgumentError(f"model_info takes an nn.Module, got an object of class {type(model).__name__}{remedy}")
+    return ModelInfo.of(model)
+
+
+def check_fit(model: nn.Module, schedule: Schedule) -> None:
+    """Raise ScheduleMismatchError where a schedule was made for another model, or names sites that this one lacks."""
+    info, wanted = model_info(model), schedule.model
+    if wanted is not None and wanted.class_name != info.class_name:
+        raise ScheduleMismatchError(f"the schedule was made for a {wanted.class_name}, this is a {info.class_name}")
+    try:
+        check_sites(model, schedule.sites)
+    except SiteError as error:
+        raise ScheduleMismatchError(str(error)) from error
+    if wanted is not None and wanted.config_fingerprint not in (None, info.config_fingerprint):
+        raise ScheduleMismatchError(
+            f"the schedule was made for a {wanted.class_name} with another config ({wanted.config_fingerprint}, this "
+            f"one is {info.config_fingerprint}). To use it all the same, drop its record: "
+            "dataclasses.replace(schedule, model=None)"
+        )
+
+
+def warn_about_sampler(pipeline: Any, schedule: Schedule) -> None:
+    """Say so where a pipeline samples with another scheduler class than the schedule was made for."""
+    name = type(pipeline.scheduler).__name__
+    if schedule.sampler is not None and schedule.sampler.class_name != name:
+        log.warning(
+            "the schedule was made for %s and this pipeline samples with %s: parity holds, image quality may not",
+            schedule.sampler.class_name,
+            name,
+        )

@@ -1,0 +1,183 @@
+"""Put a denoiser under a schedule into a pipeline, and take it out again.
+
+The pipeline's own module stays where it is, with its class, attributes and weights; only its call is replaced, in the
+place where `nn.Module.compile` puts one. Copies and saved files of the module know nothing of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import weakref
+from typing import Any
+
+from torch import nn
+
+from harmonica_rt.changes import Changes
+from harmonica_rt.errors import HarmonicaError
+from harmonica_rt.model.hooks import call_with_hooks
+from harmonica_rt.sampling.denoiser import Denoiser
+from harmonica_rt.sampling.following import scheduler_in_use
+from harmonica_rt.sampling.scheduler import listener_of
+from harmonica_rt.wrappers import compiled_around, unwrapped
+
+_last_installed: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Denoiser]] = weakref.WeakKeyDictionary()
+_DENOISER_NAMES = ("transformer", "unet", "denoiser")
+
+
+def is_pipeline(candidate: Any) -> bool:
+    """Whether this is a pipeline (something with a scheduler that steps) rather than a model."""
+    return not isinstance(candidate, nn.Module) and hasattr(candidate, "scheduler") and callable(candidate)
+
+
+def denoiser_module(pipeline: Any) -> nn.Module:
+    """The model of a pipeline that is called in every step: what is inside, where it is wrapped.
+
+    Raises:
+        HarmonicaError: the pipeline has no module of a known name.
+    """
+    inner: nn.Module = unwrapped(held_denoiser(pipeline))
+    return inner
+
+
+def held_denoiser(pipeline: Any) -> nn.Module:
+    """The denoiser as the pipeline holds it, in whatever wraps it.
+
+    Raises:
+        HarmonicaError: the pipeline has no module of a known name.
+    """
+    for name in _DENOISER_NAMES:
+        module = getattr(pipeline, name, None)
+        if isinstance(module, nn.Module):
+            return module.given if isinstance(module, Denoiser) else module
+    raise HarmonicaError(
+        f"{type(pipeline).__name__} has no denoiser named {' or '.join(_DENOISER_NAMES)}; compile the model itself"
+    )
+
+
+def other_denoisers(pipeline: Any) -> list[str]:
+    """Names of modules that denoise in the same pipeline, and run uncached: those of the denoiser's name, extended."""
+    denoiser = denoiser_module(pipeline)
+    return [
+        name
+        for name, value in vars(pipeline).items()
+        if isinstance(value, nn.Module)
+        and unwrapped(value) is not denoiser
+        and any(re.fullmatch(rf"(\w+_)?{known}(_\w+)?", name) for known in _DENOISER_NAMES)
+    ]
+
+
+def installed(module: nn.Module) -> Denoiser | None:
+    """The denoiser that took over the call of `module`, if one did."""
+    call = module.__dict__.get("_compiled_call_impl")
+    return call if isinstance(call, Denoiser) else None
+
+
+def install(pipeline: Any, denoiser: Denoiser) -> None:
+    """Let `denoiser` take over the call of the pipeline's module, and follow the pipeline's scheduler.
+
+    Where another one had the call, in this pipeline or in others with the same module, it takes over in all of them.
+    """
+    before = installed(denoiser.model)
+    current = listener_of(pipeline.scheduler)
+    if current is not None and current is not before and _left_over(pipeline) is None:
+        raise scheduler_in_use(current)
+    sharing = [other for other in before.pipelines if denoiser_module(other) is denoiser.model] if before else []
+    uninstall(pipeline)
+    for one in (*sharing, pipeline):
+        denoiser.attach(one)
+    # Not by setattr: a denoiser passes for a module, and a module that is set becomes a child.
+    denoiser.model.__dict__["_compiled_call_impl"] = denoiser
+    for one in denoiser.pipelines:
+        for wrapper in compiled_around(held_denoiser(one)):
+            wrapper.__dict__["_compiled_call_impl"] = _NotTraced(wrapper, denoiser.model)
+    _last_installed[denoiser.model] = weakref.ref(denoiser)
+
+
+class _NotTraced:
+    """Stands in for the call of an `OptimizedModule`: dynamo traces the model inside without the call put there."""
+
+    def __init__(self, wrapper: nn.Module, model: nn.Module) -> None:
+        self._wrapper, self._model = wrapper, model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model as it is called now, and the wrapper itself again where no denoiser has the model's call."""
+        if installed(self._model) is None:
+            self._wrapper.__dict__.pop("_compiled_call_impl", None)
+            return self._wrapper(*args, **kwargs)
+        return call_with_hooks(self._wrapper, self._model, args, kwargs)
+
+
+def follower_of(module: nn.Module) -> Denoiser | None:
+    """The denoiser that was put into pipelines for `module` and follows them still, displaced or not."""
+    last = _last_installed.get(module)
+    denoiser = last() if last is not None else None
+    return denoiser if denoiser is not None and denoiser.pipelines else None
+
+
+def install_assigned(pipeline: Any) -> None:
+    """Compile the pipeline where a compiled model was assigned to it.
+
+    That is what `pipe.transformer = compile(pipe.transformer, schedule)` means. The pipeline gets its own module back,
+    with the call of that module taken over.
+
+    Raises:
+        HarmonicaError: it was assigned to something else than the denoiser.
+    """
+    assigned = {name: value for name, value in vars(pipeline).items() if isinstance(value, Denoiser)}
+    for name, denoiser in assigned.items():
+        if denoiser_module(pipeline) is not denoiser.model:
+            raise HarmonicaError(
+                f"{type(pipeline).__name__}.{name} is a compiled model, but the denoiser of this pipeline is another "
+                f"one, and it alone can be compiled. Give the plain model back: pipe.{name} = pipe.{name}.model"
+            )
+        install(pipeline, denoiser)
+        setattr(pipeline, name, denoiser.given)  # last: whatever interrupts this, the next call finds it assigned
+
+
+def uninstall(pipeline: Any) -> None:
+    """Give the pipeline its plain module and scheduler back, and with it all that share the module.
+
+    Nothing happens where nothing was installed.
+    """
+    module, left_over = denoiser_module(pipeline), _left_over(pipeline)
+    sharing = [one for before in (installed(module), left_over) if before is not None for one in before.pipelines]
+    for wrapper in (wrapper for one in (pipeline, *sharing) for wrapper in compiled_around(held_denoiser(one))):
+        if isinstance(wrapper.__dict__.get("_compiled_call_impl"), _NotTraced):
+            del wrapper.__dict__["_compiled_call_impl"]
+    for before in (installed(module), left_over):
+        if before is None:
+            continue
+        if before.model is not module and any(one is not pipeline for one in before.pipelines):
+            before.leave(pipeline)  # others still run it
+            continue
+        if installed(before.model) is before:  # first: one that is called but follows nobody would miscount steps
+            del before.model._compiled_call_impl
+        before.detach()
+
+
+def _left_over(pipeline: Any) -> Denoiser | None:
+    """A denoiser that follows this pipeline's scheduler though its module was replaced, or whose pipeline is gone."""
+    listener = listener_of(pipeline.scheduler)
+    if not isinstance(listener, Denoiser):
+        return None
+    followed = listener.pipelines
+    return listener if not followed or any(one is pipeline for one in followed) else None
+
+
+def put_temporarily(pipeline: Any, denoiser: Denoiser | None, changes: Changes) -> None:
+    """Until `changes` are undone `denoiser` (None: the plain module) runs in the pipeline; then, what ran before."""
+    before = installed(denoiser_module(pipeline))
+    changes.undone_by(functools.partial(_put_back, pipeline, before, before.pipelines if before is not None else []))
+    if denoiser is None:
+        uninstall(pipeline)
+    else:
+        install(pipeline, denoiser)
+
+
+def _put_back(pipeline: Any, denoiser: Denoiser | None, followed: list[Any]) -> None:
+    uninstall(pipeline)
+    if denoiser is not None:
+        install(pipeline, denoiser)
+        for other in followed:
+            denoiser.attach(other)

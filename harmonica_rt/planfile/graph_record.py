@@ -1,0 +1,335 @@
+"""A captured graph as JSON, without weights.
+
+Holds what the graph is: operators by their registered names, arguments, what each placeholder stands for, layouts of
+values. Nothing in it is believed. Operators are looked up among those on a list, and their arguments checked against
+their schemas; nodes are named anew; placeholders are checked against the model and the signature; layouts are inferred
+again and only compared. So text of a file never becomes code, and no layout makes code read beyond a tensor.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from harmonica_rt.call.call import Signature
+from harmonica_rt.capture.capture import CapturedGraph
+from harmonica_rt.capture.sites import find_site_outputs, site_columns, without_call_suffix
+from harmonica_rt.errors import CaptureError, PlanFileError
+from harmonica_rt.graph.layout import laid_out
+from harmonica_rt.graph.layout_inference import Inference, Layout, layout_of, layouts_of
+from harmonica_rt.model.tensors import named_tensors, plain_tensors
+from harmonica_rt.planfile.json_fields import fields_of, integer_of, items_of, refused, text_of
+from harmonica_rt.planfile.operators import check_arguments, check_node, name_of, operator_of
+from harmonica_rt.planfile.trees import decode_tree, encode_tree
+from harmonica_rt.planfile.values import Devices, decode_layout, decode_value, encode_layout, encode_value
+from harmonica_rt.untrusted.text import one_line, quoted
+
+LARGEST_CONSTANT = 2**20  # bytes; larger tensors made while tracing are no small print of a graph
+
+_PLACEHOLDERS = ("weight", "constant", "input")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a saved graph is held to.
+
+    Attributes:
+        model: the model.
+        tensors: its parameters and buffers by name.
+        attributes: its plain tensors by name.
+        modules: paths of its modules, all of those that a module in several places has.
+        devices: where its tensors lie.
+    """
+
+    model: nn.Module
+    tensors: Mapping[str, torch.Tensor]
+    attributes: Mapping[str, torch.Tensor]
+    modules: frozenset[str]
+    devices: Devices
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelFacts:
+        """The facts of a model as it is now.
+
+        Raises:
+            PlanFileError: it lies on several devices of one type.
+        """
+        tensors = named_tensors(model)
+        modules = frozenset(path for path, _ in model.named_modules(remove_duplicate=False))
+        return cls(model, tensors, plain_tensors(model), modules, Devices(tensors.values()))
+
+
+def encode(captured: CapturedGraph, facts: ModelFacts) -> dict[str, Any]:
+    """The graph as plain JSON values.
+
+    What it took from the model's plain tensors is saved as their names, and all other constants with their values.
+
+    Raises:
+        PlanFileError: it holds something that has no such form: a nested region, an operator that is not on the list
+            of those that a file may hold, a large constant, values of the request that the model reads.
+    """
+    if captured.reads is not None:
+        raise PlanFileError(
+            "the model reads values of its request (the length of a prompt, say), and this plan holds for those of "
+            "one: it cannot be saved"
+        )
+    numbers: dict[fx.Node, int] = {}
+    nodes = []
+    for node in captured.graph.nodes:
+        if node.op == "output" or (node.op == "placeholder" and not node.users):
+            continue
+        nodes.append(_encode_node(node, captured, facts, numbers))
+        numbers[node] = len(numbers)
+    results: Any = captured.output.args[0]
+    return {
+        "nodes": nodes,
+        "outputs": [encode_value(result, facts.devices, numbers) for result in results],
+        "out_spec": encode_tree(captured.out_spec),
+        "site_outputs": [[numbers[node] for node in outputs] for outputs in captured.site_outputs],
+    }
+
+
+def decode(
+    record: Any, facts: ModelFacts, signature: Signature, sites: tuple[str, ...], place: str = "graph"
+) -> CapturedGraph:
+    """The graph that `encode` was given.
+
+    Args:
+        record: from `encode`, or from a file that anyone may have written.
+        facts: of the model that it is to run on.
+        signature: of its calls.
+        sites: of the schedule that it runs under.
+        place: of the record, for messages.
+
+    Raises:
+        PlanFileError: not what `encode` wrote for this model, signature and sites.
+    """
+    entry = fields_of(record, place, ("nodes", "outputs", "out_spec", "site_outputs"))
+    decoder = _Decoder(facts, signature)
+    with signature.in_its_autocast(), decoder.inference.active():
+        for number, node in enumerate(items_of(entry["nodes"], f"{place}.nodes")):
+            decoder.add(node, f"{place}.nodes[{number}]")
+    nodes, graph = decoder.nodes, decoder.graph
+    outputs = items_of(entry["outputs"], f"{place}.outputs")
+    results = [_result(value, decoder, f"{place}.outputs[{i}]") for i, value in enumerate(outputs)]
+    graph.output(tuple(results))
+    out_spec = decode_tree(entry["out_spec"], f"{place}.out_spec")
+    if out_spec.num_leaves != len(results):
+        raise refused(f"{place}.outputs", f"{out_spec.num_leaves} values, as out_spec has", outputs)
+    found = _site_outputs(graph, facts, sites, f"{place}.site_outputs")
+    numbers = {node: number for number, node in enumerate(nodes)}
+    if [[numbers[node] for node in outputs] for outputs in found] != entry["site_outputs"]:
+        raise PlanFileError(f"{place}.site_outputs: not the values that leave the sites of the schedule in this graph")
+    return CapturedGraph(
+        graph=graph,
+        root=nn.Module(),
+        weights=decoder.weights,
+        constants=decoder.constants,
+        inputs=decoder.inputs,
+        out_spec=out_spec,
+        sites=sites,
+        site_outputs=found,
+        seconds=0.0,
+    )
+
+
+class _Decoder:
+    """A graph as far as it was read."""
+
+    def __init__(self, facts: ModelFacts, signature: Signature) -> None:
+        self.graph = fx.Graph()
+        self.nodes: list[fx.Node] = []
+        self.weights: dict[str, str] = {}
+        self.constants: dict[str, torch.Tensor] = {}
+        self.inputs: dict[str, int] = {}
+        self.inference = Inference(trial=True)
+        self._facts = facts
+        self._signature = signature
+
+    def add(self, record: Any, place: str) -> None:
+        """Read one more node."""
+        if isinstance(record, dict) and "call" in record:
+            node = self._call(record, place)
+        else:
+            node = self._placeholder(record, place)
+        self.nodes.append(node)
+
+    def _placeholder(self, record: Any, place: str) -> fx.Node:
+        kind = next((kind for kind in _PLACEHOLDERS if isinstance(record, dict) and kind in record), "call")
+        entry = fields_of(record, place, (kind, "value"))
+        said = decode_layout(entry["value"], self._facts.devices, f"{place}.value")
+        node = self.graph.placeholder(f"{kind}_{len(self.nodes)}")
+        if kind == "weight":
+            name = text_of(entry[kind], f"{place}.weight")
+            found = _own_layout(self._facts.tensors, name, f"{place}.weight")
+            self.weights[node.name] = name
+        elif kind == "constant":
+            tensor = self._constant(entry[kind], said, f"{place}.constant")
+            found = layout_of(tensor)
+            self.constants[node.name] = tensor
+        else:
+            index = integer_of(entry[kind], f"{place}.input", most=len(self._signature.leaves) - 1)
+            found = _leaf_layout(self._signature.leaves[index], said, f"{place}.input")
+            if index in self.inputs.values():
+                raise PlanFileError(f"{place}.input: another node stands for the argument {index} of the call")
+            self.inputs[node.name] = index
+        _check_same(found, said, f"{place}.value")
+        node.meta["val"] = self.inference.tensor(found, place)
+        return node
+
+    def _constant(self, record: Any, layout: Layout, place: str) -> torch.Tensor:
+        if isinstance(record, dict) and "attribute" in record:
+            name = text_of(fields_of(record, place, ("attribute",))["attribute"], f"{place}.attribute")
+            _own_layout(self._facts.attributes, name, f"{place}.attribute")
+            return self._facts.attributes[name]
+        return _decode_constant(fields_of(record, place, ("data",))["data"], layout, place)
+
+    def _call(self, record: Any, place: str) -> fx.Node:
+        entry = fields_of(record, place, ("call", "args", "value"), ("kwargs", "modules"))
+        target = operator_of(text_of(entry["call"], f"{place}.call"), f"{place}.call")
+        devices = self._facts.devices
+        args = tuple(
+            decode_value(value, devices, f"{place}.args[{i}]", self.nodes)
+            for i, value in enumerate(items_of(entry["args"], f"{place}.args"))
+        )
+        given = entry.get("kwargs", {})
+        if not isinstance(given, dict):
+            raise refused(f"{place}.kwargs", "an object", given)
+        kwargs = {
+            name: decode_value(value, devices, f"{place}.kwargs[{quoted(name)}]", self.nodes)
+            for name, value in given.items()
+        }
+        check_arguments(target, args, kwargs, place)
+        node = self.graph.call_function(target, args, kwargs)
+        check_node(node, place)
+        node.meta["val"] = self.inference.run(node, place)
+        said = entry["value"]
+        if isinstance(said, list):
+            layouts: Any = [decode_layout(item, devices, f"{place}.value[{i}]") for i, item in enumerate(said)]
+        else:
+            layouts = decode_layout(said, devices, f"{place}.value")
+        _check_same(layouts_of(node.meta["val"]), layouts, f"{place}.value")
+        modules = items_of(entry.get("modules", []), f"{place}.modules")
+        for path in modules:
+            if without_call_suffix(text_of(path, f"{place}.modules")) not in self._facts.modules:
+                raise refused(f"{place}.modules", "paths of modules of the model", path)
+        node.meta["nn_module_stack"] = {path: (path, "") for path in modules}
+        return node
+
+
+def _encode_node(
+    node: fx.Node, captured: CapturedGraph, facts: ModelFacts, numbers: Mapping[fx.Node, int]
+) -> dict[str, Any]:
+    if node.op not in ("placeholder", "call_function"):
+        raise PlanFileError(f"{node.name}: a graph with nested regions ({node.op}) cannot be saved")
+    try:
+        layouts = layouts_of(node.meta.get("val"))
+    except PlanFileError as error:
+        raise PlanFileError(f"{node.name}: {error}") from error
+    value = (
+        encode_layout(layouts, facts.devices)
+        if isinstance(layouts, Layout)
+        else [encode_layout(layout, facts.devices) for layout in layouts]
+    )
+    if node.op == "placeholder":
+        return {**_encode_placeholder(node, captured, facts), "value": value}
+    entry: dict[str, Any] = {"call": name_of(node)}
+    entry["args"] = [encode_value(argument, facts.devices, numbers) for argument in node.args]
+    if node.kwargs:
+        entry["kwargs"] = {name: encode_value(item, facts.devices, numbers) for name, item in node.kwargs.items()}
+    modules = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    if modules:
+        entry["modules"] = modules
+    return {**entry, "value": value}
+
+
+def _encode_placeholder(node: fx.Node, captured: CapturedGraph, facts: ModelFacts) -> dict[str, Any]:
+    if node.name in captured.weights:
+        return {"weight": captured.weights[node.name]}
+    if node.name in captured.inputs:
+        return {"input": captured.inputs[node.name]}
+    tensor = captured.constants[node.name]
+    names = [name for name, attribute in facts.attributes.items() if attribute is tensor]
+    return {"constant": {"attribute": names[0]} if names else _encode_constant(node.name, tensor)}
+
+
+def _encode_constant(name: str, tensor: torch.Tensor) -> dict[str, Any]:
+    if layout_of(tensor).nbytes > LARGEST_CONSTANT or tensor.nbytes > LARGEST_CONSTANT:
+        raise PlanFileError(
+            f"{name}: tracing made a constant of {tensor.nbytes} bytes; at most {LARGEST_CONSTANT} are saved"
+        )
+    plain = tensor.detach().cpu().contiguous()
+    return {"data": base64.b64encode(plain.reshape(-1).view(torch.uint8).numpy().tobytes()).decode("ascii")}
+
+
+def _decode_constant(value: Any, layout: Layout, place: str) -> torch.Tensor:
+    elements = 1
+    for n in layout.shape:
+        elements *= n
+    nbytes = elements * layout.dtype.itemsize
+    if max(nbytes, layout.nbytes) > LARGEST_CONSTANT:
+        raise PlanFileError(f"{place}: a constant of {max(nbytes, layout.nbytes)} bytes; at most {LARGEST_CONSTANT}")
+    text = text_of(value, place)
+    try:
+        data = bytearray(base64.b64decode(text, validate=True))
+    except ValueError as error:  # binascii.Error is one, and what is not ASCII another
+        raise refused(place, "text in base64", value) from error
+    if len(data) != nbytes:
+        raise PlanFileError(f"{place}: expected {nbytes} bytes, got {len(data)}")
+    if layout.dtype is torch.bool and not set(data) <= {0, 1}:
+        raise PlanFileError(f"{place}: expected bytes of 0 and 1")
+    flat = torch.frombuffer(data, dtype=layout.dtype) if data else torch.empty(0, dtype=layout.dtype)
+    return laid_out(flat.view(layout.shape).to(layout.device), layout.stride)
+
+
+def _own_layout(tensors: Mapping[str, torch.Tensor], name: str, place: str) -> Layout:
+    if name not in tensors:
+        raise refused(place, "the name of a tensor of the model", name)
+    if is_traceable_wrapper_subclass(tensors[name]):
+        raise PlanFileError(
+            f"{place}: {name} is made of other tensors (quantised?): its plan cannot be saved or loaded"
+        )
+    return layout_of(tensors[name])
+
+
+def _leaf_layout(leaf: Any, said: Layout, place: str) -> Layout:
+    """The layout of a leaf; strides of dimensions of one element, which signatures leave out, as the file has them."""
+    if not isinstance(leaf, tuple):
+        raise refused(place, "the index of an argument that is a tensor", leaf)
+    shape, stride, dtype, device = leaf
+    if said.shape == shape:
+        stride = tuple(other if n == 1 else s for n, s, other in zip(shape, stride, said.stride, strict=True))
+    return Layout(shape, stride, dtype, device)
+
+
+def _check_same(found: Any, said: Any, place: str) -> None:
+    if found != said:
+        told = [one_line(", ".join(map(str, v)) if isinstance(v, list) else v) for v in (found, said)]
+        raise PlanFileError(f"{place}: expected {told[0]}, got {told[1]}")
+
+
+def _result(value: Any, decoder: _Decoder, place: str) -> Any:
+    """An output of the model: a tensor or a plain value."""
+    result = decode_value(value, decoder._facts.devices, place, decoder.nodes)
+    if isinstance(result, fx.Node):
+        if not isinstance(result.meta["val"], torch.Tensor):
+            raise refused(place, "one tensor", value)
+    elif result is not None and not isinstance(result, (bool, int, float, str)):
+        raise refused(place, "a tensor or a plain value", value)
+    return result
+
+
+def _site_outputs(
+    graph: fx.Graph, facts: ModelFacts, sites: tuple[str, ...], place: str
+) -> tuple[tuple[fx.Node, ...], ...]:
+    columns = site_columns(facts.model, sites)
+    try:
+        return find_site_outputs(graph, sites, lambda path: columns.get(without_call_suffix(path)))
+    except CaptureError as error:
+        raise PlanFileError(f"{place}: {error}") from error

@@ -1,0 +1,234 @@
+"""Which operators a saved graph may hold, and whether the arguments of one fit its schema.
+
+The hazard: a plan file names operators and their arguments, and its graph becomes Python source and compiled kernels.
+An operator that is not on the list could read files, memory that is not its arguments', or memory that nothing was
+written to; a keyword that is no argument of the schema would be pasted into the source as it stands.
+
+The list is an allow-list. Element-wise operators are on it by torch's own tag: they read and write element by element.
+All others were read one by one: each computes tensors from its arguments alone and checks shapes and indices itself. So
+these are not on it:
+
+- `empty`, `new_empty`, ...: their values are whatever was in memory before (a graph that holds one is saved with zeros
+  in its place);
+- `as_strided`, `_reinterpret_tensor`, `set_`, `resize_`, ...: they address memory by numbers;
+- `_unsafe_index`, `upsample_*` with scales, `embedding_bag`, ...: some implementation trusts an index that it is given;
+- `instance_norm`, `native_batch_norm`, ...: they write to running statistics, which their schemas do not say
+  (`batch_norm` is on the list for inference only);
+- whatever draws random numbers, has a size that depends on values, or returns something other than tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from harmonica_rt.errors import PlanFileError
+from harmonica_rt.model.training_mode import draws_numbers
+from harmonica_rt.planfile.json_fields import LARGEST_INTEGER
+from harmonica_rt.untrusted.text import quoted
+
+GETITEM = "operator.getitem"
+
+_NAME = re.compile(r"(aten|harmonica)\.(\w+)\.(\w+)", re.ASCII)
+_TEXT = re.compile(r"[\w .,>-]{0,100}", re.ASCII)  # `tanh`, `trunc`, the equation of an einsum
+
+_VIEWS = """
+_unsafe_view alias broadcast_to chunk contiguous detach diagonal expand expand_as flatten lift_fresh_copy mT moveaxis
+movedim narrow numpy_T permute ravel reshape reshape_as select slice split split_with_sizes squeeze swapaxes swapdims
+t tensor_split transpose unbind unflatten unfold unsafe_chunk unsafe_split unsafe_split_with_sizes unsqueeze view
+view_as view_as_complex view_as_real
+"""
+_COPIES = """
+_to_copy block_diag cat clone column_stack concat concatenate constant_pad_nd copy diag_embed dstack flip hstack
+lift_fresh masked_fill meshgrid pad pixel_shuffle pixel_unshuffle repeat repeat_interleave roll rot90 select_scatter
+slice_scatter stack tile to tril triu type_as vstack where
+"""
+_MADE = """
+arange eye fill full full_like linspace logspace new_full new_ones new_zeros ones ones_like scalar_tensor tril_indices
+triu_indices zeros zeros_like
+"""
+_REDUCTIONS = """
+all amax amin aminmax any argmax argmin argsort count_nonzero cummax cummin cumprod cumsum linalg_norm
+linalg_vector_norm logcumsumexp logsumexp max mean min norm prod sort std std_mean sum topk var var_mean
+"""
+_PRODUCTS = """
+addbmm addmm addmv baddbmm bilinear bmm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
+convolution cross dot einsum inner kron linalg_cross linalg_qr linear matmul mm mv outer scaled_dot_product_attention
+tensordot vdot
+"""
+_LAYERS = """
+_fused_rms_norm _log_softmax _safe_softmax _softmax adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+avg_pool1d avg_pool2d avg_pool3d batch_norm cosine_similarity dropout glu group_norm layer_norm
+log_sigmoid log_softmax max_pool1d max_pool2d max_pool3d native_group_norm native_layer_norm normalize
+pairwise_distance prelu reflection_pad1d reflection_pad2d reflection_pad3d relu6 replication_pad1d replication_pad2d
+replication_pad3d rms_norm softmax softmin special_softmax
+"""
+_INDEXED = """
+embedding gather index index_add index_copy index_fill index_put index_select one_hot scatter scatter_add
+scatter_reduce take take_along_dim
+"""
+_ELEMENTWISE = """
+__and__ __or__ _conj abs absolute addcdiv addcmul angle bitwise_and bitwise_not bitwise_or bitwise_xor bucketize ceil
+clamp clamp_max clamp_min clip complex conj conj_physical deg2rad diff div divide elu eq erf exp exp2 expm1
+float_power floor floor_divide fmod ge gelu greater greater_equal gt hardswish hardtanh imag isclose isfinite isinf
+isnan le leaky_relu lerp less less_equal log logical_and logical_not logical_or logical_xor lt maximum minimum mul
+multiply nan_to_num ne neg negative not_equal polar positive pow rad2deg real reciprocal relu remainder resolve_conj
+resolve_neg round rsqrt rsub sigmoid sign silu softplus special_expit sqrt square sub subtract tanh threshold
+true_divide trunc
+"""
+_ATEN = frozenset(" ".join((_VIEWS, _COPIES, _MADE, _REDUCTIONS, _PRODUCTS, _LAYERS, _INDEXED, _ELEMENTWISE)).split())
+_ZEROS = {
+    "aten.empty.memory_format": "aten.zeros.default",
+    "aten.empty_like.default": "aten.zeros_like.default",
+    "aten.new_empty.default": "aten.new_zeros.default",
+}
+# Sizes of these depend on values for some arguments (a mask, no number of classes), which inference then refuses.
+_SIZED = (torch.ops.aten.index.Tensor, torch.ops.aten.one_hot.default)
+_HARMONICA = frozenset(("gated_residual", "residual_reuse", "residual_reuse_norm_modulate"))
+
+
+def name_of(node: fx.Node) -> str:
+    """The name of the node's operator in a file; the one for zeros where the node leaves its values open.
+
+    Raises:
+        PlanFileError: it calls something that a plan file may not hold.
+    """
+    if node.target is operator.getitem:
+        return GETITEM
+    if not isinstance(node.target, torch._ops.OpOverload):
+        raise PlanFileError(f"{node.name}: a graph that calls {node.target} cannot be saved")
+    name = _ZEROS.get(str(node.target), str(node.target))
+    operator_of(name, node.name)
+    return name
+
+
+def operator_of(name: str, place: str) -> Any:
+    """The operator of this name, of those that a saved graph may hold.
+
+    Raises:
+        PlanFileError: there is none in this torch, or it does more than a saved graph may.
+    """
+    if name == GETITEM:
+        return operator.getitem
+    try:
+        return _operator(name)
+    except PlanFileError as error:
+        raise PlanFileError(f"{place}: {error}") from error
+
+
+@functools.lru_cache(maxsize=2048)
+def _operator(name: str) -> torch._ops.OpOverload:
+    parts = _NAME.fullmatch(name)
+    if parts is None:
+        raise PlanFileError(f"{quoted(name)} is not the name of an operator of aten or harmonica")
+    namespace, packet, overload = parts.groups()
+    if namespace == "harmonica":
+        import harmonica_kernels  # noqa: F401  # registers them
+    found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
+    if not isinstance(found, torch._ops.OpOverload):
+        raise PlanFileError(f"this torch ({torch.__version__}) has no operator {quoted(name)}")
+    listed = packet in (_HARMONICA if namespace == "harmonica" else _ATEN) or torch.Tag.pointwise in found.tags
+    if not listed or not _computes_only(found):
+        raise PlanFileError(f"the operator {name} is not among those that a saved plan may hold")
+    return found
+
+
+def _computes_only(target: torch._ops.OpOverload) -> bool:
+    """Whether an operator writes to no argument and returns tensors and nothing else."""
+    schema = target._schema
+    if schema.is_mutable or any(argument.is_out for argument in schema.arguments) or not schema.returns:
+        return False
+    return all(str(result.type) in ("Tensor", "List[Tensor]") for result in schema.returns)
+
+
+def check_arguments(target: Any, args: Sequence[Any], kwargs: dict[str, Any], place: str) -> None:
+    """Raise PlanFileError where arguments do not fit the operator's schema in number, order, name or type.
+
+    They have to be as tracing writes them: those that may be given by position are. Nodes among them carry the values
+    that they stand for.
+    """
+    if target is operator.getitem:
+        _check_getitem(args, kwargs, place)
+        return
+    by_position = [argument for argument in target._schema.arguments if not argument.kwarg_only]
+    by_name = {argument.name for argument in target._schema.arguments if argument.kwarg_only}
+    if len(args) > len(by_position):
+        raise PlanFileError(f"{place}: {target} takes {len(by_position)} arguments by position, got {len(args)}")
+    for name in kwargs:
+        if name not in by_name:
+            raise PlanFileError(f"{place}: {target} takes no argument {quoted(name)} by name")
+    given = {**{argument.name: value for argument, value in zip(by_position, args, strict=False)}, **kwargs}
+    for argument in target._schema.arguments:
+        if argument.name not in given:
+            if not argument.has_default_value():
+                raise PlanFileError(f"{place}: {target} needs the argument {argument.name!r}")
+        elif not _fits(given[argument.name], argument.real_type, argument.N):
+            value = quoted(given[argument.name])
+            raise PlanFileError(f"{place}: {target}: {argument.name} is a {argument.real_type}, got {value}")
+    if by_position and by_position[0].type.kind() == "TensorType" and not isinstance(args[0], fx.Node):
+        between_two = torch.Tag.pointwise in target.tags and any(isinstance(value, fx.Node) for value in args)
+        if not between_two:  # as `1 + x` is
+            raise PlanFileError(f"{place}: {target} takes a tensor first, got {quoted(args[0])}")
+
+
+def check_node(node: fx.Node, place: str) -> None:
+    """Raise PlanFileError where a node draws random numbers, has a size that depends on values, or trains."""
+    tags: Any = getattr(node.target, "tags", ())
+    if torch.Tag.dynamic_output_shape in tags and node.target not in _SIZED:
+        raise PlanFileError(f"{place}: {node.target} gives a size that depends on values; no saved plan holds one")
+    if node.target is torch.ops.aten.batch_norm.default and node.args[5] is not False:
+        raise PlanFileError(f"{place}: {node.target} writes to its statistics in training; no saved plan holds that")
+    if draws_numbers(node):
+        raise PlanFileError(f"{place}: {node.target} draws random numbers; no saved plan holds any")
+
+
+def _check_getitem(args: Sequence[Any], kwargs: dict[str, Any], place: str) -> None:
+    values = args[0].meta["val"] if len(args) == 2 and isinstance(args[0], fx.Node) else None
+    if kwargs or not isinstance(values, (list, tuple)) or type(args[1]) is not int or not 0 <= args[1] < len(values):
+        raise PlanFileError(f"{place}: {GETITEM} takes a node of several values and the index of one of them")
+
+
+def _fits(value: Any, kind: Any, length: int | None) -> bool:
+    """Whether a value is of a type of a schema; of a list with a fixed length one number may stand for all."""
+    name = kind.kind()
+    if name == "OptionalType":
+        return value is None or _fits(value, kind.getElementType(), length)
+    if name == "ListType":
+        if isinstance(value, (list, tuple)):
+            return all(_fits(item, kind.getElementType(), None) for item in value)
+        return length is not None and type(value) is int and _fits(value, kind.getElementType(), None)
+    return name in _KINDS and _KINDS[name](value)
+
+
+def _is_tensor(value: Any) -> bool:
+    """A tensor, or a number in the place of one: `x * 0.5` is traced as an operator of two tensors."""
+    return isinstance(value.meta["val"], torch.Tensor) if isinstance(value, fx.Node) else _is_number(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return type(value) is int and -LARGEST_INTEGER <= value <= LARGEST_INTEGER
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (bool, float)) or _is_integer(value)
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "TensorType": _is_tensor,
+    "IntType": _is_integer,
+    "SymIntType": _is_integer,
+    "FloatType": lambda value: isinstance(value, float) or _is_integer(value),
+    "NumberType": _is_number,
+    "BoolType": lambda value: isinstance(value, bool),
+    "StringType": lambda value: isinstance(value, str) and _TEXT.fullmatch(value) is not None,
+    "ScalarTypeType": lambda value: isinstance(value, torch.dtype),
+    "LayoutType": lambda value: value is torch.strided,
+    "DeviceObjType": lambda value: isinstance(value, torch.device),
+    "MemoryFormatType": lambda value: isinstance(value, torch.memory_format),
+}

@@ -1,0 +1,138 @@
+"""A plan as JSON: its graph, the signature it is for, and where its slots lie. Weights stay with the model.
+
+What can be worked out again from the graph and the schedule (step programs, lifetimes, sizes of slots) is not in it,
+and what can be worked out from the model (the order of arguments, their roles) is compared with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from harmonica_rt.call.call import Call, CallConvention, PlainValue, Signature
+from harmonica_rt.call.roles import Role, roles
+from harmonica_rt.errors import InvariantError, PlanFileError, SignatureError
+from harmonica_rt.graph.layout_inference import Inference, Layout
+from harmonica_rt.plan.invariants import check_plan
+from harmonica_rt.plan.plan import Plan, build_plan
+from harmonica_rt.planfile import graph_record as saved_graph
+from harmonica_rt.planfile.graph_record import ModelFacts
+from harmonica_rt.planfile.json_fields import fields_of, integers_of, items_of, refused, text_of
+from harmonica_rt.planfile.trees import decode_tree, encode_tree
+from harmonica_rt.planfile.values import decode_layout, decode_value, encode_layout, encode_value
+from harmonica_rt.schedule import Schedule
+
+_AUTOCAST = {"cpu": (torch.bfloat16, torch.float16), "cuda": (torch.bfloat16, torch.float16)}
+
+
+def encode(plan: Plan, signature: Signature, leaf_roles: tuple[Role, ...], facts: ModelFacts) -> dict[str, Any]:
+    """The plan as plain JSON values.
+
+    Raises:
+        PlanFileError: its graph or its signature has no such form, or it could not be loaded again.
+    """
+    record = {
+        "signature": {
+            "tree": encode_tree(signature.spec),
+            "leaves": [_encode_leaf(leaf, facts) for leaf in signature.leaves],
+            "autocast": [[device, encode_value(dtype, facts.devices)] for device, dtype in signature.autocast],
+        },
+        "roles": [role.value for role in leaf_roles],
+        "graph": saved_graph.encode(plan.captured, facts),
+        "slot_offsets": [slot.offset for slot in plan.table.slots],
+    }
+    try:
+        decode(record, plan.schedule, facts)
+    except PlanFileError as error:
+        raise PlanFileError(f"this plan could not be loaded again, so it is not saved ({error})") from error
+    return record
+
+
+def decode(
+    record: Any, schedule: Schedule, facts: ModelFacts, place: str = "plan"
+) -> tuple[Plan, Signature, tuple[Role, ...]]:
+    """What `encode` was given; the schedule is kept elsewhere.
+
+    Args:
+        record: from `encode`, or from a file that anyone may have written.
+        schedule: the plan's.
+        facts: of the model that it is to run on.
+        place: of the record, for messages.
+
+    Raises:
+        PlanFileError: not what `encode` wrote for this model and schedule.
+    """
+    entry = fields_of(record, place, ("signature", "roles", "graph", "slot_offsets"))
+    call = _decode_signature(entry["signature"], facts, f"{place}.signature")
+    leaf_roles = roles(call)
+    if [role.value for role in leaf_roles] != entry["roles"]:
+        raise refused(f"{place}.roles", str([role.value for role in leaf_roles]), entry["roles"])
+    captured = saved_graph.decode(entry["graph"], facts, call.signature, schedule.sites, f"{place}.graph")
+    offsets = integers_of(entry["slot_offsets"], f"{place}.slot_offsets")
+    try:
+        plan = build_plan(captured, schedule, offsets=offsets)
+        check_plan(plan)
+    except InvariantError as error:
+        raise PlanFileError(f"{place}: {error}") from error
+    return plan, call.signature, leaf_roles
+
+
+def _encode_leaf(leaf: Any, facts: ModelFacts) -> dict[str, Any]:
+    if isinstance(leaf, PlainValue):
+        return {"plain": encode_value(leaf.value, facts.devices)}
+    return encode_layout(Layout(*leaf), facts.devices)
+
+
+def _decode_leaf(value: Any, facts: ModelFacts, place: str) -> Any:
+    if not isinstance(value, dict) or "plain" not in value:
+        return tuple(decode_layout(value, facts.devices, place))
+    plain = decode_value(fields_of(value, place, ("plain",))["plain"], facts.devices, place)
+    if isinstance(plain, (list, tuple)):
+        raise refused(place, "a plain value", value)
+    return PlainValue(type(plain), plain)
+
+
+def _decode_signature(value: Any, facts: ModelFacts, place: str) -> Call:
+    """A call with the saved signature, normalised as those of the model are; its tensors have no values."""
+    entry = fields_of(value, place, ("tree", "leaves", "autocast"))
+    spec = decode_tree(entry["tree"], f"{place}.tree")
+    leaves = items_of(entry["leaves"], f"{place}.leaves")
+    signature = Signature(
+        spec,
+        tuple(_decode_leaf(leaf, facts, f"{place}.leaves[{i}]") for i, leaf in enumerate(leaves)),
+        _decode_autocast(entry["autocast"], facts, f"{place}.autocast"),
+    )
+    if spec.num_leaves != len(leaves):
+        raise refused(f"{place}.leaves", f"{spec.num_leaves} values, as the tree has", leaves)
+    inference = Inference(trial=False)
+    with inference.active():
+        values = [
+            leaf.value if isinstance(leaf, PlainValue) else inference.tensor(Layout(*leaf), f"{place}.leaves[{i}]")
+            for i, leaf in enumerate(signature.leaves)
+        ]
+    arguments = pytree.tree_unflatten(values, spec)
+    if type(arguments) is not dict:
+        raise refused(f"{place}.tree", "a dict of arguments by name", entry["tree"])
+    try:
+        with signature.in_its_autocast():
+            call = CallConvention(facts.model).normalise((), arguments)
+    except SignatureError as error:
+        raise PlanFileError(f"{place}: {error}") from error
+    if call.signature != signature:
+        raise PlanFileError(f"{place}: not the form that calls of the model have")
+    return call
+
+
+def _decode_autocast(value: Any, facts: ModelFacts, place: str) -> tuple[tuple[str, torch.dtype], ...]:
+    found = []
+    for i, pair in enumerate(items_of(value, place)):
+        if len(items_of(pair, f"{place}[{i}]")) != 2:
+            raise refused(f"{place}[{i}]", "a device and a dtype", pair)
+        device = text_of(pair[0], f"{place}[{i}]")
+        dtype = decode_value(pair[1], facts.devices, f"{place}[{i}]")
+        if dtype not in _AUTOCAST.get(device, ()) or (device == "cuda" and not torch.cuda.is_available()):
+            raise refused(f"{place}[{i}]", "a device and a dtype that autocast has here", pair)
+        found.append((device, dtype))
+    return tuple(found)

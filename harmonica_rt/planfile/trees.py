@@ -1,0 +1,118 @@
+"""Nested containers of calls and results as JSON.
+
+A file names classes of containers. Each is looked up among those that are imported already, without asking any module
+for an attribute that it would have to make, and has to be a named tuple, or a dict or dataclass that pytree knows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from types import ModuleType
+from typing import Any
+
+from torch.utils import _pytree as pytree
+
+from harmonica_rt.errors import PlanFileError
+from harmonica_rt.planfile.json_fields import fields_of, integer_of, items_of, refused, text_of
+from harmonica_rt.untrusted.text import quoted
+
+
+def encode_tree(spec: pytree.TreeSpec) -> Any:
+    """The structure as plain JSON values; leaves are their numbers.
+
+    Raises:
+        PlanFileError: another container than a list, tuple, dict with names, named tuple or registered dataclass.
+    """
+    return _encode(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))
+
+
+def decode_tree(value: Any, place: str = "tree") -> pytree.TreeSpec:
+    """The structure that `encode_tree` was given.
+
+    Raises:
+        PlanFileError: not what `encode_tree` wrote; a class that is not imported, or is no container.
+    """
+    leaves, spec = pytree.tree_flatten(_decode(value, place))
+    if leaves != list(range(len(leaves))):
+        raise refused(place, "leaves numbered in order", leaves)
+    return spec
+
+
+def _encode(tree: Any) -> Any:
+    kind = type(tree)
+    if kind is int:
+        return tree
+    if kind in (list, tuple):
+        return {kind.__name__: [_encode(item) for item in tree]}
+    if kind is dict and all(isinstance(key, str) for key in tree):
+        return {"dict": {key: _encode(item) for key, item in tree.items()}}
+    fields = _fields(tree)
+    if fields is None:
+        raise PlanFileError(f"a plan for calls or results with a {kind.__name__} cannot be saved")
+    return {"class": [kind.__module__, kind.__qualname__], "fields": {key: _encode(fields[key]) for key in fields}}
+
+
+def _fields(tree: Any) -> dict[str, Any] | None:
+    """The arguments that make an object of this class again; None where it is no container known to pytree."""
+    if not _is_container(type(tree)):
+        return None
+    if _is_named_tuple(type(tree)):
+        return dict(tree._asdict())
+    if isinstance(tree, dict):  # diffusers' and transformers' outputs are dicts of what they were given
+        return dict(tree) if all(isinstance(key, str) for key in tree) else None
+    return {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree) if field.init}
+
+
+def _is_container(kind: type) -> bool:
+    """Whether objects of a class are made of their fields, and pytree can take them apart."""
+    if _is_named_tuple(kind):
+        return True
+    return kind in pytree.SUPPORTED_NODES and (issubclass(kind, dict) or dataclasses.is_dataclass(kind))
+
+
+def _is_named_tuple(kind: type) -> bool:
+    """Whether a class is a named tuple itself, whose constructor does nothing but to hold its fields."""
+    return kind.__bases__ == (tuple,) and isinstance(vars(kind).get("_fields"), tuple)
+
+
+def _decode(value: Any, place: str) -> Any:
+    if not isinstance(value, dict):
+        return integer_of(value, place)
+    if "class" in value:
+        entry = fields_of(value, place, ("class", "fields"))
+        kind = _container(entry["class"], place)
+        fields = entry["fields"]
+        if not isinstance(fields, dict):
+            raise refused(f"{place}.fields", "an object", fields)
+        made = {key: _decode(item, f"{place}.{quoted(key)}") for key, item in fields.items()}
+        try:
+            return kind(**made)
+        except (TypeError, ValueError) as error:
+            raise refused(place, f"the fields of a {kind.__qualname__}", list(made)) from error
+    if len(value) != 1:
+        raise refused(place, "an object of one entry", value)
+    ((name, content),) = value.items()
+    if name == "dict":
+        if not isinstance(content, dict):
+            raise refused(place, "an object", content)
+        return {key: _decode(item, f"{place}.{quoted(key)}") for key, item in content.items()}
+    if name not in ("list", "tuple"):
+        raise refused(place, "a list, tuple, dict or class", name)
+    items = [_decode(item, f"{place}[{i}]") for i, item in enumerate(items_of(content, place))]
+    return items if name == "list" else tuple(items)
+
+
+def _container(value: Any, place: str) -> Any:
+    names = [text_of(name, place) for name in items_of(value, place)]
+    if len(names) != 2:
+        raise refused(place, "a module and the name of a class in it", value)
+    found: Any = sys.modules.get(names[0])
+    for name in names[1].split("."):
+        # not getattr: modules may import others when they are asked for a name
+        found = vars(found).get(name) if isinstance(found, (ModuleType, type)) else None
+    if not isinstance(found, type) or not _is_container(found):
+        raise PlanFileError(
+            f"{place}: {quoted('.'.join(names))} is no container that is imported here; import it before loading"
+        )
+    return found

@@ -1,0 +1,178 @@
+"""Plain values of graphs and signatures as JSON: numbers, names of torch, devices, references to nodes.
+
+A device is saved as its type alone, so that a plan moves with its model: `cuda` is the device that the model's tensors
+of this type lie on when the plan is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from harmonica_rt.errors import PlanFileError
+from harmonica_rt.graph.layout_inference import Layout
+from harmonica_rt.planfile.json_fields import (
+    LARGEST_INTEGER,
+    fields_of,
+    integer_of,
+    integers_of,
+    items_of,
+    refused,
+    text_of,
+)
+
+
+def _names_of(kind: type) -> dict[str, Any]:
+    return {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, kind)}
+
+
+# By name. Looked up here and not in torch itself, where asking for a name may import something.
+_NAMED: dict[str, dict[str, Any]] = {
+    "dtype": _names_of(torch.dtype),
+    "layout": _names_of(torch.layout),
+    "memory_format": _names_of(torch.memory_format),
+}
+_FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+
+
+class Devices:
+    """The devices that a plan of one model may name.
+
+    Args:
+        tensors: the model's parameters and buffers.
+
+    Raises:
+        PlanFileError: they lie on several devices of one type.
+    """
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        self._by_type = {"cpu": torch.device("cpu")}
+        for device in dict.fromkeys(tensor.device for tensor in tensors):
+            if self._by_type.setdefault(device.type, device) != device:
+                raise PlanFileError(
+                    f"the model lies on several devices ({self._by_type[device.type]}, {device}): no plan of it can be "
+                    "saved or loaded"
+                )
+
+    def name_of(self, device: torch.device) -> str:
+        """The name of a device in a file.
+
+        Raises:
+            PlanFileError: it is none of the model's.
+        """
+        own = self._by_type.get(device.type)
+        if own is None or (device.type != "cpu" and device != own):
+            raise PlanFileError(f"the plan holds values on {device}, where the model does not lie: it cannot be saved")
+        return device.type
+
+    def named(self, value: Any, place: str) -> torch.device:
+        """The device of that name."""
+        if not isinstance(value, str) or value not in self._by_type:
+            raise refused(place, f"a device that the model lies on ({', '.join(self._by_type)})", value)
+        return self._by_type[value]
+
+
+def encode_value(value: Any, devices: Devices, numbers: Mapping[fx.Node, int] | None = None) -> Any:
+    """Plain values as they are; everything else as an object of one entry that says what it is.
+
+    Args:
+        value: an argument of a node, or a leaf of a call.
+        devices: those of the model.
+        numbers: of the nodes that it may refer to.
+
+    Raises:
+        PlanFileError: it has no such form.
+    """
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, int) and abs(value) <= LARGEST_INTEGER:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"float": str(value)}
+    if isinstance(value, fx.Node) and numbers is not None and value in numbers:
+        return {"node": numbers[value]}
+    if isinstance(value, (list, tuple)):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [encode_value(item, devices, numbers) for item in value]}
+    if isinstance(value, torch.device):
+        if value.index is None and value.type != "cpu":
+            return {"current_device": value.type}
+        return {"device": devices.name_of(value)}
+    for kind, known in _NAMED.items():
+        name = str(value).removeprefix("torch.")
+        if known.get(name) is value:
+            return {kind: name}
+    raise PlanFileError(f"a plan that holds a {type(value).__name__} cannot be saved")
+
+
+def decode_value(value: Any, devices: Devices, place: str, nodes: Sequence[fx.Node] = ()) -> Any:
+    """What `encode_value` was given; `nodes` are those that it may refer to.
+
+    Raises:
+        PlanFileError: not what `encode_value` wrote.
+    """
+    if value is None or isinstance(value, (bool, str, float)):
+        return value
+    if isinstance(value, int):
+        return integer_of(value, place, least=-LARGEST_INTEGER)
+    if not isinstance(value, dict) or len(value) != 1:
+        raise refused(place, "a number, a string, or an object of one entry", value)
+    ((kind, content),) = value.items()
+    if kind == "node":
+        return nodes[integer_of(content, place, most=len(nodes) - 1)]
+    if kind in ("list", "tuple"):
+        items = [decode_value(item, devices, f"{place}[{i}]", nodes) for i, item in enumerate(items_of(content, place))]
+        return items if kind == "list" else tuple(items)
+    if kind == "device":
+        return devices.named(content, place)
+    if kind == "current_device":
+        return torch.device(devices.named(content, place).type)
+    if kind == "float":
+        return _one_of(_FLOATS, content, place)
+    return named(kind, content, place)
+
+
+def named(kind: str, name: Any, place: str) -> Any:
+    """`torch.float32` of `("dtype", "float32")` and the like.
+
+    Raises:
+        PlanFileError: there is no such thing.
+    """
+    if kind not in _NAMED:
+        raise refused(place, f"one of {', '.join(_NAMED)}", kind)
+    return _one_of(_NAMED[kind], name, place)
+
+
+def _one_of(known: Mapping[str, Any], name: Any, place: str) -> Any:
+    if text_of(name, place) not in known:
+        raise refused(place, f"one of {', '.join(known)}", name)
+    return known[name]
+
+
+def encode_layout(layout: Layout, devices: Devices) -> dict[str, Any]:
+    """The layout as an object."""
+    return {
+        "shape": list(layout.shape),
+        "stride": list(layout.stride),
+        "dtype": str(layout.dtype).removeprefix("torch."),
+        "device": devices.name_of(layout.device),
+    }
+
+
+def decode_layout(value: Any, devices: Devices, place: str) -> Layout:
+    """What `encode_layout` was given.
+
+    Raises:
+        PlanFileError: not what it wrote.
+    """
+    entry = fields_of(value, place, ("shape", "stride", "dtype", "device"))
+    shape = integers_of(entry["shape"], f"{place}.shape")
+    stride = integers_of(entry["stride"], f"{place}.stride")
+    if len(shape) != len(stride):
+        raise refused(f"{place}.stride", f"{len(shape)} numbers", entry["stride"])
+    dtype = named("dtype", entry["dtype"], f"{place}.dtype")
+    return Layout(shape, stride, dtype, devices.named(entry["device"], f"{place}.device"))

@@ -1,0 +1,134 @@
+"""The reference: the plain model, run eagerly, with the outputs of reused sites replaced. No graph, no plan.
+
+It is the truth that compiled programs are held against, and what runs where a model cannot be captured. So it favours
+being obviously right over being fast: what it caches is cloned when stored and when handed out, in case the model goes
+on to change it in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from harmonica_rt.call.call import Call
+from harmonica_rt.capture.sites import check_site_result
+from harmonica_rt.changes import Changes, in_this_thread
+from harmonica_rt.engine import RunKey
+from harmonica_rt.errors import SiteError
+from harmonica_rt.indices import SiteIndex, StepIndex
+from harmonica_rt.model.forward import own_forward
+from harmonica_rt.model.watch import ModelState, ModelWatch
+from harmonica_rt.schedule import Schedule
+from harmonica_rt.schedule.sites import check_sites
+
+
+class ReferenceEngine:
+    """Makes streams that run `model` itself; `watch` is of that model, where there is one already."""
+
+    looks_late = False
+
+    def __init__(self, model: nn.Module, schedule: Schedule, watch: ModelWatch | None = None) -> None:
+        self._model = model
+        self._schedule = schedule
+        self._watch = watch or ModelWatch(model)
+
+    def state(self, call: Call) -> ModelState:
+        """See `Engine.state`."""
+        return self._watch.look()
+
+    def begin_run(self, key: RunKey | None = None) -> None:
+        """Nothing is kept between runs."""
+        self._watch.begin_run()
+
+    def new_stream(self, call: Call) -> ReferenceStream:
+        """A stream with nothing stored.
+
+        Raises:
+            SiteError: the model has lost a site.
+        """
+        check_sites(self._model, self._schedule.sites)
+        return ReferenceStream(self._model, self._schedule, self._watch)
+
+
+class ReferenceStream:
+    """A stream whose cache is a dict: site -> the outputs of its calls in one forward (a module may run twice)."""
+
+    def __init__(self, model: nn.Module, schedule: Schedule, watch: ModelWatch) -> None:
+        self._model = model
+        self._schedule = schedule
+        self._watch = watch
+        self.cache: dict[SiteIndex, list[Any]] = {}
+
+    def begin(self) -> None:
+        """See `Stream.begin`."""
+        self.cache.clear()
+
+    def end(self) -> None:
+        """See `Stream.end`: nothing was taken on trust."""
+
+    def run(self, step: StepIndex, call: Call, *, catch_up: bool) -> Any:
+        """See `Stream.run`."""
+        row = self._schedule.compute[step]
+        reuse = set() if catch_up else {SiteIndex(i) for i, computed in enumerate(row) if not computed}
+        fresh: dict[SiteIndex, list[Any]] = {}
+        changes = Changes()
+        with changes, changes:
+            _replace_sites(self._model, self._schedule.sites, reuse, self.cache, fresh, changes)
+            output = own_forward(self._model)(**call.kwargs)
+        self.cache.update({site: outputs for site, outputs in fresh.items() if outputs})
+        self._watch.accept()  # tables that a model makes at its first call are no change by others
+        return output
+
+
+def _replace_sites(
+    model: nn.Module,
+    sites: tuple[str, ...],
+    reuse: set[SiteIndex],
+    cache: dict[SiteIndex, list[Any]],
+    fresh: dict[SiteIndex, list[Any]],
+    changes: Changes,
+) -> None:
+    """Until `changes` are undone, calls of reused sites return `cache`, and those of all other sites go to `fresh`."""
+    for index, name in enumerate(sites):
+        site, module = SiteIndex(index), model.get_submodule(name)
+        plain = module.__dict__.get("_compiled_call_impl") or module._call_impl
+        if site in reuse:
+            call: Callable[..., Any] = _Reused(cache.get(site, []))
+        else:
+            call = _Recorded(module, fresh.setdefault(site, []), plain)
+        changes.set(module.__dict__, "_compiled_call_impl", in_this_thread(call, plain))
+
+
+class _Reused:
+    """Stands in for a site's call: its k-th call in a forward hands out its k-th cached output."""
+
+    def __init__(self, outputs: list[Any]) -> None:
+        self._outputs = iter(outputs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for output in self._outputs:
+            return _cloned(output)
+        raise SiteError("a site ran more often in this forward than in the one that stored its outputs")
+
+
+class _Recorded:
+    """Runs a site and keeps a copy of what it returns."""
+
+    def __init__(self, module: nn.Module, kept: list[Any], call: Callable[..., Any]) -> None:
+        self._module = module
+        self._call = call
+        self._kept = kept
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._call(*args, **kwargs)
+        check_site_result(self._module, args, kwargs, output)
+        self._kept.append(_cloned(output))
+        return output
+
+
+def _cloned(output: Any) -> Any:
+    return pytree.tree_map_only(torch.Tensor, torch.clone, output)

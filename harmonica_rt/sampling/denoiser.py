@@ -1,0 +1,142 @@
+"""A denoiser that runs under a schedule: called like the model, over any engine."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from harmonica_rt.call.call import CallConvention
+from harmonica_rt.changes import Changes
+from harmonica_rt.engine import Engine
+from harmonica_rt.errors import HarmonicaError
+from harmonica_rt.model.forward import own_forward
+from harmonica_rt.model.hooks import call_with_hooks
+from harmonica_rt.reference_engine import ReferenceEngine
+from harmonica_rt.sampling.session import Session
+from harmonica_rt.schedule import Schedule
+from harmonica_rt.wrappers import unwrapped, wrappers
+
+C = TypeVar("C", bound=Callable[..., Any])
+
+
+def _outside_dynamo(call: C) -> C:
+    """`call`, left alone by torch.compile: a plan is compiled already, and a trace would bake the state of a run in.
+
+    Dynamo traces the one branch, and stops there. Without it nothing of it is imported or run: `torch.compiler.disable`
+    takes notes in a dict of the whole process while another thread exports a model, and fails where two threads do.
+    """
+    untraced: list[Callable[..., Any]] = []
+
+    @functools.wraps(call)
+    def outer(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_dynamo_compiling():
+            return call(*args, **kwargs)
+        if not untraced:
+            untraced.append(torch.compiler.disable(call))
+        return untraced[0](*args, **kwargs)
+
+    return outer  # type: ignore[return-value]
+
+
+class Denoiser(Session):
+    """The model under a schedule. Everything but the call (config, dtype, parameters(), ...) is the model's own.
+
+    Of a wrapped model `model` is the one inside and `given` the wrapper, whose attributes it has. It passes for the
+    model where a class is asked for, because pipelines save, move and offload what is a module of the class that they
+    know. Attributes that are set on it are set on `given`.
+    """
+
+    def __init__(self, given: nn.Module, schedule: Schedule, engine: Engine) -> None:
+        model: nn.Module = unwrapped(given)
+        super().__init__(type(model).__name__, schedule, engine)
+        self.model, self.given = model, given
+        self._convention = CallConvention(model)
+        self.__module__ = type(model).__module__  # with the class's name, what diffusers writes into a saved pipeline
+        self._complete = True
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The model's, for `isinstance`; `type()` tells the truth."""
+        return type(self.model) if "model" in self.__dict__ else type(self)
+
+    @_outside_dynamo
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One call of the denoiser, in the current step of the current run. Arguments and result are the model's.
+
+        A call from within another one (from a hook of the model) is the plain model's.
+
+        Raises:
+            RunError: the call cannot belong to the current run (steps used up, timesteps turned back, a failed run).
+            ScheduleMismatchError: the pipeline asked for another number of steps than the schedule has.
+            ConcurrentRunError: another thread is using this denoiser, or two loops take turns.
+            CaptureError: in strict mode, the model cannot be captured.
+        """
+        if self._turns.mine:
+            return call_with_hooks(self.model, own_forward(self.model), args, kwargs)
+        changes = Changes()
+        with changes, changes:
+            self._enter(changes)
+            forward = functools.partial(_with_hooks, self.model, self._forward)
+            for wrapper in () if self._following else reversed(wrappers(self.given)):
+                forward = functools.partial(_with_hooks, wrapper, forward)  # a pipeline calls the wrapper itself
+            return forward(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copies and pickles hold the model and the schedule: each makes runs of its own, in no pipeline."""
+        if not isinstance(self.engine, ReferenceEngine):
+            raise HarmonicaError(f"{self!r} cannot be copied or pickled while it is verified; copy its `model` instead")
+        return _reference_of, (type(self), self.given, self.schedule)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of a {type(self.model).__name__}, {self.schedule!r}>"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_complete" not in self.__dict__:
+            super().__setattr__(name, value)
+        elif name in ("model", "given", "schedule", "engine"):
+            raise HarmonicaError(
+                f"the {name} of a compiled model is fixed; compile the model or the pipeline again for another one"
+            )
+        elif name in self.__dict__:
+            super().__setattr__(name, value)
+        else:
+            setattr(self.given, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__:
+            super().__delattr__(name)
+        else:
+            delattr(self.given, name)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "given" not in self.__dict__:
+            raise AttributeError(name)
+        value = getattr(self.given, name)
+        owner = getattr(value, "__self__", None)
+        if not isinstance(value, MethodType) or not (owner is self.given or owner is self.model) or name == "forward":
+            return value
+
+        @functools.wraps(value.__func__)
+        def method(self: Denoiser, *args: Any, **kwargs: Any) -> Any:
+            """`to`, `half`, `eval` and the like return the module itself: here, that is this denoiser."""
+            result = value(*args, **kwargs)
+            return self if result is owner else result
+
+        return MethodType(method, self)  # dynamo takes the methods of a module for bound ones
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = self._convention.normalise(args, kwargs)
+        return self._call(call, lambda: own_forward(self.model)(*args, **kwargs))
+
+
+def _with_hooks(model: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return call_with_hooks(model, inner, args, kwargs)
+
+
+def _reference_of(kind: type[Denoiser], given: nn.Module, schedule: Schedule) -> Denoiser:
+    return kind(given, schedule, ReferenceEngine(unwrapped(given), schedule))

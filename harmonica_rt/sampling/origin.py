@@ -1,0 +1,285 @@
+"""Who makes a call: the run that is under way, or somebody else who has the same model.
+
+Nothing in a call says so. After a run that was broken off, a training step or a metric calls the denoiser too, and must
+not be taken for the run's next call. The stack tells: calls of a run come from the function that began it. That is the
+`__call__` of the pipeline, or in a loop of one's own the function that set the timesteps. A run is over when that
+function has returned; a call from elsewhere, or through a callback that the pipeline was given, is not the run's. Where
+a loop of one's own sets its timesteps in a function that has returned before the first call, or at the top of a script,
+there is nothing to go by, and every call counts as the run's.
+
+A frame cannot be referred to weakly, and holding one would keep alive all that its function and its callers hold. Nor
+does its address do: memory is used again. So a mark is put among the local variables of the frame, as debuggers do; it
+goes when the frame goes.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import weakref
+from collections.abc import Iterable, Iterator
+from types import CodeType, FrameType
+from typing import Any
+
+from torch import nn
+
+from harmonica_rt.errors import RunError
+from harmonica_rt.model.walk import referent
+from harmonica_rt.sampling.run import Run
+
+MAX_FUNCTIONS = 8  # that are remembered of a loop whose run another function began
+
+_MARK = "_harmonica_run"
+_LIBRARIES = ("harmonica_rt", "diffusers", "torch", "contextlib")  # their functions only help to set timesteps
+
+
+class _Mark:
+    __slots__ = ("__weakref__",)
+
+
+class FrameMark:
+    """A frame that can be told again, and is not kept alive."""
+
+    def __init__(self, frame: FrameType) -> None:
+        mark = frame.f_locals.get(_MARK)
+        if mark is None:
+            mark = frame.f_locals[_MARK] = _Mark()
+        self._mark = weakref.ref(mark)
+        self._code = frame.f_code
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FrameMark) and not self.gone and self._mark() is other._mark()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def gone(self) -> bool:
+        """Whether its function has returned."""
+        return self._mark() is None
+
+    def is_of(self, frame: FrameType) -> bool:
+        """Whether this is the frame."""
+        return frame.f_code is self._code and not self.gone and frame.f_locals.get(_MARK) is self._mark()
+
+    def is_on_stack(self) -> bool:
+        """Whether its function is running, here or further up."""
+        return any(map(self.is_of, _callers()))
+
+
+class Origin:
+    """Where a run comes from.
+
+    Args:
+        scheduler: the one that drives it.
+        seen: whether it sets its timesteps now. Otherwise it did before, and a call of the model is under way.
+    """
+
+    def __init__(self, scheduler: Any, *, seen: bool = True) -> None:
+        frame = _pipeline_frame(scheduler)
+        self._in_pipeline = frame is not None
+        if frame is None and seen:
+            frame = _own_function()
+        self._mark = FrameMark(frame) if frame is not None else None
+        self._callbacks: frozenset[CodeType] = frozenset()
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a function to go by."""
+        return self._mark is not None
+
+    @property
+    def suspended(self) -> bool:
+        """Whether its function has neither returned nor is it running: a generator, or one of another thread."""
+        return self._mark is not None and not self._mark.gone and not self._mark.is_on_stack()
+
+    def same(self, other: Origin) -> bool:
+        """Whether both are one call of one function."""
+        return self._mark is not None and other._mark is not None and self._mark == other._mark
+
+    @property
+    def over(self) -> bool:
+        """Whether its function has returned, so that no call can be the run's any more."""
+        return self._mark is not None and self._mark.gone
+
+    def settle(self, scheduler: Any) -> None:
+        """At the first call of the run, whose frame that call comes from is known at last."""
+        if self._mark is None or not self._mark.is_on_stack():
+            frame = _pipeline_frame(scheduler)
+            if frame is not None:
+                self._in_pipeline, self._mark = True, FrameMark(frame)
+            elif not self._in_pipeline:
+                self._mark = None
+        beneath: set[CodeType] = set()
+        for frame in _callers():
+            if self._mark is not None and self._mark.is_of(frame):
+                # Where the first call comes through a function that was passed in, so does the run itself.
+                self._callbacks = _callbacks(frame) if self._in_pipeline else frozenset()
+                self._callbacks -= beneath
+                return
+            beneath.add(frame.f_code)
+
+    def distance(self, scheduler: Any) -> int | None:
+        """How many functions lie between it and the call under way; None where the call comes from elsewhere.
+
+        That is also where a pipeline with another scheduler is in between, or a callback.
+        """
+        beneath: list[CodeType] = []
+        for frame in _callers():
+            if self._mark is not None and self._mark.is_of(frame):
+                return len(beneath) if self._callbacks.isdisjoint(beneath) else None
+            other = _scheduler_of(frame)
+            if other is not None and other is not scheduler:
+                return None
+            beneath.append(frame.f_code)
+        return len(beneath) if self._mark is None else None
+
+
+class ByHand:
+    """Runs that `reset()` begins: which calls are theirs.
+
+    Loops may take turns step by step, as generators and coroutines do: a run that was broken off while its loop was
+    halted must not go on. Where a run broke another one off, and its first call came from within the function that
+    called `reset()`, all of its calls must. A function that called `reset()` and made the calls, and was left in the
+    midst of them (by an error), has ended its run.
+    """
+
+    def __init__(self) -> None:
+        self._began: FrameMark | None = None  # the function that began the current run
+        self._loop: list[
+            FrameMark
+        ] = []  # functions that were running at every call so far; the former alone, if it was
+        self._calls = 0
+        self._bound = self._broke_off = False
+        self._left: list[FrameMark] = []  # functions whose runs were broken off while they were halted
+
+    def begins(self, before: Run | None) -> None:
+        """`reset()` begins a run, whatever became of the one before."""
+        self._broke_off = before is not None and not before.finished and not before.untouched
+        if self._broke_off:
+            self._left += self._loop
+        self._left = [left for left in self._left if not left.gone and not left.is_on_stack()]
+        frame = _own_function()
+        self._began = FrameMark(frame) if frame is not None else None
+        self._loop, self._calls, self._bound = [], 0, False
+
+    def makes_this_call(self, run: Run) -> bool:
+        """Whether the call under way is the run's.
+
+        Raises:
+            RunError: the run has ended with its function.
+        """
+        began, here = self._began, False
+        for frame in _callers():
+            if any(left.is_of(frame) for left in self._left):
+                return False
+            if began is not None and began.is_of(frame):
+                here = True
+                break
+        self._calls += 1
+        if run.untouched:
+            self._bound = here and self._broke_off
+            self._loop = [began] if here and began is not None else _functions_running()
+            return True
+        if self._calls > 2 and self._loop and all(mark.gone for mark in self._loop):
+            raise RunError(
+                f"the function that this run began in has returned, after {run.stats.calls} calls. Call reset() before "
+                "the next run; where several functions make the calls of one run, call it in the one that calls those"
+            )
+        running = [mark for mark in self._loop if mark.is_on_stack()]
+        if running or self._calls == 2:
+            self._loop = running
+        return here or not self._bound or began is None or began.gone
+
+
+def calling_objects() -> Iterator[Any]:
+    """The objects whose `__call__` is running, innermost first."""
+    return (found for frame in _callers() if (found := _called_object(frame)) is not None)
+
+
+def calling_scheduler() -> Any | None:
+    """The scheduler of the pipeline that makes the call under way; None for a loop of one's own."""
+    return next((found for frame in _callers() if (found := _scheduler_of(frame)) is not None), None)
+
+
+def pipeline_holding(component: object, callers: Iterable[Any]) -> Any | None:
+    """The first of `callers` that is a pipeline with `component` as one of its attributes."""
+    for caller in callers:
+        if _scheduler_in(caller) is not None and any(value is component for value in vars(caller).values()):
+            return caller
+    return None
+
+
+def _callers() -> Iterator[FrameType]:
+    """The frames on the stack, from the one that called this module outwards."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals is not globals():
+            yield frame
+        frame = frame.f_back
+
+
+def _called_object(frame: FrameType) -> Any | None:
+    """The object whose `__call__` a frame runs."""
+    code = frame.f_code
+    return frame.f_locals.get("self") if code.co_name == "__call__" and code.co_varnames[:1] == ("self",) else None
+
+
+def _scheduler_in(pipeline: Any) -> Any | None:
+    scheduler = getattr(pipeline, "__dict__", {}).get("scheduler")
+    return scheduler if callable(getattr(scheduler, "set_timesteps", None)) else None
+
+
+def _scheduler_of(frame: FrameType) -> Any | None:
+    """The scheduler of a pipeline, where the frame is a pipeline's `__call__`."""
+    return _scheduler_in(_called_object(frame))
+
+
+def _pipeline_frame(scheduler: Any) -> FrameType | None:
+    return next((frame for frame in _callers() if _scheduler_of(frame) is scheduler), None)
+
+
+def _own_function() -> FrameType | None:
+    """The function of the user's that is running; None at the top of a script."""
+    for frame in _callers():
+        if str(frame.f_globals.get("__name__")).partition(".")[0] not in _LIBRARIES:
+            return frame if frame.f_code.co_flags & inspect.CO_OPTIMIZED else None
+    return None
+
+
+def _functions_running() -> list[FrameMark]:
+    """The innermost functions of the user's that are running; none from beneath the top of a script."""
+    marks: list[FrameMark] = []
+    for frame in _callers():
+        if str(frame.f_globals.get("__name__")).partition(".")[0] in _LIBRARIES:
+            continue
+        if not frame.f_code.co_flags & inspect.CO_OPTIMIZED or len(marks) == MAX_FUNCTIONS:
+            break
+        marks.append(FrameMark(frame))
+    return marks
+
+
+def _callbacks(frame: FrameType) -> frozenset[CodeType]:
+    """The code of the functions that a running function was passed."""
+    code, variables = frame.f_code, frame.f_locals
+    extra = sum(bool(code.co_flags & flag) for flag in (inspect.CO_VARARGS, inspect.CO_VARKEYWORDS))
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + extra]
+    passed: list[Any] = []
+    for value in (variables.get(name) for name in names if name != "self"):
+        if type(value) in weakref.ProxyTypes:
+            value = referent(value)
+        passed += value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else [value]
+    return frozenset(found for value in passed if (found := _code_of(value)) is not None)
+
+
+def _code_of(value: Any) -> CodeType | None:
+    while isinstance(value, functools.partial):
+        value = value.func
+    if not callable(value) or isinstance(value, type):
+        return None
+    ways = (type(value).forward,) if issubclass(type(value), nn.Module) else (value, type(value).__call__)
+    for function in ways:
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        if isinstance(code, CodeType):
+            return code
+    return None

@@ -1,0 +1,208 @@
+"""Which step of a scheduler's run a call belongs to.
+
+As a rule the steps of the scheduler count: `scheduler.step` ends one. Loops of one's own may step a copy of the
+scheduler, integrate by themselves, or step once for each of several views, and then that count is wrong. What the model
+is given as timestep shows it: where it is that of the step before or after the one counted, the timesteps count from
+there on. Pipelines scale and reverse what the scheduler has, in a few ways, all of which are tried on the first call;
+where none fits, the timestep is in half precision, or it is on a GPU and not the scheduler's own, it tells nothing. If
+timesteps then move on while no step ends, the steps are lost: the rest of the run is computed plainly.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from harmonica_rt.call.call import Call
+from harmonica_rt.call.roles import Role, roles
+from harmonica_rt.errors import RunError
+from harmonica_rt.indices import StepIndex
+from harmonica_rt.sampling.notices import Notices
+from harmonica_rt.sampling.run import MAX_STREAMS, Run
+from harmonica_rt.sampling.scheduler import RunTimesteps
+
+log = logging.getLogger(__name__)
+
+COARSE = 1e-4  # of half precision, which rounds timesteps to those of other steps: nothing is told by it
+MAX_TIMESTEPS = 4  # different ones in one step; Runge-Kutta of fourth order evaluates at three
+
+
+class StepCount:
+    """Counts the steps of one run.
+
+    Args:
+        run: the run; its first step is set.
+        timesteps: of the scheduler; None where it tells none.
+        training_steps: of the scheduler, the largest timestep of most.
+        name: of the model, for messages.
+        notices: where to say what cannot be counted.
+    """
+
+    def __init__(
+        self, run: Run, timesteps: RunTimesteps | None, training_steps: float, name: str, notices: Notices
+    ) -> None:
+        self._run = run
+        self._timesteps = timesteps
+        self._told = _ToldByTimestep(timesteps, training_steps) if timesteps is not None else None
+        self._name = name
+        self._notices = notices
+        self._by_timesteps = False
+        self._lost = False
+        self._repeated = False  # the scheduler is in a step that was counted before
+        self._seen: set[float] = set()  # timesteps of the calls in this step
+        self._seen_in = run.step
+
+    def admits(self, call: Call) -> bool:
+        """Bring the run to the step of `call`; False where the call is in none, and is to be computed plainly."""
+        if self._lost:
+            return False
+        timestep = _timestep(call)
+        at = self._told.step_of(timestep, self._run.step) if self._told is not None and timestep is not None else None
+        if at is None:
+            self._look_for_moves(timestep)
+        elif at != self._run.step and not self._moved_to(at):
+            self._notices.say(
+                "timestep of another step",
+                "%s was called in step %d with the timestep of step %d: the call was computed plainly, nothing of it "
+                "was cached or reused",
+                self._name,
+                self._run.step,
+                at,
+            )
+            return False
+        if self._run.calls_in_step >= MAX_STREAMS:
+            self._lose()
+        return not self._lost
+
+    def step_begins(self, timestep: Any) -> None:
+        """The scheduler is stepped.
+
+        Raises:
+            RunError: with the timestep of another step.
+        """
+        run, timesteps = self._run, self._timesteps
+        self._repeated = False
+        if self._by_timesteps or self._lost or timesteps is None:
+            return
+        if not timesteps.belongs_to_another(timestep, run.step):
+            return
+        if run.calls_in_step == 0 and run.step > run.first:
+            self._repeated = not timesteps.belongs_to_another(timestep, run.step - 1)
+        if not self._repeated:
+            run.failed = True
+            raise RunError(
+                f"step {run.step} was stepped with timestep {float(timestep):g}, which belongs to another step: this "
+                "run leaves steps out, and its scheduler was not told. Where image-to-image begins at step k, call "
+                "scheduler.set_begin_index(k) before the first step; with a scheduler that has none, or for a run that "
+                "leaves out steps in its midst, or takes some twice, uncompile the pipeline"
+            )
+
+    def step_ends(self) -> None:
+        """The scheduler was stepped; the next call is in the next step, unless timesteps are what counts."""
+        if not self._by_timesteps and not self._lost and not self._repeated:
+            self._run.advance()
+
+    def _moved_to(self, at: int) -> bool:
+        """Whether the run is in the step `at` now, because steps were counted wrongly before."""
+        run = self._run
+        if at == run.step + 1 and (run.calls_in_step or self._by_timesteps):
+            run.advance()
+        elif at == run.step - 1 and not run.calls_in_step and not self._by_timesteps and at >= run.first:
+            run.go_back()
+        else:
+            return False
+        if not self._by_timesteps:
+            self._by_timesteps = True
+            log.info("%s: steps are counted by timesteps, not by its scheduler's", self._name)
+        return True
+
+    def _look_for_moves(self, timestep: torch.Tensor | None) -> None:
+        """Nothing is known of the step of a call; but in one step timesteps do not go on and on."""
+        if timestep is None or timestep.device.type != "cpu":
+            return
+        if self._seen_in != self._run.step:
+            self._seen, self._seen_in = set(), self._run.step
+        self._seen.add(float(timestep.double().sum()))
+        if len(self._seen) > MAX_TIMESTEPS:
+            self._lose()
+
+    def _lose(self) -> None:
+        self._lost = True
+        self._run.abandon()
+        self._notices.say(
+            "steps not counted",
+            "%s was called again and again while its pipeline's scheduler stayed in step %d, so its steps cannot be "
+            "counted: the rest of this run is uncached, and so is every run like it. To have steps counted, call "
+            "set_timesteps once per run and step once per step on the pipeline's own scheduler (not on a copy of it), "
+            "or compile the model itself and call it once per step, with reset() before each run",
+            self._name,
+            self._run.step,
+        )
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """`offset + factor * t` is what a model is given for a scheduler's timestep `t`."""
+
+    offset: float
+    factor: float
+
+    def index(self, value: float, known: list[float], eps: float) -> int | None:
+        """The one timestep that `value` stands for; None for none, or several."""
+        found = [i for i, t in enumerate(known) if self.fits(value, t, eps)]
+        return found[0] if len(found) == 1 else None
+
+    def fits(self, value: float, t: float, eps: float) -> bool:
+        """Whether `value` stands for `t`, up to the rounding of the larger of the two numbers that it was made of."""
+        return abs(self.offset + self.factor * t - value) <= eps * max(abs(self.offset), abs(self.factor * t))
+
+
+class _ToldByTimestep:
+    """Tells steps by the timesteps that a model is given."""
+
+    def __init__(self, timesteps: RunTimesteps, training_steps: float) -> None:
+        n = training_steps
+        self._timesteps = timesteps
+        self._known: list[float] = timesteps.known.tolist()
+        self._first = True  # the first call tells which scales are possible
+        # As in DiT; in Flux and SD3's relatives; in Mochi; in Lumina2 and Z-Image
+        self._scales = [_Scale(0, 1), _Scale(0, 1 / n), _Scale(n, -1), _Scale(1, -1 / n)]
+
+    def step_of(self, timestep: torch.Tensor, step: StepIndex) -> int | None:
+        """The step whose timestep this is; None where nothing can be told."""
+        if step >= len(self._known):
+            return None
+        if timestep.device.type != "cpu":
+            index = self._timesteps.position(timestep)
+            return step if index is None or self._known[index] == self._known[step] else index
+        value = _single_value(timestep)
+        if value is None:
+            return None
+        # Two roundings, of half a unit each: of the timestep, and of what was made of it.
+        eps = torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
+        if eps > COARSE:
+            return None
+        here = [scale for scale in self._scales if scale.fits(value, self._known[step], eps)]
+        first, self._first = self._first, False
+        if here or first:
+            self._scales = here
+        if here:
+            return step
+        found = {scale.index(value, self._known, eps) for scale in self._scales}
+        return found.pop() if len(found) == 1 else None
+
+
+def _timestep(call: Call) -> torch.Tensor | None:
+    for role, leaf in zip(roles(call), call.leaves, strict=True):
+        if role is Role.TIMESTEP and isinstance(leaf, torch.Tensor) and leaf.numel():
+            return leaf
+    return None
+
+
+def _single_value(timestep: torch.Tensor) -> float | None:
+    """What all elements are; None where they differ, as where frames have timesteps of their own."""
+    first = timestep.flatten()[0]
+    return float(first) if bool((timestep == first).all()) else None

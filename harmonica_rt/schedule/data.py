@@ -1,0 +1,125 @@
+"""What a schedule holds, checked: `bool[steps, sites]`, True = compute, False = reuse, and what it was made for.
+
+The hazard: a schedule that is nearly right - a site less, a row out of order, a first step that reads what no
+step wrote - still runs and gives a wrong image. So one is checked when it is made, by whatever way, and
+cannot change after.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harmonica_rt.errors import ScheduleError
+from harmonica_rt.schedule.checks import (
+    check_compute,
+    check_number,
+    check_scores_shape,
+    check_sites,
+    check_timesteps,
+)
+from harmonica_rt.schedule.producers import site_kind
+from harmonica_rt.schedule.provenance import MadeBy, ModelInfo, SamplerInfo
+from harmonica_rt.untrusted.text import one_line, quoted
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ScheduleData:
+    """The entries of a schedule and its provenance; `Schedule` adds the ways to make, read and write one.
+
+    Attributes:
+        compute: bool `[steps, sites]`, True = compute, False = reuse; read-only.
+        sites: dotted module paths in execution order.
+        model: the model it was made for.
+        sampler: the sampler it was made for.
+        timesteps: the sampler's timesteps, one per step. Provenance only; a schedule fits by its number of
+            steps.
+        guidance: the guidance scale it was made for.
+        made_by: the method that made it.
+
+    Raises:
+        ScheduleError: naming the field, what was expected, what came, and what to do.
+    """
+
+    compute: NDArray[np.bool_]
+    sites: tuple[str, ...]
+    model: ModelInfo | None = None
+    sampler: SamplerInfo | None = None
+    timesteps: tuple[float, ...] | None = None
+    guidance: float | None = None
+    made_by: MadeBy | None = None
+
+    def __post_init__(self) -> None:
+        compute, sites = check_compute(self.compute), check_sites(self.sites)
+        steps = len(compute)
+        if compute.shape[1] != len(sites):
+            raise ScheduleError(
+                f"compute: expected one column per site, got {compute.shape[1]} columns for {len(sites)} sites"
+            )
+        if not compute[0].all():
+            first = [site for site, computes in zip(sites, compute[0], strict=True) if not computes]
+            raise ScheduleError(
+                f"compute: step 0 reuses {len(first)} of {len(sites)} sites ({quoted(first[0])} first), but "
+                f"nothing is stored before it; make every entry of step 0 compute"
+            )
+        set_ = object.__setattr__
+        # frombuffer over bytes: unlike setflags(write=False), nobody can make it writable again
+        set_(self, "compute", np.frombuffer(compute.tobytes(), dtype=np.bool_).reshape(compute.shape))
+        set_(self, "sites", sites)
+        for field, kind in (("model", ModelInfo), ("sampler", SamplerInfo), ("made_by", MadeBy)):
+            value = getattr(self, field)
+            if value is not None and not isinstance(value, kind):
+                raise ScheduleError(f"{field}: expected a {kind.__name__} or None, got {type(value).__name__}")
+        if self.timesteps is not None:
+            set_(self, "timesteps", check_timesteps(self.timesteps, steps))
+        if self.guidance is not None:
+            set_(self, "guidance", check_number(self.guidance, "guidance"))
+        if self.made_by is not None and self.made_by.scores is not None:
+            check_scores_shape(self.made_by.scores, compute.shape)
+
+    @property
+    def steps(self) -> int:
+        """Number of steps (NFE)."""
+        return int(self.compute.shape[0])
+
+    @property
+    def cur(self) -> float:
+        """Cache utilisation ratio: reused entries / all entries, 0 ... 1."""
+        return float(1.0 - self.compute.mean())
+
+    def cur_per_step(self) -> NDArray[np.float64]:
+        """CUR of each step, `[steps]`."""
+        shares: NDArray[np.float64] = self.compute.mean(axis=1, dtype=np.float64)
+        return 1.0 - shares
+
+    def cur_per_kind(self) -> dict[str, float]:
+        """CUR of each kind of site (`attn1`, `ff`, ...: the last name in its path), as they first appear."""
+        kinds = [site_kind(site) for site in self.sites]
+        return {kind: float(1.0 - self.compute[:, [k == kind for k in kinds]].mean()) for kind in dict.fromkeys(kinds)}
+
+    @property
+    def patterns(self) -> int:
+        """Number of distinct rows, the all-compute row among them."""
+        return len(np.unique(self.compute, axis=0))
+
+    def __eq__(self, other: object) -> bool:
+        return self._key() == other._key() if isinstance(other, ScheduleData) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # through the constructor, so that copies and unpickled schedules are read-only as well
+        return type(self), (np.array(self.compute), *self._key()[2:])
+
+    def __repr__(self) -> str:
+        made = f", made by {one_line(self.made_by.method)}" if self.made_by else ""
+        return f"<{type(self).__name__} {self.steps} steps x {len(self.sites)} sites, CUR {self.cur:.2%}{made}>"
+
+    def _key(self) -> tuple[object, ...]:
+        shape, mask = self.compute.shape, self.compute.tobytes()
+        rest = (self.sites, self.model, self.sampler, self.timesteps, self.guidance, self.made_by)
+        return (shape, mask, *rest)

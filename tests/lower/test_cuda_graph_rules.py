@@ -1,0 +1,53 @@
+"""What a CUDA graph cannot hold, told from fake tensors on devices that this machine need not have."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from harmonica_rt import Schedule, find_sites
+from harmonica_rt.call.call import CallConvention
+from harmonica_rt.capture.capture import capture
+from harmonica_rt.lower.cuda_graph_rules import obstacle
+from harmonica_rt.plan.plan import build_plan
+from harmonica_rt.plan.specialise import StepGraph
+from tests.models import stack, stack_call
+
+FIRST, SECOND = torch.device("cuda:0"), torch.device("cuda:1")
+
+
+@pytest.fixture
+def step() -> StepGraph:
+    """The step graph of a model that lies on `cuda:0` as a whole."""
+    model = stack()
+    captured = capture(model, CallConvention(model).normalise((), stack_call(0)), find_sites(model))
+    step = build_plan(captured, Schedule.all_compute(steps=2, sites=find_sites(model))).programs[0]
+    move(step, FIRST)
+    return step
+
+
+def move(step: StepGraph, device: torch.device, after: int = 0) -> None:
+    """Say that the nodes from the given one on lie on another device."""
+    with FakeTensorMode():
+        for node in list(step.graph.nodes)[after:]:
+            value = node.meta.get("val")
+            if isinstance(value, torch.Tensor):
+                node.meta["val"] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+
+
+def test_one_gpu_is_no_obstacle(step: StepGraph) -> None:
+    assert obstacle(step, FIRST) is None
+
+
+def test_a_model_over_two_gpus_is(step: StepGraph) -> None:
+    move(step, SECOND, after=len(step.graph.nodes) - 3)
+    for recorded_on in (FIRST, SECOND):
+        reason = obstacle(step, recorded_on)
+        assert reason is not None
+        assert "a graph holds the work of one device" in reason
+
+
+def test_another_gpu_than_the_pools_is(step: StepGraph) -> None:
+    move(step, SECOND)
+    assert "lies on cuda:1, other values on cuda:0" in (obstacle(step, FIRST) or "")
