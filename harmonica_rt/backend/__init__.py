@@ -23,7 +23,6 @@ from harmonica_rt.model.refusals import check_capturable
 from harmonica_rt.pipelines.fit import check_fit, warn_about_sampler
 from harmonica_rt.pipelines.install import follower_of, held_denoiser, installed
 from harmonica_rt.sampling.denoiser import Denoiser
-from harmonica_rt.sampling.scheduler import listener_of
 
 P = TypeVar("P")
 
@@ -73,7 +72,7 @@ def harmonica(graph: fx.GraphModule, example_inputs: list[Any], **given: Any) ->
 def _session(model: nn.Module, options: BackendOptions) -> GraphSession:
     of_model = _sessions.setdefault(model, {})
     if options not in of_model:
-        of_model[options] = GraphSession(type(model).__name__, options)
+        of_model[options] = GraphSession(model, options)
     return of_model[options]
 
 
@@ -102,11 +101,6 @@ def attach(compiled: Any) -> Any:
     if isinstance(compiled, nn.Module):
         return _session_of(compiled)
     session = _session_of(held_denoiser(compiled))
-    before = listener_of(compiled.scheduler)
-    if isinstance(before, GraphSession) and before is not session:
-        before.leave(compiled)
-        if not before.pipelines:
-            before.detach()
     warn_about_sampler(compiled, session.schedule)
     session.attach(compiled)
     return compiled

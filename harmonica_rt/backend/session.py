@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from harmonica_rt.arguments import check_schedule
 from harmonica_rt.call.call import Call, Signature
@@ -22,11 +24,15 @@ from harmonica_rt.execute.plan_cache import PlanKey, Plans
 from harmonica_rt.model.tensors import TensorNote, same_objects
 from harmonica_rt.model.watch import KNOWN_STATES
 from harmonica_rt.options import CompileOptions
+from harmonica_rt.pipelines.fit import warn_about_sampler
 from harmonica_rt.plan.plan import build_plan
 from harmonica_rt.report import Report
+from harmonica_rt.sampling.scheduler import listener_of
 from harmonica_rt.sampling.session import Session
+from harmonica_rt.sampling.settling import SettlingSession
 from harmonica_rt.schedule import Schedule
 from harmonica_rt.untrusted.text import described
+from harmonica_rt.wrappers import unwrapped
 
 NAME = "harmonica"
 
@@ -63,14 +69,40 @@ class BackendOptions:
         return cls(schedule, CompileOptions(**rest))
 
 
-class GraphSession(Session):
+class GraphSession(SettlingSession):
     """The runs of one torch.compile'd model: `reset()` begins the next one, `report()` tells what the last one did."""
 
     engine: GraphEngine
     undone_by = "harmonica_rt.attach(pipe.transformer).detach()"
 
-    def __init__(self, model_name: str, options: BackendOptions) -> None:
-        super().__init__(model_name, options.schedule, GraphEngine(model_name, options))
+    def __init__(self, model: nn.Module, options: BackendOptions) -> None:
+        name = type(model).__name__
+        self._model = weakref.ref(model)  # a session goes when its model does
+        self._alone = False  # whether it was told to leave all pipelines alone
+        super().__init__(name, options.schedule, GraphEngine(name, options))
+
+    def attach(self, pipeline: Any) -> None:
+        """See `Session.attach`; in the place of another session of this backend, where one follows the pipeline."""
+        before = listener_of(pipeline.scheduler)
+        if isinstance(before, GraphSession) and before is not self:
+            before.leave(pipeline)
+            if not before.pipelines:
+                Session.detach(before)
+        self._alone = False
+        super().attach(pipeline)
+
+    def detach(self) -> None:
+        """See `Session.detach`; no pipeline is followed again until it is attached."""
+        self._alone = True
+        super().detach()
+
+    def _stands_for(self, value: object) -> bool:
+        free = not self._alone and not self._following
+        return free and isinstance(value, nn.Module) and unwrapped(value) is self._model()
+
+    def _settle(self, pipeline: Any) -> None:
+        warn_about_sampler(pipeline, self.schedule)
+        self.attach(pipeline)
 
     def call(self, call: GraphCall) -> Any:
         """Run the plan in the place of the graph; what the graph would return.

@@ -18,7 +18,7 @@ import functools
 import inspect
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import CodeType, FrameType
 from typing import Any
 
@@ -28,9 +28,8 @@ from harmonica_rt.errors import RunError
 from harmonica_rt.model.walk import referent
 from harmonica_rt.sampling.run import Run
 
-MAX_FUNCTIONS = 8  # that are remembered of a loop whose run another function began
-
 _MARK = "_harmonica_run"
+_HALTED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _LIBRARIES = ("harmonica_rt", "diffusers", "torch", "contextlib")  # their functions only help to set timesteps
 
 
@@ -141,15 +140,15 @@ class ByHand:
     Loops may take turns step by step, as generators and coroutines do: a run that was broken off while its loop was
     halted must not go on. Where a run broke another one off, and its first call came from within the function that
     called `reset()`, all of its calls must. A function that called `reset()` and made the calls, and was left in the
-    midst of them (by an error), has ended its run.
+    midst of them (by an error), has ended its run. Where `reset()` was called elsewhere (in a cell of a notebook, in a
+    helper), nothing tells, and every call counts.
     """
 
     def __init__(self) -> None:
         self._began: FrameMark | None = None  # the function that began the current run
-        self._loop: list[
-            FrameMark
-        ] = []  # functions that were running at every call so far; the former alone, if it was
+        self._within = True  # whether all calls so far came from within it
         self._calls = 0
+        self._loop: list[FrameMark] = []  # what was running at the first call and may be halted, or what began the run
         self._bound = self._broke_off = False
         self._left: list[FrameMark] = []  # functions whose runs were broken off while they were halted
 
@@ -161,7 +160,7 @@ class ByHand:
         self._left = [left for left in self._left if not left.gone and not left.is_on_stack()]
         frame = _own_function()
         self._began = FrameMark(frame) if frame is not None else None
-        self._loop, self._calls, self._bound = [], 0, False
+        self._loop, self._calls, self._within, self._bound = [], 0, True, False
 
     def makes_this_call(self, run: Run) -> bool:
         """Whether the call under way is the run's.
@@ -176,19 +175,16 @@ class ByHand:
             if began is not None and began.is_of(frame):
                 here = True
                 break
-        self._calls += 1
         if run.untouched:
             self._bound = here and self._broke_off
-            self._loop = [began] if here and began is not None else _functions_running()
-            return True
-        if self._calls > 2 and self._loop and all(mark.gone for mark in self._loop):
+            self._loop = [began] if here and began is not None else _may_be_halted()
+        elif self._within and self._calls > 1 and began is not None and began.gone:
             raise RunError(
-                f"the function that this run began in has returned, after {run.stats.calls} calls. Call reset() before "
-                "the next run; where several functions make the calls of one run, call it in the one that calls those"
+                f"the function that called reset() and made the calls of this run has returned, after {self._calls} "
+                "calls. Call reset() before the next run; where several functions make the calls of one run, call it "
+                "in the one that calls those"
             )
-        running = [mark for mark in self._loop if mark.is_on_stack()]
-        if running or self._calls == 2:
-            self._loop = running
+        self._calls, self._within = self._calls + 1, self._within and here
         return here or not self._bound or began is None or began.gone
 
 
@@ -202,10 +198,10 @@ def calling_scheduler() -> Any | None:
     return next((found for frame in _callers() if (found := _scheduler_of(frame)) is not None), None)
 
 
-def pipeline_holding(component: object, callers: Iterable[Any]) -> Any | None:
-    """The first of `callers` that is a pipeline with `component` as one of its attributes."""
+def calling_pipeline(holds: Callable[[object], bool], callers: Iterable[Any]) -> Any | None:
+    """The first of `callers` that is a pipeline one of whose attributes `holds` says yes to."""
     for caller in callers:
-        if _scheduler_in(caller) is not None and any(value is component for value in vars(caller).values()):
+        if _scheduler_in(caller) is not None and any(map(holds, vars(caller).values())):
             return caller
     return None
 
@@ -247,15 +243,15 @@ def _own_function() -> FrameType | None:
     return None
 
 
-def _functions_running() -> list[FrameMark]:
-    """The innermost functions of the user's that are running; none from beneath the top of a script."""
+def _may_be_halted() -> list[FrameMark]:
+    """The generators and coroutines of the user's that are running.
+
+    No others are marked: on Pythons before 3.13 a look at a frame's variables keeps them alive until it returns.
+    """
     marks: list[FrameMark] = []
     for frame in _callers():
-        if str(frame.f_globals.get("__name__")).partition(".")[0] in _LIBRARIES:
-            continue
-        if not frame.f_code.co_flags & inspect.CO_OPTIMIZED or len(marks) == MAX_FUNCTIONS:
-            break
-        marks.append(FrameMark(frame))
+        if str(frame.f_globals.get("__name__")).partition(".")[0] not in _LIBRARIES and frame.f_code.co_flags & _HALTED:
+            marks.append(FrameMark(frame))
     return marks
 
 

@@ -36,10 +36,13 @@ def pipeline() -> Any:
 
 
 # flux: true guidance calls twice per step, and its forward is wrapped
+@pytest.mark.parametrize("attached", [True, False])
 @pytest.mark.parametrize(
     ("family", "in_place", "steps"), [("dit", False, 20), ("pixart-alpha", True, STEPS), ("flux", False, STEPS)]
 )
-def test_three_runs_give_the_images_of_compile_from_one_graph(family: str, in_place: bool, steps: int) -> None:
+def test_three_runs_give_the_images_of_compile_from_one_graph(
+    family: str, in_place: bool, steps: int, attached: bool
+) -> None:
     chosen = families()[family]
     pipeline = chosen.build()
     pipeline.set_progress_bar_config(disable=True)
@@ -50,7 +53,8 @@ def test_three_runs_give_the_images_of_compile_from_one_graph(family: str, in_pl
         images.append([sample(pipeline, steps, seed, **chosen.guided) for seed in range(3)])
         hrt.uncompile(pipeline)
     compile_in(pipeline, schedule, in_place=in_place)
-    assert hrt.attach(pipeline) is pipeline
+    if attached:
+        assert hrt.attach(pipeline) is pipeline
     counters.clear()
     images.append([sample(pipeline, steps, seed, **chosen.guided) for seed in range(3)])
     np.testing.assert_array_equal(images[0], images[1])
@@ -75,9 +79,11 @@ def test_another_scheduler_is_followed(pipeline: Any) -> None:
     np.testing.assert_array_equal(got, sample(pipeline, STEPS, **CALL))
 
 
-def test_another_number_of_steps_is_an_error(pipeline: Any) -> None:
+@pytest.mark.parametrize("attached", [True, False])
+def test_another_number_of_steps_is_an_error(pipeline: Any, attached: bool) -> None:
     compile_in(pipeline, random_schedule(pipeline.transformer, STEPS), in_place=True)
-    hrt.attach(pipeline)
+    if attached:
+        hrt.attach(pipeline)
     with pytest.raises(ScheduleMismatchError, match="the schedule is for 4 steps, the pipeline asked for 5"):
         sample(pipeline, STEPS + 1, **CALL)
     sample(pipeline, STEPS, **CALL)
@@ -99,7 +105,8 @@ def test_a_call_outside_of_a_run_is_the_plain_model(pipeline: Any) -> None:
     assert hrt.attach(pipeline.transformer).report().last_calls == STEPS
 
 
-def test_attaching_again_follows_what_was_compiled_last(pipeline: Any) -> None:
+@pytest.mark.parametrize("attached", [True, False])
+def test_what_was_compiled_last_is_followed(pipeline: Any, attached: bool) -> None:
     first = random_schedule(pipeline.transformer, STEPS)
     second = random_schedule(pipeline.transformer, STEPS, seed=1)
     model = pipeline.transformer
@@ -107,13 +114,28 @@ def test_attaching_again_follows_what_was_compiled_last(pipeline: Any) -> None:
     for name, schedule in (("first", first), ("second", second)):
         pipeline.transformer = model
         compile_in(pipeline, schedule, in_place=False)
-        hrt.attach(pipeline)
+        if attached:
+            hrt.attach(pipeline)
         images[name] = sample(pipeline, STEPS, **CALL)
     assert not np.array_equal(images["first"], images["second"])
     hrt.attach(pipeline.transformer).detach()
     pipeline.transformer = model
     hrt.reference(pipeline, second)
     np.testing.assert_array_equal(images["second"], sample(pipeline, STEPS, **CALL))
+
+
+def test_a_detached_session_is_not_attached_again_by_itself(pipeline: Any) -> None:
+    compile_in(pipeline, random_schedule(pipeline.transformer, STEPS), in_place=False)
+    sample(pipeline, STEPS, **CALL)
+    session = hrt.attach(pipeline.transformer)
+    assert session.pipelines == [pipeline]
+    session.detach()
+    session.reset()
+    sample(pipeline, STEPS, **CALL)
+    assert session.pipelines == []
+    hrt.attach(pipeline)
+    sample(pipeline, STEPS, **CALL)
+    assert session.pipelines == [pipeline]
 
 
 def test_only_pipelines_compiled_with_it_are_attached(pipeline: Any) -> None:

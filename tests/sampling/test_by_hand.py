@@ -189,7 +189,7 @@ def test_a_function_that_was_left_in_mid_run_has_ended_it(denoiser: Any, done: i
     with pytest.raises(KeyboardInterrupt):
         broken_off()
     for _ in range(2):
-        with pytest.raises(RunError, match=f"has returned, after {done} calls. Call reset"):
+        with pytest.raises(RunError, match=f"made the calls of this run has returned, after {done} calls. Call reset"):
             denoiser(**stack_call(done))
     assert equal(whole(denoiser), expected)
 
@@ -212,6 +212,18 @@ def test_several_functions_may_make_the_calls_of_one_run(denoiser: Any) -> None:
     assert equal(begin() + some(range(1, 3)) + some(range(3, STEPS)), expected)
     denoiser.reset()
     assert equal(some(range(2)) + some(range(2, STEPS)), expected)
+
+
+def test_a_run_may_be_made_in_the_cells_of_a_notebook(denoiser: Any) -> None:
+    cells = [
+        "denoiser.reset(); outputs = [denoiser(**call(step)) for step in range(2)]",
+        "outputs += [denoiser(**call(step)) for step in range(2, 3)]",
+        "def rest():\n    return [denoiser(**call(step)) for step in range(3, 4)]\noutputs += rest()",
+    ]
+    expected, names = whole(denoiser), {"denoiser": denoiser, "call": stack_call}
+    for cell in cells:
+        exec(compile(cell, "cell", "exec"), names)
+    assert equal(names["outputs"], expected)
 
 
 def helped(denoiser: Any, shift: float = 0.0) -> Iterator[torch.Tensor]:

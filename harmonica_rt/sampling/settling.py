@@ -1,0 +1,54 @@
+"""A session that finds the pipeline it is called by, where nobody told it of one."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from harmonica_rt.call.call import Call
+from harmonica_rt.sampling.origin import Origin, calling_objects, calling_pipeline
+from harmonica_rt.sampling.session import Session
+
+
+class SettlingSession(Session):
+    """At the first call by a pipeline that holds what this session runs, it follows that pipeline from then on.
+
+    A pipeline that calls `reset` by itself counts its own steps, and is left alone.
+    """
+
+    def __init__(self, *given: Any) -> None:
+        self._counted_by: list[weakref.ref[Any]] = []  # pipelines that begin their runs by themselves
+        super().__init__(*given)
+
+    def reset(self, timesteps: Sequence[float] | torch.Tensor | None = None) -> None:
+        """See `Session.reset`."""
+        caller = calling_pipeline(self._stands_for, calling_objects())
+        if caller is not None and not self._begins_its_runs(caller):
+            self._counted_by = [*(one for one in self._counted_by if one() is not None), weakref.ref(caller)]
+        super().reset(timesteps)
+
+    def _stands_for(self, value: object) -> bool:
+        """Whether a pipeline that holds `value` holds what this session runs."""
+        return value is self
+
+    def _settle(self, pipeline: Any) -> None:
+        """Follow a pipeline that was found."""
+        raise NotImplementedError
+
+    def _begins_its_runs(self, pipeline: Any) -> bool:
+        return any(one() is pipeline for one in self._counted_by)
+
+    def _call(self, call: Call, uncached: Callable[[], Any]) -> Any:
+        if self._run is None or self._run.untouched or not self._following:
+            self._settle_in(list(calling_objects()))
+        return super()._call(call, uncached)
+
+    def _settle_in(self, callers: list[Any]) -> None:
+        """Follow the pipeline among `callers`; its run began, unseen, before this call."""
+        pipeline = calling_pipeline(self._stands_for, callers)
+        if pipeline is not None and not self._begins_its_runs(pipeline):
+            self._settle(pipeline)
+            self._begin_driven(pipeline.scheduler, Origin(pipeline.scheduler, seen=False))
