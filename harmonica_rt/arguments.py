@@ -6,6 +6,7 @@ fails inside, the message is about something that the caller never wrote.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import os
 from collections.abc import Iterable, Mapping
@@ -34,6 +35,8 @@ def check_schedule(given: object) -> None:
         remedy = "the model or pipeline comes first, the schedule second"
     elif isinstance(given, Mapping):
         remedy = "one schedule at a time; Schedule.load(path) reads the JSON of a file"
+    elif isinstance(getattr(given, "schedule", None), Schedule):
+        remedy = "it holds one: pass its `.schedule`"
     elif hasattr(given, "__array__"):
         remedy = "Schedule.from_array(mask, sites) makes one of a mask"
     raise ArgumentError(f"expected a harmonica_rt.Schedule, got {described(given)}; {remedy}")
@@ -41,10 +44,19 @@ def check_schedule(given: object) -> None:
 
 def check_subject(given: object) -> None:
     """Raise ArgumentError unless `given` is a model or a pipeline."""
-    if isinstance(given, nn.Module) or is_pipeline(given):
+    if isinstance(given, nn.Module):
+        return
+    if is_pipeline(given):
+        if not type(given).__weakrefoffset__:
+            raise ArgumentError(
+                f"{described(given)} cannot be followed; put the model and the scheduler into an object of a class of "
+                "your own, as its `transformer` and `scheduler`"
+            )
         return
     remedy = "pass the model, or a pipeline that has a scheduler"
-    if isinstance(given, type):
+    if getattr(given, "scheduler", given) is None:
+        remedy = "its scheduler is None, and a pipeline is followed by its scheduler"
+    elif isinstance(given, type):
         remedy = f"make an object of it, as with {given.__name__}.from_pretrained(...)"
     elif isinstance(given, Schedule):
         remedy = "the model or pipeline comes first, the schedule second"
@@ -115,6 +127,13 @@ def checked_calls(given: object, steps: int) -> list[Mapping[str, Any]]:
 def check_pipeline_arguments(pipeline: Any, given: Mapping[str, Any]) -> None:
     """Raise ArgumentError unless the pipeline can be called with these keyword arguments."""
     name, signature = type(pipeline).__name__, inspect.signature(type(pipeline).__call__)
+    parameters = signature.parameters.values()
+    unknown = [argument for argument in given if argument not in signature.parameters]
+    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        near = difflib.get_close_matches(unknown[0], signature.parameters, 1)
+        raise ArgumentError(
+            f"verify calls the pipeline, and {name} takes no {unknown[0]}" + (f"; it takes {near[0]}" if near else "")
+        )
     try:
         signature.bind(pipeline, **given)
     except TypeError as error:

@@ -6,6 +6,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers as d
@@ -63,6 +64,7 @@ NO_SCHEDULES: dict[str, tuple[Any, str]] = {
     "nothing": (None, r"got None; Schedule\.load\(path\) reads one"),
     "class": (hrt.Schedule, r"got the class Schedule itself; make one of it"),
     "list": ([1, 0], r"got a list; Schedule\.load\(path\) reads one"),
+    "result": (SimpleNamespace(schedule=hrt.Schedule.all_compute(steps=2, sites=["a"])), r"pass its `\.schedule`"),
     "model": (stack(), r"got a Stack; the model or pipeline comes first, the schedule second"),
 }
 TAKE_A_SCHEDULE: dict[str, Callable[[Any, Any], Any]] = {
@@ -94,6 +96,7 @@ NO_SUBJECTS: dict[str, tuple[Any, str]] = {
     "components": ({"transformer": stack()}, r"got a dict; pass one model or pipeline at a time"),
     "nothing": (None, r"got None"),
     "function": (len, r"got a builtin_function_or_method"),
+    "without scheduler": (SimpleNamespace(transformer=stack(), scheduler=None), r"its scheduler is None"),
 }
 TAKE_A_SUBJECT: dict[str, Callable[[Any, Any], Any]] = {
     "compile": hrt.compile,
@@ -112,6 +115,17 @@ def test_what_is_neither_model_nor_pipeline(schedule: hrt.Schedule, function: st
     value, message = NO_SUBJECTS[given]
     with pytest.raises(ArgumentError, match=rf"expected an nn\.Module or a diffusers pipeline, .*{message}"):
         TAKE_A_SUBJECT[function](value, schedule)
+
+
+def test_an_object_that_cannot_be_followed() -> None:
+    given = SimpleNamespace(transformer=stack(), scheduler=d.DDIMScheduler())
+    with pytest.raises(ArgumentError, match=r"a SimpleNamespace cannot be followed; put .* a class of your own"):
+        hrt.compile(given, hrt.Schedule.every(2, steps=4, sites=hrt.find_sites(given.transformer, patterns=SITES)))
+
+
+def test_verify_names_a_misspelt_argument(pipeline: Any, schedule: hrt.Schedule) -> None:
+    with pytest.raises(ArgumentError, match="DiTPipeline takes no class_label; it takes class_labels"):
+        hrt.verify(pipeline, schedule, class_label=[1], num_inference_steps=4)
 
 
 @pytest.mark.parametrize("function", ["compile", "reference", "verify"])
@@ -164,7 +178,7 @@ def test_options_of_the_wrong_kind(pipeline: Any, schedule: hrt.Schedule, option
         ({}, r"needs a harmonica_rt\.Schedule: torch\.compile\("),
         ("s.json", r"takes its options as a dict, got 's\.json'"),
         ([1], r"takes its options as a dict, got a list"),
-        ({"max_plans": 3}, r"has no option 'max_plans'; it has schedule, lowering, graphs, debug"),
+        ({"strict": True}, r"has no option 'strict'; it has schedule, lowering, graphs, max_plans, max_plan_bytes, debug"),
     ],
     ids=["none", "empty", "path", "list", "unknown"],
 )
@@ -201,7 +215,7 @@ def test_verify_takes_calls_as_dicts(compiled: hrt.CompiledModel, calls: Any, me
     ("arguments", "message"),
     [
         ({}, r"DiTPipeline cannot be called like this: missing a required argument: 'class_labels'"),
-        ({**CALL, "prompt": "a cat"}, r"cannot be called like this: got an unexpected keyword argument 'prompt'"),
+        ({**CALL, "prompt": "a cat"}, r"DiTPipeline takes no prompt"),
         ({**CALL, "calls": []}, r"calls=\[\.\.\.\] is for a model by itself"),
         ({**CALL, "seed": "x"}, r"seed is a whole number, got 'x'"),
         ({**CALL, "seed": 1.5}, r"seed is a whole number, got 1\.5"),

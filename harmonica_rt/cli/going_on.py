@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,8 @@ def how_to_go_on(stop: TrainingInterrupted, work: Path | None, out: Path) -> str
 
     Args:
         stop: the interruption.
-        work: the directory of its checkpoints; without one, what it learned is written to a new one beside `out`.
+        work: the directory of its checkpoints; without one, what it learned is written to a new one beside `out`, or
+            among the temporary files where that is not possible.
         out: where its schedule was to go.
 
     Raises:
@@ -29,7 +31,10 @@ def how_to_go_on(stop: TrainingInterrupted, work: Path | None, out: Path) -> str
 
     path, arguments = stop.path, sys.argv[1:]
     if path is None and stop.checkpoint is not None:
-        path = save_checkpoint(_new_directory(out), stop.checkpoint)
+        try:
+            path = save_checkpoint(_new_directory(out), stop.checkpoint)
+        except OSError:  # nothing can be written there
+            path = save_checkpoint(tempfile.mkdtemp(prefix=f"{out.stem}-"), stop.checkpoint)
         arguments = [*arguments, "--work", str(path.parent)]
     if path is not None:
         return f"interrupted after iteration {stop.iteration}, which is kept in {path}; to go on:\n{command(arguments)}"

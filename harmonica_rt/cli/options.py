@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,9 +77,18 @@ def writable(path: Path) -> Path:
     """The path, if a file can be put there: a run of minutes must not end at its last line."""
     if not path.parent.is_dir():
         raise typer.BadParameter(f"there is no directory {path.parent} to write {path.name} in")
-    if not os.access(path.parent, os.W_OK):
-        raise typer.BadParameter(f"the directory {path.parent} may not be written in")
+    if not path.exists() or path.is_file():  # and not a device or a pipe
+        _try_to_write_in(path.parent)
     return path
+
+
+def _try_to_write_in(folder: Path) -> None:
+    """Raise BadParameter where no file can be made in a folder; its mode does not tell all (/proc, a quota, root)."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise typer.BadParameter(f"the directory {folder} may not be written in ({error.strerror})") from error
 
 
 def writable_directory(path: Path | None) -> Path | None:
@@ -88,8 +97,7 @@ def writable_directory(path: Path | None) -> Path | None:
         there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         if not there.is_dir():
             raise typer.BadParameter(f"{there} is a file, so there can be no directory {path}")
-        if not os.access(there, os.W_OK):
-            raise typer.BadParameter(f"the directory {there} may not be written in")
+        _try_to_write_in(there)
     return path
 
 

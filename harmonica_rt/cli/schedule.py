@@ -104,7 +104,7 @@ def make(
     from harmonica_rt.schedule import Schedule
 
     if sum(option is not None for option in (every, random, mask)) != 1:
-        raise HarmonicaError("say one of --every K, --random CUR, --mask 1010...")
+        raise HarmonicaError("give exactly one of --every K, --random CUR and --mask 1010...")
     if mask is not None and steps not in (None, len(mask)):
         raise HarmonicaError(f"--mask has {len(mask)} entries, one for each step, and --steps says {steps}; drop one")
 

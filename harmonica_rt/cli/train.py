@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,7 @@ from harmonica_rt.cli.schedule import read
 from harmonica_rt.errors import HarmonicaError
 
 if TYPE_CHECKING:
+    from harmonica_rt.schedule import Schedule
     from harmonica_training import Conditions, TrainingResult
     from harmonica_training.progress import Progress
 
@@ -169,7 +172,7 @@ def train(
                 progress=Several(ConsoleProgress(), *_logs(work)),
             )
         if rank() == 0:
-            result.schedule.save(out)
+            _save(result.schedule, out, work)
             _print_result(result, out)
     except TrainingInterrupted as stop:
         if rank() == 0:
@@ -178,6 +181,25 @@ def train(
         raise typer.Exit(signals.exit_status(cause if isinstance(cause, KeyboardInterrupt) else stop)) from None
     finally:
         leave()
+
+
+def _save(schedule: Schedule, out: Path, work: Path | None) -> None:
+    """Write the schedule, elsewhere where it cannot be written to `out`: a training must not be lost.
+
+    Raises:
+        HarmonicaError: it was written elsewhere; the message says where.
+        OSError: it cannot be written anywhere.
+    """
+    try:
+        schedule.save(out)
+    except OSError as error:
+        name = f"{out.stem}-{os.getpid()}.json"
+        for folder in (work, Path.cwd(), Path(tempfile.gettempdir())):
+            with contextlib.suppress(OSError):
+                if folder is not None:
+                    schedule.save(folder / name)
+                    raise HarmonicaError(f"{out}: {error.strerror}; the schedule is in {folder / name}") from error
+        raise
 
 
 def _logs(work: Path | None) -> list[Progress]:

@@ -26,8 +26,10 @@ _DENOISER_NAMES = ("transformer", "unet", "denoiser")
 
 
 def is_pipeline(candidate: Any) -> bool:
-    """Whether this is a pipeline (something with a scheduler that steps) rather than a model."""
-    return not isinstance(candidate, nn.Module) and hasattr(candidate, "scheduler") and callable(candidate)
+    """Whether this is a pipeline, or whatever else holds a denoiser and the scheduler that it steps, not a model."""
+    if isinstance(candidate, (nn.Module, type)) or getattr(candidate, "scheduler", None) is None:
+        return False
+    return callable(candidate) or any(isinstance(getattr(candidate, name, None), nn.Module) for name in _DENOISER_NAMES)
 
 
 def denoiser_module(pipeline: Any) -> nn.Module:

@@ -179,8 +179,8 @@ class Run:
                 f"the schedule is for {self._schedule.steps} steps and they are over. Call reset() before the next "
                 f"run. {self.stats.calls} calls came, with {self._timesteps.moves + 1} timesteps: of a model compiled "
                 "by itself each call is a step. Where a step takes several calls (guidance), make them one call with a "
-                "larger batch, or compile an object that has the model as `transformer` and the scheduler as "
-                "`scheduler`: then set_timesteps begins a run and step ends a step"
+                "larger batch, or compile an object of a class of your own that has the model as `transformer` and the "
+                "scheduler as `scheduler`: then set_timesteps begins a run and step ends a step"
             )
         _check_no_gradient(call)
         self._timesteps.check(call, self.step)

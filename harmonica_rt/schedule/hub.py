@@ -42,6 +42,10 @@ def find_file(repo_or_dir: str | os.PathLike[str], filename: str, **download: An
     folder = Path(repo_or_dir)
     if folder.is_dir():
         return str(folder / filename)
+    if folder.exists():
+        raise ScheduleFileNotFoundError(f"{repo_or_dir}: expected a folder, and this is a file; Schedule.load reads it")
+    if len(folder.parts) > 2 or os.fspath(repo_or_dir).startswith((".", "~", os.sep)):
+        raise ScheduleFileNotFoundError(f"{repo_or_dir}: no such folder, and no repository's id (owner/name)")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
 

@@ -170,7 +170,7 @@ def test_names_are_never_cut(columns: str, model: Path, tmp_path: Path, monkeypa
 
 def test_schedule_make_wants_one_method(model: Path, tmp_path: Path) -> None:
     result = run("schedule", "make", model, tmp_path / "x.json", "--every", 2, "--random", 0.5)
-    assert "say one of --every" in str(result.exception)
+    assert "give exactly one of --every" in str(result.exception)
 
 
 def test_schedule_convert(tmp_path: Path) -> None:

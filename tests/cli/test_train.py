@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,10 @@ from typer.testing import CliRunner
 
 from harmonica_rt import Schedule
 from harmonica_rt.cli import app
+from harmonica_rt.cli.going_on import how_to_go_on
 from harmonica_rt.errors import HarmonicaError
+from harmonica_training import TrainConfig, TrainingInterrupted, train
+from harmonica_training.checkpoint import latest_checkpoint, load_checkpoint
 from tests import tiny
 from tests.training.test_trainer import dit
 
@@ -46,6 +50,39 @@ def test_trains_logs_and_goes_on(model: Path, tmp_path: Path) -> None:
     assert list((work / "log").glob("events.*"))
     told = run(str(model), str(out), *FEW, *labels)  # nothing is left to do, and the result is the same
     assert Schedule.load(out) == schedule
+
+
+def test_a_schedule_that_cannot_be_written_is_kept_elsewhere(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        HarmonicaError, match=r"/dev/full: No space left on device; the schedule is in (.*\.json)"
+    ) as said:
+        run(str(model), "/dev/full", *FEW, "--labels", "0,1", "--guidance", "1", "--target-cur", "0.4")
+    assert Schedule.load(str(said.value).rpartition(" ")[2]).cur == pytest.approx(0.4, rel=0.02)
+
+
+def test_where_nothing_can_be_written_is_said_before_anything_is_learned(model: Path) -> None:
+    result = CliRunner().invoke(app, ["train", str(model), "/proc/schedule.json", *FEW, "--target-cur", "0.4"])
+    assert result.exit_code == 2
+    assert "the directory /proc may not be written in" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_what_an_interrupted_training_learned_is_kept_where_it_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    checkpoints = tmp_path / "checkpoints"
+    dit_trained = train(
+        dit(), TrainConfig(steps=5, target_cur=0.4, iterations=1, batch=2, guidance=1.0), directory=checkpoints
+    )
+    assert dit_trained.schedule.steps == 5
+    stop = TrainingInterrupted(1, latest_checkpoint(checkpoints), None)
+    told = how_to_go_on(stop, None, Path("/proc/schedule.json"))
+    kept = re.search(r"kept in (\S+);", told)
+    assert kept is not None
+    assert load_checkpoint(kept[1]).iteration == 1
 
 
 def test_prompts_from_a_file(tmp_path: Path) -> None:

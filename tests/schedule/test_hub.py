@@ -37,6 +37,24 @@ def test_a_folder_there_and_back(schedule: Schedule, tmp_path: Path) -> None:
     assert (folder / "schedule.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("schedule.json", "expected a folder, and this is a file; Schedule.load reads it"),
+        ("no/such/folder", "no such folder, and no repository's id"),
+        ("./folder", "no such folder, and no repository's id"),
+    ],
+)
+def test_what_cannot_be_a_repository_is_not_looked_for_in_the_hub(
+    name: str, message: str, schedule: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule.save(tmp_path / "schedule.json")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(ScheduleFileNotFoundError, match=message):
+        Schedule.from_pretrained(name)
+
+
 def test_the_card_says_what_it_is_and_how_it_was_made(schedule: Schedule, tmp_path: Path) -> None:
     schedule.save_pretrained(tmp_path, base_model="facebook/DiT-XL-2-256")
     card = huggingface_hub.ModelCard.load(tmp_path / "README.md")

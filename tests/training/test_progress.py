@@ -57,6 +57,14 @@ def test_plain_lines_are_few_and_end_with_the_last_iteration(total: int, done: i
     assert printed[-1].endswith("CUR 25.0%  speed-up 1.50x  beta 0.001")
 
 
+def test_a_run_that_is_over_already_says_so() -> None:
+    out = io.StringIO()
+    progress = ConsoleProgress(Console(file=out, width=100))
+    progress.begin(total=3, done=15)
+    progress.end()
+    assert out.getvalue() == "15 iterations are done already, and 3 are asked for: nothing is left to learn\n"
+
+
 def test_time_left_is_that_of_the_iterations_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     progress = ConsoleProgress(Console(file=out))

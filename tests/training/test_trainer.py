@@ -203,6 +203,7 @@ def test_divergence_is_told() -> None:
         ({"tau": 1.0}, "tau: expected a number between 0 and 1"),
         ({"steps": 1}, "steps: a run of one step"),
         ({"iterations": 2.5}, "iterations: expected a whole number"),
+        ({"target_speedup": "1.5"}, "target_speedup: expected a number, got '1.5'"),
         ({"image_error": "none"}, "image_error: expected one of"),
         ({"arguments": {"hight": 3}}, "takes no argument hight"),
     ],
@@ -210,6 +211,28 @@ def test_divergence_is_told() -> None:
 def test_bad_configs(options: dict[str, Any], message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         train(dit(), config(**options))
+
+
+def test_what_train_cannot_take(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainingError, match=r"load it first: DiffusionPipeline\.from_pretrained\('some/model'\)"):
+        train("some/model", config())
+    with pytest.raises(TrainingError, match="expected a TrainConfig, got a dict"):
+        train(dit(), {"steps": 5})  # type: ignore[arg-type]
+    with pytest.raises(TrainingError, match=r"directory: .* is a file"):
+        train(dit(), config(), directory=tmp_path / "file")
+
+
+def test_a_compiled_model_that_was_assigned_is_named() -> None:
+    pipeline = dit()
+    schedule = Schedule.every(2, steps=5, sites=hrt.find_sites(pipeline.transformer))
+    pipeline.transformer = hrt.compile(pipeline.transformer, schedule)
+    with pytest.raises(
+        TrainingError, match=r"compiled model; .* plain ones: pipe\.transformer = pipe\.transformer\.given"
+    ):
+        train(pipeline, config())
+    pipeline.transformer = pipeline.transformer.given
+    assert train(pipeline, config(iterations=1)).schedule.steps == 8
 
 
 @pytest.mark.parametrize("family", ["pixart-alpha", "sd3", "flux"])

@@ -103,6 +103,8 @@ class TrainConfig:
         }
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise TrainingError(f"{name}: expected a number, got {value!r}")
             if value is not None and not low <= value <= high:
                 raise TrainingError(f"{name}: expected {low:g} ... {high:g}, got {value!r}")
         if not 0 < self.tau < 1:

@@ -114,7 +114,10 @@ class ConsoleProgress(Silent):
         """Say where a run goes on, and draw the bar if there is a terminal to draw in."""
         self.end()
         if done:
-            self._console.print(f"goes on after iteration {done} of {total}", highlight=False)
+            text = f"goes on after iteration {done} of {total}"
+            if done >= total:
+                text = f"{done} iterations are done already, and {total} are asked for: nothing is left to learn"
+            self._console.print(text, highlight=False)
         self._total, self._done, self._begun = total, done, time.monotonic()
         self._every = max(1, math.ceil((total - done) / PLAIN_LINES))
         if self._console.is_terminal and not self._console.is_dumb_terminal:

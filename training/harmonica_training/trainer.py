@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,6 +92,10 @@ def train(
         DivergenceError: the error is not finite, or grew out of bounds.
         TrainingInterrupted: a KeyboardInterrupt ended it; a checkpoint of the last finished iteration was written.
     """
+    if not isinstance(config, TrainConfig):
+        raise TrainingError(f"config: expected a TrainConfig, got a {type(config).__name__}")
+    if directory is not None and Path(directory).exists() and not Path(directory).is_dir():
+        raise TrainingError(f"directory: {os.fspath(directory)} is a file")
     distributed.join()
     setting = Setting(pipeline, config, conditions)
     training = _Training(setting, objective(setting), start)

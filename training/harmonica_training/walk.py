@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -167,7 +168,14 @@ def find_denoiser(pipeline: Any) -> nn.Module:
     for name in _DENOISER_NAMES:
         module = getattr(pipeline, name, None)
         if isinstance(module, nn.Module):
+            if isinstance(vars(module).get("given"), nn.Module):
+                raise TrainingError(
+                    f"{name} is a compiled model; schedules are learned on plain ones: pipe.{name} = pipe.{name}.given"
+                )
             return module
+    if isinstance(pipeline, str | os.PathLike):
+        remedy = f"DiffusionPipeline.from_pretrained({os.fspath(pipeline)!r})"
+        raise TrainingError(f"expected a pipeline, got the path {os.fspath(pipeline)!r}; load it first: {remedy}")
     raise TrainingError(
         f"{type(pipeline).__name__} has no denoiser: expected a module named {' or '.join(_DENOISER_NAMES)}"
     )
