@@ -178,7 +178,10 @@ def test_options_of_the_wrong_kind(pipeline: Any, schedule: hrt.Schedule, option
         ({}, r"needs a harmonica_rt\.Schedule: torch\.compile\("),
         ("s.json", r"takes its options as a dict, got 's\.json'"),
         ([1], r"takes its options as a dict, got a list"),
-        ({"strict": True}, r"has no option 'strict'; it has schedule, lowering, graphs, max_plans, max_plan_bytes, debug"),
+        (
+            {"strict": True},
+            r"has no option 'strict'; it has schedule, lowering, graphs, max_plans, max_plan_bytes, debug",
+        ),
     ],
     ids=["none", "empty", "path", "list", "unknown"],
 )
