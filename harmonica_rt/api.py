@@ -84,7 +84,7 @@ class CompiledModel(PipelineDenoiser):
                 "be written to"
             ) from error
 
-    def _settle_in(self, callers: list[Any]) -> None:
+    def _look_who_calls(self, callers: list[Any]) -> None:
         for caller in callers:
             inner = getattr(caller, "__dict__", {}).get("_modules", {}).get("_orig_mod")
             if (inner is self or inner is self.model) and _through_torch_compile(caller):
@@ -93,7 +93,7 @@ class CompiledModel(PipelineDenoiser):
                     "with this package's backend, each with a schedule. Undo one of them: "
                     "harmonica_rt.uncompile(pipe), or pipe.transformer = pipe.transformer._orig_mod"
                 )
-        super()._settle_in(callers)
+        super()._look_who_calls(callers)
 
     def report(self) -> Report:
         """What is computed, reused, stored and saved; prints as a table."""

@@ -21,6 +21,7 @@ from harmonica_rt.engine import RunKey
 from harmonica_rt.errors import SiteError
 from harmonica_rt.indices import SiteIndex, StepIndex
 from harmonica_rt.model.forward import own_forward
+from harmonica_rt.model.use import run_untraced
 from harmonica_rt.model.watch import ModelState, ModelWatch
 from harmonica_rt.schedule import Schedule
 from harmonica_rt.schedule.sites import check_sites
@@ -77,6 +78,7 @@ class ReferenceStream:
         fresh: dict[SiteIndex, list[Any]] = {}
         changes = Changes()
         with changes, changes:
+            run_untraced(self._model, changes)
             _replace_sites(self._model, self._schedule.sites, reuse, self.cache, fresh, changes)
             output = own_forward(self._model)(**call.kwargs)
         self.cache.update({site: outputs for site, outputs in fresh.items() if outputs})

@@ -27,9 +27,9 @@ from harmonica_rt.options import CompileOptions
 from harmonica_rt.pipelines.fit import warn_about_sampler
 from harmonica_rt.plan.plan import build_plan
 from harmonica_rt.report import Report
+from harmonica_rt.sampling.finding import FindsItsPipeline
 from harmonica_rt.sampling.scheduler import listener_of
 from harmonica_rt.sampling.session import Session
-from harmonica_rt.sampling.settling import SettlingSession
 from harmonica_rt.schedule import Schedule
 from harmonica_rt.untrusted.text import described
 from harmonica_rt.wrappers import unwrapped
@@ -69,7 +69,7 @@ class BackendOptions:
         return cls(schedule, CompileOptions(**rest))
 
 
-class GraphSession(SettlingSession):
+class GraphSession(FindsItsPipeline):
     """The runs of one torch.compile'd model: `reset()` begins the next one, `report()` tells what the last one did."""
 
     engine: GraphEngine
@@ -96,11 +96,11 @@ class GraphSession(SettlingSession):
         self._alone = True
         super().detach()
 
-    def _stands_for(self, value: object) -> bool:
+    def _is_me(self, value: object) -> bool:
         free = not self._alone and not self._following
         return free and isinstance(value, nn.Module) and unwrapped(value) is self._model()
 
-    def _settle(self, pipeline: Any) -> None:
+    def _follow(self, pipeline: Any) -> None:
         warn_about_sampler(pipeline, self.schedule)
         self.attach(pipeline)
 

@@ -43,6 +43,7 @@ from harmonica_rt.model.facts import Facts
 from harmonica_rt.model.forward import Swapped, keep_only_own_forward, own_forward
 from harmonica_rt.model.refusals import check_capturable
 from harmonica_rt.model.training_mode import check_draws_nothing, modes_of
+from harmonica_rt.model.use import trace_alone
 from harmonica_rt.torch_state import take_capture_lock
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph
     started = time.perf_counter()
     changes = Changes()
     with changes, changes:
+        trace_alone(model, changes)  # before the lock, which a run under way may need
         take_capture_lock(changes)
         draws = SharedDraws(changes)
         keep_only_own_forward(model, changes)

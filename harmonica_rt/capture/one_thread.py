@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import functools
 import importlib
+import inspect
 import math
 import threading
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import _symbolic_trace
 
 from harmonica_rt.changes import Changes, in_this_thread
@@ -40,11 +44,6 @@ class _Patcher(_symbolic_trace._Patcher):
     get tensors or numbers, for which the wrappers do nothing; so nobody needs to see them.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        if _symbolic_trace._is_fx_tracing_flag is True:  # put back by who set it
-            vars(_symbolic_trace)["_is_fx_tracing_flag"] = _TrueInThisThread()
-
     def patch_method(self, cls: type, name: str, new_fn: Callable[..., Any], deduplicate: bool = True) -> None:
         super().patch_method(cls, name, in_this_thread(new_fn, getattr(cls, name)), deduplicate)
 
@@ -63,16 +62,37 @@ def import_tracer() -> None:
 
 def keep_from_other_threads(changes: Changes) -> None:
     """Let other threads notice nothing of a trace by this one until `changes` are undone."""
-    changes.set(vars(_symbolic_trace), "_Patcher", _Patcher)
-    tracing = vars(importlib.import_module("torch.export._trace"))
-    flags, names = vars(torch.compiler), ("_is_compiling_flag", "_is_exporting_flag")
-    _keep(tracing, "_compiling_state_context", [(flags, name) for name in names], changes)
+    symbolic = vars(_symbolic_trace)
+    flags = [(vars(torch.compiler), name) for name in ("_is_compiling_flag", "_is_exporting_flag")]
     functions = [(vars(builtins), "max"), (vars(builtins), "min"), (vars(math), "pow")]
+    # Whatever interrupts torch while it puts things back: they are put back here as well.
+    for held, name in (*flags, *functions, (symbolic, "CURRENT_PATCHER")):
+        changes.undone_by(functools.partial(held.__setitem__, name, held[name]))
+    for name in ("__call__", "__getattr__"):
+        changes.undone_by(functools.partial(setattr, nn.Module, name, getattr(nn.Module, name)))
+    changes.set(symbolic, "_Patcher", _Patcher)
+    trace = _symbolic_trace.Tracer.trace
+    changes.undone_by(functools.partial(setattr, _symbolic_trace.Tracer, "trace", trace))
+    setattr(_symbolic_trace.Tracer, "trace", _with_globals_of_its_own(inspect.unwrap(trace)))  # noqa: B010
+    tracing = vars(importlib.import_module("torch.export._trace"))
+    _keep(tracing, "_compiling_state_context", flags, changes)
     _keep(tracing, "_override_builtin_ops", functions, changes)
     # For all threads it switches oneDNN and cuDNN off, so that they would round otherwise.
     for held in (tracing, vars(importlib.import_module("torch.export.exported_program"))):
         if "_ignore_backend_decomps" in held:
             changes.set(held, "_ignore_backend_decomps", contextlib.nullcontext)
+
+
+def _with_globals_of_its_own(function: Any) -> FunctionType:
+    """`Tracer.trace`, whose flag says "fx is tracing" to nobody: torch.compile'd calls of all threads would refuse.
+
+    Within torch.export it is of no account, since the flag of `is_exporting` is asked first.
+    """
+    copy = FunctionType(
+        function.__code__, dict(function.__globals__), function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def _keep(held: dict[str, Any], name: str, places: list[_Place], changes: Changes) -> None:

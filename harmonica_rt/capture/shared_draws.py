@@ -11,14 +11,16 @@ import functools
 import random
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import numpy as np
 
 from harmonica_rt.changes import Changes
 from harmonica_rt.model.hidden_state import Told
+from harmonica_rt.model.walk import SHARED_GENERATOR
 
-_PYTHON = random.seed.__self__  # type: ignore[attr-defined]  # the generator behind the functions of `random`
+_ONLY_TELL = ("getstate", "__getstate__", "__reduce__")
 
 
 class SharedDraws:
@@ -51,7 +53,7 @@ class SharedDraws:
             python, numpy, changes = random.getstate(), Told(np.random.get_state()), Changes()
             with changes, changes:
                 if self.watching:
-                    changes.undone_by(functools.partial(sys.setprofile, sys.getprofile()))
+                    changes.undone_by(_going_on(sys.getprofile()))
                     sys.setprofile(self._look_at)
                 changes.undone_by(lambda: self._compare(python, numpy))
                 return forward(*args, **kwargs)
@@ -65,6 +67,19 @@ class SharedDraws:
         elif of_numpy:
             self.drew = self.drew_last = True
 
-    def _look_at(self, frame: object, event: str, called: Any) -> None:
-        if event == "c_call" and getattr(called, "__self__", None) is _PYTHON and called.__name__ != "getstate":
+    def _look_at(self, frame: FrameType, event: str, called: Any) -> None:
+        if event == "c_call":
+            name, owner = called.__name__, getattr(called, "__self__", None)
+        elif event == "call" and frame.f_code.co_filename == random.__file__:  # of its methods, not all draw in C
+            name, owner = frame.f_code.co_name, frame.f_locals.get("self")
+        else:
+            return
+        if owner is SHARED_GENERATOR and name not in _ONLY_TELL:
             self.drew = self.drew_last = True
+
+
+def _going_on(profiler: Any) -> Callable[[], object]:
+    """What lets a thread's profiler go on after another one took its place."""
+    if profiler is None or callable(profiler):
+        return functools.partial(sys.setprofile, profiler)
+    return profiler.enable  # type: ignore[no-any-return]  # cProfile's, which is no function

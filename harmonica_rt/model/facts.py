@@ -109,11 +109,6 @@ def _is_weight(value: Any) -> bool:
     return isinstance(value, tuple) and bool(value) and value[0] == "weight"
 
 
-def _looks(weight: tuple[Any, ...]) -> str:
-    _, shape, _, dtype, device, *_ = weight
-    return f"{list(shape)} {str(dtype).removeprefix('torch.')} on {device}"
-
-
 def _is_plain(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and value[0] in (*SCALARS, *BY_TEXT)
 
@@ -131,5 +126,5 @@ def _told(place: str, before: Any, now: Any) -> str:
     if _is_plain(before) and _is_plain(now):
         return f"{where} changed from {before[1]!s:.80} to {now[1]!s:.80}"
     if _is_weight(before) and _is_weight(now):
-        return f"{where} changed from {_looks(before)} to {_looks(now)}"
+        return f"{where} changed from {before[1]} to {now[1]}"
     return f"{where} changed"

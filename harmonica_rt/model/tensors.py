@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -56,12 +56,28 @@ def plain_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def metadata(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """What a tensor looks like: shape, strides, dtype, device and class; of its parts too, where it has some."""
-    own: tuple[Any, ...] = (tensor.layout, tensor.dtype, tensor.device, type(tensor))
-    if not tensor.is_nested:
-        own = (tuple(tensor.shape), tensor.stride() if tensor.layout is torch.strided else None, *own)
-    return (*own, *map(metadata, inner_tensors(tensor)))
+class Metadata(NamedTuple):
+    """What a tensor looks like; shape and strides are None where it has none (nested, sparse)."""
+
+    shape: tuple[int, ...] | None
+    strides: tuple[int, ...] | None
+    layout: torch.layout
+    dtype: torch.dtype
+    device: torch.device
+    kind: type
+    parts: tuple[Metadata, ...]  # of what it is made of
+
+    def __str__(self) -> str:
+        shape = "nested" if self.shape is None else str(list(self.shape))
+        return f"{shape} {str(self.dtype).removeprefix('torch.')} on {self.device}"
+
+
+def metadata(tensor: torch.Tensor) -> Metadata:
+    """What a tensor looks like."""
+    shape = None if tensor.is_nested else tuple(tensor.shape)
+    strides = tensor.stride() if shape is not None and tensor.layout is torch.strided else None
+    parts = tuple(map(metadata, inner_tensors(tensor)))
+    return Metadata(shape, strides, tensor.layout, tensor.dtype, tensor.device, type(tensor), parts)
 
 
 def _has_address(tensor: torch.Tensor) -> bool:

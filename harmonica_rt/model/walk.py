@@ -143,7 +143,7 @@ class Walk:
         if isinstance(value, torch.Tensor):
             self.tensors.append(value)
             # A tensor has one weak reference while it lives: it tells tensors apart and keeps none alive.
-            fact = self._note(parent, name, (Is(weakref.ref(value)), *metadata(value)))
+            fact = self._note(parent, name, (Is(weakref.ref(value)), metadata(value)))
             self._later(fact, [(".__dict__", value.__dict__)])
         elif issubclass(type(value), nn.Module):  # isinstance() believes proxies, and compiled models
             self._module(parent, name, value)
@@ -153,6 +153,8 @@ class Walk:
             self._container(parent, name, value)
         elif isinstance(value, FunctionType):
             self._function(parent, name, value)
+        elif isinstance(value, MethodType) and value.__self__ is SHARED_GENERATOR:
+            self._note(parent, name, ("method", Is(value.__func__)))
         elif isinstance(value, MethodType):
             fact = self._note(parent, name, ("method",))
             self._later(fact, [(".__func__", value.__func__), (".__self__", value.__self__)])
@@ -259,7 +261,7 @@ class Walk:
         elif id(tensor) in self._seen:
             self._note(parent, name, ("the same as", self._seen[id(tensor)]))
         else:
-            self._seen[id(tensor)] = self._note(parent, name, ("weight", *metadata(tensor)))
+            self._seen[id(tensor)] = self._note(parent, name, ("weight", metadata(tensor)))
 
     # ---- code
 
@@ -363,6 +365,7 @@ class Walk:
 
 
 _HEAP_TYPE = 1 << 9
+SHARED_GENERATOR: random.Random = random.seed.__self__  # type: ignore[attr-defined]  # behind the functions of `random`
 # Of builtin functions. Torch and numpy draw from one generator for the process, as Python does; capture looks at those.
 _NO_OWNERS = (ModuleType, type(None), random.Random, np.random.RandomState)
 

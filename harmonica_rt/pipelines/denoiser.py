@@ -6,11 +6,11 @@ from typing import Any
 
 from harmonica_rt.pipelines.install import install_assigned
 from harmonica_rt.sampling.denoiser import Denoiser
-from harmonica_rt.sampling.settling import SettlingSession
+from harmonica_rt.sampling.finding import FindsItsPipeline
 
 
-class PipelineDenoiser(SettlingSession, Denoiser):
+class PipelineDenoiser(FindsItsPipeline, Denoiser):
     """A `Denoiser` that looks who calls it: at the first call by a pipeline that holds it, it takes over there."""
 
-    def _settle(self, pipeline: Any) -> None:
+    def _follow(self, pipeline: Any) -> None:
         install_assigned(pipeline)

@@ -6,6 +6,7 @@ belongs to, or by the plain model where it belongs to no run.
 Hazard: nothing in a call says which step it is, or whose. Calls are not steps, callbacks call too, runs are broken
 off. What cannot be told for certain is computed in full, or is an error.
 
-Reading order: `denoiser` (what is called), `session` (which run), `scheduler` and `following` (what schedulers tell),
-`step_count` (which step), `origin` (whose call), `run` (which stream), `conditioning` (whether its request changed).
+Reading order: `denoiser` (what is called), `finding` (by which pipeline), `session` (which run), `scheduler` and
+`following` (what schedulers tell), `step_count` (which step), `origin` (whose call), `run` (which stream),
+`conditioning` (whether its request changed).
 """

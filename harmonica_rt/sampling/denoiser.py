@@ -16,6 +16,7 @@ from harmonica_rt.engine import Engine
 from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.model.forward import own_forward
 from harmonica_rt.model.hooks import call_with_hooks
+from harmonica_rt.model.use import run_untraced
 from harmonica_rt.reference_engine import ReferenceEngine
 from harmonica_rt.sampling.session import Session
 from harmonica_rt.schedule import Schedule
@@ -77,7 +78,7 @@ class Denoiser(Session):
             CaptureError: in strict mode, the model cannot be captured.
         """
         if self._turns.mine:
-            return call_with_hooks(self.model, own_forward(self.model), args, kwargs)
+            return call_with_hooks(self.model, self._plain, args, kwargs)
         changes = Changes()
         with changes, changes:
             self._enter(changes)
@@ -131,7 +132,13 @@ class Denoiser(Session):
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self._convention.normalise(args, kwargs)
-        return self._call(call, lambda: own_forward(self.model)(*args, **kwargs))
+        return self._call(call, lambda: self._plain(*args, **kwargs))
+
+    def _plain(self, *args: Any, **kwargs: Any) -> Any:
+        changes = Changes()
+        with changes, changes:
+            run_untraced(self.model, changes)
+            return own_forward(self.model)(*args, **kwargs)
 
 
 def _with_hooks(model: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -57,6 +57,11 @@ class FrameMark:
         """Whether its function has returned."""
         return self._mark() is None
 
+    @property
+    def may_be_halted(self) -> bool:
+        """Whether its function can go on after it left the stack: a generator or a coroutine, until it is over."""
+        return bool(self._code.co_flags & _HALTED) and not self.gone
+
     def is_of(self, frame: FrameType) -> bool:
         """Whether this is the frame."""
         return frame.f_code is self._code and not self.gone and frame.f_locals.get(_MARK) is self._mark()
@@ -178,7 +183,7 @@ class ByHand:
         if run.untouched:
             self._bound = here and self._broke_off
             self._loop = [began] if here and began is not None else _may_be_halted()
-        elif self._within and self._calls > 1 and began is not None and began.gone:
+        elif self._within and self._calls > 1 and not here and began is not None and not began.may_be_halted:
             raise RunError(
                 f"the function that called reset() and made the calls of this run has returned, after {self._calls} "
                 "calls. Call reset() before the next run; where several functions make the calls of one run, call it "
@@ -198,10 +203,10 @@ def calling_scheduler() -> Any | None:
     return next((found for frame in _callers() if (found := _scheduler_of(frame)) is not None), None)
 
 
-def calling_pipeline(holds: Callable[[object], bool], callers: Iterable[Any]) -> Any | None:
-    """The first of `callers` that is a pipeline one of whose attributes `holds` says yes to."""
+def calling_pipeline(is_held: Callable[[object], bool], callers: Iterable[Any]) -> Any | None:
+    """The first of `callers` that is a pipeline with an attribute for which `is_held` is true."""
     for caller in callers:
-        if _scheduler_in(caller) is not None and any(map(holds, vars(caller).values())):
+        if _scheduler_in(caller) is not None and any(map(is_held, vars(caller).values())):
             return caller
     return None
 

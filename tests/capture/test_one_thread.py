@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import cProfile
 import math
+import pstats
 import random
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from math import sqrt
@@ -59,8 +62,13 @@ class Drawing(Standing):
     how: str
 
     def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        drawn = random.random() if self.how == "random" else random.randint(1, 6) if self.how == "randint" else 0.0
-        return super().forward(hidden_states, timestep) * (1 + drawn)
+        draws: dict[str, Callable[[], float]] = {
+            "random": lambda: random.random(),
+            "randint": lambda: random.randint(1, 6),
+            "gauss": lambda: random.gauss(0, 1),
+            "choice": lambda: random.choice([1.0]),
+        }
+        return super().forward(hidden_states, timestep) * (1 + draws[self.how]())
 
 
 def call(step: int = 0) -> dict[str, torch.Tensor]:
@@ -219,3 +227,83 @@ def test_a_profiler_goes_on_after_a_model_was_watched() -> None:
     finally:
         sys.setprofile(None)
     assert seen
+
+
+@torch.no_grad()
+def test_a_run_of_the_reference_under_way_ends_before_a_trace_begins() -> None:
+    """It replaces the calls of sites for a while; a trace must not take those for the model's own."""
+    model = standing()
+    expected = model(**call(7))
+    schedule = Schedule.every(2, steps=STEPS, sites=("blocks.0", "blocks.1"))
+    reference, captured = hrt.reference(model, schedule), compiled(model)
+    done: list[str] = []
+
+    def capturing() -> None:
+        captured(**call())
+        done.append("capture")
+
+    assert ENTERED.acquire(timeout=60)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            with GO_ON:
+                step = pool.submit(lambda: (reference(**call()), done.append("step")))
+                assert ENTERED.acquire(timeout=60)
+                capture = pool.submit(capturing)
+                time.sleep(0.2)  # as long as it may wait: it is wrong only if it does not
+                assert done == []
+            step.result(timeout=60), capture.result(timeout=60)
+    finally:
+        if ENTERED.locked():
+            ENTERED.release()
+    assert done[0] == "step"
+    assert torch.equal(model(**call(7)), expected)
+    assert not any("_compiled_call_impl" in vars(block) for block in model.blocks)
+
+
+class Naming(Standing):
+    """Names Python's generator, and does not draw."""
+
+    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        if self.training and random.uniform(0, 1) < 0.5:
+            hidden_states = hidden_states * 0
+        return super().forward(hidden_states, timestep)
+
+
+def test_a_model_that_only_names_the_generator_is_not_changed_by_others_draws() -> None:
+    denoiser = compiled(standing(Naming))
+    expected = run_of(denoiser)
+    denoiser.reset()
+    outputs = []
+    with torch.no_grad():
+        for step in range(STEPS):
+            random.random()
+            outputs.append(denoiser(**call(step)))
+    assert torch.equal(torch.stack(outputs), expected)
+    report = denoiser.report()
+    assert (report.last_catch_ups, len(report.plans), report.fallbacks) == ((), 1, ())
+
+
+@pytest.mark.parametrize("how", ["gauss", "choice"])
+def test_draws_by_methods_of_python_are_seen(how: str) -> None:
+    random.seed(0)
+    random.gauss(0, 1)  # keeps a second number for the next call, which then asks nothing of C
+    model = standing(Drawing)
+    model.how = how
+    with pytest.warns(hrt.FallbackWarning, match="draws random numbers"):
+        run_of(compiled(model))
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="cProfile does not go by setprofile there")
+def test_cprofile_goes_on() -> None:
+    profile = cProfile.Profile()
+    profile.enable()
+    try:
+        meanwhile(compiled(standing()), draw_from_python)
+        model = standing(Drawing)
+        model.how = "random"
+        with pytest.warns(hrt.FallbackWarning, match="draws random numbers"):
+            run_of(compiled(model))
+        draw_from_numpy()
+    finally:
+        profile.disable()
+    assert any(name == "draw_from_numpy" for _, _, name in pstats.Stats(profile).stats)  # type: ignore[attr-defined]

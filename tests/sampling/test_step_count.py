@@ -15,6 +15,7 @@ import harmonica_rt as hrt
 from harmonica_rt import Schedule
 from harmonica_rt.errors import HarmonicaError, RunError
 from harmonica_rt.indices import StepIndex
+from harmonica_rt.pipelines.install import installed
 from harmonica_rt.sampling.scheduler import RunTimesteps
 from harmonica_rt.sampling.step_count import _ToldByTimestep
 from tests.sampling.loops import PROMPT, STEPS, Conditioned, Oracle, Pipeline, conditioned, expected_run, first_latents
@@ -296,7 +297,7 @@ def test_samplers_that_repeat_timesteps_are_counted_by_their_steps(model: Condit
     schedule = random_schedule(model, steps)
     pipeline = hrt.reference(Pipeline(model, scheduler), schedule)
     pipeline()
-    compiled = hrt.runtime.pipelines.installed(model)
+    compiled = installed(model)
     assert compiled is not None
     stats = compiled.stats
     assert (stats.calls, stats.catch_ups) == (steps, [])

@@ -13,7 +13,7 @@ from harmonica_rt.sampling.origin import Origin, calling_objects, calling_pipeli
 from harmonica_rt.sampling.session import Session
 
 
-class SettlingSession(Session):
+class FindsItsPipeline(Session):
     """At the first call by a pipeline that holds what this session runs, it follows that pipeline from then on.
 
     A pipeline that calls `reset` by itself counts its own steps, and is left alone.
@@ -25,16 +25,16 @@ class SettlingSession(Session):
 
     def reset(self, timesteps: Sequence[float] | torch.Tensor | None = None) -> None:
         """See `Session.reset`."""
-        caller = calling_pipeline(self._stands_for, calling_objects())
+        caller = calling_pipeline(self._is_me, calling_objects())
         if caller is not None and not self._begins_its_runs(caller):
             self._counted_by = [*(one for one in self._counted_by if one() is not None), weakref.ref(caller)]
         super().reset(timesteps)
 
-    def _stands_for(self, value: object) -> bool:
+    def _is_me(self, value: object) -> bool:
         """Whether a pipeline that holds `value` holds what this session runs."""
         return value is self
 
-    def _settle(self, pipeline: Any) -> None:
+    def _follow(self, pipeline: Any) -> None:
         """Follow a pipeline that was found."""
         raise NotImplementedError
 
@@ -43,12 +43,13 @@ class SettlingSession(Session):
 
     def _call(self, call: Call, uncached: Callable[[], Any]) -> Any:
         if self._run is None or self._run.untouched or not self._following:
-            self._settle_in(list(calling_objects()))
+            self._look_who_calls(list(calling_objects()))
         return super()._call(call, uncached)
 
-    def _settle_in(self, callers: list[Any]) -> None:
+    def _look_who_calls(self, callers: list[Any]) -> None:
         """Follow the pipeline among `callers`; its run began, unseen, before this call."""
-        pipeline = calling_pipeline(self._stands_for, callers)
-        if pipeline is not None and not self._begins_its_runs(pipeline):
-            self._settle(pipeline)
+        pipeline = calling_pipeline(self._is_me, callers)
+        can_be_watched = callable(getattr(getattr(pipeline, "scheduler", None), "step", None))
+        if pipeline is not None and can_be_watched and not self._begins_its_runs(pipeline):
+            self._follow(pipeline)
             self._begin_driven(pipeline.scheduler, Origin(pipeline.scheduler, seen=False))
