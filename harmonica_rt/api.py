@@ -38,7 +38,7 @@ from harmonica_rt.pipelines.install import (
     other_denoisers,
     uninstall,
 )
-from harmonica_rt.planfile import file as saved
+from harmonica_rt.planfile import file as plan_file
 from harmonica_rt.reference_engine import ReferenceEngine
 from harmonica_rt.report import Report
 from harmonica_rt.sampling.denoiser import Denoiser
@@ -77,7 +77,7 @@ class CompiledModel(PipelineDenoiser):
         if not plans:
             raise HarmonicaError("there is no plan to save yet: the first call of the compiled model makes one")
         try:
-            saved.write(path, self.model, self.schedule, self._planned.options.lowering, plans)
+            plan_file.write(path, self.model, self.schedule, self._planned.options.lowering, plans)
         except OSError as error:
             raise PlanFileError(
                 f"{os.fspath(path)}: cannot be written ({error.strerror}); give a file in a folder that exists and can "
@@ -161,9 +161,10 @@ def compile(
     Raises:
         ScheduleMismatchError: the schedule was made for another model.
         SiteError: the model lacks a site, or one site lies inside another.
-        ArgumentError: no model, pipeline or schedule where one is expected, or an option of the wrong kind.
-        HarmonicaError: an unknown lowering or graph mode, a pipeline without a known denoiser, or one whose denoiser
-            torch.compile compiled with our backend.
+        ArgumentError: no model, pipeline or schedule where one is expected, or an option of the wrong kind or of an
+            unknown value.
+        HarmonicaError: a pipeline without a known denoiser, or one whose denoiser torch.compile compiled with our
+            backend.
     """
     check_flags(verify=verify, debug=debug)
     if verify and debug:
@@ -224,7 +225,7 @@ def load(
     options = CompileOptions(graphs=graphs, strict=strict, max_plans=max_plans, max_plan_bytes=max_plan_bytes)
     model = _model_to_compile(model_or_pipeline)
     try:
-        found = saved.read(path, model)
+        found = plan_file.read(path, model)
     except OSError as error:
         raise PlanFileError(f"{os.fspath(path)}: cannot be read as a saved plan ({error.strerror})") from error
     options = dataclasses.replace(options, lowering=found.lowering, max_plans=max(max_plans, len(found.plans)))

@@ -47,10 +47,11 @@ def check_subject(given: object) -> None:
     if isinstance(given, nn.Module):
         return
     if is_pipeline(given):
-        if not type(given).__weakrefoffset__:
+        if not (type(given).__weakrefoffset__ and hasattr(given, "__dict__")):
             raise ArgumentError(
-                f"{described(given)} cannot be followed; put the model and the scheduler into an object of a class of "
-                "your own, as its `transformer` and `scheduler`"
+                f"{described(given)} allows no weak references or has no __dict__, which following its scheduler "
+                "needs; put the model and the scheduler into an object of a class of your own, as `transformer` and "
+                "`scheduler`"
             )
         return
     remedy = "pass the model, or a pipeline that has a scheduler"
@@ -126,7 +127,12 @@ def checked_calls(given: object, steps: int) -> list[Mapping[str, Any]]:
 
 def check_pipeline_arguments(pipeline: Any, given: Mapping[str, Any]) -> None:
     """Raise ArgumentError unless the pipeline can be called with these keyword arguments."""
-    name, signature = type(pipeline).__name__, inspect.signature(type(pipeline).__call__)
+    name = type(pipeline).__name__
+    if not callable(pipeline):
+        raise ArgumentError(
+            f"verify calls the pipeline, and a {name} cannot be called; verify its model: verify(model, calls=[...])"
+        )
+    signature = inspect.signature(type(pipeline).__call__)
     parameters = signature.parameters.values()
     unknown = [argument for argument in given if argument not in signature.parameters]
     if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):

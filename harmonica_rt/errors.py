@@ -64,7 +64,7 @@ class Obstacle(enum.Enum):
 
     EXPORT = "the model cannot be traced into one graph"
     MUTATION = "the model changes its inputs or its buffers while it runs"
-    STATE = "the model changes its own attributes whenever it runs, so that one graph cannot stand for all its calls"
+    STATE = "the model goes on from where its last call left it, so that one graph cannot stand for all its calls"
     HOOKS = "modules inside the model carry hooks, which a graph would bypass"
     TRAINING = "the model is in training mode"
     SITE = "a site has no output that a graph could cut at"

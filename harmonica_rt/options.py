@@ -67,7 +67,7 @@ class CompileOptions:
 def check_choice(name: str, given: object, choices: tuple[str, ...], unlisted: tuple[str, ...] = ()) -> None:
     """Raise ArgumentError unless `given` is one of `choices`, or one of those that no message lists."""
     if not isinstance(given, str) or given not in (*choices, *unlisted):
-        raise ArgumentError(f"{name} {given!r} is not known; choose one of {', '.join(choices)}")
+        raise ArgumentError(f"{name} {described(given)} is not known; choose one of {', '.join(choices)}")
 
 
 def check_flags(**given: object) -> None:

@@ -119,7 +119,7 @@ def test_what_is_neither_model_nor_pipeline(schedule: hrt.Schedule, function: st
 
 def test_an_object_that_cannot_be_followed() -> None:
     given = SimpleNamespace(transformer=stack(), scheduler=d.DDIMScheduler())
-    with pytest.raises(ArgumentError, match=r"a SimpleNamespace cannot be followed; put .* a class of your own"):
+    with pytest.raises(ArgumentError, match=r"a SimpleNamespace allows no weak references .* a class of your own"):
         hrt.compile(given, hrt.Schedule.every(2, steps=4, sites=hrt.find_sites(given.transformer, patterns=SITES)))
 
 

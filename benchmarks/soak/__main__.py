@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks import rows
-from benchmarks.soak.drive import KINDS, Fault, Piece, Tally, added_up, faults_of, pieces
+from benchmarks.soak.drive import KINDS, Fault, Kind, Piece, Tally, added_up, faults_of, pieces
 from benchmarks.soak.shrink import shrunk
 
 
@@ -62,9 +62,9 @@ def _told(piece: Piece) -> Tally:
     return piece.run(lambda fault: print(fault, flush=True))
 
 
-def _again(kind: object, seed: int, *, shrink: bool) -> int:
+def _again(kind: Kind, seed: int, *, shrink: bool) -> int:
     faults: list[Fault] = []
-    for fault in faults_of(kind, seed, Tally()):  # type: ignore[arg-type]
+    for fault in faults_of(kind, seed, Tally()):
         faults.append(fault)
         print(fault, flush=True)
         if shrink:

@@ -168,7 +168,7 @@ class DynamoGraph:
         """Capture the graph for calls with the signature of `call`.
 
         Raises:
-            CaptureError: as `capture.graph.capture`.
+            CaptureError: as `capture.capture`.
         """
         started = time.perf_counter()
         values = [_as_number(value) if index in self.numbers else value for index, value in enumerate(call.values)]

@@ -88,7 +88,7 @@ def _try_to_write_in(folder: Path) -> None:
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise typer.BadParameter(f"the directory {folder} may not be written in ({error.strerror})") from error
+        raise typer.BadParameter(f"the directory {folder} cannot be written to ({error.strerror or error})") from error
 
 
 def writable_directory(path: Path | None) -> Path | None:

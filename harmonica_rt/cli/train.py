@@ -193,13 +193,20 @@ def _save(schedule: Schedule, out: Path, work: Path | None) -> None:
     try:
         schedule.save(out)
     except OSError as error:
-        name = f"{out.stem}-{os.getpid()}.json"
-        for folder in (work, Path.cwd(), Path(tempfile.gettempdir())):
+        kept = _saved_elsewhere(schedule, f"{out.stem}-{os.getpid()}.json", work)
+        if kept is None:
+            raise
+        raise HarmonicaError(f"{out}: {error.strerror or error}; the schedule is in {kept}") from error
+
+
+def _saved_elsewhere(schedule: Schedule, name: str, work: Path | None) -> Path | None:
+    """Where the schedule could be written, the first place of several; None where it could not."""
+    for folder in (work, Path.cwd(), Path(tempfile.gettempdir())):
+        if folder is not None:
             with contextlib.suppress(OSError):
-                if folder is not None:
-                    schedule.save(folder / name)
-                    raise HarmonicaError(f"{out}: {error.strerror}; the schedule is in {folder / name}") from error
-        raise
+                schedule.save(folder / name)
+                return folder / name
+    return None
 
 
 def _logs(work: Path | None) -> list[Progress]:

@@ -27,7 +27,7 @@ from harmonica_rt.model.refusals import check_capturable
 from harmonica_rt.model.watch import ModelState, ModelWatch
 from harmonica_rt.options import CompileOptions
 from harmonica_rt.plan.plan import build_plan
-from harmonica_rt.planfile import plan_record as saved
+from harmonica_rt.planfile import plan_record
 from harmonica_rt.planfile.graph_record import ModelFacts
 from harmonica_rt.reference_engine import ReferenceEngine
 from harmonica_rt.schedule import Schedule
@@ -96,7 +96,7 @@ class PlannedEngine:
         model: the denoiser, in eval mode.
         schedule: what to reuse when.
         options: how plans are made and kept.
-        graphs: how step programs become graphs, where it is not as `options.graphs` says.
+        graphs: in the place of what `options.graphs` means; for benchmarks and tests.
     """
 
     def __init__(
@@ -191,7 +191,10 @@ class PlannedEngine:
         model, changes = ModelFacts.of(self._model), Changes()
         with changes, changes:
             keep_torch_state(changes)
-            return [saved.encode(runtime.plan, key.signature, runtime.roles, model) for key, runtime in fitting.items()]
+            return [
+                plan_record.encode(runtime.plan, key.signature, runtime.roles, model)
+                for key, runtime in fitting.items()
+            ]
 
     def restore(self, records: Iterable[Any]) -> None:
         """Keep plans that `saved` gave, for a model that is as it was then.
@@ -211,7 +214,7 @@ class PlannedEngine:
             started, place, changes = time.perf_counter(), f"plans[{number}]", Changes()
             with changes, changes:
                 keep_torch_state(changes)
-                plan, signature, leaf_roles = saved.decode(record, self._schedule, model, place)
+                plan, signature, leaf_roles = plan_record.decode(record, self._schedule, model, place)
             key = PlanKey(signature, facts)
             if key in self.cache:
                 raise PlanFileError(f"{place}: a second plan for calls of {signature}")

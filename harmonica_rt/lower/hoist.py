@@ -4,7 +4,7 @@ A step graph is cut where values that see the latents begin to use values that d
 the body, and two pieces of the captured graph, the prologue, compute them: `once` what sees weights and the request
 only, `each` what sees the timestep as well, for every step. In a DiT that is nearly half of all nodes (time embeddings,
 adaLN modulation, text projections, keys and values of cross-attention), and of a small batch most of the memory
-traffic, since their weights are read for one row a sample.
+traffic, since their weights are read for one row per sample.
 
 Requires: functional graphs, step graphs of the captured graph (fused or not). Ensures: the same values up to rounding.
 """

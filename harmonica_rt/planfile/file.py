@@ -39,7 +39,7 @@ _AGAIN = "compile the model and save it again"
 
 @dataclass(frozen=True)
 class SavedModel:
-    """What a file holds: the schedule, the lowering it was compiled with, and its plans as `plan.saved` wrote them."""
+    """What a file holds: the schedule, the lowering it was compiled with, and its plans as `plan_record` wrote them."""
 
     schedule: Schedule
     lowering: str
@@ -72,7 +72,7 @@ def contents_digest(document: dict[str, Any]) -> str:
 
 
 def read(path: str | os.PathLike[str], model: nn.Module) -> SavedModel:
-    """Read the file for `model`. Its plans are left as they are: `plan.saved` checks and decodes them.
+    """Read the file for `model`. Its plans are left as they are: `plan_record` checks and decodes them.
 
     Raises:
         PlanFileError: no such file, not one of these files, damaged, or for another model, torch or version.

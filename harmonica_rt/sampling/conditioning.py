@@ -2,7 +2,7 @@
 
 A pipeline may swap the prompt in mid-run, or stop calling for the unconditional half, so that the k-th call of a step
 is suddenly another one. Reusing features across such a change gives a wrong image without an error. So every stream
-remembers, from its first call on, all inputs but those known to change from step to step (`capture.roles`). Identity
+remembers, from its first call on, all inputs but those known to change from step to step (`call.roles`). Identity
 and version are compared first, values only where those differ; a tensor written through `.data` keeps both, so that is
 not seen. Inference tensors have no version: on a CPU their values are compared; elsewhere that would make the host wait
 in every step, so the same tensor is taken for unchanged and compared on the device, and the verdict is read when the

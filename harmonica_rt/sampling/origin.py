@@ -144,9 +144,9 @@ class ByHand:
 
     Loops may take turns step by step, as generators and coroutines do: a run that was broken off while its loop was
     halted must not go on. Where a run broke another one off, and its first call came from within the function that
-    called `reset()`, all of its calls must. A function that called `reset()` and made the calls, and was left in the
-    midst of them (by an error), has ended its run. Where `reset()` was called elsewhere (in a cell of a notebook, in a
-    helper), nothing tells, and every call counts.
+    called `reset()`, all of its calls must come from there. A function that called `reset()` and made the calls, and
+    was left in the midst of them (by an error), has ended its run. Where `reset()` was called elsewhere (in a cell of a
+    notebook, in a helper), nothing tells, and every call counts.
     """
 
     def __init__(self) -> None:

@@ -1,9 +1,9 @@
 """Which run a call of a denoiser belongs to, and which of its steps.
 
 One call at a time, one run at a time. A run begins with `reset()`, or, for a pipeline's denoiser, when its scheduler
-sets timesteps; it moves on with every call, or with every scheduler step (`counting`). In a pipeline, calls that do not
-come from the function that began the run (`origin`) are the plain model's. Where `reset()` begins runs, loops that take
-turns are told apart by the functions that called it.
+sets timesteps; it moves on with every call, or with every scheduler step (`step_count`). In a pipeline, calls that do
+not come from the function that began the run (`origin`) are the plain model's. Where `reset()` begins runs, loops that
+take turns are told apart by the functions that called it.
 """
 
 from __future__ import annotations
@@ -264,7 +264,7 @@ class Session:
             )
         return (
             f"the schedule is for {expected} steps, the pipeline asked for {asked} ({name} counts {asked} model "
-            f"evaluations a run). Use a schedule for {asked}, or pass num_inference_steps so that {name} makes "
+            f"evaluations per run). Use a schedule for {asked}, or pass num_inference_steps so that {name} makes "
             f"{expected} steps"
         )
 

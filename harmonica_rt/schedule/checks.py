@@ -104,7 +104,7 @@ def check_timesteps(timesteps: object, steps: int) -> tuple[float, ...]:
 def check_scores_shape(scores: Sequence[Sequence[float] | None], shape: tuple[int, ...]) -> None:
     """ScheduleError unless there is a row per step, each with one score per site or None."""
     if len(scores) != shape[0]:
-        raise ScheduleError(f"made_by.scores: expected one row a step ({shape[0]}), got {len(scores)}")
+        raise ScheduleError(f"made_by.scores: expected one row per step ({shape[0]}), got {len(scores)}")
     for step, row in enumerate(scores):
         if row is not None and len(row) != shape[1]:
             raise ScheduleError(f"made_by.scores, step {step}: expected one per site ({shape[1]}), got {len(row)}")

@@ -39,6 +39,8 @@ def find_file(repo_or_dir: str | os.PathLike[str], filename: str, **download: An
         ScheduleFileNotFoundError: no such folder or repository, or no such file in it; or the hub is out of reach and
             nothing is in the cache.
     """
+    if not isinstance(repo_or_dir, str | os.PathLike) or not os.fspath(repo_or_dir):
+        raise ScheduleError(f"expected a folder or the id of a repository (owner/name), got {repo_or_dir!r}")
     folder = Path(repo_or_dir)
     if folder.is_dir():
         return str(folder / filename)

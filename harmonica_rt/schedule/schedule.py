@@ -225,7 +225,7 @@ class Schedule(ScheduleData):
         write_atomically(path, interchange.smoothcache_text(self, components or {}))
 
     def step_mask(self) -> list[int]:
-        """One entry a step, 1 = compute: cache-dit's `steps_computation_mask`; `from_mask` reads it.
+        """One entry per step, 1 = compute: cache-dit's `steps_computation_mask`; `from_mask` reads it.
 
         Raises:
             ScheduleError: a step computes some sites and reuses others.

@@ -66,7 +66,7 @@ def test_a_schedule_that_cannot_be_written_is_kept_elsewhere(
 def test_where_nothing_can_be_written_is_said_before_anything_is_learned(model: Path) -> None:
     result = CliRunner().invoke(app, ["train", str(model), "/proc/schedule.json", *FEW, "--target-cur", "0.4"])
     assert result.exit_code == 2
-    assert "the directory /proc may not be written in" in " ".join(result.output.replace("│", " ").split())
+    assert "the directory /proc cannot be written to" in " ".join(result.output.replace("│", " ").split())
 
 
 def test_what_an_interrupted_training_learned_is_kept_where_it_can_be(

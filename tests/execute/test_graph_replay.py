@@ -14,7 +14,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import harmonica_rt as hrt
 from harmonica_rt.api import CompiledModel
 from harmonica_rt.errors import RunError
-from harmonica_rt.execute import graph_replay as graphed
+from harmonica_rt.execute import graph_replay
 from harmonica_rt.execute.planned_engine import PlannedEngine
 from harmonica_rt.lower.cuda_graph_rules import obstacle
 from harmonica_rt.options import CompileOptions
@@ -174,13 +174,13 @@ def test_weights_that_move_in_every_run_are_recorded_no_more(model: Stack) -> No
     pool = StandInPool()
     compiled, truth = compiled_with(model, schedule, pool), hrt.reference(model, schedule)
     weight = model.blocks[0].mlp[0].weight
-    for _ in range(graphed.MOVES + 2):
+    for _ in range(graph_replay.MOVES + 2):
         assert close(outputs(compiled), outputs(truth))
         recorded = pool.recorded
         weight.data = weight.data.clone()
     assert close(outputs(compiled), outputs(truth))
     assert pool.recorded == recorded
-    assert set(compiled.report().graphs.refusals) == {graphed.RESTLESS}
+    assert set(compiled.report().graphs.refusals) == {graph_replay.RESTLESS}
     assert close(outputs(compiled), outputs(truth))  # they stayed
     assert pool.recorded > recorded
     assert not compiled.report().graphs.refusals

@@ -196,7 +196,7 @@ BAD_PROVENANCE = {
     ),
     "scores-rows": (
         lambda: {"made_by": MadeBy("m", scores=[[0.0] * 5])},
-        "made_by.scores: expected one row a step (3), got 1",
+        "made_by.scores: expected one row per step (3), got 1",
     ),
     "scores-ragged": (
         lambda: {"made_by": MadeBy("m", scores=[None, [0.0] * 4, None])},

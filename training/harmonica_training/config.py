@@ -101,10 +101,18 @@ class TrainConfig:
             "coherence": (0.0, 1.0),
             "tau": (0.0, 1.0),
         }
-        for name, (low, high) in ranges.items():
+        for name in (*ranges, "guidance", "initial", "spread"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise TrainingError(f"{name}: expected a number, got {value!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TrainingError(f"seed: expected a whole number, got {self.seed!r}")
+        if isinstance(self.patterns, str):
+            raise TrainingError(
+                f"patterns: expected several globs, got the one {self.patterns!r}; write ({self.patterns!r},)"
+            )
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise TrainingError(f"{name}: expected {low:g} ... {high:g}, got {value!r}")
         if not 0 < self.tau < 1:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.schedule import MadeBy, Schedule
-from harmonica_rt.untrusted.text import one_line, quoted
+from harmonica_rt.untrusted.text import described, one_line, quoted
 from harmonica_training import distributed
 from harmonica_training.cached_forward import frozen
 from harmonica_training.checkpoint import Checkpoint, TrainingInterrupted, file_name, latest_checkpoint, save_checkpoint
@@ -93,7 +93,9 @@ def train(
         TrainingInterrupted: a KeyboardInterrupt ended it; a checkpoint of the last finished iteration was written.
     """
     if not isinstance(config, TrainConfig):
-        raise TrainingError(f"config: expected a TrainConfig, got a {type(config).__name__}")
+        raise TrainingError(f"config: expected a TrainConfig, got {described(config)}")
+    if directory is not None and not isinstance(directory, str | os.PathLike):
+        raise TrainingError(f"directory: expected a path, got {described(directory)}")
     if directory is not None and Path(directory).exists() and not Path(directory).is_dir():
         raise TrainingError(f"directory: {os.fspath(directory)} is a file")
     distributed.join()
