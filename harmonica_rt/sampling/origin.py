@@ -183,7 +183,7 @@ class ByHand:
         if run.untouched:
             self._bound = here and self._broke_off
             self._loop = [began] if here and began is not None else _may_be_halted()
-        elif self._within and self._calls > 1 and not here and began is not None and not began.may_be_halted:
+        elif not run.finished and self._calls > 1 and self._left_behind(here):
             raise RunError(
                 f"the function that called reset() and made the calls of this run has returned, after {self._calls} "
                 "calls. Call reset() before the next run; where several functions make the calls of one run, call it "
@@ -191,6 +191,10 @@ class ByHand:
             )
         self._calls, self._within = self._calls + 1, self._within and here
         return here or not self._bound or began is None or began.gone
+
+    def _left_behind(self, here: bool) -> bool:
+        """Whether the function that all calls so far came from within has returned before this one."""
+        return self._within and not here and self._began is not None and not self._began.may_be_halted
 
 
 def calling_objects() -> Iterator[Any]:
