@@ -28,21 +28,7 @@ from harmonica_rt.untrusted.text import one_line, quoted
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ScheduleData:
-    """The entries of a schedule and its provenance; `Schedule` adds the ways to make, read and write one.
-
-    Attributes:
-        compute: bool `[steps, sites]`, True = compute, False = reuse; read-only.
-        sites: dotted module paths in execution order.
-        model: the model it was made for.
-        sampler: the sampler it was made for.
-        timesteps: the sampler's timesteps, one per step. Provenance only; a schedule fits by its number of
-            steps.
-        guidance: the guidance scale it was made for.
-        made_by: the method that made it.
-
-    Raises:
-        ScheduleError: naming the field, what was expected, what came, and what to do.
-    """
+    """The entries of a schedule and its provenance, checked. `Schedule` describes them, and adds the ways to make one."""
 
     compute: NDArray[np.bool_]
     sites: tuple[str, ...]
