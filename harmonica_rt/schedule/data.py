@@ -28,7 +28,7 @@ from harmonica_rt.untrusted.text import one_line, quoted
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ScheduleData:
-    """The entries of a schedule and its provenance, checked. `Schedule` describes them, and adds the ways to make one."""
+    """The entries of a schedule and its provenance, checked; `Schedule` describes them, and adds ways to make one."""
 
     compute: NDArray[np.bool_]
     sites: tuple[str, ...]
