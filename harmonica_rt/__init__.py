@@ -1,6 +1,6 @@
 """harmonica-rt: run Diffusion Transformers with cached features, planned ahead.
 
-Importing it is cheap: torch, diffusers and everything else come with the first name that needs them.
+Importing it is cheap: torch, diffusers and the rest are imported with the first name that needs them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The public functions: what goes in, what comes out, what is raised. Everything they do is done elsewhere."""
+"""The public functions: their arguments, results and errors. The work itself is done elsewhere."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ P = TypeVar("P")
 
 
 class CompiledModel(PipelineDenoiser):
-    """A model under a schedule, compiled. Called like the model, one run at a time; see `compile`."""
+    """A model compiled with a schedule. It is called like the model, one run at a time; see `compile`."""
 
     def __init__(self, given: nn.Module, schedule: Schedule, planned: PlannedEngine, *, verify: bool) -> None:
         self._planned = planned
@@ -66,11 +66,11 @@ class CompiledModel(PipelineDenoiser):
         return _compiled_again, (self.given, self.schedule, self._planned.options, verify)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the schedule and all plans as JSON without weights, for `load`; whole or not at all.
+        """Write the schedule and all plans, without weights, as JSON for `load`. The write is atomic.
 
         Raises:
             HarmonicaError: there is no plan yet (the first call makes one).
-            PlanFileError: a plan has no such form, or the file cannot be written.
+            PlanFileError: a plan cannot be expressed as JSON, or the file cannot be written.
         """
         check_path(path)
         plans = self._planned.saved()
@@ -135,36 +135,38 @@ def compile(
 ) -> Any:
     """Compile a model, or the denoiser of a pipeline, with a schedule.
 
-    Of a pipeline the denoiser is compiled in place and the same pipeline is returned; its scheduler begins the runs and
-    counts the steps. Of a model a `CompiledModel` is returned, called like the model, one call per step; `reset()`
-    begins the next run, and must: without it the next image would go on where the last one stopped. Assigned to a
-    pipeline (`pipe.transformer = compile(pipe.transformer, schedule)`) it compiles the pipeline. Plans are made at the
-    first call of each signature (shapes, dtypes, plain arguments). For inference only: results carry no gradient.
+    For a pipeline, the denoiser is compiled in place and the same pipeline is returned; its scheduler begins the runs
+    and counts the steps. For a model, a `CompiledModel` is returned, which is called like the model, once per step;
+    `reset()` must be called to begin the next run, or the next image would continue where the last one stopped.
+    Assigning it to a pipeline (`pipe.transformer = compile(pipe.transformer, schedule)`) compiles the pipeline. Plans
+    are made at the first call of each signature (shapes, dtypes, plain arguments). For inference only: results carry
+    no gradient.
 
     Args:
         model_or_pipeline: an `nn.Module` in eval mode, or a diffusers pipeline.
         schedule: which sites to compute and which to reuse in each step.
-        lowering: `fused`, with fused ops and everything that does not see the latents computed before the steps, equal
-            to the reference up to rounding; `inductor`, which compiles what lies between the fused ops as well, each
-            unique region once, in seconds to minutes; or `plain`, operator by operator, on CPU bit for bit.
+        lowering: `fused` uses fused ops and computes everything that does not depend on the latents before the steps;
+            it equals the reference up to rounding. `inductor` also compiles what lies between the fused ops, each
+            unique region once, in seconds to minutes. `plain` runs operator by operator; on CPU it equals the reference
+            bit for bit.
         graphs: on a CUDA device, `auto` records each step program as a CUDA graph and keeps it where it measures faster
             than plain launches, `on` keeps every one, `off` records none. Elsewhere there are no graphs.
-        verify: run the reference beside it and raise ParityError in the first step that differs. Costs the time of
+        verify: run the reference alongside and raise ParityError at the first step that differs. Costs the time of
             both; meant for trying a schedule out.
         strict: raise CaptureError where the model cannot be captured, instead of running eagerly with a warning.
-        max_plans: plans kept at once, at least 1; the one unused longest is dropped.
-        max_plan_bytes: bytes of device memory that all plans may hold (cached features, inputs of CUDA graphs, and what
-            graphs reserved), by default a quarter of a GPU's memory, and no limit on a CPU. Plans unused longest are
-            dropped; those of the run at hand stay, however large they are.
+        max_plans: number of plans kept at once, at least 1; the least recently used one is dropped.
+        max_plan_bytes: bytes of device memory that all plans may hold (cached features, inputs of CUDA graphs, and
+            memory that graphs reserved); by default a quarter of a GPU's memory, and no limit on a CPU. The least
+            recently used plans are dropped; those of the current run stay, however large they are.
         debug: fill slots with NaN before they are written and after their last read.
 
     Raises:
         ScheduleMismatchError: the schedule was made for another model.
         SiteError: the model lacks a site, or one site lies inside another.
-        ArgumentError: no model, pipeline or schedule where one is expected, or an option of the wrong kind or of an
-            unknown value.
-        HarmonicaError: a pipeline without a known denoiser, or one whose denoiser torch.compile compiled with our
-            backend.
+        ArgumentError: an argument is no model, pipeline or schedule where one is expected, or an option has the wrong
+            type or an unknown value.
+        HarmonicaError: the pipeline has no known denoiser, or its denoiser is already compiled by torch.compile with
+            this package's backend.
     """
     check_flags(verify=verify, debug=debug)
     if verify and debug:
@@ -206,9 +208,9 @@ def load(
     max_plans: int = 8,
     max_plan_bytes: int | None = None,
 ) -> Any:
-    """Compile as `compile` did for the model that was saved, with its schedule, lowering and plans.
+    """Compile as `compile` did for the saved model, with the saved schedule, lowering and plans.
 
-    Nothing is captured or planned again, for calls of the signatures that were saved; others make plans as ever.
+    Calls with a saved signature are not captured or planned again; other signatures get their plans as usual.
 
     Args:
         path: a file that `CompiledModel.save` wrote.
@@ -216,7 +218,7 @@ def load(
         graphs, strict, max_plans, max_plan_bytes: see `compile`.
 
     Raises:
-        PlanFileError: no such file, damaged, or made for another model, torch or version.
+        PlanFileError: the file is missing, damaged, or made for another model, torch or version.
         CaptureError: the model is in training mode, or has hooks inside.
         RegionError: Inductor cannot compile a region.
         ArgumentError, HarmonicaError: as `compile`.
@@ -238,7 +240,7 @@ def load(
 
 
 def uncompile(pipeline: P) -> P:
-    """Give a pipeline its plain denoiser and scheduler back; the same pipeline is returned.
+    """Restore a pipeline's plain denoiser and scheduler, and return the same pipeline.
 
     Nothing happens to a pipeline that is not compiled.
 
@@ -310,14 +312,14 @@ def verify(
     tolerance: Tolerance = "auto",
     **pipeline_arguments: Any,
 ) -> ParityReport:
-    """Hold compiled against reference: every step on the reference's inputs, then the result of a free run.
+    """Compare compiled with reference: every step on the reference's inputs, then the result of a free run.
 
     Args:
         model_or_pipeline: a model (pass `calls`), or a pipeline (pass what it is called with).
         schedule: the schedule to verify.
-        calls: for a model, the keyword arguments of one call for each step.
+        calls: for a model, the keyword arguments of one call per step.
         lowering: see `compile`.
-        graphs: see `compile`; with CUDA graphs it runs as often as it takes to have them all recorded and replayed.
+        graphs: see `compile`; with CUDA graphs, runs are repeated until all graphs have been recorded and replayed.
         seed: for a pipeline, seeds the generator of both runs unless one is passed.
         tolerance: `exact` (equal bit for bit), `measured` (at most twice the error of the eager model in this dtype,
             against a reference one precision up; floor one ulp), or `auto`: exact for `plain` on CPU, else measured.
@@ -326,8 +328,8 @@ def verify(
     Raises:
         ParityError: a step or the result is outside the tolerance; names the first step and site that diverge.
         CaptureError: the model cannot be captured.
-        ArgumentError: `calls` is missing or has another number of entries than the schedule has steps; the pipeline
-            cannot be called with these arguments; or as `compile`.
+        ArgumentError: `calls` is missing or does not have one entry per step of the schedule; the pipeline cannot be
+            called with these arguments; or as `compile`.
     """
     check_schedule(schedule)
     CompileOptions(lowering=lowering, graphs=graphs)
@@ -373,7 +375,7 @@ def _compiled_again(given: nn.Module, schedule: Schedule, options: CompileOption
 
 
 def _take_over(model_or_pipeline: Any, compiled: CompiledModel) -> Any:
-    """A model compiled by itself is called in the model's place; in a pipeline it takes the place."""
+    """Return the compiled model, or install it in the given pipeline and return the pipeline."""
     if isinstance(model_or_pipeline, nn.Module):
         return compiled
     warn_about_sampler(model_or_pipeline, compiled.schedule)
@@ -389,7 +391,7 @@ def _take_over(model_or_pipeline: Any, compiled: CompiledModel) -> Any:
 
 
 def _held(model_or_pipeline: Any) -> nn.Module:
-    """The model as it was given, in whatever wraps it."""
+    """The model as it was given, with its wrappers."""
     check_subject(model_or_pipeline)
     if isinstance(model_or_pipeline, Denoiser):
         return model_or_pipeline.given
@@ -399,7 +401,7 @@ def _held(model_or_pipeline: Any) -> nn.Module:
 
 
 def _model_to_compile(model_or_pipeline: Any) -> nn.Module:
-    """The plain model, in whose place another call may be put."""
+    """The plain model without its wrappers; raises HarmonicaError if a torch.compile wrapper holds it compiled."""
     check_subject(model_or_pipeline)
     if not isinstance(model_or_pipeline, nn.Module):
         install_assigned(model_or_pipeline)
@@ -423,6 +425,6 @@ def _through_torch_compile(module: nn.Module) -> bool:
     """Whether torch.compile compiled it with our backend."""
     if not hasattr(module, "_orig_mod") and not isinstance(module.__dict__.get("_compiled_call_impl"), FunctionType):
         return False
-    from harmonica_rt.backend import is_backend_of  # dynamo is in use already where this is asked
+    from harmonica_rt.backend import is_backend_of  # dynamo is already in use when this line is reached
 
     return is_backend_of(module)

@@ -1,7 +1,7 @@
-"""What callers hand to the public functions, checked before anything is done with it.
+"""Checks of the public functions' arguments, made before anything else is done.
 
-Each check says what was expected, what came and what to do, in the words of the caller: by the time a wrong argument
-fails inside, the message is about something that the caller never wrote.
+Each check says what was expected, what was given and what to do, in the caller's terms: if a wrong argument failed
+further inside, the message would be about something that the caller never wrote.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def check_pipeline(given: object) -> None:
 
 
 def check_seed(given: object) -> None:
-    """Raise ArgumentError unless `given` is an int that torch takes for a seed."""
+    """Raise ArgumentError unless `given` is an int (a bool does not count)."""
     if isinstance(given, bool) or not isinstance(given, int):
         raise ArgumentError(f"seed is a whole number, got {described(given)}")
 
@@ -109,7 +109,7 @@ def checked_calls(given: object, steps: int) -> list[Mapping[str, Any]]:
     """The calls for `verify(model, ...)`, one mapping of keyword arguments per step.
 
     Raises:
-        ArgumentError: not a list of mappings, or of another length than `steps`.
+        ArgumentError: not a list of mappings, or not `steps` of them.
     """
     expected = "calls=[...] holds the keyword arguments of one call per step, as a list of dicts"
     if given is None:

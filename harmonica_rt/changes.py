@@ -1,9 +1,9 @@
-"""Changes that last for a while, and turns that are taken: undone whatever ends the while, at whatever line.
+"""Temporary changes and exclusive turns, undone however their block ends, even if it is interrupted at any line.
 
-Hazard: an exception may come between any two lines (Ctrl-C, a debugger, a signal handler that raises), also within the
-code that cleans up. `try: change() finally: undo()` leaves damage where the first line of `finally` is interrupted, and
-a context manager made from a generator leaves it where `contextlib` itself is. So what is changed is written down
-before it is changed, undoing twice does no harm, and a block undoes twice:
+Hazard: an exception may arise between any two lines (Ctrl-C, a debugger, a signal handler that raises), even within
+cleanup code. `try: change() finally: undo()` leaves damage if the first line of `finally` is interrupted, and so does a
+context manager made from a generator if `contextlib` itself is interrupted. So every change is recorded before it is
+made, undoing twice is harmless, and a block undoes twice:
 
     changes = Changes()
     with changes, changes:  # twice: the first may be interrupted while it undoes
@@ -23,23 +23,23 @@ _ABSENT: Any = object()
 
 
 class Changes:
-    """What has been changed, and how it is undone: the last change first, when a `with` block of it ends."""
+    """A record of changes and how to undo them. The end of a `with` block undoes them, the last change first."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
 
     def set(self, held: dict[str, Any], name: str, value: Any) -> None:
-        """Let `held[name]` be `value` for a while, or until somebody else makes it something else, which stays."""
+        """Set `held[name]` to `value` until undone; if others have changed it since, their value stays."""
         self.undone_by(functools.partial(_put_back, held, name, held.get(name, _ABSENT), value))
         held[name] = value
 
     def remove(self, held: dict[str, Any], name: str) -> None:
-        """Let there be no `held[name]` for a while, or until somebody else makes one, which stays."""
+        """Remove `held[name]` until undone; if others have set it since, their value stays."""
         self.undone_by(functools.partial(_put_back, held, name, held.get(name, _ABSENT), _ABSENT))
         held.pop(name, None)
 
     def undone_by(self, undo: Callable[[], object]) -> None:
-        """Say what undoes a change, before it is made. `undo` may run twice, or where the change was not yet made."""
+        """Register `undo` before its change is made. It may run twice, or without the change having been made."""
         self._undo.append(undo)
 
     def undo(self) -> None:
@@ -65,7 +65,7 @@ def _put_back(held: dict[str, Any], name: str, before: Any, value: Any) -> None:
 
 
 def in_this_thread(call: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
-    """`call` in the thread that asks for this, `elsewhere` in all others."""
+    """A function that runs `call` in the thread that made it, and `elsewhere` in all others."""
     thread = threading.get_ident()
 
     @functools.wraps(call)
@@ -81,14 +81,14 @@ class _Turn:
 
 
 class Turns:
-    """One call at a time may have the turn. A lock that neither an interrupted call nor a fork can leave locked."""
+    """A lock, held by one call at a time, that neither an interrupted call nor a fork can leave locked."""
 
     def __init__(self) -> None:
-        self._taken: dict[int, _Turn] = {}  # by process: what a fork copies is not the child's
+        self._taken: dict[int, _Turn] = {}  # by process: an entry copied by a fork does not count in the child
 
     @property
     def mine(self) -> bool:
-        """Whether a call of this thread has the turn: what asks lies within that call."""
+        """Whether a call of this thread has the turn, so that the caller runs within that call."""
         taken = self._taken.get(os.getpid())
         return taken is not None and taken.thread == threading.get_ident()
 
@@ -96,7 +96,7 @@ class Turns:
         """Take the turn until `changes` are undone. False if another call has it."""
         process, mine = os.getpid(), _Turn()
         changes.undone_by(functools.partial(self._give_back, process, mine))
-        return self._taken.setdefault(process, mine) is mine  # one operation: it happens or it does not
+        return self._taken.setdefault(process, mine) is mine  # one atomic operation
 
     def _give_back(self, process: int, turn: object) -> None:
         if self._taken.get(process) is turn:

@@ -1,4 +1,4 @@
-"""What drives a stream: anything that can run one step of one stream, normally or catching up."""
+"""The interfaces of engines and streams: anything that can run one step of a stream, normally or catching up."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from harmonica_rt.indices import StepIndex
 
 
 class RunKey(NamedTuple):
-    """What makes two runs alike.
+    """What two runs must have in common to count as alike.
 
     Attributes:
-        timesteps: one per step of the schedule, as the scheduler that drives the run has them.
-        first: the step that the run begins with; image-to-image leaves out those before it.
+        timesteps: one per step of the schedule, as held by the scheduler that drives the run.
+        first: the step that the run begins with; image-to-image skips those before it.
     """
 
     timesteps: tuple[float, ...]
@@ -64,13 +64,13 @@ class Stream(Protocol):
         """
 
     def begin(self) -> None:
-        """The next call has other conditioning: nothing kept of earlier calls counts any more."""
+        """The next call has other conditioning: nothing kept from earlier calls is valid any more."""
 
     def end(self) -> None:
         """The run is over.
 
         Raises:
-            RunError: something that it was computed with turned out wrong.
+            RunError: an assumption that it was computed with turned out wrong.
         """
 
 
@@ -79,16 +79,16 @@ class Engine(Protocol):
 
     @property
     def looks_late(self) -> bool:
-        """Whether a step may start before the model is looked at: the device then works while the host looks."""
+        """Whether a step may start before the model is checked for changes, so that the device works meanwhile."""
 
     def state(self, call: Call) -> object:
-        """What the model is now, told by identity: features stored in one state are never reused in another."""
+        """The model's current state, compared by identity: features stored in one are never reused in another."""
 
     def begin_run(self, key: RunKey | None = None) -> None:
         """A sampling run begins: all streams of the last one are over.
 
         Args:
-            key: runs of one key are alike. None where no scheduler drives it.
+            key: runs with equal keys are alike; None where no scheduler drives the run.
         """
 
     def new_stream(self, call: Call) -> Stream:

@@ -13,14 +13,14 @@ from harmonica_rt.untrusted.text import printable
 
 
 class HarmonicaError(Exception):
-    """Base of all errors of this package. Messages cite files and names, so what does not print is escaped in them."""
+    """Base of all errors of this package. Messages quote files and names, so unprintable characters are escaped."""
 
     def __str__(self) -> str:
         return printable(super().__str__())
 
 
 class ArgumentError(HarmonicaError, TypeError, ValueError):
-    """A public function was handed something else than it takes."""
+    """A public function was given an argument that it does not accept."""
 
 
 class ScheduleError(HarmonicaError, ValueError):
@@ -28,7 +28,7 @@ class ScheduleError(HarmonicaError, ValueError):
 
 
 class ScheduleMismatchError(ScheduleError):
-    """A sound schedule does not fit: another model, other sites, another number of steps."""
+    """A valid schedule does not fit: it is for another model, other sites or another number of steps."""
 
 
 class PlanFileError(HarmonicaError, ValueError):
@@ -60,7 +60,7 @@ class RegionError(HarmonicaError, RuntimeError):
 
 
 class Obstacle(enum.Enum):
-    """What stands in the way of a captured graph."""
+    """Why a model cannot be captured."""
 
     EXPORT = "the model cannot be traced into one graph"
     MUTATION = "the model changes its inputs or its buffers while it runs"

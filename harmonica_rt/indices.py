@@ -1,4 +1,4 @@
-"""The index spaces of a plan, as types of their own, so that one cannot be passed for another."""
+"""The index spaces of a plan, as distinct types, so that one cannot be passed for another."""
 
 from __future__ import annotations
 

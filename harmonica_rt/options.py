@@ -1,4 +1,4 @@
-"""How a model is compiled: checked once, where the caller can still mend it, and handed on whole."""
+"""The options of compilation: checked once, where the caller can still correct them, and passed on as one object."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from harmonica_rt.untrusted.text import described
 
 LOWERINGS = ("plain", "fused", "inductor")
 DEFAULT_LOWERING = "fused"
-HOISTED = "hoisted"  # fused without its ops: for benchmarks, to tell what they bring
+HOISTED = "hoisted"  # `fused` without its ops, for benchmarks to measure what the ops gain
 EXACT = ("plain",)  # equal to the reference bit for bit on CPU
 GRAPH_MODES = ("auto", "on", "off")
 
@@ -39,13 +39,13 @@ class CompileOptions:
         lowering: how step graphs become programs, one of `LOWERINGS`.
         graphs: whether step programs become CUDA graphs, one of `GRAPH_MODES`.
         strict: raise CaptureError instead of running eagerly.
-        max_plans: plans kept, at least 1; the one unused longest goes first.
-        max_plan_bytes: bytes of device memory that all plans may hold; None for a share of a GPU's memory, and for no
+        max_plans: number of plans kept, at least 1; the least recently used one is dropped first.
+        max_plan_bytes: bytes of device memory that all plans may hold; None means a share of a GPU's memory, and no
             limit on a CPU.
         debug: fill slots with NaN before they are written and after their last read.
 
     Raises:
-        ArgumentError: naming the option, what it takes and what came.
+        ArgumentError: an option is invalid; the message names it, what it takes and what was given.
     """
 
     lowering: str = DEFAULT_LOWERING
@@ -65,7 +65,7 @@ class CompileOptions:
 
 
 def check_choice(name: str, given: object, choices: tuple[str, ...], unlisted: tuple[str, ...] = ()) -> None:
-    """Raise ArgumentError unless `given` is one of `choices`, or one of those that no message lists."""
+    """Raise ArgumentError unless `given` is in `choices` or `unlisted`; the message lists only `choices`."""
     if not isinstance(given, str) or given not in (*choices, *unlisted):
         raise ArgumentError(f"{name} {described(given)} is not known; choose one of {', '.join(choices)}")
 

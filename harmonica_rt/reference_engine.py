@@ -1,8 +1,8 @@
 """The reference: the plain model, run eagerly, with the outputs of reused sites replaced. No graph, no plan.
 
-It is the truth that compiled programs are held against, and what runs where a model cannot be captured. So it favours
-being obviously right over being fast: what it caches is cloned when stored and when handed out, in case the model goes
-on to change it in place.
+It is the truth that compiled programs are compared with, and it runs where a model cannot be captured. So it favours
+being obviously right over being fast: cached values are cloned when stored and when returned, in case the model later
+changes them in place.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from harmonica_rt.schedule.sites import check_sites
 
 
 class ReferenceEngine:
-    """Makes streams that run `model` itself; `watch` is of that model, where there is one already."""
+    """Makes streams that run `model` itself; `watch` is the existing watch of that model, if there is one."""
 
     looks_late = False
 
@@ -69,7 +69,7 @@ class ReferenceStream:
         self.cache.clear()
 
     def end(self) -> None:
-        """See `Stream.end`: nothing was taken on trust."""
+        """See `Stream.end`; nothing was assumed, so there is nothing to check."""
 
     def run(self, step: StepIndex, call: Call, *, catch_up: bool) -> Any:
         """See `Stream.run`."""
@@ -82,7 +82,7 @@ class ReferenceStream:
             _replace_sites(self._model, self._schedule.sites, reuse, self.cache, fresh, changes)
             output = own_forward(self._model)(**call.kwargs)
         self.cache.update({site: outputs for site, outputs in fresh.items() if outputs})
-        self._watch.accept()  # tables that a model makes at its first call are no change by others
+        self._watch.accept()  # tables that a model builds at its first call are not a change by others
         return output
 
 

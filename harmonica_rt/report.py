@@ -40,20 +40,21 @@ class PlanReport:
         theoretical_speedup: FLOPs of an uncached run / FLOPs of this plan's run.
         slots: number of slots.
         arena_bytes: planned cache bytes, all devices.
-        lower_bound_bytes: the most that is alive in any step.
-        site_addresses_bytes: what it would take to give each site one address for the whole run.
+        lower_bound_bytes: the most bytes of stored values alive in any step; no arena can be smaller.
+        site_addresses_bytes: bytes needed to give each site output one address for the whole run.
         capture_seconds, plan_seconds, lower_seconds: compile time by stage.
-        compile_seconds: all of it, the checks of the plan included.
-        held_bytes: held now: arenas, the inputs of graphs, and what graphs reserved.
+        compile_seconds: total compile time, including the checks of the plan.
+        held_bytes: bytes held now: arenas, the inputs of graphs, and memory that graphs reserved.
         hoisted: number of values computed before the steps.
-        hoisted_bytes: what they take in one stream.
-        fusions: fused calls of each step program, by operator, and what was left; empty where nothing is fused.
-        reasons: why it was left, with how many each, over all programs.
+        hoisted_bytes: bytes that these values take per stream.
+        fusions: per step program, the number of fused calls by operator, and of residuals and norms left unfused;
+            empty where nothing is fused.
+        reasons: why residuals and norms were left, with counts, over all programs.
         regions: number of unique regions, each compiled once; 0 where the lowering compiles none.
-        region_calls: how many each step program calls; empty where the lowering compiles none.
-        region_seconds: what compiling took, part of `lower_seconds` (but for what catching up asked for later).
-        whole: how many step programs were compiled whole as well, and how many of those measured faster so; None where
-            the lowering compiles nothing.
+        region_calls: number of region calls in each step program; empty where the lowering compiles none.
+        region_seconds: time spent compiling, part of `lower_seconds` (except for regions that catch-ups needed later).
+        whole: number of step programs that were also compiled whole, and how many of them measured faster that way;
+            None where the lowering compiles nothing.
     """
 
     signature: str
@@ -130,9 +131,9 @@ class GraphReport:
 
     Attributes:
         recorded: number of graphs, of step programs and prologues.
-        pool_bytes: what they reserved for values between their inputs and outputs; the graphs of a plan share it.
-        static_bytes: of the tensors that inputs are copied into.
-        refusals: why step programs and prologues run without one, with how many each.
+        pool_bytes: bytes that they reserved for the values they compute; the graphs of a plan share one pool.
+        static_bytes: bytes of the tensors that inputs are copied into.
+        refusals: why step programs and prologues run without a graph, with counts.
     """
 
     recorded: int
@@ -155,7 +156,7 @@ class GraphReport:
 
 @dataclass(frozen=True)
 class Report:
-    """A compiled model: its schedule, its plans, and what the last run really did.
+    """A compiled model: its schedule, its plans, and what the last run actually did.
 
     Attributes:
         model: class name of the model.
@@ -163,9 +164,9 @@ class Report:
         plans: one entry per plan in the cache; empty before the first call.
         fallbacks: why calls of some signatures run eagerly.
         last_calls: denoiser calls of the last (or current) run.
-        last_cur: share of entries that the last run really reused; None before the first run.
+        last_cur: share of entries that the last run actually reused; None before the first run.
         last_catch_ups: steps of the last run that were computed in full because a stream lacked features.
-        last_first: the step of the schedule that the last run began with: image-to-image leaves out those before it.
+        last_first: the step of the schedule that the last run began with; image-to-image skips those before it.
         cache_bytes: bytes of all arenas held now.
         graphs: CUDA graphs; None where there are none.
     """

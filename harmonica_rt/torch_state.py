@@ -1,8 +1,8 @@
-"""Capture by one thread at a time, and leave torch's state of the thread as it was.
+"""Let one thread capture at a time, and leave that thread's torch state as it was.
 
-Hazard: while torch traces, it replaces methods of `nn.Module` for the whole process, and its stacks of modes are taken
-apart and put together again. Two traces at once break each other: they fail, or attribute what they trace to the
-modules of the other one.
+Hazard: while torch traces, it replaces methods of `nn.Module` for the whole process, and takes its stacks of modes
+apart and rebuilds them. Two concurrent traces break each other: they fail, or attribute what they trace to the other's
+modules.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from harmonica_rt.changes import Changes
 
 
 def take_capture_lock(changes: Changes) -> None:
-    """Wait until no other thread captures or compiles, and keep them from it until `changes` are undone.
+    """Wait until no other thread captures or compiles, and keep other threads from it until `changes` are undone.
 
-    The lock is the one that torch.compile takes, so that captures wait for it and it waits for them. A thread that has
-    it already goes ahead.
+    The lock is torch.compile's own, so captures and torch.compile wait for each other. A thread that already holds it
+    goes ahead.
     """
     from torch._dynamo import convert_frame  # here, since it takes a second to import
 
@@ -34,7 +34,7 @@ def take_capture_lock(changes: Changes) -> None:
 
 
 def _free_in_child() -> None:
-    """A fork inherits the lock as it is; the thread that would release it stays behind."""
+    """Free the lock in a forked child, which may inherit it locked but without the thread that would release it."""
     convert_frame: Any = sys.modules.get("torch._dynamo.convert_frame")
     if convert_frame is not None and not convert_frame.compile_lock._is_owned():
         convert_frame.compile_lock._at_fork_reinit()
@@ -44,7 +44,7 @@ os.register_at_fork(after_in_child=_free_in_child)
 
 
 def keep_torch_state(changes: Changes) -> None:
-    """Put grad mode, dispatch keys and the stacks of modes of this thread back when `changes` are undone.
+    """Restore this thread's grad mode, dispatch keys and stacks of modes when `changes` are undone.
 
     Torch's own context managers do so too, unless they are interrupted.
     """
@@ -61,9 +61,9 @@ def keep_torch_state(changes: Changes) -> None:
 
 
 def _finish_contexts() -> None:
-    """Finish the generators of context managers whose end was interrupted.
+    """Finish the generators of context managers whose exit was interrupted.
 
-    They would finish when the traceback goes, and then put back what has been put back already.
+    Otherwise they would finish when the traceback is freed, and restore again what has already been restored.
     """
     trace = sys.exc_info()[2]
     while trace is not None:

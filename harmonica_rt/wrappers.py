@@ -1,4 +1,4 @@
-"""What lies inside a module that others wrapped: a plan is made for the model, and the wrapper stays around it."""
+"""Find the model inside its wrappers: a plan is made for the model, and the wrappers stay around it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _PASS_ON = ("torch.nn.parallel.distributed",)
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside torch.compile's `OptimizedModule`, a `PeftModel` or `DistributedDataParallel`, however deep.
+    """The model inside torch.compile's `OptimizedModule`, a `PeftModel` or `DistributedDataParallel`, at any depth.
 
-    Each of these calls what it wraps with the arguments that it got, and returns what that returned. A wrapper of
-    another class may do something with them, so it is taken for the model itself.
+    Each of these passes its arguments on to what it wraps and returns the result unchanged. A wrapper of another class
+    may change them, so it counts as the model itself.
     """
     inner = _inside(model)
     while inner is not None:
@@ -26,7 +26,7 @@ def compiled_around(model: Any) -> list[Any]:
 
 
 def wrappers(model: Any) -> list[Any]:
-    """What is around the model inside, outermost first."""
+    """The wrappers around the innermost model, outermost first."""
     found = []
     while (inner := _inside(model)) is not None:
         found.append(model)
@@ -38,7 +38,7 @@ def _inside(model: Any) -> Any | None:
     children: Mapping[str, Any] = getattr(model, "__dict__", {}).get("_modules") or {}
     if (compiled := children.get("_orig_mod")) is not None:
         return compiled
-    # Where its forward is: a class derived from one of these may do something else.
+    # The module that defines its `forward`: a class derived from one of these may do something else.
     home = str(getattr(getattr(type(model), "forward", None), "__module__", ""))
     if "base_model" in children and home.startswith("peft."):
         return model.get_base_model()

@@ -1,8 +1,8 @@
 """`torch.compile(model, backend="harmonica", options={"schedule": schedule})`.
 
 Dynamo traces the model and calls the result in its place; a plan runs behind it. Dynamo may make several graphs of one
-model (for each grad mode, for other strides of an argument), so the state of a run belongs to none of them: there is
-one session for each model and set of options, and it goes when the model does.
+model (for each grad mode, for other strides of an argument), so the state of a run belongs to none of them. There is
+one session per model and set of options, and it is freed with the model.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _sessions: weakref.WeakKeyDictionary[nn.Module, dict[BackendOptions, GraphSessio
 
 
 def harmonica(graph: fx.GraphModule, example_inputs: list[Any], **given: Any) -> Callable[..., Any]:
-    """The backend: called by dynamo with each graph that it made; returns what runs in the graph's place.
+    """The backend: dynamo calls it with each graph that it makes; returns the callable that runs in the graph's place.
 
     Raises:
-        HarmonicaError: a bad option, or a model that `harmonica_rt.compile` compiled already.
+        HarmonicaError: an invalid option, or a model already compiled by `harmonica_rt.compile`.
         ScheduleMismatchError: the schedule was made for another model.
         CaptureError: the model is in training mode, or a graph break split its sites.
     """
@@ -56,11 +56,11 @@ def harmonica(graph: fx.GraphModule, example_inputs: list[Any], **given: Any) ->
     check_capturable(frame.model)
     traced = DynamoGraph(graph, frame, options.schedule.sites)
     frame.guard()
-    # Weakly: dynamo keeps what it compiled, and a session keeps the weights of its last run.
+    # A weak reference: dynamo keeps what it compiled, and a session keeps the weights of its last run.
     session = weakref.ref(_session(frame.model, options))
 
     def planned(*values: Any) -> Any:
-        """Called by dynamo with the graph's arguments."""
+        """Run the plan; dynamo calls this with the graph's arguments."""
         owner = session()
         if owner is None:
             raise HarmonicaError("the model of this compiled graph has been garbage-collected")
@@ -85,15 +85,15 @@ def attach(compiled: P) -> P: ...
 
 
 def attach(compiled: Any) -> Any:
-    """Tell where the runs of a torch.compile'd model begin and end.
+    """Define where the runs of a torch.compile'd model begin and end.
 
-    Of a pipeline whose denoiser is compiled with this backend (`pipe.transformer = torch.compile(...)`, or
+    Given a pipeline whose denoiser is compiled with this backend (`pipe.transformer = torch.compile(...)`, or
     `pipe.transformer.compile(...)`), the scheduler begins the runs and counts the steps from now on, and the same
-    pipeline is returned. Of a compiled model its session is returned: each call is a step, and `reset()` begins the
-    next run. `report()` of that session tells what is computed and saved; its `detach()` undoes `attach(pipe)`.
+    pipeline is returned. Given a compiled model, its session is returned: each call is a step, and `reset()` begins the
+    next run. The session's `report()` shows what is computed and saved; its `detach()` undoes `attach(pipe)`.
 
     Raises:
-        ArgumentError: neither a model nor a pipeline.
+        ArgumentError: the argument is neither a model nor a pipeline.
         HarmonicaError: it is not compiled with this backend, or its scheduler drives another compiled model.
         ScheduleMismatchError: the schedule was made for another model.
     """
@@ -119,7 +119,7 @@ def _session_of(compiled: nn.Module) -> GraphSession:
 
 
 def is_backend_of(compiled: nn.Module) -> bool:
-    """Whether torch.compile compiled this module with our backend."""
+    """Whether torch.compile compiled this module with this backend."""
     backend = _backend_of(compiled)
     return getattr(backend, "compiler_fn", backend) is harmonica
 

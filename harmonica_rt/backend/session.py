@@ -1,4 +1,4 @@
-"""The runs of a torch.compile'd model: what was asked for, the plans behind its graphs, and which step it is in."""
+"""The runs of a torch.compile'd model: its options, the plans behind its graphs, and its current step."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ NAME = "harmonica"
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """What `torch.compile` is given as `options`: the schedule, and beside it what `harmonica_rt.compile` takes."""
+    """The `options` given to `torch.compile`: the schedule, and the options that `harmonica_rt.compile` takes."""
 
     schedule: Schedule
     plans: CompileOptions
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> BackendOptions:
-        """Check what was given.
+        """Check the given options.
 
         Raises:
-            ArgumentError: no schedule or something else in its place, an unknown lowering or graph mode, or an option
-                of the wrong kind.
-            HarmonicaError: an unknown option.
+            ArgumentError: the schedule is missing or not a schedule, a lowering or graph mode is unknown, or an option
+                has the wrong type.
+            HarmonicaError: an option is unknown.
         """
         given = {} if given is None else given
         example = f'torch.compile(model, backend="{NAME}", options={{"schedule": schedule}})'
@@ -70,19 +70,19 @@ class BackendOptions:
 
 
 class GraphSession(FindsItsPipeline):
-    """The runs of one torch.compile'd model: `reset()` begins the next one, `report()` tells what the last one did."""
+    """The runs of one torch.compile'd model: `reset()` begins the next run, `report()` shows what the last one did."""
 
     engine: GraphEngine
     undone_by = "harmonica_rt.attach(pipe.transformer).detach()"
 
     def __init__(self, model: nn.Module, options: BackendOptions) -> None:
         name = type(model).__name__
-        self._model = weakref.ref(model)  # a session goes when its model does
-        self._alone = False  # whether it was told to leave all pipelines alone
+        self._model = weakref.ref(model)  # a session is freed with its model
+        self._alone = False  # whether it was told to follow no pipeline
         super().__init__(name, options.schedule, GraphEngine(name, options))
 
     def attach(self, pipeline: Any) -> None:
-        """See `Session.attach`; in the place of another session of this backend, where one follows the pipeline."""
+        """See `Session.attach`; replaces another session of this backend that follows the pipeline."""
         before = listener_of(pipeline.scheduler)
         if isinstance(before, GraphSession) and before is not self:
             before.leave(pipeline)
@@ -92,7 +92,7 @@ class GraphSession(FindsItsPipeline):
         super().attach(pipeline)
 
     def detach(self) -> None:
-        """See `Session.detach`; no pipeline is followed again until it is attached."""
+        """See `Session.detach`; from now on a pipeline is followed only if it is attached."""
         self._alone = True
         super().detach()
 
@@ -105,12 +105,12 @@ class GraphSession(FindsItsPipeline):
         self.attach(pipeline)
 
     def call(self, call: GraphCall) -> Any:
-        """Run the plan in the place of the graph; what the graph would return.
+        """Run the plan in place of the graph; returns what the graph would return.
 
         Raises:
-            RunError, ScheduleMismatchError, ConcurrentRunError, CaptureError: as a call of `CompiledModel`.
+            RunError, ScheduleMismatchError, ConcurrentRunError, CaptureError: as for a call of `CompiledModel`.
         """
-        if self._turns.mine:  # within another call of it
+        if self._turns.mine:  # within another call of this session
             return call.graph.module(*call.values)
         changes = Changes()
         with changes, changes:
@@ -123,7 +123,7 @@ class GraphSession(FindsItsPipeline):
 
 
 class GraphEngine:
-    """Plans of one model's dynamo graphs, one for each signature of their calls. See `Engine`."""
+    """The plans of one model's dynamo graphs, one per signature of their calls. See `Engine`."""
 
     looks_late = False
 
@@ -131,10 +131,10 @@ class GraphEngine:
         self.plans = Plans(model_name, options.plans, graphs_of(options.plans.graphs))
         self._schedule = options.schedule
         self._weights: dict[PlanKey, _Weights] = {}
-        self._states: dict[Signature, list[TensorNote]] = {}  # of the run, the one found last at the end
+        self._states: dict[Signature, list[TensorNote]] = {}  # states seen in this run, the latest last
 
     def state(self, call: Call) -> object:
-        """See `Engine.state`. Dynamo guards what its graphs take for granted, but hands over weights with each call."""
+        """See `Engine.state`. Dynamo guards what its graphs assume, but passes the weights with each call."""
         graph_call = _graph_call(call)
         tensors = list(graph_call.weights().values())
         known = self._states.setdefault(call.signature, [])
@@ -147,7 +147,7 @@ class GraphEngine:
         return state
 
     def begin_run(self, key: RunKey | None = None) -> None:
-        """See `Engine.begin_run`. No stream is left of earlier states."""
+        """See `Engine.begin_run`. Forgets the states of earlier runs, of which no stream is left."""
         self._states.clear()
         self.plans.begin_run(key)
 
@@ -166,13 +166,13 @@ class GraphEngine:
 
 
 class _Weights:
-    """The weights of a plan: those that came with its last call."""
+    """The weights of a plan: those passed with its last call."""
 
     def __init__(self) -> None:
         self._held: dict[str, torch.Tensor] = {}
 
     def renew(self, call: GraphCall) -> None:
-        """Take those of a call; the mapping stays the same where the tensors do."""
+        """Take the weights of a call; the mapping object stays the same if the tensors do."""
         came = call.weights()
         if not same_objects(came.values(), self._held.values()):
             self._held = came

@@ -1,4 +1,4 @@
-"""A denoiser call, normalised once: which arguments were given, flattened, and what its signature is.
+"""A normalised denoiser call: the arguments that were given, their flattened form, and the signature.
 
 Pipelines pass latents by position, leave out `return_dict`, and nest optional tensors in dicts. Two calls may share a
 plan exactly when their signatures are equal: the same arguments, tensors of the same shape, strides, dtype and device,
@@ -26,9 +26,9 @@ _PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, t
 
 @dataclass(frozen=True)
 class Signature:
-    """What a plan is specialised for. Equal signatures share a plan.
+    """What a plan is specialised for. Calls with equal signatures share a plan.
 
-    `read` holds values of the request that the model reads, in the signature of a plan; a call's has none.
+    In the signature of a plan, `read` holds the values of the request that the model reads; in a call's it is empty.
     """
 
     spec: pytree.TreeSpec
@@ -45,12 +45,12 @@ class Signature:
 
     @property
     def device(self) -> torch.device:
-        """Where the first tensor lies; the CPU where there is none."""
+        """The device of the first tensor; the CPU if there is none."""
         return next((leaf[3] for leaf in self.leaves if type(leaf) is tuple), torch.device("cpu"))
 
     @contextmanager
     def in_its_autocast(self) -> Iterator[None]:
-        """Within this block autocast is as it was in the calls of this signature."""
+        """Set autocast, within the block, as it is in calls with this signature."""
         wanted = dict(self.autocast)
         with ExitStack() as stack:
             for device in _AUTOCAST_DEVICES:
@@ -69,7 +69,7 @@ class Signature:
 class Call:
     """One normalised call.
 
-    `kwargs` holds the arguments by name in the order of the model's forward; `leaves` is their flattened form, `paths`
+    `kwargs` holds the arguments by name, in the order of the model's forward; `leaves` is their flattened form; `paths`
     names each leaf (`encoder_hidden_states`, `added_cond_kwargs.resolution`).
     """
 
@@ -84,7 +84,7 @@ class Call:
         return self.convention.paths(self)
 
     def plain_difference(self, other: Signature) -> str | None:
-        """The first argument whose plain value is all that tells this call from one with the signature `other`."""
+        """The first argument that differs from signature `other`, if only plain values differ; otherwise None."""
         mine = self.signature
         if mine.spec != other.spec or mine.autocast != other.autocast:
             return None
@@ -94,14 +94,14 @@ class Call:
         return self.paths[differing[0]]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensor leaves by path."""
+        """The leaves that are tensors, by path."""
         return {
             path: leaf for path, leaf in zip(self.paths, self.leaves, strict=True) if isinstance(leaf, torch.Tensor)
         }
 
 
 class CallConvention:
-    """How one model's `forward` takes its arguments; built once, used on every call."""
+    """How one model's `forward` takes its arguments. Built once, used on every call."""
 
     def __init__(self, model: nn.Module) -> None:
         parameters = _parameters(model)
@@ -120,7 +120,7 @@ class CallConvention:
             p.name for p in parameters if p.name in self._named and p.default is inspect.Parameter.empty
         )
         self._paths: dict[Signature, tuple[str, ...]] = {}
-        self._orders: dict[tuple[str, ...], tuple[str, ...]] = {}  # names as they came -> in the order of forward
+        self._orders: dict[tuple[str, ...], tuple[str, ...]] = {}  # names as given -> in the order of forward
         self._flat_specs: dict[tuple[str, ...], pytree.TreeSpec] = {}
         self._last: Signature | None = None
 
@@ -133,8 +133,8 @@ class CallConvention:
         """Bind, order and flatten one call.
 
         Raises:
-            SignatureError: an argument the model does not take, one given twice, one missing, or a value that is
-                neither a tensor nor a plain value (or a list, tuple or dict of them).
+            SignatureError: an argument is unknown, missing, given twice or nameless (`*args`), or is neither a tensor
+                nor a plain value (nor a list, tuple or dict of them).
         """
         if len(args) > len(self._positional) and self._any_position:
             raise SignatureError(
@@ -165,12 +165,12 @@ class CallConvention:
         leaves, spec = self._flatten(order, ordered)
         signature = Signature(spec, tuple(map(self._leaf_key, leaves)), _autocast())
         if signature == self._last:
-            signature = self._last  # the same object: its hash is known, and equality is quick to tell
+            signature = self._last  # the same object: its hash is cached, and it compares equal at once
         self._last = signature
         return Call(ordered, leaves, signature, self)
 
     def _flatten(self, names: tuple[str, ...], ordered: dict[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
-        """As pytree does it, but at once where no argument is nested: that is most models, in every step."""
+        """Flatten as pytree does, with a fast path for calls without nested arguments: most models, in every step."""
         leaves = list(ordered.values())
         if not all(isinstance(leaf, (torch.Tensor, *_PLAIN)) for leaf in leaves):
             return pytree.tree_flatten(ordered)
@@ -203,7 +203,7 @@ class CallConvention:
 
 
 def _parameters(model: nn.Module) -> list[inspect.Parameter]:
-    """The parameters of the model's forward, or of its only child's where that forward takes anything to pass it on."""
+    """The parameters of the model's forward, or of its only child's if it takes just `*args` and `**kwargs`."""
     parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
     children, anything = list(model.children()), {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
     if len(children) != 1 or {p.kind for p in parameters} != anything:
@@ -214,7 +214,7 @@ def _parameters(model: nn.Module) -> list[inspect.Parameter]:
 
 
 def _autocast() -> tuple[tuple[str, torch.dtype], ...]:
-    """Where autocast is on, and to what: it decides the dtypes inside the graph."""
+    """The devices with autocast on, and its dtype on each: autocast decides the dtypes inside the graph."""
     return tuple(
         (device, torch.get_autocast_dtype(device)) for device in _AUTOCAST_DEVICES if torch.is_autocast_enabled(device)
     )
@@ -222,7 +222,7 @@ def _autocast() -> tuple[tuple[str, torch.dtype], ...]:
 
 @dataclass(frozen=True)
 class PlainValue:
-    """A plain value with its type, since True == 1 == 1.0 and they may mean different programs."""
+    """A plain value with its type: `True == 1 == 1.0`, but each may lead to another program."""
 
     type: type
     value: Any

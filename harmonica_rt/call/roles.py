@@ -1,10 +1,11 @@
-"""What the arguments of a denoiser are to a run, by their names.
+"""The roles of a denoiser's arguments in a run, derived from their names.
 
-Nothing in a call says which tensors change from step to step. Taking one that stays the same for one that changes would
-reuse features across a change of it: a wrong image. The reverse mistake only costs time. So every argument counts as
-part of the request, and a change of it as a new request, unless its name says that it moves with the latents. Those
-names are few: the latents come first, timesteps are called so, what a ControlNet adds is made anew from the latents in
-every step, and models that denoise several things at once name the others after what they are (`audio_hidden_states`).
+Nothing in a call says which tensors change from step to step. Mistaking a tensor that stays the same for one that
+changes would reuse features across a change of it: a wrong image. The reverse mistake only costs time. So every
+argument counts as part of the request, and a change of it as a new request, unless its name says that it changes with
+the latents. Such names are few: the latents come first; timesteps are named as such; a ControlNet's residuals are
+computed from the latents in every step; and models that denoise several things at once name the others after what they
+are (`audio_hidden_states`).
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import torch
 
 from harmonica_rt.call.call import Call
 
-# Names that an argument before the latents may have, so that it is not taken for them.
+# Names of arguments that may precede the latents and must not be taken for them.
 _REQUEST = re.compile(
     r"encoder|prompt|class|label|pooled|text|caption|embeds|context|mask|_ids$|guidance|resolution|aspect_ratio|rotary"
     r"|^y$|^cond|^prior",
     re.IGNORECASE,
 )
-# `control` is what the original ControlNet calls its residuals.
+# The original ControlNet calls its residuals `control`.
 _RESIDUAL = re.compile(r"controlnet|additional_residual|^control(\.|$)", re.IGNORECASE)
 _TIMESTEP = re.compile(
     r"^t$|^(\w+_)?(time_?steps?|times?|sigmas?)(_r|_ratio)?$|^noise_(levels?|labels)$", re.IGNORECASE
@@ -36,15 +37,15 @@ _FURTHER_LATENTS = re.compile(
 
 
 class Role(enum.Enum):
-    """What a tensor argument is to a run."""
+    """The role of a tensor argument in a run."""
 
     LATENTS = "latents"  # changes in every step
     TIMESTEP = "timestep"  # changes in every step, and can be known before the run
-    REQUEST = "request"  # stays the same over a run, or a new request begins
+    REQUEST = "request"  # constant over a run; a change begins a new request
 
 
 def roles(call: Call) -> tuple[Role, ...]:
-    """The role of each leaf of a call. Leaves that are no tensors are part of the request too."""
+    """The role of each leaf of a call. Leaves that are not tensors get a role by their names as well."""
     paths = call.paths
     latents = _latents(call, paths)
     return tuple(_role(path, latents) for path in paths)
@@ -53,14 +54,14 @@ def roles(call: Call) -> tuple[Role, ...]:
 @functools.lru_cache(maxsize=1024)
 def _role(path: str, latents: str | None) -> Role:
     name = _name(path)
-    among_others = "." in path and _says_otherwise(name)  # in a dict that holds the latents and more
+    among_others = "." in path and _says_otherwise(name)  # in a dict that holds the latents and other arguments
     if (_root(path) == latents and not among_others) or _RESIDUAL.search(path) or _FURTHER_LATENTS.match(name):
         return Role.LATENTS
     return Role.TIMESTEP if _TIMESTEP.match(name) else Role.REQUEST
 
 
 def _latents(call: Call, paths: tuple[str, ...]) -> str | None:
-    """The first argument of the model's forward that holds tensors and whose name says nothing else."""
+    """The first argument of the model's forward that holds tensors and whose name does not indicate another role."""
     held = [_root(path) for path, leaf in zip(paths, call.leaves, strict=True) if isinstance(leaf, torch.Tensor)]
     in_order = [name for name in call.convention.arguments if name in held]
     return next((name for name in (*in_order, *held) if not _says_otherwise(name)), None)
@@ -71,10 +72,10 @@ def _says_otherwise(name: str) -> bool:
 
 
 def _root(path: str) -> str:
-    """The argument that a leaf is in."""
+    """The argument that contains a leaf."""
     return path.partition(".")[0]
 
 
 def _name(path: str) -> str:
-    """The last name on the way to a leaf; places in a list have none."""
+    """The last name on a leaf's path; positions in a list are not names."""
     return next((part for part in reversed(path.split(".")) if not part.isdigit()), path)

@@ -1,13 +1,13 @@
 """Capture: a model and one call -> one functional graph with every site marked.
 
-In: an `nn.Module`, a `Call`, the paths of the sites. Out: a `CapturedGraph`: graph, parameters by name, the outputs
-of each site, and which values of the request it was made for. Nothing in it depends on which entries a schedule
-reuses.
+In: an `nn.Module`, a `Call`, and the paths of the sites. Out: a `CapturedGraph`: the graph, its parameters by name, the
+outputs of each site, and the values of the request that it holds for. Nothing in it depends on which entries a
+schedule reuses.
 
-Hazard: tracing bakes in what Python reads, and replaces what all threads share. The model is left as it was; other
-threads notice nothing; a forward that changes its own state is refused by name.
+Hazard: tracing bakes in what Python reads, and patches objects that all threads share. The model is left as it was,
+other threads notice nothing, and a forward that changes its own state is refused, naming what it changed.
 
 Reading order: `capture` (the stage), `export` (torch.export, kept in bounds by `one_thread` and `shared_draws`),
-`sites` (which nodes are a site's), `request_values` (values that a model reads of its request), `dynamo` (what
-torch.compile traced, as a captured graph).
+`sites` (which nodes belong to a site), `request_values` (values of the request that a model reads), `dynamo` (a graph
+traced by torch.compile, as a captured graph).
 """

@@ -1,9 +1,9 @@
 """Trace a model into one graph with every site marked.
 
-Hazards, before the mechanism: a graph that deep-copied the weights would double the memory and miss later updates, so
-weights are placeholders here and are fetched from the model when a run starts. A graph with in-place operations could
-overwrite a cache slot, or lose the operation to dead-code elimination, so one is functionalised. And a site is cut
-where its values leave the module: reading `nn_module_stack`, every value made inside whose users lie outside.
+Three hazards shape the mechanism. A graph that deep-copied the weights would double the memory and miss later updates,
+so weights are placeholders here and are fetched from the model when a run starts. In-place operations could overwrite a
+cache slot, or be lost to dead-code elimination, so the graph is functionalised. And a site must be cut where its values
+leave the module: its outputs are the values made inside it (by `nn_module_stack`) and used outside it.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ class CapturedGraph:
     """The model as one functional graph.
 
     Attributes:
-        graph: placeholders are weights, constants and input leaves; its output node holds a flat tuple.
-        root: module that `get_attr` nodes of the graph refer to.
+        graph: its placeholders are weights, constants and input leaves; its output node holds a flat tuple.
+        root: the module that the graph's `get_attr` nodes refer to.
         weights: placeholder name -> dotted name of the parameter or buffer in the model.
-        constants: placeholder name -> tensor made while tracing.
+        constants: placeholder name -> tensor created by tracing.
         inputs: placeholder name -> index among the call's leaves.
-        out_spec: how the flat outputs become the model's own return type.
+        out_spec: the tree that turns the flat outputs into the model's own return type.
         sites: site paths, as in the schedule.
-        site_outputs: for each site its output nodes, in graph order; none for a site that does not run in this call.
-        seconds: wall time the capture took.
-        reads: values of the request that the graph was made for; None where it holds for all.
+        site_outputs: the output nodes of each site, in graph order; empty for a site that does not run in this call.
+        seconds: wall time of the capture.
+        reads: the values of the request that the graph was made for; None if it holds for all requests.
     """
 
     graph: fx.Graph
@@ -91,14 +91,14 @@ def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph
     """Capture `model` for calls with the signature of `call`, with `sites` marked.
 
     Raises:
-        CaptureError: the model cannot be captured; `failure` names the obstacle and where it lies.
+        CaptureError: the model cannot be captured; its `failure` names the obstacle and where it lies.
     """
     check_capturable(model)
     import_tracer()
     started = time.perf_counter()
     changes = Changes()
     with changes, changes:
-        trace_alone(model, changes)  # before the lock, which a run under way may need
+        trace_alone(model, changes)  # before the lock, which a run in progress may need
         take_capture_lock(changes)
         draws = SharedDraws(changes)
         keep_only_own_forward(model, changes)
@@ -137,8 +137,8 @@ class _Traced:
 
     Attributes:
         program: the trace.
-        written: what the forward changed of the model, or of what hangs on it, in words.
-        values: what it read of its request, where its outputs are its own and, beside them, what it read.
+        written: what the forward changed in the model or in objects reachable from it, in words.
+        values: the values of the request that it read, if the program returns what was read after its own outputs.
     """
 
     program: torch.export.ExportedProgram
@@ -147,13 +147,13 @@ class _Traced:
 
 
 def _trace(model: nn.Module, call: Call, sites: Sequence[str], draws: SharedDraws) -> _Traced:
-    """Trace a model whose forward leaves it as it is.
+    """Trace a model whose forward does not change it.
 
-    A model may make tables at its first call. So one that changes while it is traced is run once and traced again; if
-    it changes then as well (a counter, a store), what it computes may depend on how often it ran.
+    A model may build tables at its first call. So a model that changes while it is traced is run once and traced again;
+    if it changes again (a counter, a store), its result may depend on how often it ran.
 
     Raises:
-        CaptureError: it cannot be traced, or changes whenever it runs. It is then as it was before.
+        CaptureError: the model cannot be traced, or changes whenever it runs. It is then left as it was.
     """
     traced = _trace_as_it_is(model, call, sites, draws)
     if not traced.written:
@@ -168,10 +168,10 @@ def _trace(model: nn.Module, call: Call, sites: Sequence[str], draws: SharedDraw
 
 
 def _trace_as_it_is(model: nn.Module, call: Call, sites: Sequence[str], draws: SharedDraws) -> _Traced:
-    """Trace a model, and leave it as it was.
+    """Trace a model and leave it as it was.
 
-    One that cannot be traced without values is traced with what it reads of its request; or may be once it has run: it
-    then has made the tables that it makes at its first call.
+    A model that cannot be traced without values is traced again with its reads of the request answered. If that fails
+    too, it is run once; if it then built tables, as models may at their first call, it is traced a third time.
     """
 
     def attempt(forward: Callable[..., Any]) -> _Traced | CaptureFailure:
@@ -185,7 +185,7 @@ def _trace_as_it_is(model: nn.Module, call: Call, sites: Sequence[str], draws: S
         changes, written = Changes(), list[str]()
         try:
             with changes, changes:
-                changes.undone_by(Facts(model).put_back)  # tracing leaves tensors without values where a forward writes
+                changes.undone_by(Facts(model).put_back)  # tracing leaves valueless tensors where a forward writes
                 noting = _noting_changes(draws.noting(forward), model, written)
                 changes.set(model.__dict__, "forward", Swapped(noting, own_forward(model)))
                 program = export_functional(model, (), call.kwargs)
@@ -194,7 +194,7 @@ def _trace_as_it_is(model: nn.Module, call: Call, sites: Sequence[str], draws: S
                 written.append("it draws random numbers from Python or numpy")
             return _Traced(program, tuple(written))
         except CaptureError as error:
-            return error.failure  # not the error, which holds on to all that was traced
+            return error.failure  # not the error itself, which keeps the whole trace alive
 
     forward = own_forward(model)
     reading = Reading(call)
@@ -216,7 +216,7 @@ def _trace_as_it_is(model: nn.Module, call: Call, sites: Sequence[str], draws: S
 
 
 def _check_results_of(model: nn.Module, sites: Sequence[str], changes: Changes) -> None:
-    """Let `check_site_result` look at what sites return to this thread until `changes` are undone."""
+    """Run `check_site_result` on what the sites return in this thread, until `changes` are undone."""
     mine = in_this_thread(check_site_result, lambda *_: None)
     for held in (model.get_submodule(site).__dict__ for site in sites):
         for hooks, value in (("_forward_hooks", mine), ("_forward_hooks_with_kwargs", True)):
@@ -224,7 +224,7 @@ def _check_results_of(model: nn.Module, sites: Sequence[str], changes: Changes) 
 
 
 def _makes_something(model: nn.Module, call: Call) -> bool:
-    """Run the model; whether that changed it."""
+    """Run the model, and return whether that changed it."""
     before = Facts(model)
     _run_once(model, call)
     return bool(before.changes(model))
@@ -241,7 +241,7 @@ def _has_no_values(model: nn.Module, call: Call) -> bool:
 
 
 def _noting_changes(forward: Callable[..., Any], model: nn.Module, changes: list[str]) -> Callable[..., Any]:
-    """`forward`, which says what it changed of its model; afterwards torch.export undoes some of that in silence."""
+    """`forward`, recording in `changes` what it changed in the model; torch.export later undoes some of it silently."""
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -254,7 +254,7 @@ def _noting_changes(forward: Callable[..., Any], model: nn.Module, changes: list
 
 
 def _stopping_early(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward`, which gives up once it cannot be traced."""
+    """`forward`, giving up as soon as it cannot be traced."""
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -265,7 +265,7 @@ def _stopping_early(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _that_reads(forward: Callable[..., Any], reading: Reading) -> Callable[..., Any]:
-    """`forward`, its reads answered and returned beside its result."""
+    """`forward` with its reads answered; returns its result and the tensors that were read."""
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -279,7 +279,7 @@ def _that_reads(forward: Callable[..., Any], reading: Reading) -> Callable[..., 
 
 
 def _giving_up(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward`, whose errors that are about values say that it was given up."""
+    """`forward`, turning capture errors and errors about unknown values into `GivenUp`."""
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -294,7 +294,7 @@ def _giving_up(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _drop_outputs(graph: fx.Graph, count: int) -> list[fx.Node]:
-    """Take the last `count` outputs from a graph."""
+    """Remove the last `count` outputs from a graph, and return them."""
     output = graph.output_node()
     flat: Any = output.args[0]
     kept = len(flat) - count
@@ -305,7 +305,11 @@ def _drop_outputs(graph: fx.Graph, count: int) -> list[fx.Node]:
 def placeholders(
     program: torch.export.ExportedProgram, leaves: int
 ) -> tuple[dict[str, str], dict[str, torch.Tensor], dict[str, int]]:
-    """What each placeholder stands for: weights by name, constants, and the `leaves` user inputs by index."""
+    """What each placeholder stands for: weights by name, constants, and the `leaves` user inputs by index.
+
+    Raises:
+        CaptureError: the graph takes an input of another kind, or another number of inputs than the call has.
+    """
     weights: dict[str, str] = {}
     constants: dict[str, torch.Tensor] = {}
     inputs: dict[str, int] = {}

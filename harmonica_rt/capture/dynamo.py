@@ -1,12 +1,12 @@
-"""What torch.compile traced, as a captured graph.
+"""Turns a graph traced by torch.compile into a captured graph.
 
-Dynamo hands over a graph of torch functions whose arguments are weights and tensors of the call alike, in the order it
-met them, each with its *source*: an expression over the locals of the traced frame, as `L['self']._modules['embed']` or
-`L['kwargs']['timestep']`. Only the sources tell which module was traced, what is a weight, and which argument of the
-call a tensor is. Plain values are baked in, and guarded by dynamo.
+Dynamo hands over a graph of torch functions. Its arguments are the weights and the call's tensors, mixed, in the order
+dynamo met them. Each has a *source*: an expression over the locals of the traced frame, such as
+`L['self']._modules['embed']` or `L['kwargs']['timestep']`. Only the sources tell which module was traced, which
+arguments are weights, and which argument of the call a tensor is. Plain values are baked in, and guarded by dynamo.
 
-Hazard: dynamo may run one graph for many models of one class, since weights are arguments. A plan has the state of one
-model's runs, so the graph is guarded to run for the model it was made for.
+Hazard: dynamo may run one graph for many models of one class, since weights are arguments. A plan holds the state of
+one model's runs, so a guard lets the graph run only for the model it was made for.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ _unique = itertools.count()
 
 @dataclass(frozen=True)
 class Frame:
-    """The call that dynamo traced.
+    """The frame that dynamo traced.
 
     Attributes:
         model: the module whose weights the graph uses.
-        source: dynamo's source of it; `name` is the expression.
-        code: the traced function: the model's forward, a wrapper of it, or what is left of it after a graph break.
+        source: dynamo's source of the module; `name` is its expression.
+        code: the traced function: the model's forward, a wrapper of it, or the remainder of it after a graph break.
     """
 
     model: nn.Module
@@ -61,15 +61,15 @@ class Frame:
     code: CodeType
 
     def guard(self) -> None:
-        """Let the graph run for this very model only, with the same code and hooks. Called while dynamo compiles."""
+        """Let the graph run only for this very model, with the same code and hooks. Called while dynamo compiles."""
         install_guard(self.source.make_guard(GuardBuilder.ID_MATCH))
         install_guard(self.source.make_guard(_same_code))
 
 
 def _same_code(builder: GuardBuilder, guard: Guard) -> None:
-    """A guard on a model: what dynamo itself takes for constant, methods of classes and hooks above all.
+    """Guard what dynamo itself assumes constant about a model: above all methods of classes, and hooks.
 
-    Nothing of it refers to the model, which dynamo does not keep alive.
+    The guard holds no reference to the model, which dynamo does not keep alive.
     """
     model = builder.get(guard)
     held: list[Any] = [h for module in model.modules() for h in (module._forward_hooks, module._forward_pre_hooks)]
@@ -103,7 +103,7 @@ def traced_frame(module: fx.GraphModule) -> Frame:
 
 @dataclass(frozen=True)
 class GraphCall(Call):
-    """A call of a dynamo graph: its `kwargs` are the tensors that the graph takes, by dotted argument path."""
+    """A call of a dynamo graph. Its `kwargs` are the tensors and numbers that the graph takes, by dotted path."""
 
     graph: DynamoGraph
     values: tuple[Any, ...]
@@ -114,22 +114,21 @@ class GraphCall(Call):
 
 
 class DynamoGraph:
-    """One graph of a model's forward, with its arguments told apart and its sites known.
+    """One graph of a model's forward, with its arguments classified and its sites known.
 
     Args:
-        module: what dynamo hands to a backend.
+        module: the graph module that dynamo passes to a backend.
         frame: from `traced_frame`.
         sites: site paths in the model.
 
     Attributes:
-        weights: index of the graph's argument -> its name in the model, or where it lies outside of it.
-        inputs: index of the graph's argument -> dotted argument path of the call.
-        numbers: index of the graph's argument -> where a number came from, that dynamo made symbolic because it
-            changed from call to call (a size, a scale, an epsilon) and that the graph uses. A plan is made for each
-            value.
+        weights: index of the graph's argument -> its name in the model, or its source if it lies outside the model.
+        inputs: index of the graph's argument -> its dotted path in the call.
+        numbers: index of the graph's argument -> its origin, for a number that the graph uses and that dynamo made
+            symbolic because it changed between calls (a size, a scale, an epsilon). Each value gets its own plan.
 
     Raises:
-        CaptureError: the graph is a part of the model's forward that lacks sites.
+        CaptureError: the graph is only a part of the model's forward and lacks sites, or it holds weights itself.
     """
 
     def __init__(self, module: fx.GraphModule, frame: Frame, sites: Sequence[str]) -> None:
@@ -146,7 +145,7 @@ class DynamoGraph:
         for index, node in enumerate(arguments):
             source = _name(node.meta["grapharg"].source)
             if _is_number(node):
-                if node.users:  # where a view begins in its storage comes along, and is used by nothing
+                if node.users:  # a view's storage offset may be passed without being used
                     self.numbers[index] = self._arguments.path(source) or source
             elif source.startswith(frame.name):
                 self.weights[index] = _module_path(source, frame.name)
@@ -158,7 +157,7 @@ class DynamoGraph:
         self._check_whole(frame)
 
     def call(self, values: tuple[Any, ...]) -> GraphCall:
-        """The call that these arguments of the graph make."""
+        """The call that these arguments of the graph amount to."""
         kwargs = {path: values[index] for index, path in self.inputs.items()}
         kwargs.update((path, _as_number(values[index])) for index, path in self.numbers.items())
         call = self._arguments.normalise((), {**kwargs, _GRAPH: self._key})
@@ -209,17 +208,17 @@ class DynamoGraph:
 
 
 class _GraphArguments(CallConvention):
-    """The model's convention for what a graph takes of a call: tensors at dotted paths, and not every argument."""
+    """The model's call convention for a graph, which takes tensors at dotted paths and not every argument."""
 
     def __init__(self, frame: Frame) -> None:
         super().__init__(frame.model)
         self._open, self._required = True, ()
         self._locals, self._varargs, self._varkw = inspect.getargs(frame.code)
-        # where a wrapper takes the model with its arguments, those begin one later
+        # a wrapper may take the model as its first argument, so that the call's begin one later
         self._offset = 1 if frame.name == f"L['{self._varargs}'][0]" else 0
 
     def path(self, source: str) -> str | None:
-        """Dotted path of the argument at `source`; None where it is no argument of the traced call."""
+        """Dotted path of the argument at `source`; None if it is not an argument of the traced call."""
         if not source.startswith("L["):
             return None
         head, *rest = _steps(source)
@@ -230,12 +229,12 @@ class _GraphArguments(CallConvention):
             if index < len(self._positional):
                 return ".".join((self._positional[index], *rest[1:]))
         elif head not in self._locals:
-            return None  # of an enclosing function
+            return None  # a local of an enclosing function
         return ".".join((head, *rest))
 
 
 class _Replay(nn.Module):
-    """Runs a dynamo graph node by node, so that what is traced from it keeps the module of each node."""
+    """Runs a dynamo graph node by node, so that a trace of it keeps the module of each node."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__()
@@ -248,10 +247,10 @@ class _Replay(nn.Module):
 
 
 class _Interpreter(fx.Interpreter):
-    """Runs a dynamo graph as a plan takes it: for inference, and for the numbers of one call.
+    """Runs a dynamo graph in the form that a plan needs: for inference, with the numbers of one call.
 
-    Switches of grad mode are left out: they would become nested regions. Dynamo passes a symbolic float as a tensor,
-    which its graph asks for its `item()`; here it is a float.
+    Changes of grad mode are left out: they would become nested regions. Dynamo passes a symbolic float as a tensor, and
+    the graph calls its `item()`; here it is a float.
     """
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -268,7 +267,7 @@ class _Interpreter(fx.Interpreter):
 
 
 def _is_number(argument: fx.Node) -> bool:
-    """Whether an argument of the graph stands for a number: a symbol, or a tensor that is only asked for its item."""
+    """Whether an argument of the graph is a number: a symbol, or a tensor of which only `item()` is used."""
     if not isinstance(argument.meta["example_value"], torch.Tensor):
         return True
     is_passed_as_tensor: bool = argument.meta["grapharg"].pass_arg_as_tensor
@@ -280,7 +279,7 @@ def _as_number(value: Any) -> Any:
 
 
 def _from_root(source: Any) -> Iterator[Any]:
-    """The sources that a source is made of, the local or global variable first."""
+    """The chain of sources that a source is built on, from the local or global variable to the source itself."""
     base = getattr(source, "base", None)
     if base is not None:
         yield from _from_root(base)
@@ -288,13 +287,13 @@ def _from_root(source: Any) -> Iterator[Any]:
 
 
 def _name(source: Any) -> str:
-    """The expression of a source: a method in older releases of torch, a property in newer ones."""
+    """The expression of a source; its `name` is a method in older releases of torch, a property in newer ones."""
     name = source.name
     return str(name() if callable(name) else name)
 
 
 def _value(expression: str, scope: dict[str, Any]) -> Any:
-    """What a source's expression is worth; None where it takes functions that only guards have."""
+    """The value of a source's expression; None if it cannot be evaluated (it may use functions only guards have)."""
     try:
         return eval(expression, dict(scope))
     except (NameError, AttributeError, LookupError, TypeError, SyntaxError):
@@ -306,14 +305,14 @@ def _steps(expression: str) -> list[str]:
 
 
 def _module_path(expression: str, model: str) -> str:
-    """Dotted path in the model: `L['self']._modules['blocks'].0` is `blocks.0`."""
+    """The dotted path in the model: `blocks.0` for `L['self']._modules['blocks'].0`."""
     return ".".join(step for step in _steps(expression[len(model) :]) if step not in _TABLES)
 
 
 def _digest(graph: fx.Graph, weights: Sequence[fx.Node]) -> str:
-    """Equal for graphs that compute the same from weights of the same layout; dynamo makes one for each grad mode."""
+    """A digest, equal for equal graphs over weights of the same layout; dynamo makes a graph for each grad mode."""
     if graph.find_nodes(op="get_attr"):
-        return f"graph {next(_unique)}"  # tensors and subgraphs have no text
+        return f"graph {next(_unique)}"  # tensors and subgraphs have no text to compare
     layouts = [_layout(node.meta["example_value"]) for node in weights]
     used = [node.format_node() for node in graph.nodes if node.users or node.op != "placeholder"]
     return hashlib.sha256(f"{used}\n{layouts}".encode()).hexdigest()

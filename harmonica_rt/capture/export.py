@@ -21,9 +21,9 @@ from harmonica_rt.torch_state import keep_torch_state, take_capture_lock
 
 
 class GivenUp(Exception):
-    """Carries the reason out of a trace that was given up.
+    """Carries the reason out of an abandoned trace.
 
-    torch.export prints the graph for some errors, but not for this one.
+    For some errors torch.export prints the graph; for this one it does not.
     """
 
     def __init__(self, failure: CaptureFailure) -> None:
@@ -32,10 +32,10 @@ class GivenUp(Exception):
 
 
 def export_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
-    """Trace `module` for these arguments; no node of the graph mutates anything or changes nothing.
+    """Trace `module` for these arguments into a graph without mutations and without identity operations.
 
     Raises:
-        CaptureError: it cannot be traced, or is not a function of its arguments.
+        CaptureError: the module cannot be traced, or is not a function of its arguments.
     """
     changes = Changes()
     with changes, changes:
@@ -50,11 +50,11 @@ def export_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
-    lazily = _use_lazy_graph_module(True)  # no one calls the modules that tracing makes on its way: no code for them
+    lazily = _use_lazy_graph_module(True)  # the intermediate modules of a trace are never called, so need no code
     with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad(), lazily:
         # Raised inside torch.export by torch's own use of its deprecated names.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
-        # Capture finds out by itself what a forward writes, and says it as a reason.
+        # Capture itself detects what a forward writes, and reports it as the reason.
         warnings.filterwarnings("ignore", category=UserWarning, message=".*assigned during export")
         args, kwargs = pytree.tree_map_only(torch.Tensor, _as_ordinary, (args, kwargs))
         try:
@@ -64,7 +64,7 @@ def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         except GivenUp as given_up:
             raise CaptureError(given_up.failure) from None
         except (CaptureError, MemoryError, torch.OutOfMemoryError):
-            raise  # the last two are no fault of the model's, which may be captured another time
+            raise  # running out of memory is no fault of the model, which may be captured later
         except Exception as error:  # torch.export raises a dozen unrelated types; each becomes a reason, none is lost
             raise CaptureError(not_traced(error)) from error
 
@@ -74,14 +74,14 @@ def _has_advice(record: logging.LogRecord) -> bool:
 
 
 def _silence_about_values(changes: Changes) -> None:
-    """Keep torch from logging that it has no advice for a size that depends on values: the failure says what it is."""
+    """Keep torch from logging that it has no advice on a data-dependent size: the failure already reports the size."""
     log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     changes.undone_by(lambda: log.removeFilter(_has_advice))
     log.addFilter(_has_advice)
 
 
 def _renew_users(graph: fx.Graph) -> None:
-    """Write down anew who uses what: torch.export forgets users where it inlines the graph of a nested region."""
+    """Rebuild the users of all nodes: torch.export loses some where it inlines the graph of a nested region."""
     for node in graph.nodes:
         node.users.clear()
     for node in graph.nodes:
@@ -90,7 +90,7 @@ def _renew_users(graph: fx.Graph) -> None:
 
 
 def _as_ordinary(tensor: torch.Tensor) -> torch.Tensor:
-    """Inference tensors cannot be traced; an ordinary one of the same layout can."""
+    """An ordinary tensor of the same layout and values: inference tensors cannot be traced."""
     return torch.empty_like(tensor).copy_(tensor) if tensor.is_inference() else tensor.detach()
 
 
@@ -112,10 +112,10 @@ def _check_functional_signature(program: torch.export.ExportedProgram) -> None:
 
 
 def remove_identities(graph: fx.Graph) -> None:
-    """Drop what changes nothing in a functional graph: metadata asserts, clones, inactive dropout, division by one.
+    """Drop operations without effect from a functional graph: metadata asserts, clones, inactive dropout, `x / 1`.
 
-    Ensures: the same values bit for bit. A clone only matters where something is written in place later, and nothing
-    is. (Signatures are compared before every call, so the asserts cannot fire.)
+    The graph's values stay the same bit for bit. A clone only matters if something is written in place later, and
+    nothing is. (Signatures are compared before every call, so the asserts cannot fire.)
     """
     for node in list(graph.nodes):
         if node.op != "call_function":
@@ -146,7 +146,7 @@ def _same_layout(node: fx.Node) -> bool:
 
 
 def not_traced(error: Exception) -> CaptureFailure:
-    """That tracing a model failed with `error`."""
+    """The failure that reports that tracing a model raised `error`."""
     detail = f"{type(error).__name__}: {_first_line(error)}"
     return CaptureFailure(Obstacle.EXPORT, detail, stack=_where(error))
 

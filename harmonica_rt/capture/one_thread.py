@@ -1,8 +1,8 @@
-"""What torch replaces for the whole process while it traces is replaced for the tracing thread alone.
+"""Limits to the tracing thread what torch, while it traces, patches for the whole process.
 
-Other threads run models meanwhile. Without this, their modules would go through this thread's tracer and fail, or make
-the trace fail; `torch.compiler.is_compiling()` would be true for them, so that torch takes other ways (attention rounds
-otherwise, optimizers refuse); `max`, `min` and `math.pow` would be those for symbolic numbers.
+Other threads may run models during a trace. Without this, their modules would go through this thread's tracer and fail,
+or make the trace fail; `torch.compiler.is_compiling()` would be true for them, so that torch takes other code paths
+(attention rounds differently, optimizers refuse); and `max`, `min` and `math.pow` would be those for symbolic numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.fx import _symbolic_trace
 
 from harmonica_rt.changes import Changes, in_this_thread
 
-_Place = tuple[dict[str, Any], str]  # a name, in what holds it
+_Place = tuple[dict[str, Any], str]  # a dict, and a name in it
 
 
 class _TrueInThisThread:
@@ -38,10 +38,10 @@ class _TrueInThisThread:
 
 
 class _Patcher(_symbolic_trace._Patcher):
-    """Replaces methods of `nn.Module` for this thread, and functions of no module but torch's.
+    """Patches methods of `nn.Module` for this thread alone, and functions only in torch's own modules.
 
-    Functions of others (`from math import sqrt`) are wrapped for symbolic tracing, which hands them proxies. Here they
-    get tensors or numbers, for which the wrappers do nothing; so nobody needs to see them.
+    Functions in other modules (`from math import sqrt`) are wrapped for symbolic tracing, which passes them proxies.
+    Here they get tensors or numbers, for which the wrappers do nothing, so those functions are left alone.
     """
 
     def patch_method(self, cls: type, name: str, new_fn: Callable[..., Any], deduplicate: bool = True) -> None:
@@ -55,17 +55,17 @@ class _Patcher(_symbolic_trace._Patcher):
 
 
 def import_tracer() -> None:
-    """Import what traces, which takes a while: later it would change, in a trace, what the model's names refer to."""
+    """Import the tracer now, which takes a while: during a trace this would change what the model's names refer to."""
     for name in ("torch.export._trace", "torch.export.exported_program"):
         importlib.import_module(name)
 
 
 def keep_from_other_threads(changes: Changes) -> None:
-    """Let other threads notice nothing of a trace by this one until `changes` are undone."""
+    """Hide a trace by this thread from all other threads until `changes` are undone."""
     symbolic = vars(_symbolic_trace)
     flags = [(vars(torch.compiler), name) for name in ("_is_compiling_flag", "_is_exporting_flag")]
     functions = [(vars(builtins), "max"), (vars(builtins), "min"), (vars(math), "pow")]
-    # Whatever interrupts torch while it puts things back: they are put back here as well.
+    # Restored here as well, in case torch is interrupted while it restores them.
     for held, name in (*flags, *functions, (symbolic, "CURRENT_PATCHER")):
         changes.undone_by(functools.partial(held.__setitem__, name, held[name]))
     for name in ("__call__", "__getattr__"):
@@ -77,16 +77,16 @@ def keep_from_other_threads(changes: Changes) -> None:
     tracing = vars(importlib.import_module("torch.export._trace"))
     _keep(tracing, "_compiling_state_context", flags, changes)
     _keep(tracing, "_override_builtin_ops", functions, changes)
-    # For all threads it switches oneDNN and cuDNN off, so that they would round otherwise.
+    # It turns oneDNN and cuDNN off for all threads, which would then round differently.
     for held in (tracing, vars(importlib.import_module("torch.export.exported_program"))):
         if "_ignore_backend_decomps" in held:
             changes.set(held, "_ignore_backend_decomps", contextlib.nullcontext)
 
 
 def _with_globals_of_its_own(function: Any) -> FunctionType:
-    """`Tracer.trace`, whose flag says "fx is tracing" to nobody: torch.compile'd calls of all threads would refuse.
+    """A copy of `Tracer.trace` that hides its "fx is tracing" flag, or compiled calls of all threads would refuse.
 
-    Within torch.export it is of no account, since the flag of `is_exporting` is asked first.
+    The flag is not needed within torch.export, where the flag of `is_exporting` is checked first.
     """
     copy = FunctionType(
         function.__code__, dict(function.__globals__), function.__name__, function.__defaults__, function.__closure__
@@ -96,9 +96,9 @@ def _with_globals_of_its_own(function: Any) -> FunctionType:
 
 
 def _keep(held: dict[str, Any], name: str, places: list[_Place], changes: Changes) -> None:
-    """Let what the context manager `held[name]` sets at `places` be seen by this thread alone."""
+    """Make what the context manager `held[name]` sets at `places` visible to this thread alone."""
     if name not in held:
-        return  # of another version of torch
+        return  # this version of torch has none
     context = held[name]
 
     @contextlib.contextmanager

@@ -1,11 +1,11 @@
-"""Values that a model reads while it runs: lengths counted in masks, a flag that is asked for, a list made of a tensor.
+"""Data-dependent reads: a length counted in a mask, a flag taken from a tensor, a list made of a tensor.
 
-Hazard first: tracing has no values, so such a model cannot be traced as it is; traced with the values of one call, the
-graph is wrong for a call with others, without an error. Yet what is read of the request alone (how long the prompt is)
-stays as it is for a whole run. So what has been traced up to a read is computed from the request, the value is answered
-and noted down, and the graph is kept together with a small one that computes what was read. It is asked when a run
-begins and when the request changes: other values mean another graph. What is read of the latents, the timestep or the
-weights may change in every step; then there is no static plan.
+Hazard: tracing has no values, so a model that reads them cannot be traced as it is; and a graph traced with the values
+of one call is silently wrong for a call with other values. Yet a value that depends on the request alone (the length of
+the prompt) is constant over a run. So at each read, the trace so far is evaluated on the request, the model gets the
+value, and the value is recorded; the graph is kept with a small second graph that computes what was read. That second
+graph is run when a run begins and when the request changes: other values need another graph. A value that depends on
+the latents, the timestep or the weights may change in every step, and such a model has no static plan.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ _INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
 
 
 class Reading(TorchFunctionMode):
-    """Answers what a model reads while it is traced: with the values of one call, which are noted down.
+    """Answers a model's reads while it is traced, with the values of one call, and records them.
 
     Args:
-        call: the call.
+        call: the call whose values are used.
 
     Attributes:
-        values: what was read, on the CPU.
-        tensors: the traced tensors that were read, in the same order, as they were then.
-        read_anything: whether anything was read, be it in vain.
-        refused: whether it was, because something read is not the request's.
+        values: the values that were read, on the CPU.
+        tensors: the traced tensors that were read, in the same order, as they were at the time.
+        read_anything: True if any read was attempted.
+        refused: True if a read was refused because its value does not depend on the request alone.
     """
 
     def __init__(self, call: Call) -> None:
@@ -74,7 +74,7 @@ class Reading(TorchFunctionMode):
         self._tracer: Any = None
 
     def of(self, kwargs: Any) -> Reading:
-        """This mode, for a trace in which the arguments of the call are `kwargs`."""
+        """This mode, reset for a trace in which the arguments of the call are `kwargs`."""
         mode: Any = get_proxy_mode()
         self._tracer = mode.tracer
         traced = enumerate(pytree.tree_leaves(kwargs))
@@ -102,19 +102,23 @@ class Reading(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _read(self, tensor: torch.Tensor, what: Callable[[torch.Tensor], T]) -> T:
-        """`what` of the tensor's value."""
+        """`what` applied to the tensor's value.
+
+        Raises:
+            CaptureError: the value does not depend on the request alone.
+        """
         self.read_anything = True
         node = self._node(tensor)
-        if node is None:  # not traced: what was made of a value that was read, or a tensor the model holds
+        if node is None:  # not traced: made from a value that was read, or held by the model
             with _disable_current_modes():
                 return what(tensor.detach().cpu().clone())
         self.tensors.append(tensor.clone())
-        with _disable_current_modes(), torch._C.DisableTorchFunction():  # or a tracer would take hold of the value
+        with _disable_current_modes(), torch._C.DisableTorchFunction():  # or a tracer would record the value
             self.values.append(self._value(node).cpu())
             return what(self.values[-1].clone())
 
     def _node(self, tensor: torch.Tensor) -> fx.Node | None:
-        """The node of a tensor in the trace that is going on."""
+        """The node of a tensor in the current trace; None if it is not part of it."""
         traced: Any = get_proxy_slot(tensor, self._tracer, None)
         node: fx.Node | None = None if traced is None else traced.proxy.node
         return node
@@ -123,7 +127,7 @@ class Reading(TorchFunctionMode):
         return self._read(mask, lambda value: tuple(index.to(mask.device) for index in value.nonzero().unbind(1)))
 
     def _value(self, read: fx.Node) -> torch.Tensor:
-        """What a node that has just been traced gives, computed from the request."""
+        """The value of a node that has just been traced, computed from the request."""
         nodes = _needed(read)
         self._check_request([node for node in nodes if node.op == "placeholder"], read)
         values: dict[fx.Node, Any] = {}
@@ -132,7 +136,7 @@ class Reading(TorchFunctionMode):
                 entered.enter_context(autocast)
             for node in nodes:
                 if node.op == "placeholder":
-                    values[node] = self._call.leaves[self._arguments[node]].clone()  # may be written to
+                    values[node] = self._call.leaves[self._arguments[node]].clone()  # the graph may write to it
                 elif node.op == "get_attr":
                     held = getattr(self._tracer.root, str(node.target))
                     values[node] = held.clone() if isinstance(held, torch.Tensor) else held
@@ -159,7 +163,7 @@ class Reading(TorchFunctionMode):
             raise CaptureError(CaptureFailure(Obstacle.EXPORT, detail, node=read.name, stack=stack))
 
     def _index(self, index: Any) -> Any:
-        """An index without masks and without lengths that are tensors."""
+        """`index`, with masks replaced by integer indices, and tensors that bound a slice by numbers."""
         found: list[Any] = []
         for part in index if isinstance(index, tuple) else (index,):
             if isinstance(part, torch.Tensor) and part.dtype in (torch.bool, torch.uint8):
@@ -175,7 +179,7 @@ class Reading(TorchFunctionMode):
 
 
 def keep_lists_whole(changes: Changes) -> None:
-    """Let `Reading` answer `tolist()` of traced tensors until `changes` are undone: their own makes items of it."""
+    """Let `Reading` answer `tolist()` of traced tensors until `changes` are undone: their own calls `item()`."""
     for kind in (kind for kind in _TRACED if "tolist" in kind.__dict__):
         changes.undone_by(functools.partial(setattr, kind, "tolist", kind.__dict__["tolist"]))
         kind.tolist = torch.Tensor.tolist
@@ -186,9 +190,9 @@ class RequestReads:
     """What a captured graph took for granted about the values of its request.
 
     Attributes:
-        program: computes what was read, from the leaves of a call.
-        inputs: which of the leaves it takes.
-        values: what it gave.
+        program: computes the values that were read from leaves of a call.
+        inputs: indices of the leaves that it takes.
+        values: the values that it gave at capture.
     """
 
     program: Callable[..., tuple[torch.Tensor, ...]]
@@ -202,7 +206,7 @@ class RequestReads:
 
     @property
     def key(self) -> Values:
-        """The values, to be compared and hashed."""
+        """The values in a form that can be compared and hashed."""
         return tuple(tuple(value.flatten().tolist()) for value in self.values)
 
 
@@ -213,14 +217,14 @@ def reads_of(
     inputs: Mapping[str, int],
     constants: Mapping[str, torch.Tensor],
 ) -> RequestReads | None:
-    """What computes the values that were read, as a program of its own; None where nothing was read.
+    """A program that computes the values that were read; None if nothing was read.
 
     Args:
         program: the traced model.
         read: the nodes that were read.
-        values: what they gave.
+        values: the values of those nodes.
         inputs: placeholder name -> index among the call's leaves.
-        constants: placeholder name -> tensor made while tracing.
+        constants: placeholder name -> tensor created by tracing.
     """
     if not read:
         return None
@@ -252,18 +256,18 @@ def reads_of(
 
 
 def _autocast_of(device: str) -> torch.autocast:
-    """The autocast that is on, to be entered again."""
+    """A copy of the current autocast state of a device type, to be entered again."""
     return torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
 
 def _left_open(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """The nodes that enter an autocast that none of them leaves."""
+    """The nodes that enter an autocast that no node leaves."""
     left = {node.args[0] for node in nodes if node.target is _exit_autocast}
     return [node for node in nodes if node.target is _enter_autocast and node not in left]
 
 
 def _needed(read: fx.Node) -> list[fx.Node]:
-    """The nodes that a node's value comes from, in order, with those that write to them or switch autocast."""
+    """The nodes that a node's value depends on, in order, including those that write to them or switch autocast."""
     needed = {node for node in read.graph.nodes if node.target in (_enter_autocast, _exit_autocast)}
     writers = [node for node in read.graph.nodes if is_mutating(node)]
     missing = [read]

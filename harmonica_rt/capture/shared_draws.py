@@ -1,8 +1,9 @@
-"""Whether a forward draws from the random generators of Python and numpy that the whole process shares.
+"""Detects a forward that draws from the process-wide random generators of Python and numpy.
 
-Their states tell that somebody drew while it ran, which may have been another thread. Whether this thread drew from
-Python's, a profiler sees; that slows a trace down, so it is asked only where a state has changed. Nothing tells for
-numpy's: where it changes during a second trace as well, the model is taken to draw.
+A change of their states shows that something drew while the forward ran, but that may have been another thread. For
+Python's generator, a profiler shows whether this thread drew; it slows a trace down, so it is used only after a state
+has changed. For numpy's there is no such means: if its state changes during a second trace too, the model is assumed
+to draw.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ _ONLY_TELL = ("getstate", "__getstate__", "__reduce__")
 
 
 class SharedDraws:
-    """What forwards draw while a model is captured. What they drew is put back when `changes` are undone.
+    """Notes whether forwards draw while a model is captured; if one did, undoing `changes` restores the generators.
 
     Attributes:
-        unsure: somebody drew during a forward that was not watched.
-        watching: calls of forwards are looked at from now on.
-        drew: a forward that was watched did.
-        drew_last: the last forward was watched, and did.
+        unsure: True if a generator advanced during an unwatched forward, in whichever thread.
+        watching: set to True to watch the forwards that follow.
+        drew: True if any watched forward drew.
+        drew_last: True if the last forward was watched and drew.
     """
 
     def __init__(self, changes: Changes) -> None:
@@ -45,7 +46,7 @@ class SharedDraws:
         changes.undone_by(put_back)
 
     def noting(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """`forward`, which notes here whether it draws."""
+        """`forward`, recording in this object whether it draws."""
 
         @functools.wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -70,7 +71,7 @@ class SharedDraws:
     def _look_at(self, frame: FrameType, event: str, called: Any) -> None:
         if event == "c_call":
             name, owner = called.__name__, getattr(called, "__self__", None)
-        elif event == "call" and frame.f_code.co_filename == random.__file__:  # of its methods, not all draw in C
+        elif event == "call" and frame.f_code.co_filename == random.__file__:  # some methods are in Python
             name, owner = frame.f_code.co_name, frame.f_locals.get("self")
         else:
             return
@@ -79,7 +80,7 @@ class SharedDraws:
 
 
 def _going_on(profiler: Any) -> Callable[[], object]:
-    """What lets a thread's profiler go on after another one took its place."""
+    """A function that reinstates a thread's profiler after another one took its place."""
     if profiler is None or callable(profiler):
         return functools.partial(sys.setprofile, profiler)
     return profiler.enable  # type: ignore[no-any-return]  # cProfile's, which is no function

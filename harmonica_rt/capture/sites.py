@@ -1,4 +1,4 @@
-"""Which nodes of a traced graph are a site's, and what a site may not be."""
+"""Which nodes of a traced graph belong to a site, and which modules cannot be sites."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PRODUCTS = frozenset(
 
 
 def site_columns(model: nn.Module, sites: Sequence[str]) -> dict[str, int]:
-    """Site index by module path, under every path that a module in several places has."""
+    """Module path -> site index; a module that appears in several places is listed under each of its paths."""
     by_module = {id(model.get_submodule(site)): index for index, site in enumerate(sites)}
     modules = model.named_modules(remove_duplicate=False)
     return {path: by_module[id(module)] for path, module in modules if id(module) in by_module}
@@ -36,15 +36,15 @@ def site_columns(model: nn.Module, sites: Sequence[str]) -> dict[str, int]:
 def find_site_outputs(
     graph: fx.Graph, sites: Sequence[str], index_of: Callable[[str], int | None]
 ) -> tuple[tuple[fx.Node, ...], ...]:
-    """For each site the nodes inside it whose values are used outside it (or are returned).
+    """For each site, the nodes inside it whose values are used outside it (or are returned).
 
     Args:
-        graph: a functional graph, identities removed.
+        graph: a functional graph with identities removed.
         sites: site paths.
-        index_of: the site that a module path, as it stands in `nn_module_stack`, is of; None for none.
+        index_of: maps a module path, as written in `nn_module_stack`, to the index of its site, or to None.
 
     Raises:
-        CaptureError: no site does anything, or one lies in a nested region.
+        CaptureError: no site has outputs in this graph, or some have none and the graph has nested regions.
     """
     inside: dict[fx.Node, int] = {}
     for node in graph.nodes:
@@ -72,14 +72,14 @@ def find_site_outputs(
 
 
 def _tensor_values(node: fx.Node) -> list[fx.Node]:
-    """The node itself, or for one that yields a tuple of tensors (`split`) the nodes that pick from it."""
+    """The node itself, or, if it yields a tuple of tensors (`split`), the nodes that pick items from it."""
     if isinstance(node.meta.get("val"), torch.Tensor):
         return [node]
     return [user for user in node.users if user.target is operator.getitem]
 
 
 def site_of(node: fx.Node, index_of: Callable[[str], int | None]) -> int | None:
-    """The site that a node lies in."""
+    """The index of the site that a node lies in; None if it lies in none."""
     for path, _ in (node.meta.get("nn_module_stack") or {}).values():
         index = index_of(path)
         if index is not None:
@@ -89,12 +89,12 @@ def site_of(node: fx.Node, index_of: Callable[[str], int | None]) -> int | None:
 
 @functools.lru_cache(maxsize=65536)
 def without_call_suffix(path: str) -> str:
-    """`blocks.0.attn@1` marks the second call of a module that runs twice in one forward."""
+    """A module path without `@1` and the like: `blocks.0.attn@1` marks the second call of a module in one forward."""
     return re.sub(r"@\d+", "", path)
 
 
 def check_site_result(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-    """A forward hook: a site that hands one of its inputs on unchanged cannot be replaced by what it gave before.
+    """A forward hook that refuses a site that returns one of its inputs: an earlier output cannot replace that input.
 
     Raises:
         CaptureError: with Obstacle.SITE.
@@ -111,9 +111,9 @@ def check_site_result(module: nn.Module, args: Any, kwargs: Any, output: Any) ->
 
 
 def check_sizes(graph: fx.Graph, columns: Mapping[str, int]) -> None:
-    """Raise CaptureError where memory or FLOPs cannot be known: a size that depends on values, in a site or a product.
+    """Raise CaptureError if a value in a site, or the result of a product, has a data-dependent size.
 
-    Elsewhere such a size does no harm: it never reaches a slot.
+    Its memory or FLOPs cannot be known. Elsewhere such a size does no harm: it never reaches a slot.
     """
     for node in graph.nodes:
         value = node.meta.get("val")
@@ -124,7 +124,7 @@ def check_sizes(graph: fx.Graph, columns: Mapping[str, int]) -> None:
 
 
 class StopsAtUnknownSizes(TorchFunctionMode):
-    """Raises the error of `check_sizes` while the model is traced: what comes after such a size takes long to trace."""
+    """Raises the error of `check_sizes` already while the model is traced: tracing on past such a size takes long."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See `TorchFunctionMode`."""

@@ -1,6 +1,6 @@
-"""CUDA graphs: record the launches of a step once, send them again with one.
+"""CUDA graphs: record the launches of a step once, then repeat them all with a single launch.
 
-A graph holds addresses, so all it reads and writes must stay where it was. What it makes in between lies in a pool that
+A graph holds addresses, so everything it reads and writes must stay in place. The values it computes lie in a pool that
 all graphs of a plan share: the outputs of one are overwritten by the next, and must be copied at once.
 """
 
@@ -18,10 +18,10 @@ import torch
 
 from harmonica_rt.execute.launch_order import has_streams
 
-MAX_FAILURES = 3  # recordings of a pool that may fail; the memory that each one took is not given back
+MAX_FAILURES = 3  # failed recordings allowed per pool; the memory that each one took is not given back
 
-# torch allows one recording at a time. Its CUDA streams are few and handed out in turn, so that two pools may have the
-# same one: what one thread launched there would get into what another one records.
+# torch allows one recording at a time. Its CUDA streams are few and handed out in turn, so two pools may get the same
+# one: what one thread launches there would end up in the recording of another thread.
 _RECORDING = threading.Lock()
 
 Body = Callable[[], tuple[Any, ...]]
@@ -31,7 +31,7 @@ class Graph(Protocol):
     """A recorded body."""
 
     def replay(self) -> tuple[Any, ...]:
-        """Run the body again; its outputs are good until another graph of the pool is replayed."""
+        """Run the body again; its outputs are valid until another graph of the pool is replayed."""
 
 
 class Pool(Protocol):
@@ -41,10 +41,10 @@ class Pool(Protocol):
     device: torch.device
 
     def warm_up(self, body: Body) -> tuple[Any, ...]:
-        """Run `body` once as it will be recorded, so that nothing is loaded or tuned while recording; its outputs."""
+        """Run `body` once as it will be recorded, so that recording loads and tunes nothing; return its outputs."""
 
     def record(self, body: Body) -> Graph:
-        """Record `body`, which was warmed up.
+        """Record `body`, which must have been warmed up.
 
         Raises:
             RuntimeError: something in it cannot be recorded. Other bodies still can.
@@ -59,8 +59,8 @@ class Graphs:
     """How steps become graphs.
 
     Attributes:
-        make_pool: makes the pool of a plan on a device; None where the device has no graphs.
-        measured: keep a graph only where it is faster than the launches it stands for.
+        make_pool: makes the pool of a plan on a device; returns None where the device has no graphs.
+        measured: keep a graph only where it is faster than the launches it replaces.
     """
 
     make_pool: Callable[[torch.device], Pool | None]
@@ -68,7 +68,7 @@ class Graphs:
 
 
 def graphs_of(mode: str) -> Graphs | None:
-    """The graphs that `CompileOptions.graphs` means; None for no graphs."""
+    """How graphs are made for a mode of `CompileOptions.graphs`; None for no graphs."""
     return None if mode == "off" else Graphs(_cuda_pool, measured=mode == "auto")
 
 
@@ -88,32 +88,32 @@ class CudaPool:
     """One private memory pool and one CUDA stream for all graphs of a plan. Its memory is freed with the graphs.
 
     A recording that fails leaves its pool open (`CUDAGraph.capture_end` raises before it closes the pool), and torch
-    refuses to record into an open pool. So the place of a recording is taken away before it begins and only given back
-    when it has ended well; otherwise the next one makes a new place. Graphs recorded before keep the old pool alive.
-    torch counts a recording that could not be ended as a user of its pool for good, so the memory that it took is lost:
-    after a few of those nothing more is recorded.
+    refuses to record into an open pool. So the place is marked unusable before a recording begins, and usable again
+    only when it has ended well; otherwise the next recording makes a new place. Graphs recorded earlier keep the old
+    pool alive. torch counts a recording that could not be ended as a permanent user of its pool, so the memory that it
+    took is lost: after a few such failures nothing more is recorded.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.nbytes = 0
         self.device = device
         self._place = self._new_place()
-        self._anchor: Graph | None = None  # a pool is freed with its last graph, and its handle is no good from then on
+        self._anchor: Graph | None = None  # a pool is freed with its last graph, and its handle is invalid from then on
         self._failures = 0
         self._usable = True
 
     def warm_up(self, body: Body) -> tuple[Any, ...]:
-        """See `Pool.warm_up`: on the CUDA stream that records, because libraries keep workspaces for each stream."""
+        """See `Pool.warm_up`. It uses the CUDA stream that records, as libraries keep workspaces per CUDA stream."""
         with _RECORDING:
             stream, current = self._usable_place().stream, torch.cuda.current_stream(self.device)
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 outputs = body()
             current.wait_stream(stream)
-            return copies(outputs)  # made on the caller's CUDA stream: the originals belong to this one
+            return copies(outputs)  # made on the caller's CUDA stream: the originals belong to the recording one
 
     def record(self, body: Body) -> Graph:
-        """See `Pool.record`. The thread must have run `body` before: libraries make handles of their own for each."""
+        """See `Pool.record`. The same thread must have run `body` before: libraries create handles per thread."""
         if self._failures >= MAX_FAILURES:
             raise RuntimeError(
                 f"{self._failures} recordings of this plan failed already, and kept the memory they took"
@@ -123,7 +123,7 @@ class CudaPool:
             place = self._usable_place()
             self._usable = False
             if self._anchor is None:
-                torch.cuda.empty_cache()  # a private pool takes nothing from the cache, only what the device has left
+                torch.cuda.empty_cache()  # a private pool cannot take cached memory, only what is free on the device
                 self._anchor = self._recorded(place, lambda: (torch.zeros(1, device=self.device),))
             graph = self._recorded(place, body)
             self._usable = True
@@ -161,10 +161,10 @@ class CudaPool:
         return _CudaGraph(graph, outputs)
 
     def _abandon(self, graph: torch.cuda.CUDAGraph, place: _Place) -> None:
-        """End a recording, and the allocation to its pool, however far it came."""
+        """End a recording and the allocation to its pool, however far it got."""
         try:
             graph.capture_end()
-        except RuntimeError:  # says once more that the recording failed
+        except RuntimeError:  # reports again that the recording failed
             self._failures += 1
         finally:
             with contextlib.suppress(RuntimeError):  # the pool is closed already, as it should be
@@ -173,11 +173,11 @@ class CudaPool:
 
 @contextmanager
 def _own_workspaces() -> Iterator[None]:
-    """Within this block, on the current CUDA stream, what is recorded takes its cuBLAS workspaces from its own pool.
+    """Within this block, a recording on the current CUDA stream takes its cuBLAS workspaces from its own pool.
 
-    torch keeps a workspace for each handle and CUDA stream (before 2.12 in graphs, too). A graph that used one from
-    outside would share it with plain launches, and one from its pool that was kept would be overwritten by graphs. The
-    thread's handle is made first: making it is not allowed while recording.
+    torch keeps one workspace per handle and CUDA stream (before 2.12, in graphs too). A graph that used an existing one
+    would share it with plain launches, and one from its pool that was kept afterwards would be overwritten by graphs.
+    The thread's handle is created first, because that is not allowed while recording.
     """
     torch.cuda.current_blas_handle()
     torch._C._cuda_clearCublasWorkspaces()

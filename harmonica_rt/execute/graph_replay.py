@@ -1,4 +1,4 @@
-"""Step programs as graphs, one for each program and place of its slots, and the prologue as one; of one stream."""
+"""The CUDA graphs of one stream: one per step program and addresses of its slots, and one for the prologue."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from harmonica_rt.lower.plain import Program
 
 log = logging.getLogger(__name__)
 
-PAYS = 0.98  # share of the time of plain launches that a graph may take to be kept
-ROUNDS = 3  # of the measurement; the best counts
-MOVES = 3  # runs in a row with weights elsewhere, after which recording them anew is given up
+PAYS = 0.98  # a graph is kept if it takes at most this fraction of the time of plain launches
+ROUNDS = 3  # of measurement; the best time counts
+MOVES = 3  # consecutive runs with moved weights after which graphs are no longer recorded anew
 RESTLESS = "weights lie elsewhere in every run (is offloading on?)"
 
 
@@ -30,10 +30,10 @@ class GraphedPrograms:
     """The graphs of one stream and the static tensors that they read.
 
     A body runs plainly at its first use, which warms it up, is recorded at its second, and replayed from then on. A
-    thread records only what it warmed up itself: libraries make handles for each thread, which recording forbids.
+    thread records only what it warmed up itself: libraries create handles per thread, which recording forbids.
 
     Args:
-        pool: records.
+        pool: records the graphs.
         measured: keep a graph only where it is faster than plain launches.
     """
 
@@ -42,8 +42,8 @@ class GraphedPrograms:
         self._pool = pool
         self._measured = measured
         self._warm = _Warm()
-        self._graphs: dict[Hashable, Graph] = {}  # of places, and of the prologue
-        self._moves = 0  # runs in a row
+        self._graphs: dict[Hashable, Graph] = {}  # by place, or by prologue
+        self._moves = 0  # consecutive runs, up to this one, in which something had moved
         self._leaves = StaticTensors()
         self._request = StaticTensors()
 
@@ -81,11 +81,11 @@ class GraphedPrograms:
         """Run one step as `Program.__call__` does; the outputs are the caller's to keep.
 
         Args:
-            place: which of the stream's pairs of a program and the addresses of its slots this is.
+            place: number of the pair of this program and the addresses of its slots.
             program: the program.
             bound: its weights and constants.
-            leaves: of the call; copied to where graphs read them.
-            slots: that it reads, and that it writes.
+            leaves: leaves of the call; those it takes are copied to where graphs read them.
+            slots: the slots that it reads, and those that it writes.
             hoisted: values at fixed addresses.
         """
         self._leaves.put({str(index): leaves[index] for index in program.step.inputs})
@@ -108,10 +108,10 @@ class GraphedPrograms:
 
         Args:
             prologue: the prologue.
-            leaves: of the call; those that it reads are copied to where its graph reads them.
+            leaves: leaves of the call; those that it reads are copied to where its graph reads them.
             foreseen: the timesteps of all steps, one tensor for each timestep argument; copied likewise.
-            body: computes the values, of such leaves and timesteps, and leaves them at fixed addresses. The first time
-                those are made, so it runs once before it is warmed up.
+            body: computes the values from such leaves and timesteps and stores them at fixed addresses. Its first run
+                allocates these, so it runs once before it is warmed up.
         """
         indices = {*prologue.once.part.inputs, *prologue.each.part.inputs} - {*prologue.prologue.timesteps}
         timesteps = {f"timesteps {number}": values for number, values in enumerate(foreseen)}
@@ -177,7 +177,7 @@ class GraphedPrograms:
 
 
 class _Warm(threading.local):
-    """What the thread at hand has warmed up."""
+    """What the current thread has warmed up."""
 
     def __init__(self) -> None:
         self.keys: set[Hashable] = set()
@@ -185,7 +185,7 @@ class _Warm(threading.local):
 
 @contextmanager
 def _casting_anew() -> Iterator[None]:
-    """Within this block autocast keeps no casts of weights: a graph would hold one's address, and not the cast."""
+    """Within this block autocast caches no casts of weights: a graph holds a cast's address, not the cast itself."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

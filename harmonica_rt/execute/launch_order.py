@@ -21,7 +21,7 @@ def has_streams(device: torch.device) -> bool:
 
 
 class LaunchOrder:
-    """Lets the uses of some memory take turns.
+    """Makes the uses of some memory take turns.
 
     Args:
         devices: where the memory lies, and where it is used. Those without CUDA streams need no order.
@@ -33,10 +33,10 @@ class LaunchOrder:
 
     @contextmanager
     def turn(self, held: Callable[[], Iterable[torch.Tensor]]) -> Iterator[None]:
-        """Launch within this block what uses the memory.
+        """One turn: whatever uses the memory is launched within this block.
 
         Args:
-            held: gives the tensors that are used; only asked where the CUDA stream is not that of the last turn.
+            held: returns the tensors in use; called only if the CUDA stream is not that of the last turn.
         """
         uses = [(torch.cuda.current_stream(device), self._take_over(device, held)) for device in self._devices]
         try:
@@ -46,7 +46,7 @@ class LaunchOrder:
                 event.record(stream)
 
     def _take_over(self, device: torch.device, held: Callable[[], Iterable[torch.Tensor]]) -> torch.cuda.Event:
-        """Wait for the last turn on `device`; the event that is recorded when this one is over."""
+        """Wait for the last turn on `device`; return the event to record when this turn is over."""
         stream = torch.cuda.current_stream(device)
         last, event = self._last.get(device, (stream, None))
         if event is None:

@@ -22,15 +22,15 @@ from harmonica_rt.plan.plan import Plan
 
 log = logging.getLogger(__name__)
 
-SHARE = 0.25  # of a GPU's memory that the plans of a model may hold, unless told otherwise
+SHARE = 0.25  # fraction of a GPU's memory that the plans of a model may hold by default
 
 
 class PlanKey(NamedTuple):
     """What a plan is kept under.
 
     Attributes:
-        signature: of its calls.
-        model: the facts of the model that it was made for; None where those who make the calls see to that.
+        signature: the signature of its calls.
+        model: the facts of the model that it was made for; None where the caller ensures that they hold.
     """
 
     signature: Signature
@@ -40,7 +40,7 @@ class PlanKey(NamedTuple):
         return str(self.signature)
 
     def without_reads(self) -> PlanKey:
-        """The key that calls of this plan have, whatever the model reads of their request."""
+        """The key of this plan's calls, without the values that the model reads of their request."""
         return self._replace(signature=dataclasses.replace(self.signature, read=()))
 
 
@@ -48,9 +48,9 @@ class Plans:
     """A bounded cache of lowered plans.
 
     Args:
-        model_name: for the log.
+        model_name: name of the model in log messages.
         options: how plans are made and kept. Their bytes are arenas, inputs of graphs, and what graphs reserve; a plan
-            in use is kept however large it is.
+            in use is kept, however large it is.
         graphs: how step programs become graphs; None runs them launch by launch.
     """
 
@@ -63,25 +63,25 @@ class Plans:
         self.options = options
         self._model_name = model_name
         self._graphs = graphs
-        self._held: dict[PlanKey, PlanRuntime] = {}  # no OrderedDict: an interrupted one is no longer whole
+        self._held: dict[PlanKey, PlanRuntime] = {}  # not an OrderedDict, which an interruption can corrupt
         self._key: RunKey | None = None
 
     def __contains__(self, key: PlanKey) -> bool:
         return key in self._held
 
     def __getitem__(self, key: PlanKey) -> PlanRuntime:
-        """The plan, now the one used last."""
+        """The plan, which becomes the most recently used one."""
         runtime = self._held[key] = self._held.pop(key)
         return runtime
 
     @property
     def held(self) -> dict[PlanKey, PlanRuntime]:
-        """All plans, the one used last at the end."""
+        """All plans, from the least to the most recently used."""
         return dict(self._held)
 
     @property
     def pool_bytes(self) -> int | None:
-        """Bytes that graphs reserved between their inputs and outputs; None where there are no graphs."""
+        """Bytes that the pools of all plans hold; None where no plan has a pool."""
         pools = [runtime.pool for runtime in self._held.values() if runtime.pool is not None]
         return sum(pool.nbytes for pool in pools) if pools else None
 
@@ -107,14 +107,14 @@ class Plans:
         started: float,
         loaded: bool = False,
     ) -> PlanRuntime:
-        """Check, lower and keep a plan, and drop those unused longest where there are too many or they hold too much.
+        """Check, lower and keep a plan; drop the least recently used ones if there are too many or they hold too much.
 
         Args:
             key: what it is kept under.
             plan: the plan.
             weights: see `PlanRuntime`.
-            roles: of the leaves of its calls.
-            started: when its making began, by `time.perf_counter()`.
+            roles: roles of the leaves of its calls.
+            started: `time.perf_counter()` when its making began.
             loaded: whether it comes from a file.
 
         Raises:
@@ -147,13 +147,13 @@ class Plans:
         return runtime
 
     def _drop_surplus(self, *, coming: int) -> None:
-        """Drop plans, the one unused longest first, until both limits hold.
+        """Drop plans, the least recently used first, until both limits hold.
 
-        The plan used last stays, and so does every plan of the run at hand: its streams hold it, so dropping it would
-        give nothing back, and the next run would make it again.
+        The most recently used plan stays, and so does every plan of the current run: its streams hold it, so dropping
+        it would free nothing, and the next run would make it again.
 
         Args:
-            coming: bytes that the plan used last is about to take.
+            coming: bytes that the most recently used plan is about to take.
         """
         most = self.options.max_plans
         for key, runtime in [*self._held.items()][:-1]:

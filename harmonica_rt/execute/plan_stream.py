@@ -36,12 +36,12 @@ class PlanRuntime:
 
     Args:
         plan: the plan.
-        weights: gives the model's parameters and buffers by name; asked once per run. The same mapping means the same
-            tensors, whatever their values.
-        leaf_roles: of the leaves of its calls.
+        weights: returns the model's parameters and buffers by name. The same mapping object means the same tensors,
+            whatever their values.
+        leaf_roles: roles of the leaves of its calls.
         lowering: one of `harmonica_rt.options.LOWERINGS`.
         debug: fill slots with NaN before they are written and after their last read.
-        pool: records step programs as graphs, of this plan alone; None runs them launch by launch.
+        pool: records step programs as graphs, for this plan alone; None runs them launch by launch.
         measured: keep a graph only where it is faster.
     """
 
@@ -74,7 +74,7 @@ class PlanRuntime:
             LoweredPrologue(prologue, plan.captured.root, len(plan.steps)) if prologue is not None else None
         )
         self.lower_seconds = time.perf_counter() - started
-        self.compile_seconds = 0.0  # from the call to the plan, checks included; set by who made it
+        self.compile_seconds = 0.0  # from the call to the plan, checks included; set by whoever made the plan
         self._catch_up: dict[StepIndex, tuple[Program, tuple[SlotId, ...]]] = {}
         self._fetch_weights = weights
         self._weights: Mapping[str, torch.Tensor] = {}
@@ -86,7 +86,7 @@ class PlanRuntime:
         offsets = [slot.offset for slot in plan.table.slots]
         keys = [(s.program, *(offsets[slot] for slot in (*s.reads, *s.writes))) for s in plan.steps]
         distinct = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-        self.places = tuple(distinct[key] for key in keys)  # of each step, its program with addresses
+        self.places = tuple(distinct[key] for key in keys)  # per step, the number of its (program, addresses) pair
 
     @property
     def graphs(self) -> tuple[GraphedPrograms, ...]:
@@ -101,7 +101,7 @@ class PlanRuntime:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of all arenas held now: one set for each stream that ran at once."""
+        """Bytes of all arenas held now: one set per concurrent stream."""
         return sum(memory.buffers.nbytes for memory in (*self._free, *self._lent))
 
     @property
@@ -111,7 +111,7 @@ class PlanRuntime:
 
     @property
     def in_use(self) -> bool:
-        """Whether the run at hand has a stream over it."""
+        """Whether the current run has a stream of this plan."""
         return bool(self._lent)
 
     def begin_run(self, key: RunKey | None = None) -> None:
@@ -120,11 +120,11 @@ class PlanRuntime:
         self._free, self._lent = [*self._free, *reversed(self._lent)], []
         self._weights_checked = False
         if self._fetch_weights() is not self._weights:
-            self._bound.clear()  # first, or an interruption here would leave what is bound for what is current
-            self._weights = {}  # or a plan that is not used again would keep weights that were replaced
+            self._bound.clear()  # first, or after an interruption here stale tensors would pass for current
+            self._weights = {}  # or a plan that is not used again would keep replaced weights alive
 
     def new_stream(self) -> PlanStream:
-        """A stream with an arena of its own, the one that was taken back first."""
+        """A stream with arenas of its own; free ones are lent in the order of the last run."""
         if self._free:
             memory = self._free.pop()
         else:
@@ -162,7 +162,7 @@ class PlanRuntime:
 
     def bound(self, program: Program | LoweredPart) -> tuple[Any, ...]:
         """The weights and constants of `program`, as the model holds them in this run."""
-        if not self._weights_checked or self._fetch_weights() is not self._weights:  # replaced in mid-run
+        if not self._weights_checked or self._fetch_weights() is not self._weights:  # the latter: replaced mid-run
             self._check_weights()
         bound = self._bound.get(program)
         if bound is None:
@@ -170,9 +170,9 @@ class PlanRuntime:
         return bound
 
     def _check_weights(self) -> None:
-        """Fetch the weights of this run.
+        """Fetch the weights of this run, and drop the graphs if any have moved.
 
-        Graphs hold the addresses of weights. What is written in place they see; what is replaced they would not.
+        Graphs hold the addresses of weights: they see one that was written in place, but not one that was replaced.
         """
         self._weights_checked = True
         weights = self._fetch_weights()
@@ -202,7 +202,7 @@ class _Memory:
     hoisted: HoistedMemory | None
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """All that is written again and again, each storage at least once."""
+        """The tensors that are written again and again, each storage at least once."""
         yield from self.buffers.arenas.values()
         if self.graphs is not None:
             yield from self.graphs.tensors
@@ -211,7 +211,7 @@ class _Memory:
 
 
 class PlanStream:
-    """A stream that runs step programs over one set of slots, and what was computed for them beforehand."""
+    """A stream that runs step programs on one set of slots and on the values hoisted for them."""
 
     def __init__(self, runtime: PlanRuntime, memory: _Memory, prologue: StreamPrologue | None) -> None:
         self.runtime = runtime
@@ -266,7 +266,7 @@ def _devices(plan: Plan) -> set[torch.device]:
 
 
 def _on_cpu(plan: Plan) -> bool:
-    """Whether all inputs of a call lie where the host can look at them."""
+    """Whether all inputs of a call are on the CPU, where the host can read them."""
     captured = plan.captured
     inputs = [node for node in captured.graph.nodes if node.op == "placeholder" and node.name in captured.inputs]
     return all(node.meta["val"].device.type == "cpu" for node in inputs)

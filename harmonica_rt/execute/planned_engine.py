@@ -41,21 +41,21 @@ class FallbackWarning(UserWarning):
     """A model could not be captured and runs eagerly with the same schedule: same images, less speed."""
 
 
-NEW_STATES = 4  # of the model in one run that plans are made for; in further ones it runs eagerly
+NEW_STATES = 4  # new states of the model per run that plans are made for; in further ones it runs eagerly
 
 
 class ReadingStream:
-    """A stream over plans that hold only for what the model reads of the request they were made for."""
+    """A stream over plans that hold only for requests with the values that the model read when they were made."""
 
     def __init__(self, engine: PlannedEngine, stream: Stream, reads: RequestReads) -> None:
         self._engine = engine
         self._held: list[tuple[Stream, RequestReads | None]] = [(stream, reads)]  # the one in use first
-        self._asked = True  # whether the request at hand reads what the stream in use holds for
+        self._asked = True  # whether the stream in use is known to hold for the current request
         self._begun = False
 
     @property
     def in_use(self) -> Stream:
-        """The stream of the request at hand."""
+        """The stream of the current request."""
         return self._held[0][0]
 
     def begin(self) -> None:
@@ -75,7 +75,7 @@ class ReadingStream:
         return self.in_use.run(step, call, catch_up=catch_up)
 
     def _choose(self, call: Call) -> None:
-        """Use the stream that holds for what the model reads of this request."""
+        """Switch to the stream that holds for what the model reads of this request."""
         self._asked = True
         fitting = next((one for one in self._held if one[1] is None or one[1].hold(call.leaves)), None)
         if fitting is self._held[0]:
@@ -96,7 +96,7 @@ class PlannedEngine:
         model: the denoiser, in eval mode.
         schedule: what to reuse when.
         options: how plans are made and kept.
-        graphs: in the place of what `options.graphs` means; for benchmarks and tests.
+        graphs: used instead of what `options.graphs` selects; for benchmarks and tests.
     """
 
     def __init__(
@@ -112,16 +112,16 @@ class PlannedEngine:
         self._model = model
         self._schedule = schedule
         self.watch = ModelWatch(model)
-        self._state: ModelState | None = None  # that the call under way finds
-        self._change: str | None = None  # of the model, that no plan was made for yet
-        self._new: list[Facts] = []  # that this run was the first to find
+        self._state: ModelState | None = None  # the model's state as the last call found it
+        self._change: str | None = None  # the model's last change, if no plan was made for it yet
+        self._new: list[Facts] = []  # states of the model first seen in this run
         self._said_restless = False  # in this run
         self._ran_eagerly = False  # in this run
         self._reference = ReferenceEngine(model, schedule, self.watch)
 
     @property
     def plans(self) -> dict[PlanKey, PlanRuntime]:
-        """The plans in the cache, the one used last at the end."""
+        """The plans in the cache, from the least to the most recently used."""
         return self.cache.held
 
     @property
@@ -132,11 +132,11 @@ class PlannedEngine:
 
     @property
     def looks_late(self) -> bool:
-        """On a GPU: its queue is filled before the host looks at the model."""
+        """True on a GPU: its queue is filled before the host checks the model."""
         return not self._ran_eagerly and any(key.signature.device.type == "cuda" for key in self.plans)
 
     def state(self, call: Call) -> ModelState:
-        """See `Engine.state`: plans are made for it, and kept for when it comes back."""
+        """See `Engine.state`; plans are made for a state, and kept in case it comes back."""
         before, self._state = self._state, self.watch.look()
         if before is not None and self._state.facts is not before.facts:
             self._change = self.watch.difference
@@ -155,7 +155,7 @@ class PlannedEngine:
         return stream if reads is None else ReadingStream(self, stream, reads)
 
     def stream_for(self, call: Call) -> tuple[Stream, RequestReads | None]:
-        """A stream for `call`, and the values of its request that it holds for; None where it holds for all."""
+        """A stream for `call`, and the request values that it holds for; None if it holds for all."""
         found = self._planned_for(call)
         if found is None and self._key(call) not in self.failures and not self._is_restless(self._key(call).model):
             found = self._add_plan(call)
@@ -165,7 +165,7 @@ class PlannedEngine:
         return found.new_stream(), found.plan.captured.reads
 
     def _planned_for(self, call: Call) -> PlanRuntime | None:
-        """The plan for the signature of `call`, and for what the model reads of its request."""
+        """The plan for the signature of `call` and for what the model reads of its request, or None."""
         key = self._key(call)
         if key in self.cache:
             return self.cache[key]
@@ -177,10 +177,10 @@ class PlannedEngine:
         return None
 
     def saved(self) -> list[dict[str, Any]]:
-        """All plans as plain JSON values.
+        """All plans for the model's current state, as plain JSON values.
 
         Raises:
-            PlanFileError: one has no such form, or the model is not as it was when they were made.
+            PlanFileError: a plan cannot be expressed so, or the model has changed since they were made.
         """
         facts = self.watch.look().facts
         fitting = {key: runtime for key, runtime in self.plans.items() if key.model is facts}
@@ -197,14 +197,14 @@ class PlannedEngine:
             ]
 
     def restore(self, records: Iterable[Any]) -> None:
-        """Keep plans that `saved` gave, for a model that is as it was then.
+        """Add plans that `saved` returned, for a model in the same state as then.
 
         Args:
             records: the plans, from a file that anyone may have written.
 
         Raises:
             CaptureError: the model is in a state that no plan can stand for.
-            PlanFileError: not what `saved` gave.
+            PlanFileError: the records are not what `saved` returned.
             RegionError: Inductor cannot compile a region.
         """
         check_capturable(self._model)
@@ -227,7 +227,7 @@ class PlannedEngine:
         try:
             captured = capture(self._model, call, self._schedule.sites)
         except CaptureError as error:
-            # What the user can mend at once is no reason to run slowly.
+            # What the user can fix at once is raised, rather than running slowly because of it.
             if self.options.strict or error.failure.obstacle in (Obstacle.TRAINING, Obstacle.SITE):
                 raise
             self.failures = {key: failure for key, failure in self.failures.items() if self.watch.knows(key.model)}
@@ -236,7 +236,7 @@ class PlannedEngine:
             log.warning("%s", message)
             warnings.warn(message, FallbackWarning, stacklevel=2)
             return None
-        self.watch.accept()  # a model may make tables when it first runs
+        self.watch.accept()  # a model may build tables when it first runs
         key = self._key(call)
         if captured.reads is not None:
             key = key._replace(signature=dataclasses.replace(key.signature, read=captured.reads.key))
@@ -244,12 +244,12 @@ class PlannedEngine:
         return self.cache.add(key, plan, self.watch.live_tensors, roles(call), started=started)
 
     def _key(self, call: Call) -> PlanKey:
-        """What a plan for this call is kept under."""
+        """The key that a plan for this call is kept under."""
         state = self._state or self.state(call)
         return PlanKey(call.signature, state.facts)
 
     def _is_restless(self, facts: Facts | None) -> bool:
-        """Whether the model changed so often in this run that a plan for what it is now would not pay."""
+        """Whether the model changed so often in this run that a plan for its current state would not pay."""
         if facts is None or facts in self._new or any(key.model is facts for key in self.plans):
             return False
         name, change = type(self._model).__name__, self._change

@@ -1,11 +1,11 @@
-"""Run the prologue: hoisted values of a stream, for all steps in one batched pass where the timesteps are foreseen.
+"""Run the prologue: the hoisted values of a stream, in one batched pass over all steps if the timesteps are foreseen.
 
-What timesteps a model is given is known only when it is called: pipelines scale, shift and round those of their
-scheduler. So every run writes down those it is given, and they are the forecast for later runs of the same scheduler
-timesteps. Without a forecast each step computes its own values. Where a comparison is free (on a CPU), each step
-compares, and one that was foreseen wrongly computes its own. Elsewhere reading a value would make the host wait for the
-device, so a stream that begins with the run is held to its forecast when it ends, and is an error if it was not what
-was foreseen; any other stream computes its own.
+The timesteps that a model is given are known only when it is called: pipelines scale, shift and round those of their
+scheduler. So every run records the timesteps it is given, as the forecast for later runs with the same scheduler
+timesteps. Without a forecast, each step computes its own values. Where a comparison is free (on a CPU), each step
+compares, and computes its own values if the forecast was wrong. Elsewhere, reading a value would make the host wait for
+the device, so a stream that begins with the run uses its forecast unseen and compares when it ends, where a difference
+is an error; any other stream computes its own values.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from harmonica_rt.lower.hoist import Part, Prologue
 
 log = logging.getLogger(__name__)
 
-MAX_FORECASTS = 16  # kept; the one unused longest goes first
+MAX_FORECASTS = 16  # kept; the least recently learned one is dropped first
 
 Timesteps = tuple[torch.Tensor, ...]  # one for each timestep argument
 Values = list[torch.Tensor]
 
 
 class ForecastKey(NamedTuple):
-    """What streams are foreseen alike.
+    """What a forecast is kept under; streams with equal keys share it.
 
     Attributes:
-        run: of the run; None where no scheduler drives it.
-        order: of the stream among those of its plan: a model may be called twice per step with other timesteps.
+        run: key of the run; None where no scheduler drives it.
+        order: index of the stream among those of its plan: a model may be called twice per step with other timesteps.
     """
 
     run: RunKey | None
@@ -65,7 +65,7 @@ class LoweredPrologue:
     Args:
         prologue: what to hoist.
         root: module that `get_attr` nodes refer to.
-        steps: of a run.
+        steps: number of steps of a run.
     """
 
     def __init__(self, prologue: Prologue, root: nn.Module, steps: int) -> None:
@@ -78,11 +78,11 @@ class LoweredPrologue:
         self._forecasts: OrderedDict[ForecastKey, Timesteps] = OrderedDict()
 
     def forecast(self, key: ForecastKey) -> Timesteps | None:
-        """The model's timesteps in such a stream, `[steps, ...]` each; None where not known."""
+        """The model's timesteps in a stream with this key, `[steps, ...]` each; None where not known."""
         return self._forecasts.get(key)
 
     def forget(self, key: ForecastKey) -> None:
-        """A forecast was wrong."""
+        """Drop a forecast that was wrong."""
         self._forecasts.pop(key, None)
 
     def learn(self, key: ForecastKey, timesteps: Timesteps) -> None:
@@ -98,7 +98,7 @@ class LoweredPrologue:
         return dict(zip(self.once.part.results, self.once.run(*bound, *inputs), strict=True))
 
     def given(self, of_request: Mapping[str, torch.Tensor]) -> Values:
-        """Those that the timestep part takes."""
+        """Those values of a request that the timestep part takes."""
         return [of_request[name] for name in self.each.part.given]
 
     def in_steps(
@@ -117,7 +117,7 @@ class LoweredPrologue:
         )
         try:
             values = tuple(torch.vmap(self.each.run, in_dims=dims)(*bound, *inputs, *given))
-        except (RuntimeError, NotImplementedError) as error:  # as an operator without a batching rule gives
+        except (RuntimeError, NotImplementedError) as error:  # as an operator without a batching rule raises
             if self._has_batched or isinstance(error, torch.OutOfMemoryError):
                 raise
             log.info("timestep-only values are computed step by step: %s", str(error).partition("\n")[0])
@@ -137,7 +137,7 @@ class PrologueGraphs(Protocol):
         foreseen: Sequence[torch.Tensor],
         body: Callable[[Sequence[Any], Sequence[torch.Tensor]], None],
     ) -> None:
-        """Have `body` compute the values of all steps, or replay what it did."""
+        """Have `body` compute the values of all steps, or replay a recording of it."""
 
 
 class StreamPrologue:
@@ -145,12 +145,12 @@ class StreamPrologue:
 
     Args:
         lowered: the prologue.
-        bind: gives the weights and constants of a part, as the model holds them in this run.
-        key: what it is foreseen by.
+        bind: returns the weights and constants of a part, as the model holds them in this run.
+        key: key of its forecast.
         comparable: whether timesteps can be compared at every step without waiting. Where they cannot, a run without
-            scheduler timesteps is foreseen by nobody.
-        memory: where the values are put for graphs to find; None hands them over as they are.
-        graphs: record the prologue itself, too; None runs it launch by launch.
+            scheduler timesteps has no forecast.
+        memory: where the values are stored for graphs to read; None passes them on as they are.
+        graphs: records the prologue itself too; None runs it launch by launch.
     """
 
     def __init__(
@@ -173,15 +173,15 @@ class StreamPrologue:
         self._given_timesteps: Timesteps | None = None
         self._visited: list[int] = []
         self._first = key.run.first if key.run is not None else StepIndex(0)
-        self._trusted = False  # some step took its values from the forecast, unseen
+        self._trusted = False  # some step took its values from the forecast without comparing
         self.begin()
 
     def begin(self) -> None:
-        """The next call is of another request."""
+        """The next call belongs to another request."""
         self._once: dict[str, torch.Tensor] | None = None
         self._given: Values = []
-        self._all_known = False  # the values of all steps
-        self._steps: tuple[torch.Tensor, ...] = ()  # they, `[steps, ...]` each, where no memory holds them
+        self._all_known = False  # whether the values of all steps are known
+        self._steps: tuple[torch.Tensor, ...] = ()  # those values, `[steps, ...]` each, where no memory holds them
 
     def at(self, step: StepIndex, call: Call) -> dict[str, torch.Tensor]:
         """The hoisted values in `step` by name."""
@@ -233,15 +233,15 @@ class StreamPrologue:
             )
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """What it computed itself and keeps from call to call."""
+        """The tensors that it computed itself and keeps between calls."""
         yield from (self._once or {}).values()
         for kept in (self._given, self._steps, self._foreseen or (), self._given_timesteps or ()):
             yield from kept
 
     def _compute(self, leaves: Sequence[Any], foreseen: Timesteps | None) -> None:
-        """The values of a request; those of all its steps too, where their timesteps are foreseen."""
+        """Compute the values of a request, and those of all its steps where their timesteps are foreseen."""
         lowered, memory = self._lowered, self._memory
-        once = self._bind(lowered.once)  # first: where weights lie elsewhere, graphs are dropped now
+        once = self._bind(lowered.once)  # first: if weights have moved, this drops the graphs
         if memory is not None and self._graphs is not None and foreseen is not None and lowered.batches:
             body = functools.partial(_fill, lowered, memory, once, self._bind(lowered.each))
             self._graphs.run_prologue(lowered, leaves, foreseen, body)
@@ -263,7 +263,7 @@ class StreamPrologue:
             with torch.inference_mode(False):
                 self._given_timesteps = tuple(t.new_empty((self._lowered.steps, *t.shape)) for t in timesteps)
             for log_, timestep in zip(self._given_timesteps, timesteps, strict=True):
-                log_[:step] = timestep  # steps that are left out are computed along: anything that the model takes
+                log_[:step] = timestep  # skipped steps are computed too, with any timestep that the model takes
         for log_, timestep in zip(self._given_timesteps, timesteps, strict=True):
             log_[step].copy_(timestep)
         self._visited.append(step)
@@ -281,7 +281,7 @@ def _fill(
     leaves: Sequence[Any],
     foreseen: Sequence[torch.Tensor],
 ) -> None:
-    """What a graph of the prologue holds: all values of a run, with these weights and constants, into memory."""
+    """The body of a prologue graph: compute all values of a run with these weights and constants, into `memory`."""
     of_request = lowered.of_request(once, leaves)
     memory.begin(
         of_request, lowered.each.part.results, lowered.in_steps(foreseen, each, leaves, lowered.given(of_request))

@@ -11,7 +11,7 @@ from harmonica_rt.plan.plan import Plan
 
 
 class SlotBuffers:
-    """The memory of one stream: an arena per device, and one tensor per slot that looks into it."""
+    """The memory of one stream: an arena per device, and for each slot a tensor that views its part of an arena."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -37,7 +37,7 @@ class SlotBuffers:
             _poison(slot)
 
     def poison_dead(self, step: StepIndex) -> None:
-        """Fill the slots whose last read was in `step`."""
+        """Fill the slots whose last read was in `step`, as `poison_all` does."""
         for slot in self._plan.table.slots:
             if slot.value.last == step:
                 _poison(self.slots[slot.id])

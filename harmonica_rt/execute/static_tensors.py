@@ -1,4 +1,4 @@
-"""Tensors that stay where they are, and that changing values are copied into: what graphs read."""
+"""Tensors at fixed addresses, which graphs read and changing values are copied into."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _Kind = tuple[torch.dtype, torch.device]
 
 
 class StaticTensors:
-    """One tensor at a fixed address for each name, laid out as the first value that came under it."""
+    """One tensor at a fixed address per name, with the layout of the first value given under that name."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
@@ -25,7 +25,7 @@ class StaticTensors:
         return sum(distinct(tensor).nbytes for tensor in self.tensors.values())
 
     def put(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Copy each value under its name; those of one dtype in one call, which a GPU turns into few launches."""
+        """Copy each value to the tensor of its name; one call per dtype, which takes few launches on a GPU."""
         copied: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         for name, value in values.items():
             if name not in self.tensors:
@@ -39,10 +39,10 @@ class StaticTensors:
 
 
 class StaticRows:
-    """Values that are other ones in every step, packed, so that one copy per dtype brings in those of a step.
+    """Per-step values, packed so that one copy per dtype and device loads a whole step.
 
     Args:
-        examples: the values of one step, whose layout all steps have. Views of one tensor share its place.
+        examples: the values of one step; all steps have their layout. Views of one tensor share its place.
     """
 
     def __init__(self, examples: Mapping[str, torch.Tensor]) -> None:
@@ -77,7 +77,7 @@ class StaticRows:
         return (*self._row.values(), *self._table.values())
 
     def put(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Bring in the values of a step as they are."""
+        """Load the given values of a step, without the table."""
         names = list(values)
         for kind in self._row:
             chosen = [name for name in names if self._places[name][0] == kind]
@@ -101,7 +101,7 @@ class StaticRows:
             distinct(column).copy_(distinct(values, column))
 
     def select(self, step: int) -> None:
-        """Bring in the values of a step of the table."""
+        """Load the values of a step from the table."""
         for kind, row in self._row.items():
             row.copy_(self._table[kind][step])
 
@@ -121,7 +121,7 @@ class HoistedMemory:
 
     @property
     def owned(self) -> Iterator[torch.Tensor]:
-        """The tensors that all of them lie in."""
+        """The tensors whose memory holds all of them."""
         yield from self._once.tensors.values()
         if self._each is not None:
             yield from self._each.owned
@@ -129,20 +129,20 @@ class HoistedMemory:
     def begin(
         self, once: Mapping[str, torch.Tensor], each: Sequence[str], steps: tuple[torch.Tensor, ...] | None
     ) -> None:
-        """Take the values of a request, and those of all its steps where they are known."""
+        """Store the values of a request, and those of all its steps where they are known."""
         self._once.put(once)
         self.tensors.update(self._once.tensors)
         if steps is not None:
             self._rows({name: value[0] for name, value in zip(each, steps, strict=True)}).tabulate(each, steps)
 
     def select(self, step: StepIndex) -> dict[str, torch.Tensor]:
-        """All values, those of `step` among them."""
+        """All values, after loading those of `step`."""
         if self._each is not None:
             self._each.select(step)
         return self.tensors
 
     def put(self, each: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """All values, these of a step among them."""
+        """All values, after loading the given ones of a step."""
         self._rows(each).put(each)
         return self.tensors
 
@@ -172,5 +172,5 @@ def _empty(value: torch.Tensor) -> torch.Tensor:
 
 
 def _extent(value: torch.Tensor) -> int:
-    """Elements from the first to the last one."""
+    """Number of elements from the first to the last, gaps included."""
     return 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) if value.numel() else 0

@@ -4,5 +4,5 @@
 layout of every value from the inputs, `flops` counts floating-point operations. Each takes a graph and knows nothing
 of schedules or runs.
 
-Hazard: a rewrite that changes bits. What is dropped or replaced here gives the same values bit for bit.
+Hazard: a rewrite could change bits. Everything dropped or replaced here leaves the values the same bit for bit.
 """

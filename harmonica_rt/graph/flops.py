@@ -1,8 +1,8 @@
 """Floating-point operations of graphs, counted by torch's own FlopCounterMode.
 
-Each node of the captured graph is counted once, under fake tensors; a step graph then sums what it kept. On CPU,
-attention runs as an operator that FlopCounterMode does not know (34 % of a PixArt-1024 block), so it is given the
-formula of the operator it does know.
+Each node of the captured graph is counted once, with fake tensors; a step graph then sums the counts of the nodes that
+it kept. On CPU, attention runs as an operator that FlopCounterMode does not know (34 % of a PixArt-1024 block), so the
+counter is given the formula of the attention operator that it does know.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cp
 
 
 class _NoModules:
-    """In the place of the counter's tracker of modules, whose hooks would be on every module of every thread."""
+    """Stands in for the counter's module tracker, whose hooks would run on every module in every thread."""
 
     parents = frozenset({"Global"})
 
@@ -39,16 +39,16 @@ class _NoModules:
 
 
 def flop_counter() -> FlopCounterMode:
-    """A FlopCounterMode that counts attention on CPU too, in all and not by module."""
+    """A FlopCounterMode that also counts attention on CPU, in total and not per module."""
     counter = FlopCounterMode(display=False, custom_mapping=dict(CPU_ATTENTION))
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]
     return counter
 
 
 def count_nodes(graph: fx.Graph) -> dict[str, int]:
-    """FLOPs of each node by name; nodes that do none are left out.
+    """The FLOPs of each node, by name; nodes that do none are left out.
 
-    A multiply-add counts as two. Element-wise operators count as zero, as everywhere in the field.
+    A multiply-add counts as two. Element-wise operators count as zero, as is usual in the field.
     """
     mode = _fake_mode(graph)
     counts: dict[str, int] = {}
@@ -68,7 +68,7 @@ def count_nodes(graph: fx.Graph) -> dict[str, int]:
 
 
 def total(graph: fx.Graph, counts: dict[str, int]) -> int:
-    """FLOPs of a step graph, given the counts of the captured graph it was specialised from."""
+    """The FLOPs of a step graph, given the counts of the captured graph that it was specialised from."""
     return sum(counts.get(name, 0) for name in _names(graph))
 
 
@@ -77,7 +77,7 @@ def _names(graph: fx.Graph) -> Iterable[str]:
 
 
 def _may_count(target: Any) -> bool:
-    """Operators that FlopCounterMode counts, or that are made of others when they run (linear, einsum, attention)."""
+    """Whether FlopCounterMode counts an operator, or may count those it decomposes into (linear, einsum, attention)."""
     if not isinstance(target, torch._ops.OpOverload):
         return False
     if target._overloadpacket in flop_registry or target._overloadpacket in CPU_ATTENTION:

@@ -1,7 +1,7 @@
-"""In-place operations of a traced graph, rewritten to operations that return what they would have written.
+"""Rewrites the in-place operations of a traced graph into operations that return what they would have written.
 
-Only what views or writes a storage that is written to is traced again, by torch's own functionalisation: a mask filled
-in place would else cost a second trace of the whole model, which takes longer than the first.
+Only the nodes that view or write a mutated storage are traced again, by torch's own functionalisation. Otherwise a mask
+filled in place would cost a second trace of the whole model, which takes longer than the first.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ def is_mutating(node: fx.Node) -> bool:
 
 
 def functionalise(program: torch.export.ExportedProgram) -> bool:
-    """Replace the nodes of the program's graph that write in place; whether that could be done.
+    """Replace the nodes of the program's graph that write in place, and return whether that was possible.
 
-    Where it could not, those nodes are still there, and the whole has to be traced again: nested graphs write, or
-    return several views of what is written; what is read would have another layout than it was traced with; the trace
-    was under `torch.vmap`, whose values have no storages; torch cannot functionalise what is written by itself.
+    If not, those nodes are still there, and the whole program has to be traced again. This is so if a nested graph
+    writes, or returns several views of a written storage; if a value that is read would have another layout than in the
+    trace; if the trace used `torch.vmap`, whose values have no storages; or if torch cannot functionalise the writing
+    nodes alone.
 
     Raises:
         CaptureError: an argument of the graph, or a weight, is written to.
@@ -56,19 +57,19 @@ def functionalise(program: torch.export.ExportedProgram) -> bool:
 
 
 class _Region:
-    """The nodes that view or write the storages `written`, and who reads the values of those when.
+    """The nodes that view or write the storages `written`, and the nodes that read values in them, in graph order.
 
     Attributes:
-        arguments: those of the graph that are written to.
+        arguments: the placeholders of the graph that are written to.
     """
 
     def __init__(self, graph: fx.Graph, written: set[int]) -> None:
-        self._order: list[tuple[fx.Node, list[fx.Node]]] = []  # node, what of those storages it takes
+        self._order: list[tuple[fx.Node, list[fx.Node]]] = []  # a node, and its inputs in those storages
         self._inside: set[fx.Node] = set()
         self._written = written
         for node in graph.nodes:
             taken = [value for value in node.all_input_nodes if self._is_taken(value)]
-            if taken and node.target is not torch.ops.aten.lift_fresh_copy.default:  # of a constant: traced as a view
+            if taken and node.target is not torch.ops.aten.lift_fresh_copy.default:  # of a constant, traced as a view
                 self._order.append((node, taken))
                 if self._is_view(node, taken) or is_mutating(node):
                     self._inside.add(node)
@@ -78,7 +79,7 @@ class _Region:
         self.arguments = [value for value in self._inputs if value.op == "placeholder" and self._touches(value)]
 
     def _is_taken(self, value: fx.Node) -> bool:
-        """Of several values made outside, each has a node of its own."""
+        """Whether a value is in the region or in a written storage. A tuple made outside is not; its items are."""
         return value in self._inside or (isinstance(value.meta.get("val"), torch.Tensor) and self._touches(value))
 
     def _is_view(self, node: fx.Node, taken: list[fx.Node]) -> bool:
@@ -95,7 +96,7 @@ class _Region:
             return False
         made_outside = {value for _, taken in self._order for value in taken if value not in self._inside}
         storages = [storage for value in made_outside for storage in storages_of(value)]
-        return len(storages) == len(set(storages))  # or what one of them sees of a write to another is not known
+        return len(storages) == len(set(storages))  # else a write to one could change another unnoticed
 
     def replace(self) -> bool:
         """See `functionalise`."""
@@ -104,7 +105,7 @@ class _Region:
         try:
             with fx.traceback.preserve_node_meta():
                 run = make_fx(torch.func.functionalize(self._run))(*(node.meta["val"] for node in self._inputs))
-        except Exception:  # of many types; traced as a whole, what is really wrong is raised again
+        except Exception:  # of many types; a real fault is raised again when the whole is traced
             return False
         traced, output = run.graph, run.graph.output_node()
         copies: Any = output.args[0]
@@ -120,7 +121,7 @@ class _Region:
         return True
 
     def _run(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
-        """Compute the region; copies of what is read, made when it is read."""
+        """Compute the region; return copies of the values that others read, each made at the time of its read."""
         values: dict[fx.Node, Any] = dict(zip(self._inputs, inputs, strict=True))
         read = []
         for node, taken in self._order:
@@ -136,7 +137,7 @@ class _Region:
         return read
 
     def _splice(self, traced: fx.Graph, current: list[fx.Node]) -> None:
-        """Put the traced nodes before those that read them, and take out the region."""
+        """Insert the traced nodes before the nodes that read them, and remove the region."""
         copied = dict(zip(traced.find_nodes(op="placeholder"), self._inputs, strict=True))
         waiting = (node for node in traced.nodes if node.op == "call_function")
         for (reader, old), new in zip(self._reads, current, strict=True):
@@ -150,7 +151,7 @@ class _Region:
 
 
 def written_storages(node: fx.Node) -> Iterator[int]:
-    """The storages that a mutating node writes to, as `storages_of` names them."""
+    """The storages that a mutating node writes to, identified as in `storages_of`."""
     target: Any = node.target
     for index, argument in enumerate(target._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
@@ -161,13 +162,13 @@ def written_storages(node: fx.Node) -> Iterator[int]:
 
 
 def _writes_anew(node: fx.Node) -> bool:
-    """Whether a functionalised node writes to anything but an input of its graph, which happens behind all reads."""
+    """Whether a functionalised node writes, other than by the copies back to inputs, which come after all reads."""
     written: Any = node.args[0] if node.args else None
     return is_mutating(node) and (node.target is not torch.ops.aten.copy_.default or written.op != "placeholder")
 
 
 def storages_of(node: fx.Node) -> set[int]:
-    """The storages of a node's values, as they were traced. Those of `torch.vmap` have none."""
+    """The storages of a node's values in the trace. Values under `torch.vmap` have none."""
     return {value.untyped_storage()._cdata for value in _tensors(node) if not is_batchedtensor(value)}
 
 

@@ -8,7 +8,7 @@ import torch
 
 
 def laid_out(value: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
-    """The value with these strides, itself where it has them."""
+    """The value with these strides: itself if it has them, else a copy."""
     if value.stride() == tuple(strides):
         return value
     shape = value.shape

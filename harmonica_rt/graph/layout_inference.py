@@ -1,9 +1,9 @@
-"""Layouts of a graph's values, inferred from its inputs, and a trial of each operator on real tensors.
+"""Infers the layouts of a graph's values from its inputs, and tries each operator on real tensors.
 
-The hazard: compiled code reads memory by the layouts that a graph carries. So those of a saved graph are not taken from
-its file: every operator runs again on fake tensors, from the model's own parameters and the signature's leaves on. But
-fakes allow arguments that real kernels refuse. So each distinct call of an operator runs once more on real tensors of
-zeros; blocks of a model are alike, so that this costs little more than one of them.
+Hazard: compiled code reads memory by the layouts that a graph carries. So the layouts of a saved graph are not taken
+from its file: every operator runs again on fake tensors, starting from the model's own parameters and the signature's
+leaves. But fake tensors allow arguments that real kernels refuse, so each distinct call of an operator also runs once
+on real tensors of zeros. The blocks of a model are alike, so this costs little more than running one of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from harmonica_rt.errors import PlanFileError
 
 
 class Layout(NamedTuple):
-    """Where a tensor's elements lie, and what they are."""
+    """A tensor's shape, strides (in elements), dtype and device."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -31,7 +31,7 @@ class Layout(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes from the first to the last element."""
+        """Bytes from the first element to the last, both included."""
         if 0 in self.shape:
             return 0
         return (1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))) * self.dtype.itemsize
@@ -45,7 +45,7 @@ def layout_of(tensor: torch.Tensor) -> Layout:
     """The layout of a tensor.
 
     Raises:
-        PlanFileError: it is no plain strided tensor of known sizes.
+        PlanFileError: it is not a plain strided tensor of known sizes.
     """
     if tensor.layout is not torch.strided or not all(isinstance(n, int) for n in (*tensor.shape, *tensor.stride())):
         raise PlanFileError(f"a tensor of layout {tensor.layout} and shape {tuple(tensor.shape)} cannot be saved")
@@ -53,7 +53,11 @@ def layout_of(tensor: torch.Tensor) -> Layout:
 
 
 def layouts_of(value: Any) -> Any:
-    """The layout of a tensor, or a list of those of several."""
+    """The layout of a tensor, or the list of layouts of several.
+
+    Raises:
+        PlanFileError: the value is neither a tensor nor a list or tuple of tensors, or a tensor has no such layout.
+    """
     if isinstance(value, torch.Tensor):
         return layout_of(value)
     if isinstance(value, (list, tuple)) and all(isinstance(item, torch.Tensor) for item in value):
@@ -62,7 +66,7 @@ def layouts_of(value: Any) -> Any:
 
 
 class Inference:
-    """Runs the operators of one graph on fake tensors, in the order of the graph.
+    """Runs the operators of one graph on fake tensors, in graph order.
 
     Args:
         trial: whether to run each distinct call on real tensors as well.
@@ -75,15 +79,15 @@ class Inference:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Operators are run within this block."""
+        """Operators have to run within this block."""
         with torch.inference_mode(False), torch.no_grad():
             yield
 
     def tensor(self, layout: Layout, place: str) -> FakeTensor:
-        """A fake tensor.
+        """A fake tensor of this layout.
 
         Raises:
-            PlanFileError: there can be no tensor of this layout.
+            PlanFileError: no tensor can have this layout.
         """
         _check_size(layout, place)
         with self._mode:
@@ -92,10 +96,10 @@ class Inference:
             )
 
     def run(self, node: fx.Node, place: str) -> Any:
-        """What a node makes of the values of its arguments.
+        """The result of a node for the values of its arguments.
 
         Raises:
-            PlanFileError: its operator does not take them, or gives something other than tensors.
+            PlanFileError: its operator does not take them, returns anything but tensors, or needs too much memory.
         """
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
         target: Any = node.target
@@ -109,7 +113,7 @@ class Inference:
         return result
 
     def _try(self, target: Any, args: Any, kwargs: Any, expected: Any, place: str) -> None:
-        """Run an operator on real tensors, unless it ran on such ones before."""
+        """Run an operator on real tensors, unless it has already run on tensors of these layouts."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         known = [layout_of(leaf) if isinstance(leaf, torch.Tensor) else (type(leaf), leaf) for leaf in leaves]
         key = (target, spec, tuple(known))
@@ -118,7 +122,7 @@ class Inference:
         self._tried.add(key)
         try:
             result = _on_real(target, leaves, spec, 0)
-        except Exception:  # a zero may be what is refused, as a divisor: only what fails with ones as well is an error
+        except Exception:  # zero itself may be refused, as a divisor: only what fails with ones too is an error
             result = _attempt(place, _on_real, target, leaves, spec, 1)
         if _without_strides(layouts_of(result)) != _without_strides(expected):
             raise PlanFileError(f"{place}: {target} gives another shape or dtype than was inferred")
@@ -145,7 +149,7 @@ def _without_strides(layouts: Any) -> Any:
 
 
 def _check_size(layout: Layout, place: str) -> None:
-    """Raise PlanFileError for a value that is larger than the memory of its device."""
+    """Raise PlanFileError if a value is larger than the memory of its device."""
     memory = _memory_of(layout.device)
     if layout.nbytes > memory:
         raise PlanFileError(f"{place}: a value of {layout.nbytes} bytes; {layout.device} has {memory}")
@@ -158,7 +162,7 @@ def _memory_of(device: torch.device) -> int:
 
 
 def _attempt(place: str, function: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call `function`; whatever it raises becomes a PlanFileError: torch has many types for bad arguments."""
+    """Call `function`; whatever it raises becomes a PlanFileError, as torch has many error types for bad arguments."""
     try:
         return function(*args, **kwargs)
     except PlanFileError:

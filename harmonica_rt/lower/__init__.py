@@ -1,13 +1,13 @@
 """Lower: the step graphs of a plan -> programs that run.
 
-In: `Plan`, the roles of its inputs. Out: a `Lowering`: one program per step graph, and the prologue, all that is
-computed before the steps.
+In: `Plan`, the roles of its inputs. Out: a `Lowering`: one program per step graph, and the prologue, which is
+everything computed before the steps.
 
-Hazard: what is fused rounds otherwise. Only `plain` has the reference's bits; the others are held to a measured
-tolerance.
+Hazard: fused operators round differently. Only `plain` can equal the reference bit for bit; the others are held to a
+measured tolerance.
 
-Reading order: `plain`, then `fused` with `hoist` (what no step owes to the latents), `patterns` and `fuse`;
-`inductor` with `regions`, `compiled_region` and `faster_of_two`; `cuda_graph_rules` names what a CUDA graph cannot
+Reading order: `plain`, then `fused` with `hoist` (what does not depend on the latents), `patterns` and `fuse`;
+`inductor` with `regions`, `compiled_region` and `faster_of_two`; `cuda_graph_rules` says what a CUDA graph cannot
 hold.
 """
 
@@ -27,13 +27,14 @@ from harmonica_rt.plan.specialise import StepGraph
 
 
 class Lowering(Protocol):
-    """A plan, lowered.
+    """A lowered plan.
 
     Attributes:
         prologue: what is computed before the programs run; None where nothing is.
         programs: one for each of the plan's step graphs.
-        fusions: fused calls of each program, by operator, and what was left; empty where nothing is fused.
-        reasons: why it was left, with how many each, over all programs.
+        fusions: per program, the number of fused calls by operator, and of residuals and norms left unfused; empty
+            where nothing is fused.
+        reasons: why residuals and norms were left, with counts, over all programs.
     """
 
     prologue: Prologue | None
@@ -42,7 +43,7 @@ class Lowering(Protocol):
     programs: list[Program]
 
     def program(self, step: StepGraph) -> Program:
-        """The program of a step graph that is none of the plan's."""
+        """The program of a step graph that is not one of the plan's."""
 
 
 def lower(name: str, plan: Plan, roles: Sequence[Role]) -> Lowering:

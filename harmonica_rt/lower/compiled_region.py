@@ -1,9 +1,9 @@
 """Compile a region with Inductor.
 
-Hazard: compiled code takes strides and dtypes of its example inputs for granted and reads whatever lies there. But
-hoisted values may come out of a batched pass with strides of their own, and operators may choose others than their
-fakes do; so each call compares, and copies what lies differently. A dtype that differs is an error. Shapes cannot:
-signatures and weights are compared before a step runs.
+Hazard: compiled code takes the strides and dtypes of its example inputs for granted and would misread any others. But
+hoisted values may come out of a batched pass with other strides, and operators may choose other strides than their fake
+tensors have; so each call compares, and copies inputs whose strides differ. A dtype that differs is an error. Shapes
+cannot differ: signatures and weights are compared before a step runs.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from harmonica_rt.errors import InvariantError, RegionError
 from harmonica_rt.graph.layout import laid_out
 from harmonica_rt.lower.regions import Region
 
-# Whatever the user's settings: weights stay arguments, graphs are recorded by the runtime, nothing is tuned by timing.
-# Layouts are compared here already.
+# These override the user's settings: weights stay arguments, the runtime records the CUDA graphs, nothing is autotuned,
+# and layouts are already compared here.
 OPTIONS = {"freezing": False, "triton.cudagraphs": False, "max_autotune": False, "size_asserts": False}
 
 
 class CompiledRegion:
-    """A region, compiled; called with its inputs, it returns its results.
+    """A compiled region: called with its inputs, it returns its results.
 
     Args:
         region: the region.
-        name: graphs call their functions by name.
-        written: how many inputs, the last ones, it writes into.
+        name: its `__name__`, since graphs call their functions by name.
+        written: number of inputs that it writes into; they are the last ones.
 
     Raises:
         RegionError: it cannot be compiled.
@@ -57,14 +57,14 @@ class CompiledRegion:
 
 
 def _compile(region: Region) -> Callable[..., Sequence[torch.Tensor]]:
-    import torch._inductor  # heavy, and only for who asks for it
+    import torch._inductor  # heavy, so imported only when it is used
 
     graph = fx.Graph()
     graph.output(graph.graph_copy(region.graph, {}))  # Inductor may change what it is given
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*torch.jit.*")  # torch's own use
-        warnings.filterwarnings("ignore", message=".*TensorFloat32.*")  # asks for less precision than the reference has
-        with FakeTensorMode(shape_env=ShapeEnv()):  # without a shape_env nothing is kept on disk
+        warnings.filterwarnings("ignore", message=".*TensorFloat32.*")  # advises less precision than the reference has
+        with FakeTensorMode(shape_env=ShapeEnv()):  # without a shape_env, nothing is cached on disk
             examples: list[Any] = [
                 torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
                 for value in region.inputs

@@ -20,7 +20,7 @@ def obstacle(step: StepGraph | Part, *others: torch.device) -> str | None:
 
     Args:
         step: the graph.
-        others: devices that it is recorded on, or with; a graph may lie on the CPU as a whole.
+        others: devices that it is recorded on or with, which its nodes need not show: all of them may lie on the CPU.
     """
     found = (device for node in step.graph.nodes if (device := _device(node)) is not None)
     devices = list(dict.fromkeys((*others, *found)))
@@ -54,14 +54,14 @@ def _device(node: fx.Node) -> torch.device | None:
 
 
 def _is_number(node: fx.Node, step: StepGraph | Part) -> bool:
-    """A constant of no dimensions on the CPU is a number to a kernel, which is read when the graph is recorded."""
+    """Whether a node is a 0-dimensional CPU constant: kernels take it as a number, read while recording."""
     value = node.meta.get("val")
     is_constant = node.op == "placeholder" and node.name in step.constants
     return is_constant and isinstance(value, torch.Tensor) and value.dim() == 0
 
 
 def _indexes_by_position(node: fx.Node) -> bool:
-    """Indexing gives a size that depends on values only where an index is a mask."""
+    """Whether a node indexes without a mask: only a mask makes the result's size depend on values."""
     if node.target is not torch.ops.aten.index.Tensor:
         return False
     indices: Any = node.args[1]

@@ -1,7 +1,7 @@
 """Two programs of one step graph: the first call measures both, and the faster one stays.
 
-Plain launches are measured, also where the program becomes a CUDA graph later. Running a program again is safe within a
-step: it writes the same slots with the same values up to rounding, and reads none that it writes.
+Plain launches are measured, even where the program later becomes a CUDA graph. Running a program again within a step is
+safe: it writes the same slots with the same values up to rounding, and reads no slot that it writes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from harmonica_rt.lower.plain import Program
 
-ROUNDS = 3  # of the measurement, in turn; the best of each counts
+ROUNDS = 3  # of measurement, each timing both programs in turn; the best time of each program counts
 
 
 class Faster(Program):
@@ -22,8 +22,8 @@ class Faster(Program):
 
     Attributes:
         first, second: the programs.
-        chosen: one of them; None before the first call.
-        seconds: what each took; None before the first call.
+        chosen: the faster one; None before the first call.
+        seconds: the best time of each; None before the first call.
     """
 
     def __init__(self, first: Program, second: Program, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -49,7 +49,7 @@ class Faster(Program):
 
     def _measured(self, arguments: tuple[Any, ...]) -> Program:
         for program in (self.first, self.second):
-            program(*arguments)  # warm
+            program(*arguments)  # warm up
         rounds = [[self._time(program, arguments) for program in (self.first, self.second)] for _ in range(ROUNDS)]
         a, b = (min(seconds) for seconds in zip(*rounds, strict=True))
         self.seconds = a, b

@@ -1,13 +1,13 @@
-"""Fuse residual additions, alone, in runs, and with the norm and modulate behind them, into harmonica operators.
+"""Fuse residual additions, singly, in chains, and with the norm and modulate that follow, into harmonica operators.
 
 Requires: a step graph whose nodes carry fake tensors, not yet cut from its prologue (`1 + scale` has to be in it).
 Ensures: the same values up to rounding, the same tables, every stored value still a node, nothing shared with the given
 graph; what does not match is left as it was and counted.
 
-Hazards, before the mechanism: a fused call stands where the last addition of its run stood, and its norm may need
-operands that come later in the graph, or that depend on the sum itself. So operands are moved forward where they can be
-and the norm is taken in only as far as that goes. And the operators give contiguous results where additions keep the
-strides of their arguments, which a `view` behind them may rely on.
+Hazards: a fused call stands where the last addition of its chain stood, and its norm may need operands that come later
+in the graph, or that depend on the sum itself. So operands are moved before the call where possible, and the norm is
+fused only as far as its operands allow. Moreover, the operators return contiguous results, whereas additions keep the
+strides of their arguments, which a later `view` may rely on.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from harmonica_rt.plan.specialise import StepGraph, check_step_graph
 
 aten = torch.ops.aten
 
-MOST_CACHES = 16  # of one call; a longer run becomes several calls of about equal length
+MOST_CACHES = 16  # per call; a longer chain becomes several calls of about equal length
 
 
 @dataclass(frozen=True)
 class FusedStep:
-    """A fused step graph and what became of it.
+    """A fused step graph, and what was fused and left in it.
 
     Attributes:
         step: the graph, with calls of `torch.ops.harmonica` in it.
-        counts: calls it makes of `gated_residual`, `residual_reuse` and `residual_reuse_norm_modulate`, and how many
-            `residuals left` and `norms left` there are. An ungated addition alone, one pass already, is not counted.
-        reasons: why residuals and norms were left, with how many each.
+        counts: number of calls of `gated_residual`, `residual_reuse` and `residual_reuse_norm_modulate`, and of
+            `residuals left` and `norms left`. A single ungated addition, which is one pass already, is not counted.
+        reasons: why residuals and norms were left, with counts.
     """
 
     step: StepGraph
@@ -58,7 +58,7 @@ class FusedStep:
 
 
 def fuse(step: StepGraph) -> FusedStep:
-    """Rewrite a step graph with fused operators; `step` itself stays as it is."""
+    """Rewrite a step graph with fused operators; `step` itself is not changed."""
     import harmonica_kernels  # noqa: F401  # registers torch.ops.harmonica; here, so that planning alone needs it not
 
     fused = replace(step, graph=_copy(step.graph))
@@ -85,7 +85,7 @@ class _Fusion:
         self.restrided: set[fx.Node] = set()
 
     def visit(self, node: fx.Node) -> None:
-        """Rewrite the run that ends at `node`, if one does."""
+        """Rewrite the chain of residuals that ends at `node`, if one does."""
         residual = find_residual(node, self.slots)
         if not isinstance(residual, Residual) or self._continues(node):
             return
@@ -170,7 +170,7 @@ def _copy(graph: fx.Graph) -> fx.Graph:
 
 
 def _drop_idle_casts(graph: fx.Graph) -> None:
-    """Drop casts to the dtype, device and strides that a tensor has; `.to` is in every other line of a model."""
+    """Drop casts to the dtype, device and strides that a tensor already has; models are full of such `.to` calls."""
     for node in list(graph.nodes):
         if is_cast(node):
             before, after = value(node.args[0]), value(node)
@@ -180,7 +180,7 @@ def _drop_idle_casts(graph: fx.Graph) -> None:
 
 
 def _erase(node: fx.Node) -> None:
-    """Erase a node that nothing uses, and what only it used."""
+    """Erase a node that nothing uses, and the nodes that only it used."""
     pending = [node]
     while pending:
         dead = pending.pop()
@@ -191,7 +191,7 @@ def _erase(node: fx.Node) -> None:
 
 
 def _move_before(place: fx.Node, operands: Iterable[fx.Node]) -> bool:
-    """Move what the operands need before `place`; False, and nothing is moved, where one needs `place` itself."""
+    """Move operands and what they need before `place`; if one needs `place` itself, move nothing and return False."""
     needed: set[fx.Node] = set()
     pending = list(operands)
     while pending:
@@ -207,9 +207,9 @@ def _move_before(place: fx.Node, operands: Iterable[fx.Node]) -> bool:
 
 
 def _restride(graph: fx.Graph, restrided: set[fx.Node]) -> None:
-    """Give the nodes behind `restrided` ones the fake tensors that they make of other strides.
+    """Recompute the fake tensors of the nodes downstream of `restrided` ones, whose strides have changed.
 
-    `view` raises where strides do not allow it, so those become `reshape`.
+    `view` raises where strides do not allow it, so it becomes `reshape`.
     """
     for node in graph.nodes if restrided else ():
         if node.op != "call_function" or restrided.isdisjoint(node.all_input_nodes):
@@ -229,7 +229,7 @@ def _strides(values: Any) -> list[Any]:
 
 
 def _run(node: fx.Node) -> Any:
-    """What a node makes of the fake tensors of its arguments."""
+    """The result of a node on the fake tensors of its arguments."""
     args, kwargs = pytree.tree_map_only(fx.Node, value, (node.args, node.kwargs))
     with torch.no_grad():
         return node.target(*args, **kwargs)  # type: ignore[operator]

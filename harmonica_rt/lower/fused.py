@@ -1,7 +1,7 @@
 """The `fused` lowering: harmonica ops, hoisted values, linear layers that write into their slots.
 
-Faster than `plain` and equal to it up to rounding: ops add up in another order, and a product of one row gives other
-last bits than a product of many.
+It is faster than `plain` and equals it up to rounding: ops sum in another order, and a matrix product with one row
+differs in its last bits from one with many rows.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class FusedLowering:
 
     Args:
         plan: the plan.
-        roles: of the leaves of its calls.
-        ops: whether to put harmonica ops in; without them the share of all else can be told.
+        roles: roles of the leaves of its calls.
+        ops: whether to use harmonica ops; without them, the effect of everything else can be measured.
     """
 
     def __init__(self, plan: Plan, roles: Sequence[Role], *, ops: bool = True) -> None:

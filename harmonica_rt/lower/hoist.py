@@ -1,12 +1,12 @@
-"""Hoist: what a step does not owe to the latents is computed before it, for all steps at once.
+"""Hoist: values that do not depend on the latents are computed before the steps, for all steps at once.
 
-A step graph is cut where values that see the latents begin to use values that do not. The latter become arguments of
-the body, and two pieces of the captured graph, the prologue, compute them: `once` what sees weights and the request
-only, `each` what sees the timestep as well, for every step. In a DiT that is nearly half of all nodes (time embeddings,
-adaLN modulation, text projections, keys and values of cross-attention), and of a small batch most of the memory
-traffic, since their weights are read for one row per sample.
+A step graph is cut where values that depend on the latents use values that do not. The latter become arguments of what
+remains, the body, and two parts of the captured graph, the prologue, compute them: `once` computes what depends only on
+weights and the request; `each` computes, for every step, what depends on the timestep as well. In a DiT this is nearly
+half of all nodes (time embeddings, adaLN modulation, text projections, keys and values of cross-attention), and for a
+small batch most of the memory traffic, since their weights are read for one row per sample.
 
-Requires: functional graphs, step graphs of the captured graph (fused or not). Ensures: the same values up to rounding.
+Requires: functional graphs; step graphs of the captured graph (fused or not). Ensures: the same values up to rounding.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from harmonica_rt.capture.capture import CapturedGraph
 from harmonica_rt.plan.binding_time import Binding, bindings
 from harmonica_rt.plan.specialise import StepGraph, check_step_graph, needed_nodes
 
-LIMIT = 512 * 2**20  # bytes of hoisted values of one stream
+LIMIT = 512 * 2**20  # bytes of hoisted values per stream
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class Part:
         weights: dotted names in the model.
         constants: placeholder names in the captured graph.
         inputs: indices among the call's leaves.
-        given: values of the other part that it takes.
+        given: names of the values that it takes from the other part.
         results: names of its outputs.
     """
 
@@ -55,11 +55,11 @@ class Prologue:
     """What is computed before the bodies.
 
     Attributes:
-        names: of the hoisted values, nodes of the captured graph.
-        once: computes those that see weights and the request, and what `each` is given.
-        each: computes, for one step, those that see its timestep too.
+        names: names of the hoisted values, which are nodes of the captured graph.
+        once: computes those that depend only on weights and the request, and what `each` is given.
+        each: computes, for one step, those that depend on its timestep too.
         timesteps: indices of the leaves that are timesteps.
-        nbytes: of all hoisted values of one stream over a run; views cost nothing.
+        nbytes: bytes of all hoisted values of one stream over a run; views cost nothing.
     """
 
     names: tuple[str, ...]
@@ -74,20 +74,20 @@ def plan_prologue(
 ) -> Prologue:
     """Choose what to hoist out of `steps`.
 
-    Where the values would take more than `limit` bytes, the largest stay in the body, and what they are made of is
-    hoisted in their place.
+    Where the values would take more than `limit` bytes, the largest stay in the body, and the values that they are
+    computed from are hoisted instead.
 
     Args:
         captured: the graph that all step graphs come from.
         steps: the distinct step graphs of a run.
-        roles: of the call's leaves.
+        roles: roles of the call's leaves.
         runs: number of steps of a run.
-        limit: bytes.
+        limit: most bytes that the hoisted values of one stream may take.
     """
     late = {node for nodes in captured.site_outputs for node in nodes}
     bound = bindings(captured.graph, captured.inputs, roles, {*captured.weights, *captured.constants}, late)
     nodes = {node.name: node for node in captured.graph.nodes}
-    held = {*captured.weights, *captured.constants}  # a view of one costs nothing in the body, and a copy before it
+    held = {*captured.weights, *captured.constants}  # a view of these is free in the body; hoisted, it costs a copy
     stay = {
         name
         for name, node in nodes.items()
@@ -161,7 +161,7 @@ def _kept(items: tuple, keep: list[bool]) -> tuple:  # type: ignore[type-arg]
 
 
 def _frontier(steps: Sequence[StepGraph], bound: dict[str, Binding], stay: set[str]) -> list[str]:
-    """Names of the values to hoist: what does not see the latents and is used by what does, or by what stays."""
+    """Names of the values to hoist: independent of the latents, not told to stay, and used by a value of the body."""
     found: dict[str, None] = {}
     for step in steps:
         for node in step.graph.nodes:
@@ -179,7 +179,7 @@ def _in_body(node: fx.Node, bound: dict[str, Binding], stay: set[str]) -> bool:
 
 
 def _captured_name(node: fx.Node) -> str | None:
-    """The node of the captured graph that this one computes; None for what a pass made, and for arguments."""
+    """The node of the captured graph that this one computes; None for nodes made by a pass, and for arguments."""
     return node.meta.get("captured_name") if node.op == "call_function" else None
 
 
@@ -200,13 +200,13 @@ def _is_view(target: object) -> bool:
 
 
 def _nbytes(node: fx.Node) -> int:
-    """Bytes of what a node makes; 0 for weights and inputs, which are there anyway."""
+    """Bytes of a node's result; 0 for weights and inputs, which are in memory anyway."""
     value = node.meta.get("val")
     return value.numel() * value.element_size() if node.op == "call_function" and isinstance(value, torch.Tensor) else 0
 
 
 def _given(each: list[fx.Node], bound: dict[fx.Node, Binding]) -> list[fx.Node]:
-    """What the timestep part uses that does not see the timestep itself."""
+    """The values that the timestep part uses but that do not themselves depend on the timestep."""
     given: dict[fx.Node, None] = {}
     pending, seen = list(each), set(each)
     while pending:

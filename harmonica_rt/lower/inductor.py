@@ -1,11 +1,12 @@
-"""The `inductor` lowering: `fused`, with the rest compiled by Inductor, region by region, and whole where that wins.
+"""The `inductor` lowering: `fused`, with the rest compiled by Inductor, region by region, and whole where faster.
 
-Blocks are alike, and so are step programs, so few regions are unique. Each is compiled once with all it takes as
-arguments, weights among them: those stay live, and one compiled region serves all blocks and programs.
+Blocks are alike, and so are step programs, so few regions are unique. Each is compiled once and takes everything it
+needs, weights included, as arguments: weights stay live, and one compiled region serves all blocks and programs.
 
-A step program compiled in one piece has fewer launches and more to fuse, but what that takes grows with blocks and
-patterns. So it is done only where all step programs together are hardly more than the largest one (a schedule of few
-patterns, most of them cheap) and not too large; then the first call of each measures both, and the faster one stays.
+A step program compiled in one piece has fewer launches and more to fuse, but the cost of compiling it grows with the
+numbers of blocks and patterns. So this is done only where all step programs together are little larger than the largest
+one (a schedule of few patterns, most of them cheap) and not too large; then the first call of each measures both, and
+the faster one stays.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from harmonica_rt.plan.specialise import StepGraph
 log = logging.getLogger(__name__)
 
 # When step programs are compiled whole as well. On 2 CPU cores 1000 operators take about half a minute.
-MOST_OPERATORS = 1000  # of all of them
-MOST_OF_LARGEST = 1.25  # all of them, in operators of the largest
+MOST_OPERATORS = 1000  # of all step programs together
+MOST_OF_LARGEST = 1.25  # operators of all step programs together, relative to the largest one
 
 
 class InductorLowering(FusedLowering):
@@ -40,7 +41,7 @@ class InductorLowering(FusedLowering):
 
     Args:
         plan: the plan.
-        roles: of the leaves of its calls.
+        roles: roles of the leaves of its calls.
 
     Raises:
         RegionError: Inductor cannot compile a region.
@@ -49,7 +50,7 @@ class InductorLowering(FusedLowering):
     def __init__(self, plan: Plan, roles: Sequence[Role]) -> None:
         self._sections = sections(plan.captured)
         self._compiled: dict[str, CompiledRegion] = {}
-        self.seconds = 0.0  # that compiling took
+        self.seconds = 0.0  # spent compiling
         super().__init__(plan, roles)
         if _compile_whole([operators(program.step) for program in self.programs]):
             self.programs = [self._or_whole(program) for program in self.programs]
@@ -67,7 +68,7 @@ class InductorLowering(FusedLowering):
 
     @property
     def choices(self) -> tuple[Faster, ...]:
-        """The programs that were compiled whole as well."""
+        """The programs that were also compiled whole."""
         return tuple(program for program in self.programs if isinstance(program, Faster))
 
     def _program(self, step: StepGraph) -> Program:
@@ -97,11 +98,11 @@ class InductorLowering(FusedLowering):
 
 
 class RegionProgram(Program):
-    """A step graph, run as divided into regions.
+    """A step graph that runs with its regions compiled.
 
     Args:
-        step: the step graph, whole, for whoever asks what it computes.
-        divided: the same with calls of regions.
+        step: the undivided step graph, for whoever asks what it computes.
+        divided: the same graph with calls of regions.
         root: module that its `get_attr` nodes refer to.
     """
 
@@ -116,7 +117,7 @@ class WholeProgram(Program):
 
     Args:
         step: the step graph.
-        region: all of it, with an argument more for each store.
+        region: all of it, with one extra argument per store.
     """
 
     def __init__(self, step: StepGraph, region: Region) -> None:
@@ -126,5 +127,5 @@ class WholeProgram(Program):
 
 
 def _compile_whole(sizes: Sequence[int]) -> bool:
-    """Whether programs of so many operators each are compiled whole as well."""
+    """Whether programs with these numbers of operators are also compiled whole."""
     return sum(sizes) <= min(MOST_OPERATORS, MOST_OF_LARGEST * max(sizes, default=0))

@@ -1,11 +1,12 @@
 """What the fuse pass looks for: residual additions, and the norm and modulate that read one.
 
-Hazard: a pattern that only looks right changes values. So every operand is checked for shape and dtype as the fused
-operators take them, and a cast is looked through only where the operators do the same arithmetic inside (half types
-widened to fp32, rounded once at the end).
+Hazard: fusing what only looks like a match changes values. So every operand is checked for the shapes and dtypes that
+the fused operators take, and a cast is ignored only where the operators do the same arithmetic internally (half types
+widened to fp32, and rounded once at the end).
 
-`x + gate * y` occurs where nothing is a residual, too (rotary embeddings are sums of two products). A residual is told
-by where `y` comes from: a slot, an input, or another module than the one that adds. All of this only reads the graph.
+`x + gate * y` also occurs where there is no residual (rotary embeddings are sums of two products). A residual is
+recognised by where `y` comes from: a slot, an input, or another module than the one that adds. All functions here only
+read the graph.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CASTS = (aten.to, aten._to_copy, aten.type_as)
 LAYER_NORMS = (aten.layer_norm.default, aten.native_layer_norm.default)
 RMS_NORMS = (aten.rms_norm.default, aten._fused_rms_norm.default)
-# They commute with adding one to every element. Each with what does the same for a source of any strides.
+# Views that commute with adding one to every element, each with the operator that does the same for any source strides.
 VIEWS: dict[Any, Any] = {
     aten.unsqueeze.default: aten.unsqueeze.default,
     aten.expand.default: aten.expand.default,
@@ -46,9 +47,9 @@ class Residual:
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm over the last dimension of a sum, with what follows it as far as it was followed, down to `out`.
+    """A norm over the last dimension of a sum, with the operations after it that were matched, up to `out`.
 
-    `scale` is what `1 + scale` was made of; `scale_views` are the views to apply to it, the first one first.
+    `scale` is the operand of `1 + scale`; `scale_views` are the views to apply to it, in order.
     """
 
     out: fx.Node
@@ -72,10 +73,10 @@ def value(node: fx.Node) -> Any:
 
 
 def find_residual(node: fx.Node, slots: Set[fx.Node]) -> Residual | str | None:
-    """The residual addition that `node` is.
+    """Match `node` as a residual addition.
 
     Returns:
-        The residual; or, for one that the operators do not take, why; or None for anything else.
+        The residual; or the reason, for one that the operators do not take; or None for anything else.
     """
     operands = _tensor_operands(node, aten.add.Tensor)
     if operands is None:
@@ -97,13 +98,13 @@ def find_residual(node: fx.Node, slots: Set[fx.Node]) -> Residual | str | None:
             elif shape:
                 found.append(Residual(node, x, y, gate))
     if found:
-        # Of several readings: a gate saves a pass, a slot is surely no running sum, a sum surely is one.
+        # Which of several readings: a gate saves a pass, a slot is never the running sum, a sum is likely to be it.
         return max(found, key=lambda r: (r.gate is not None, r.y in slots, r.x.target is aten.add.Tensor))
     return min(reasons, default=None)
 
 
 def _readings(added: fx.Node, x: fx.Node) -> Iterator[tuple[fx.Node, fx.Node | None]]:
-    """`(y, gate)` of what is added to `x`: both readings of a product that nothing else needs, and no gate at all."""
+    """Each possible `(y, gate)` of what is added to `x`: both readings of a product used nowhere else, and no gate."""
     factors = _own_factors(added)
     if factors is not None and _own_factors(x) is None:
         yield factors
@@ -116,7 +117,7 @@ def _own_factors(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 
 def _comes_from_elsewhere(y: fx.Node, addition: fx.Node, slots: Set[fx.Node]) -> bool:
-    """Whether `y` is a slot, an input, or of another module than the one that adds it, be it through a view."""
+    """Whether `y`, possibly through views, is a slot, an input, or from another module than the one that adds it."""
     while y not in slots and _is_view(y):
         y = y.all_input_nodes[0]
     return y in slots or _module(y) is None or _module(y) != _module(addition)
@@ -135,10 +136,10 @@ def _module(node: fx.Node) -> str | None:
 
 
 def find_norms(total: fx.Node) -> list[Norm]:
-    """The first norm that reads `total`, followed further from one entry to the next.
+    """Matches of the first norm that reads `total`; each entry extends further than the one before it.
 
-    Each entry can be replaced alone: its `out` has the dtype and shape of `total`, and what lies between has no reader
-    outside. Whether the operands are there before `total` is left to the caller.
+    Each entry can be replaced on its own: its `out` has the dtype and shape of `total`, and the nodes between have no
+    other readers. The caller must check whether the operands are available before `total`.
     """
     for norm in _norms_of(total):
         found = list(_followed(norm, value(total)))
@@ -153,7 +154,7 @@ def is_norm(node: fx.Node) -> bool:
 
 
 def unwidened(node: fx.Node) -> fx.Node:
-    """What was cast to the dtype that the operators do their arithmetic in; the node itself if nothing was."""
+    """The node before a cast to the dtype that the operators compute in; the node itself if it is no such cast."""
     if is_cast(node):
         (source,) = node.all_input_nodes[:1]
         a, b = value(source), value(node)
@@ -163,7 +164,7 @@ def unwidened(node: fx.Node) -> fx.Node:
 
 
 def is_cast(node: fx.Node) -> bool:
-    """Whether `node` is a tensor in another dtype or on another device, and nothing else."""
+    """Whether `node` only converts a tensor to another dtype or device."""
     return getattr(node.target, "overloadpacket", None) in CASTS
 
 
@@ -196,15 +197,15 @@ def _norm_operator(node: fx.Node, source: fx.Node, total: torch.Tensor) -> Norm 
     if out is None:
         return None
     eps = arguments["eps"]
-    if eps is None:  # that of the arithmetic, as ATen has it
+    if eps is None:  # that of the dtype computed in, as in ATen
         eps = torch.finfo(_arithmetic(total.dtype)).eps
     return Norm(out, rms=node.target in RMS_NORMS, eps=float(eps), weight=weight, bias=bias)
 
 
 def _written_out_rms(square: fx.Node, sources: list[fx.Node] | None) -> tuple[fx.Node, float] | None:
-    """`x * rsqrt(mean(x ** 2) + eps)` by its first operation: the product, and eps.
+    """Match `x * rsqrt(mean(x ** 2) + eps)` from its first operation; return the product and eps, or None.
 
-    `sources` are what `x` may be; None allows anything.
+    `sources` are the nodes that `x` may be; None allows any.
     """
     if square.target is not aten.pow.Tensor_Scalar or square.args[1] != 2:
         return None
@@ -237,7 +238,7 @@ def _followed(norm: Norm, total: torch.Tensor) -> Iterator[Norm]:
 
 
 def _next(norm: Norm, total: torch.Tensor) -> Norm | None:
-    """`norm` with its only reader taken in, where that is a cast, a weight, a scale or a shift."""
+    """`norm` extended by its only reader, if that is a cast or applies a weight, a scale or a shift; else None."""
     user = _only_user(norm.out)
     if user is None or not isinstance(user.meta.get("val"), torch.Tensor):
         return None
@@ -261,7 +262,7 @@ def _next(norm: Norm, total: torch.Tensor) -> Norm | None:
 
 
 def _one_added(node: fx.Node, dtype: torch.dtype) -> tuple[fx.Node | None, tuple[fx.Node, ...]]:
-    """`scale` where `node` is `1 + scale` seen through views and widening casts, and those views."""
+    """`scale` if `node` is `1 + scale` under views and widening casts, else None; and those views."""
     views: list[fx.Node] = []
     while node.target in VIEWS or unwidened(node) is not node:
         if node.target in VIEWS:
@@ -275,7 +276,7 @@ def _one_added(node: fx.Node, dtype: torch.dtype) -> tuple[fx.Node | None, tuple
 
 
 def _as_dtype(node: fx.Node, dtype: torch.dtype) -> fx.Node | None:
-    """The node, or what it was widened from, whichever has `dtype`."""
+    """The node or what it was widened from, whichever has `dtype`; None if neither has."""
     return next((each for each in (node, unwidened(node)) if value(each).dtype == dtype), None)
 
 
@@ -287,7 +288,7 @@ def _number_added(node: fx.Node | None, to: fx.Node) -> float | None:
 
 
 def _tensor_operands(node: fx.Node, target: Any) -> tuple[fx.Node, fx.Node] | None:
-    """Both operands of `target`, where both are tensors and nothing else is given (as `alpha` would be)."""
+    """Both operands of a call of `target`, if both are tensors and no other argument (such as `alpha`) is given."""
     if node.target is not target or node.kwargs or len(node.args) != 2:
         return None
     a, b = node.args

@@ -1,8 +1,8 @@
 """The `plain` lowering: the step graph as it is, run operator by operator; bit-exact to the reference on CPU.
 
-A stored value is copied into its slot right where it is made, so that its own memory can be freed at once. (Keeping the
-fresh tensor instead makes every step fault in new pages: slower than the copy on CPU.) An output that may be a view of
-a slot, an input or a weight is cloned, because the caller keeps outputs and those are written again.
+A stored value is copied into its slot right where it is computed, so that its own memory can be freed at once. (Keeping
+the fresh tensor instead makes every step fault in new pages, which is slower than the copy on CPU.) An output that may
+be a view of a slot, an input or a weight is cloned: the caller keeps outputs, and the memory viewed is written again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Program:
     Args:
         step: the step graph.
         root: module that its `get_attr` nodes refer to.
-        direct: let linear layers write into their slots, in the place of copying what they wrote.
+        direct: let linear layers write directly into their slots, instead of copying their results there.
     """
 
     def __init__(self, step: StepGraph, root: nn.Module, *, direct: bool = False) -> None:
@@ -76,7 +76,7 @@ class Program:
 
 
 def with_stores(step: StepGraph, *, direct: bool) -> fx.Graph:
-    """A copy of the step graph with one more placeholder for each store, and a copy into it after the value."""
+    """A copy of the step graph with one extra placeholder per store, into which the value is copied once computed."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in step.graph.nodes:
@@ -104,7 +104,7 @@ def with_stores(step: StepGraph, *, direct: bool) -> fx.Graph:
 
 
 def _store(graph: fx.Graph, value: fx.Node, slot: fx.Node, layout: torch.Tensor) -> None:
-    """Copy `value` into `slot`; of an expanded value only the elements that exist."""
+    """Copy `value` into `slot`; for an expanded value, copy only the elements that exist in memory."""
     for dim, (n, stride) in enumerate(zip(layout.shape, layout.stride(), strict=True)):
         if stride == 0 and n > 1:
             slot = graph.call_function(torch.narrow, (slot, dim, 0, 1))
@@ -113,9 +113,9 @@ def _store(graph: fx.Graph, value: fx.Node, slot: fx.Node, layout: torch.Tensor)
 
 
 def _can_write_to_slot(node: fx.Node) -> bool:
-    """Whether a value is a linear layer's, with a bias, of rows that lie one after the other, and without a cast.
+    """Whether a node is a linear layer with a bias, on contiguous rows and without a cast.
 
-    Autocast casts what `linear` takes, but nothing that an `out` variant does.
+    Autocast casts the arguments of `linear`, but not those of an `out` variant.
     """
     if node.target is not torch.ops.aten.linear.default or len(node.args) < 3 or node.args[2] is None:
         return False
@@ -127,7 +127,7 @@ def _can_write_to_slot(node: fx.Node) -> bool:
 
 
 def _linear_into(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node], slot: fx.Node) -> fx.Node:
-    """`linear` as it runs on contiguous rows, one `addmm`, but writing into the slot; the slot is the value."""
+    """Add `linear` as it runs on contiguous rows, one `addmm`, but writing into the slot; return the slot."""
     rows, weight, bias = (copies[argument] for argument in node.args)  # type: ignore[index]
     flat = graph.call_method("view", (rows, -1, node.args[0].meta["val"].shape[-1]))  # type: ignore[union-attr]
     out = graph.call_method("view", (slot, -1, node.meta["val"].shape[-1]))

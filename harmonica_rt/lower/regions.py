@@ -1,12 +1,12 @@
 """Divide a step graph into regions: pieces to compile that many blocks and step programs have in common.
 
-A region is a set of operators that follow each other in the graph, with all that they take, weights included, as
-inputs. It ends where a harmonica operator stands (runs of reused residuals differ from pattern to pattern, so none lies
-in a region) and behind each site (so that what a region holds does not depend on what the sites around it do). Names
-are dropped, so equal work of two blocks is an equal region.
+A region consists of consecutive operators of the graph, with everything that they take, weights included, as inputs. It
+ends before a harmonica operator (chains of reused residuals differ from pattern to pattern, so no region contains one)
+and after each site (so that a region's contents do not depend on what the sites around it do). Names are dropped, so
+two blocks that do the same work give equal regions.
 
-Views cost nothing, so every region makes those that it needs for itself: its inputs and results are no views, and what
-is no more than a view of a result is made outside.
+Views cost nothing, so every region makes the views that it needs itself: its inputs and results are not views, and a
+mere view of a result is made outside.
 
 Requires: a step graph whose nodes carry fake tensors. Ensures: the same operators on the same values, the same tables,
 nothing shared with the given graph.
@@ -28,7 +28,7 @@ from harmonica_rt.plan.specialise import StepGraph, check_step_graph
 
 aten = torch.ops.aten
 
-LEAST_WORK = 2  # operators of a region; one alone runs as it is
+LEAST_WORK = 2  # operators in a region; a single one runs as it is
 FREE = (aten.reshape, aten.contiguous, aten.flatten, aten.to)  # views or copies: no work to compile a region for
 ATTENTION = (aten.scaled_dot_product_attention.default,)  # tagged as random for its dropout, which is off
 
@@ -40,7 +40,7 @@ class Region:
     Attributes:
         graph: placeholders, operators, and one flat tuple as output; named by position.
         inputs: a fake tensor for each placeholder.
-        key: the whole of it as text, layouts of the inputs included; equal for equal regions.
+        key: the region as text, including the layouts of its inputs; equal for equal regions.
         place: where it was cut out, for messages.
     """
 
@@ -51,7 +51,7 @@ class Region:
 
 
 def sections(captured: CapturedGraph) -> dict[str, int]:
-    """For each node of the captured graph by name, how many sites are over before it."""
+    """For each node of the captured graph, by name, the number of sites that end before it."""
     last = {nodes[-1] for nodes in captured.site_outputs if nodes}
     found: dict[str, int] = {}
     section = 0
@@ -64,18 +64,18 @@ def sections(captured: CapturedGraph) -> dict[str, int]:
 def divide(
     step: StepGraph, sections: Mapping[str, int], compiled: Callable[[Region], Callable[..., Sequence[torch.Tensor]]]
 ) -> StepGraph:
-    """The step graph with a call of `compiled(region)` in the place of each region.
+    """The step graph with a call of `compiled(region)` in place of each region.
 
     Args:
-        step: the step graph; stays as it is.
+        step: the step graph; it is not changed.
         sections: from the function of that name.
-        compiled: gives what runs a region: called with its inputs, it returns its results. It has a `__name__`.
+        compiled: returns a callable for a region, which maps its inputs to its results and has a `__name__`.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
 
     def copy(node: fx.Node) -> fx.Node:
-        """The node in the new graph; views get there when something asks for them."""
+        """The node's copy in the new graph; views are copied when first needed."""
         if node not in copies:
             copies[node] = graph.node_copy(node, copy)
         return copies[node]
@@ -104,7 +104,7 @@ def whole(step: StepGraph, graph: fx.Graph) -> Region | None:
 
     Args:
         step: the step graph.
-        graph: the same with a placeholder more for each stored value, which it is copied into.
+        graph: the same, with one extra placeholder per stored value, which the value is copied into.
     """
     operators = [node for node in step.graph.nodes if node.op not in ("placeholder", "output")]
     outputs: Any = step.graph.output_node().args[0]
@@ -114,17 +114,17 @@ def whole(step: StepGraph, graph: fx.Graph) -> Region | None:
     arguments = step.graph.find_nodes(op="placeholder")
     values = tuple(node.meta["val"] for node in (*arguments, *stored))
     if any(stride == 0 and n > 1 for node in stored for n, stride in _dims(node)):
-        return None  # what is written into has an address for each element
+        return None  # memory that is written must have an address for each element
     return Region(graph, values, str(graph), f"a step program of {len(operators)} operators")
 
 
 def operators(step: StepGraph) -> int:
-    """Number of operators of a step graph; views are none."""
+    """Number of operators of a step graph; views do not count."""
     return sum(_is_work(node) and not _is_view(node) for node in step.graph.nodes if node.op == "call_function")
 
 
 def _groups(graph: fx.Graph, sections: Mapping[str, int]) -> Iterator[list[fx.Node]]:
-    """All operators but views, in order; those that may be compiled together in one list."""
+    """All operators except views, in order, grouped into lists that may be compiled together."""
     group: list[fx.Node] = []
     section = 0
     for node in graph.nodes:
@@ -136,7 +136,7 @@ def _groups(graph: fx.Graph, sections: Mapping[str, int]) -> Iterator[list[fx.No
             yield group
             group = []
         section = here
-        # a tuple is taken apart at once: only tensors go in and out of regions
+        # a tuple is unpacked at once: only tensors go in and out of regions
         parts = [node, *(user for user in node.users if user.target is operator.getitem)]
         if _can_compile(node):
             group += parts
@@ -152,14 +152,14 @@ def _can_compile(node: fx.Node) -> bool:
     if not isinstance(target, torch._ops.OpOverload) or target.namespace == "harmonica":
         return False
     if torch.Tag.nondeterministic_seeded in target.tags and target not in ATTENTION:
-        return False  # a compiler draws other numbers
+        return False  # compiled code draws other numbers
     values = [node.meta.get("val"), *(source.meta.get("val") for source in node.all_input_nodes)]
     leaves = [leaf for value in values for leaf in (value if isinstance(value, (list, tuple)) else [value])]
     return all(isinstance(leaf, FakeTensor) for leaf in leaves)  # no numbers, no subclasses with kernels of their own
 
 
 def _can_compile_within(node: fx.Node) -> bool:
-    """Whether a node may be part of what is compiled whole: harmonica operators are called from there."""
+    """Whether a node may be part of a program compiled whole, which may call harmonica operators."""
     if node.op != "call_function":
         return False
     target = node.target
@@ -203,7 +203,7 @@ def _inputs(group: list[fx.Node]) -> list[fx.Node]:
 
 
 def _results(group: list[fx.Node]) -> list[fx.Node]:
-    """What others take from a group, directly or a view of it."""
+    """The values of a group that nodes outside it take, directly or through views."""
     inside = set(group)
 
     def leaves(node: fx.Node) -> bool:

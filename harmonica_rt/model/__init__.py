@@ -1,12 +1,12 @@
-"""Model: the user's module and whatever hangs on it. Not a stage: every stage that runs or reads a model asks here.
+"""Model: the user's module and everything attached to it. Not a stage: all stages that run or read a model use it.
 
 In: an `nn.Module`. Out: its own forward beneath hooks and wrappers; a `Facts` snapshot of all that a trace takes for
 granted; a `ModelWatch` that tells before each call whether any of that changed; a fingerprint for files.
 
-Hazard: what is not seen to change gives a stale image. So whatever code can reach by name counts, at any depth; only
-torch and the standard library are told by identity.
+Hazard: a change that goes unnoticed gives a wrong image. So everything that code can reach by name counts, at any
+depth; only what belongs to torch, numpy or the standard library is compared by identity.
 
 Reading order: `forward` and `hooks` (what runs), `tensors`, `identity` and `hidden_state` (what can be compared),
-`walk` with `code_names` (what is reached), `facts`, `watch`; `refusals` and `training_mode` say what cannot be
-planned; `fingerprint` is for files.
+`walk` with `code_names` (what is reached), `facts`, `watch`, `use` (runs and traces exclude each other); `refusals` and
+`training_mode` say what cannot be planned; `fingerprint` is for files.
 """

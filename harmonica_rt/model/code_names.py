@@ -1,4 +1,4 @@
-"""The names in Python code: what it looks up among globals, imports, and reads or calls by attribute."""
+"""The names that Python code uses: globals it looks up, modules it imports, attributes it reads or calls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @functools.lru_cache(maxsize=4096)
 def names_loaded(code: CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names that code and the code within it look up among globals, and the modules that it imports."""
+    """The global names that a code object, with those nested in it, looks up, and the modules that they import."""
     loaded, imported = dict[str, None](), dict[str, None]()
     for step in dis.get_instructions(code):
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
@@ -29,7 +29,7 @@ def names_loaded(code: CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 @functools.lru_cache(maxsize=4096)
 def names_in(code: CodeType) -> tuple[str, ...]:
-    """The names in a code object and in those within it; strings count too: `getattr(self, "norm")`."""
+    """All names in a code object and those nested in it. Strings count too, as in `getattr(self, "norm")`."""
     found = dict.fromkeys(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -40,7 +40,7 @@ def names_in(code: CodeType) -> tuple[str, ...]:
 
 
 def function_in(value: Any) -> FunctionType | None:
-    """The function inside a method, a property or the like."""
+    """The function inside a method, a property or the like; None if there is none."""
     for attribute in ("__func__", "fget", "func", "__wrapped__"):
         inner = getattr(value, attribute, None) if not isinstance(value, FunctionType) else None
         if isinstance(inner, FunctionType):

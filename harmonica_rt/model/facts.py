@@ -1,9 +1,9 @@
 """What a model's forward may take for granted: everything it can read besides its arguments and its weights' values.
 
-The hazard: a captured graph bakes in whatever Python read while it was traced - attributes, what hangs on them at any
-depth, classes, closures, the functions that are called by name - and goes on with it when that has changed: a wrong
-image, without an error. So all of it is written down (`walk`), as a list of facts that can be compared, together with
-the containers that hold it, which tell quickly that nothing was touched.
+Hazard: a captured graph bakes in whatever Python read during the trace - attributes, the objects they hold at any
+depth, classes, closures, the functions that are called by name - and goes on using it after it has changed: a wrong
+image, without an error. So all of it is recorded (`walk`), as a list of facts that can be compared, together with the
+containers that hold it, by which it is quick to tell that nothing was touched.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from torch import nn
 from harmonica_rt.model.identity import Contents, contents, first_change, put_back
 from harmonica_rt.model.walk import BY_TEXT, CLOSED, SCALARS, Walk, package_of
 
-TOLD = 5  # changes named in a message
+TOLD = 5  # the most changes that a message names
 
 
 class Facts:
-    """What a model's forward may take for granted, as it was when this was made.
+    """A snapshot of what a model's forward may take for granted.
 
     Attributes:
-        containers: what holds it, for `identity.first_change`.
-        noted: the contents of each container.
-        versions: of the containers, for `identity.first_change`.
-        tensors: plain tensors among it: neither parameters nor buffers of the model.
-        hidden: what holds its state where no container shows it (arrays, random generators, iterators), each with the
-            state that it had.
-        untold: where something lies whose state nothing tells, in words.
+        containers: the objects that hold the facts, for `identity.first_change`.
+        noted: the contents of each container, at the snapshot.
+        versions: scratch memory for the containers' versions, for `identity.first_change`.
+        tensors: the plain tensors among the facts: those that are neither parameters nor buffers of the model.
+        hidden: the objects whose state no container shows (arrays, random generators, iterators), each with its state
+            at the snapshot.
+        untold: descriptions of objects whose state cannot be read at all.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -47,11 +47,11 @@ class Facts:
         self._places = walk.places
 
     def same_as(self, other: Facts) -> bool:
-        """Whether a graph captured under one holds under the other."""
+        """Whether a graph captured under these facts holds under `other`."""
         return self._values == other._values
 
     def differences(self, other: Facts) -> Iterator[str]:
-        """What is otherwise in `other`, in words, the first difference first."""
+        """Descriptions of how `other` differs, the first difference first."""
         mine, theirs = self._by_place(), other._by_place()
         for place in {**theirs, **mine}:
             before, now = mine.get(place), theirs.get(place)
@@ -59,25 +59,25 @@ class Facts:
                 yield _told(place, before, now)
 
     def changes(self, model: nn.Module) -> tuple[str, ...]:
-        """What is otherwise in the model now, in words; a few of many."""
+        """Descriptions of how the model differs now; at most `TOLD` of them."""
         if first_change(self.containers, self.noted) < 0 and self.hidden_hold():
             return ()
         return tuple(itertools.islice(self.differences(Facts(model)), TOLD))
 
     def code(self) -> list[Any]:
-        """The containers that hold the code of the model's packages: classes, and functions that close over nothing."""
+        """The containers that are code of the model's packages: classes, and functions without closures."""
         kinds = (type, FunctionType)
         found = [held for held in self.containers if isinstance(held, kinds) and package_of(held) not in CLOSED]
         return [held for held in found if not getattr(held, "__closure__", None)]
 
     def hidden_hold(self) -> bool:
-        """Whether everything hidden is in the state that it had."""
+        """Whether all hidden state is as it was at the snapshot."""
         return all(hidden.tell() == told for hidden, told in self.hidden)
 
     def let_go(self) -> None:
-        """Keep what can be compared with other facts, and none of the objects that were looked at.
+        """Keep what can be compared with other facts, and release the objects that were inspected.
 
-        The containers and their contents hold weights, which may be gone from the model while a plan keeps its facts.
+        The containers and their contents hold weights, which the model may have dropped while a plan keeps its facts.
         """
         self.containers, self.noted = [], []
         self.tensors, self.hidden, self._caches = (), (), []
@@ -90,7 +90,7 @@ class Facts:
         return dict(zip((text.lstrip(".") for text in texts), values, strict=True))
 
     def put_back(self) -> None:
-        """Let everything be again what it was, and nothing be left in caches that got something.
+        """Restore everything to the snapshot, and clear the `lru_cache`s that got new entries since.
 
         Tracing leaves tensors without values there.
         """

@@ -1,8 +1,8 @@
-"""A fingerprint of what tracing reads from a model, equal across processes; the weights' values left out.
+"""A fingerprint of what tracing reads from a model, except the weights' values. It is equal across processes.
 
-The hazard: what is not in it can change unseen, and a saved plan then gives wrong images. So code counts by the bytes
-of the files that classes and functions are written in, together with the versions of their packages (for what those
-files import); and an attribute whose value cannot be told is an error.
+Hazard: anything left out can change unnoticed, and a saved plan then gives wrong images. So code is represented by the
+bytes of the files that define the classes and functions, and by the versions of their packages (for what those files
+import); and an attribute whose value cannot be determined is an error.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _SCALARS = (
     type(None), bool, int, float, complex, str, bytes, range, type(...), enum.Enum, np.generic,
     torch.dtype, torch.layout, torch.memory_format,
 )  # fmt: skip
-_NO_CODE = frozenset({"builtins", "torch", "numpy", "collections"})  # packages whose version, if any, says it all
+_NO_CODE = frozenset({"builtins", "torch", "numpy", "collections"})  # packages identified by their version, if any
 _CONFIG = "_internal_dict"  # where diffusers' models keep their config
 
 
 def digest(model: nn.Module) -> str:
-    """Of classes and their code, module tree, plain attributes and the layout of weights: `sha256:` and 64 hex digits.
+    """A digest of classes, code, module tree, attributes and the layout of weights: `sha256:` and 64 hex digits.
 
     Raises:
-        PlanFileError: an attribute has a value, or a class has code, that cannot be told.
+        PlanFileError: the value of an attribute, or the code of a class, cannot be determined.
     """
     text = hashlib.sha256()
     for line in _Reader(model).lines():
@@ -51,7 +51,7 @@ class _Reader:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._places = {id(module): path for path, module in model.named_modules()}
-        self._open: set[int] = set()  # containers that are being read: some hold themselves
+        self._open: set[int] = set()  # containers being read, since some contain themselves
         self._origins: set[str] = set()
 
     def lines(self) -> Iterator[str]:
@@ -71,7 +71,7 @@ class _Reader:
         yield from sorted(self._origins)
 
     def _attribute(self, name: str, value: Any) -> str:
-        if name == _CONFIG:  # what begins with an underscore there says where the model came from, not what it is
+        if name == _CONFIG:  # its private keys say where the model came from, not what it is
             value = {key: item for key, item in value.items() if not key.startswith("_")}
         return self._text(value)
 
@@ -153,7 +153,7 @@ class _Reader:
 
 
 def _entries(value: Any) -> dict[Any, Any] | None:
-    """What an object consists of; None where it does not say."""
+    """The contents of an object: a dict's entries, or attributes and slots; None if it shows neither."""
     if isinstance(value, dict):
         return value
     slots = [name for cls in type(value).__mro__ for name in _names(cls.__dict__.get("__slots__", ()))]

@@ -1,7 +1,7 @@
 """The model's own forward, beneath everything that others put around it.
 
-Hooks of the model itself run around a plan, not inside it; so what is captured, and what the reference runs, is the
-forward under them: not a call installed in the module's place, not torch's forward hooks, not accelerate's wrapper.
+Hooks of the model itself run around a plan, not inside it. So capture and the reference use the forward underneath: not
+a call installed in the module's place, not torch's forward hooks, not accelerate's wrapper.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from harmonica_rt.changes import Changes, in_this_thread
 
 
 class Swapped:
-    """A call that stands in the place of another one for a while, for one thread, and knows what it stands for.
+    """A callable that temporarily replaces another one, for one thread, and knows its original.
 
     Args:
-        call: the stand-in.
-        original: what it stands for.
-        elsewhere: what other threads run meanwhile; `original` unless given.
+        call: the replacement.
+        original: the callable that it replaces.
+        elsewhere: what other threads run in the meantime; `original` unless given.
     """
 
     def __init__(
@@ -35,31 +35,31 @@ class Swapped:
         self.original = self.__wrapped__ = original  # the latter for its signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the stand-in, or in another thread what it stands for."""
+        """Run the replacement; in another thread, `elsewhere`."""
         return self._call(*args, **kwargs)
 
     @property
     def __code__(self) -> CodeType:
-        """For torch.export, which writes down where a forward is defined."""
+        """The original's code, for torch.export, which records where a forward is defined."""
         code = getattr(inspect.unwrap(self.original), "__code__", None)
         return code if isinstance(code, CodeType) else Swapped.__call__.__code__
 
     def retire(self) -> None:
-        """From now on it is what it stood for: whoever wrapped it meanwhile keeps it."""
+        """Run the original from now on, since others may have wrapped this object and keep it."""
         self._call = self.original
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy of the model made meanwhile has its own forward, not the stand-in and all that it holds on to."""
+        """Copy the original: a copy of the model gets its own forward, not the replacement and all that it holds."""
         return copy.deepcopy(self.original, memo)
 
 
 def forward_attribute(model: nn.Module) -> str:
-    """Where the innermost forward of `model` is kept: accelerate moves it aside when it wraps a module."""
+    """The attribute that holds the innermost forward of `model`: accelerate renames it when it wraps a module."""
     return "_old_forward" if model.__dict__.get("_hf_hook") is not None else "forward"
 
 
 def own_forward(model: nn.Module) -> Callable[..., Any]:
-    """The innermost forward of `model`: its class's, unless somebody replaced it on the object."""
+    """The innermost forward of `model`: that of its class, unless it was replaced on the object."""
     found = model.__dict__.get(forward_attribute(model))
     if isinstance(found, Swapped):
         return found.original
@@ -69,10 +69,10 @@ def own_forward(model: nn.Module) -> Callable[..., Any]:
 
 
 def keep_only_own_forward(model: nn.Module, changes: Changes) -> None:
-    """Let a call of `model` by this thread run its own forward and nothing else until `changes` are undone.
+    """Make calls of `model` by this thread run only its own forward, until `changes` are undone.
 
-    Calls by other threads wait until then: a trace takes weights out of the model and puts them back. Take the capture
-    lock before, or two threads may wait for each other.
+    Calls by other threads wait until then, since a trace takes weights out of the model and puts them back. Take the
+    capture lock first, or two threads may wait for each other.
     """
     held, over = model.__dict__, threading.Event()
 

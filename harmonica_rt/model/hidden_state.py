@@ -1,7 +1,7 @@
-"""State that no container shows: what is in arrays, and how far random generators and iterators have come.
+"""State that no container shows: the contents of arrays, and the positions of random generators and iterators.
 
-A container is compared object by object (`identity`). These change without any object being replaced, so each is asked
-for its state, as a value that can be compared, and most can be put back into it.
+A container is compared object by object (`identity`). These objects change without any object being replaced, so each
+is asked for its state as a value that can be compared; most can be set back to such a state.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-LARGEST_ARRAY = 2**20  # bytes; what is in a larger one is not looked at
+LARGEST_ARRAY = 2**20  # bytes; the contents of larger arrays are not compared
 
 
 class Hidden(NamedTuple):
-    """How to ask an object for its state, and how to put it back; None where that is not possible."""
+    """How to read an object's state (`tell`), and how to restore it (`put_back`, None where that is not possible)."""
 
     tell: Callable[[], Any]
     put_back: Callable[[Any], object] | None = None
 
 
 def hidden_state(value: Any) -> Hidden | None:
-    """Of an object that hides its state; None for any other."""
+    """How to read and restore the state of an object that hides it; None for any other object."""
     if isinstance(value, np.ndarray):
         return _of_array(value)
     if isinstance(value, bytearray):
@@ -57,12 +57,12 @@ def hidden_state(value: Any) -> Hidden | None:
 
 
 def is_untold(value: Any) -> bool:
-    """Whether an object has a state that nothing tells."""
+    """Whether an object has a state that cannot be read."""
     return isinstance(value, GeneratorType) or (isinstance(value, Iterator) and type(value).__module__ == "itertools")
 
 
 class Told:
-    """A state that is compared by its text, since parts of it are arrays."""
+    """A state that is compared as text, since parts of it are arrays."""
 
     __slots__ = ("_text", "state")
 

@@ -1,7 +1,7 @@
-"""Run the hooks of a denoiser around a call that was swapped in for its forward.
+"""Run the hooks of a denoiser around a call that replaces its forward.
 
-Installing a call in a module (as `nn.Module.compile` does) bypasses what others hung on that module: forward hooks, and
-accelerate's, which move weights to the device. They are run here, around the swapped call, by the module's own code.
+Installing a call in a module (as `nn.Module.compile` does) bypasses the hooks that others attached to it: forward
+hooks, and accelerate's, which move weights to the device. The module's own code runs them here, around the replacement.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from harmonica_rt.model.forward import Swapped, forward_attribute, own_forward
 def call_with_hooks(
     model: nn.Module, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
-    """Call `inner` in the place of the forward of `model`, with the hooks of `model` around it.
+    """Call `inner` instead of the forward of `model`, with the hooks of `model` around it.
 
     Raises:
         HarmonicaError: the model carries diffusers hooks (another feature cache, say), which replace the forward.

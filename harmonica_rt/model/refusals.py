@@ -1,4 +1,4 @@
-"""States of a model that no static graph can stand for: training, and hooks inside it."""
+"""States of a model that no static graph can represent: training, and hooks inside it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from harmonica_rt.errors import CaptureError, CaptureFailure, Obstacle
 
 
 def check_capturable(model: nn.Module) -> None:
-    """Raise CaptureError where the model is in a state that no static graph can stand for."""
+    """Raise CaptureError if the model is in a state that no static graph can represent."""
     if model.training:
         raise CaptureError(CaptureFailure(Obstacle.TRAINING, "call model.eval() first", node=type(model).__name__))
     if every_module._global_forward_hooks or every_module._global_forward_pre_hooks:

@@ -1,4 +1,4 @@
-"""The tensors of a model: its parameters and buffers by name, and what those are made of."""
+"""The tensors of a model: its parameters and buffers by name, and the inner tensors of quantised ones."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters and buffers by dotted name, shared ones under each of their names.
+    """All parameters and buffers by dotted name; a shared one appears under each of its names.
 
-    One that is made of others (a quantised weight) comes with those, under the names that torch.export has for them.
+    One that wraps others (a quantised weight) comes with its inner tensors, under the names torch.export gives them.
     """
     found = {
         **dict(model.named_parameters(remove_duplicate=False)),
@@ -28,7 +28,7 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def inner_tensors(tensor: Any) -> list[torch.Tensor]:
-    """What a tensor is made of, down to plain ones, in the order of torch.export; nothing for a plain one."""
+    """The plain tensors that a wrapper tensor is made of, in the order of torch.export; empty for a plain tensor."""
     if not is_traceable_wrapper_subclass(tensor):
         return []
     parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
@@ -41,13 +41,13 @@ def same_objects(some: Collection[object], others: Collection[object]) -> bool:
 
 
 def shared_names(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    """For each tensor with several names, all names but the first, with the first."""
+    """For each tensor with several names, its other names -> its first name."""
     first: dict[int, str] = {}
     return {name: first[id(t)] for name, t in tensors.items() if first.setdefault(id(t), name) != name}
 
 
 def plain_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Tensors among the attributes of modules that are neither parameters nor buffers, by dotted name."""
+    """Tensors that are attributes of modules but neither parameters nor buffers, by dotted name."""
     return {
         f"{path}.{name}" if path else name: value
         for path, module in model.named_modules()
@@ -57,7 +57,7 @@ def plain_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 class Metadata(NamedTuple):
-    """What a tensor looks like; shape and strides are None where it has none (nested, sparse)."""
+    """A tensor's metadata. Shape and strides are None where it has none (nested, sparse)."""
 
     shape: tuple[int, ...] | None
     strides: tuple[int, ...] | None
@@ -65,7 +65,7 @@ class Metadata(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     kind: type
-    parts: tuple[Metadata, ...]  # of what it is made of
+    parts: tuple[Metadata, ...]  # of its inner tensors
 
     def __str__(self) -> str:
         shape = "nested" if self.shape is None else str(list(self.shape))
@@ -73,7 +73,7 @@ class Metadata(NamedTuple):
 
 
 def metadata(tensor: torch.Tensor) -> Metadata:
-    """What a tensor looks like."""
+    """The metadata of a tensor."""
     shape = None if tensor.is_nested else tuple(tensor.shape)
     strides = tensor.stride() if shape is not None and tensor.layout is torch.strided else None
     parts = tuple(map(metadata, inner_tensors(tensor)))
@@ -81,7 +81,7 @@ def metadata(tensor: torch.Tensor) -> Metadata:
 
 
 def _has_address(tensor: torch.Tensor) -> bool:
-    """Not so where it is made of others, sparse, of oneDNN or the like."""
+    """Whether a tensor has a data address: one that wraps others, or is sparse, oneDNN's or the like, has none."""
     return type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer) and tensor.layout is torch.strided
 
 
@@ -89,27 +89,27 @@ _version = operator.attrgetter("_version")
 
 
 class TensorNote:
-    """Tensors, whether they were written to, and where they lie."""
+    """Notes, for some tensors, their versions and addresses, to tell later whether they were written to or moved."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         self._tensors = tensors
-        # Inference tensors have no version, and others no address.
+        # Inference tensors have no version; some other tensors have no address.
         self._versioned = [tensor for tensor in tensors if not tensor.is_inference()]
         self._placed = list(filter(_has_address, tensors))
         self._versions = list(map(_version, self._versioned))
         self._addresses = list(map(torch.Tensor.data_ptr, self._placed))
 
     def hold(self) -> bool:
-        """Whether nothing was written or moved since."""
+        """Whether none of the tensors was written to or moved since."""
         return (
             list(map(_version, self._versioned)) == self._versions
             and list(map(torch.Tensor.data_ptr, self._placed)) == self._addresses
         )
 
     def is_of(self, tensors: Collection[torch.Tensor]) -> bool:
-        """Whether these are its tensors, in this order."""
+        """Whether `tensors` are the noted ones, in the same order."""
         return same_objects(self._tensors, tensors)
 
     def same_as(self, other: TensorNote) -> bool:
-        """Whether these are the same tensors as those, not written to in between; they may lie elsewhere now."""
+        """Whether `other` notes the same tensors, not written to in between; they may have moved."""
         return same_objects(self._tensors, other._tensors) and self._versions == other._versions

@@ -1,4 +1,4 @@
-"""Modules that were left in training mode: allowed where they compute what they do in evaluation."""
+"""Modules left in training mode: allowed if they compute the same as in evaluation mode."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import fx, nn
 
 from harmonica_rt.errors import CaptureError, CaptureFailure, Obstacle
 
-_SWITCHES = ("p", "dropout_p", "drop_p", "train", "training")  # without which nothing is drawn
+_SWITCHES = ("p", "dropout_p", "drop_p", "train", "training")  # if one of these is zero or False, nothing is drawn
 
 
 def modes_of(model: nn.Module) -> dict[str, bool]:
-    """For each module by its path, whether it is in training mode."""
+    """Module path -> whether that module is in training mode."""
     return {path: module.training for path, module in model.named_modules()}
 
 
 def check_draws_nothing(graph: fx.Graph, modes: Mapping[str, bool]) -> None:
-    """Raise CaptureError where a module left in training mode draws random numbers.
+    """Raise CaptureError if a module left in training mode draws random numbers.
 
-    In an evaluated model such modules are common: a LoRA's layers stay as they were made. Most compute the same in both
-    modes; those that train statistics change buffers, which is an obstacle of its own.
+    Modules in training mode are common in a model in evaluation mode: a LoRA's layers stay as they were made. Most
+    compute the same in both modes; those that train statistics change buffers, which is an obstacle of its own.
 
     Args:
-        graph: of the model.
-        modes: from `modes_of`. A path that is not in it (dynamo writes them in a way of its own) counts as in training.
+        graph: the model's graph.
+        modes: from `modes_of`. A path that is not in it (dynamo formats paths differently) counts as in training mode.
     """
     for node in graph.nodes if any(modes.values()) else ():
         if draws_numbers(node):
@@ -39,7 +39,7 @@ def check_draws_nothing(graph: fx.Graph, modes: Mapping[str, bool]) -> None:
 
 
 def draws_numbers(node: fx.Node) -> bool:
-    """Whether the node's operator draws random numbers; attention and dropout do only with a probability."""
+    """Whether the node's operator draws random numbers; attention and dropout only do so with a nonzero probability."""
     target: Any = node.target
     if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
         return False

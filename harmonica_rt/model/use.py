@@ -1,7 +1,7 @@
-"""A model that is traced is run by nobody else meanwhile: a trace takes its weights out and puts them back.
+"""Keeps other threads from running a model while it is traced: a trace takes its weights out and puts them back.
 
-Calls of the model that this package makes itself say so here; others (of the plain model, by whoever holds it) cannot
-be known of before they come.
+This package's own calls of the model are registered here. Calls by others, who hold the plain model, cannot be known
+in advance.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import nn
 
 from harmonica_rt.changes import Changes
 
-_Held = dict[object, int]  # tokens -> threads; changed by one operation at a time, so that nothing is left half done
+_Held = dict[object, int]  # token -> thread; each change is one atomic operation, so that none is left half done
 
 _runs: weakref.WeakKeyDictionary[nn.Module, dict[int, _Held]] = weakref.WeakKeyDictionary()
 _traces: weakref.WeakKeyDictionary[nn.Module, dict[int, _Held]] = weakref.WeakKeyDictionary()
-POLL = 0.001  # seconds; waiting is rare
+POLL = 0.001  # seconds between checks; waiting is rare
 
 
 def run_untraced(model: nn.Module, changes: Changes) -> None:
-    """Wait until no other thread traces `model`, and keep it from it until `changes` are undone."""
+    """Wait until no other thread traces `model`, and keep others from tracing it until `changes` are undone."""
     runs, traces, token = _of(_runs, model), _of(_traces, model), object()
     changes.undone_by(functools.partial(runs.pop, token, None))
     while True:
@@ -36,9 +36,9 @@ def run_untraced(model: nn.Module, changes: Changes) -> None:
 
 
 def trace_alone(model: nn.Module, changes: Changes) -> None:
-    """Wait until no other thread runs or traces `model`, and keep it from it until `changes` are undone.
+    """Wait until no other thread runs or traces `model`, and keep others from doing so until `changes` are undone.
 
-    Take no lock before that a run may wait for.
+    Hold no lock here that a run may wait for.
     """
     runs, traces, token = _of(_runs, model), _of(_traces, model), object()
     changes.undone_by(functools.partial(traces.pop, token, None))
@@ -47,13 +47,13 @@ def trace_alone(model: nn.Module, changes: Changes) -> None:
         traces[token] = threading.get_ident()
         if next(iter(traces)) is token or not _others(traces):
             break
-        traces.pop(token, None)  # another one came first
+        traces.pop(token, None)  # another thread came first
         time.sleep(POLL)
     _wait_for_others(runs)
 
 
 def _of(table: weakref.WeakKeyDictionary[nn.Module, dict[int, _Held]], model: nn.Module) -> _Held:
-    """By process: what other threads of a parent hold, a fork does not."""
+    """The entries of this process: a fork does not hold what threads of its parent hold."""
     return table.setdefault(model, {}).setdefault(os.getpid(), {})
 
 

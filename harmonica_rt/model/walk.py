@@ -1,9 +1,9 @@
-"""Walk over a model, and note everything that its forward can read. See `facts`.
+"""Walks over a model and notes everything that its forward can read. See `facts`.
 
-What is reached: the module tree with its plain attributes and whatever objects hang there; the classes of all of
-them; and, by the names in their code, from `forward` on, the methods, functions and module attributes that these use.
-Packages whose code is not the model's (torch, the standard library) are taken to do what they do: their functions count
-by identity, so that a replaced one is seen, and are not followed.
+The walk reaches the module tree with its plain attributes and all objects that these hold; the classes of all of them;
+and, starting from `forward` and following the names in code, the methods, functions and module attributes in use.
+Packages whose code is not the model's (torch, the standard library) are trusted to stay the same: their functions count
+by identity, so that a replaced one is noticed, and are not followed.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from harmonica_rt.model.hidden_state import Hidden, hidden_state, is_untold
 from harmonica_rt.model.identity import cell_contents, items_of
 from harmonica_rt.model.tensors import metadata
 
-LARGEST_CONTAINER = 10_000  # items; of a larger one only which objects it holds counts
+LARGEST_CONTAINER = 10_000  # items; a larger container counts only by the identity of its items
 
 SCALARS = (bool, int, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, range)
-BY_TEXT = (float, complex)  # not by value: NaN equals nothing, and -0.0 equals 0.0
+BY_TEXT = (float, complex)  # not by value: NaN is unequal to itself, and -0.0 equals 0.0
 CLOSED = (sys.stdlib_module_names | {"torch", "numpy", "harmonica_rt", "harmonica_kernels"}) - {"__main__"}
-# whose objects just hold attributes
+# modules in CLOSED packages whose objects just hold attributes
 _PLAIN_OBJECTS = frozenset({"types", "argparse", "collections", "dataclasses", "os", "queue", "weakref", "_thread"})
 
-# Of every module: not read by a forward, or looked at in a way of their own.
+# Attributes of every module that a forward does not read, or that are handled separately.
 UNREAD = frozenset((*nn.Module().__dict__, "_compiled_call_impl")) - {"training", "_parameters", "_buffers", "_modules"}
-# Of the model itself: what runs around a plan; its innermost forward is looked at by itself.
+# Likewise of the model itself: what runs around a plan. Its innermost forward is handled separately.
 UNREAD_OF_ROOT = UNREAD | {"forward", "_old_forward", "_hf_hook", "_diffusers_hook"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _NOT_OF_A_CLASS = frozenset(
@@ -48,10 +48,10 @@ _NOT_OF_A_CLASS = frozenset(
         *("__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__orig_bases__"),
         *("__abstractmethods__", "_abc_impl", "__firstlineno__", "__static_attributes__", "__match_args__"),
         *("__dataclass_fields__", "__dataclass_params__", "__parameters__"),
-        "__slotnames__",  # copies and pickles of an object leave it in its class
+        "__slotnames__",  # copying or pickling an object stores it in the class
     )
 )
-_CALLED_UNNAMED = ("forward",)  # and what Python calls for its syntax: methods between underscores, but for these:
+_CALLED_UNNAMED = ("forward",)  # besides the dunder methods that Python calls for its syntax, which are all but these:
 _NOT_CALLED = frozenset(
     (
         *("__repr__", "__str__", "__format__", "__dir__", "__sizeof__", "__del__", "__init_subclass__", "__set_name__"),
@@ -62,13 +62,13 @@ _NOT_CALLED = frozenset(
 
 
 def own_attributes(module: nn.Module, *, root: bool) -> list[str]:
-    """Names of what a module has besides parameters, buffers, children and hooks; without what runs around the root."""
+    """Names of a module's attributes besides parameters, buffers, children and hooks, and what runs around the root."""
     held_apart = {"_parameters", "_buffers", "_modules", "_hf_hook", "_diffusers_hook"}
     return sorted(module.__dict__.keys() - (UNREAD_OF_ROOT if root else UNREAD) - held_apart)
 
 
 class Is:
-    """An object, told from others by identity; keeps it alive, so that no other one gets its address."""
+    """Compares an object by identity, and keeps it alive, so that no other object gets its address."""
 
     __slots__ = ("thing",)
 
@@ -83,14 +83,14 @@ class Is:
 
 
 class Place(NamedTuple):
-    """Where a fact lies: under that of another fact, by name."""
+    """The place of a fact: the index of its parent fact (-1 for none), and its name under that."""
 
     parent: int
     name: str
 
 
 class Walk:
-    """One walk over a model; everything in a fixed order, so that equal models give equal lists."""
+    """One walk over a model, in a fixed order, so that equal models give equal lists."""
 
     def __init__(self, model: nn.Module) -> None:
         self.values: list[Any] = []
@@ -101,10 +101,10 @@ class Walk:
         self.untold: list[str] = []
         self.caches: list[Any] = []
         self._root = model
-        self._seen: dict[int, int] = {}  # object -> its fact
-        self._kept: list[Any] = []  # objects made on the way, whose addresses must stay theirs
+        self._seen: dict[int, int] = {}  # id of an object -> index of its fact
+        self._kept: list[Any] = []  # visited objects, kept alive so that their ids stay unique
         self._pending: list[tuple[int, str, Any]] = []
-        self._entries: set[tuple[int, str]] = set()  # names that are watched in dicts of globals
+        self._entries: set[tuple[int, str]] = set()  # (id of a dict of globals, name) of the names watched
         self._reached: dict[str, None] = dict.fromkeys(_CALLED_UNNAMED)
         self._methods: dict[str, list[tuple[int, FunctionType]]] = {}
         self._tree = {id(module) for module in model.modules()}
@@ -142,10 +142,10 @@ class Walk:
     def _open(self, parent: int, name: str, value: Any) -> None:
         if isinstance(value, torch.Tensor):
             self.tensors.append(value)
-            # A tensor has one weak reference while it lives: it tells tensors apart and keeps none alive.
+            # A tensor has a single weak reference while it lives, which identifies it without keeping it alive.
             fact = self._note(parent, name, (Is(weakref.ref(value)), metadata(value)))
             self._later(fact, [(".__dict__", value.__dict__)])
-        elif issubclass(type(value), nn.Module):  # isinstance() believes proxies, and compiled models
+        elif issubclass(type(value), nn.Module):  # isinstance() is fooled by proxies and compiled models
             self._module(parent, name, value)
         elif isinstance(value, type):
             self._class(parent, name, value)
@@ -202,7 +202,7 @@ class Walk:
         else:
             fact = self._note(parent, name, (kind, len(items)))
             self._later(fact, [(f"[{index}]", item) for index, item in enumerate(items)])
-        if kind.__flags__ & _HEAP_TYPE or kind is defaultdict:  # of a class of its own, which may have attributes
+        if kind.__flags__ & _HEAP_TYPE or kind is defaultdict:  # a subclass, whose objects may have attributes
             self._seen_class(kind)
             self._later(fact, [(".__dict__", getattr(value, "__dict__", None))])
             if isinstance(value, defaultdict):
@@ -214,11 +214,11 @@ class Walk:
         slots = [slot for slot in _slots(type(value)) if hasattr(value, slot)]
         attributes = {slot: getattr(value, slot) for slot in slots}
         own = getattr(value, "__dict__", None)
-        if isinstance(own, dict):  # not so where an object stands for a class
+        if isinstance(own, dict):  # an object that poses as a class may have another mapping
             attributes |= own
-            self.containers.append(own if isinstance(value, threading.local) else value)  # the former of this thread
+            self.containers.append(own if isinstance(value, threading.local) else value)  # `own` is this thread's
         self.containers += [(value, slot) for slot in slots]
-        # what is written in C holds more than it shows
+        # objects of classes written in C hold more than they show
         written_in_c = any(base is not object and not base.__flags__ & _HEAP_TYPE for base in type(value).__mro__)
         identity = Is(value) if written_in_c else None
         fact = self._note(parent, name, (Is(type(value)), tuple(sorted(attributes)), identity))
@@ -255,7 +255,7 @@ class Walk:
         self._later(fact, children)
 
     def _weight(self, parent: int, name: str, tensor: torch.Tensor | None) -> None:
-        """Its values are live, and another one in its place is fetched: only what it looks like counts."""
+        """Note a weight by its metadata alone: its values are read live, and a replaced weight is fetched anew."""
         if tensor is None:
             self._note(parent, name, (type(None), None))
         elif id(tensor) in self._seen:
@@ -266,7 +266,7 @@ class Walk:
     # ---- code
 
     def _seen_class(self, cls: type) -> None:
-        """Note the class of an object; it is reached without a name."""
+        """Note the class of an object. It is reached without a name, so it has no parent fact."""
         if id(cls) not in self._seen:
             self._visit(-1, _qualified(cls), cls)
 
@@ -316,7 +316,7 @@ class Walk:
             self._follow(function)
 
     def _follow(self, function: FunctionType) -> None:
-        """Reach what the names in a function's code mean."""
+        """Visit what the names in a function's code refer to."""
         names, where = names_in(function.__code__), function.__globals__
         loaded, imported = names_loaded(function.__code__)
         entered: set[int] = set()
@@ -334,14 +334,14 @@ class Walk:
                     self._inside_module(module, names, entered)
 
     def _reach(self, name: str) -> None:
-        """Methods of that name may be called."""
+        """Visit the methods of that name, since they may be called."""
         if name not in self._reached:
             self._reached[name] = None
             for method, function in self._methods.get(name, ()):
                 self._pending.append((method, "()", function))
 
     def _global(self, prefix: str, where: dict[str, Any], name: str, names: tuple[str, ...], entered: set[int]) -> None:
-        """What stands in a dict of globals; of a module, what the other names of the code mean in it."""
+        """Visit a name in a dict of globals; if it is a module, visit what the code's other names refer to in it."""
         value = where[name]
         if (id(where), name) not in self._entries:
             self._entries.add((id(where), name))
@@ -354,7 +354,7 @@ class Walk:
             self._inside_module(value, names, entered)
 
     def _inside_module(self, module: ModuleType, names: tuple[str, ...], entered: set[int]) -> None:
-        """What the names of a function's code mean in a module; `entered` are those that were looked into for it."""
+        """Visit what a function's names refer to in a module; `entered` are the modules already searched for it."""
         inner = module.__dict__
         if id(inner) in entered:
             return
@@ -366,12 +366,12 @@ class Walk:
 
 _HEAP_TYPE = 1 << 9
 SHARED_GENERATOR: random.Random = random.seed.__self__  # type: ignore[attr-defined]  # behind the functions of `random`
-# Of builtin functions. Torch and numpy draw from one generator for the process, as Python does; capture looks at those.
+# Owners of builtin methods that are not walked. Capture handles the shared generators of Python, numpy and torch.
 _NO_OWNERS = (ModuleType, type(None), random.Random, np.random.RandomState)
 
 
 def _is_opened(value: Any) -> bool:
-    """Whether the attributes of an object are its user's: settings, and not the inside of a library's machinery."""
+    """Whether to visit an object's attributes: they are a user's settings, not the internals of a library."""
     if isinstance(value, (ModuleType, BuiltinFunctionType, GenericAlias)):
         return False
     package = package_of(type(value))
@@ -379,7 +379,7 @@ def _is_opened(value: Any) -> bool:
 
 
 def _hooks(module: nn.Module) -> Any:
-    """The hooks inside a model: a graph would bypass them, so a model that carries some is another one."""
+    """The hooks of a module inside a model. A graph would bypass them, so a change of them is a change of the model."""
     attributes = module.__dict__
     registry = attributes.get("_diffusers_hook")
     found = [hook for key in _HOOKS for hook in attributes[key].values()]
@@ -397,7 +397,7 @@ def _key(key: Any) -> Any:
 
 
 def referent(reference: Any) -> Any:
-    """What is referred to weakly; None where it is gone."""
+    """The object that a weak reference or proxy refers to; None if it is gone."""
     if isinstance(reference, weakref.ref):
         return reference()
     try:
@@ -411,7 +411,7 @@ def _package_of(module: ModuleType) -> str:
 
 
 def package_of(thing: Any) -> str:
-    """The package that a class or function is of."""
+    """The top-level package that a class or function belongs to."""
     return str(getattr(thing, "__module__", None) or "builtins").partition(".")[0]
 
 

@@ -1,10 +1,10 @@
-"""Is the model still what it was at the last call? Asked before every call of a run.
+"""Checks, before every call of a run, whether the model is still what it was at the last call.
 
-Callbacks, guiders and adapters change a model in mid-run. So the question is asked each time, in a way that costs next
-to nothing where the answer is yes: the containers that hold what the forward may read still hold the very same objects,
-and no weight was written to. Where the answer is no, the model is read anew, and it is either in a state that is known
-already (adapters switched back) or in a new one. Through `.data` a weight is written, or assigned other memory, and
-looks like one that was moved: that is not seen.
+Callbacks, guiders and adapters change a model in mid-run. So it is checked each time, in a way that costs next to
+nothing if nothing changed: the containers that hold what the forward may read still hold the very same objects, and no
+weight was written to. Otherwise the model is read again, and it is either in a known state (adapters switched back) or
+in a new one. One change goes unnoticed: writing to a weight through `.data`, or assigning `.data`, which looks like a
+move of the weight.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from harmonica_rt.model.tensors import TensorNote, named_tensors, same_objects
 from harmonica_rt.model.walk import UNREAD, UNREAD_OF_ROOT
 from harmonica_rt.torch_state import take_capture_lock
 
-KNOWN_STATES = 16  # kept to be recognised again; the one unused longest is forgotten
+KNOWN_STATES = 16  # kept to be recognised again; the least recently used is dropped
 
 
 class ModelState:
-    """What a model was during some calls: what its forward took for granted, and its weights.
+    """The state of a model during some calls: its facts and its weights. A stream belongs to one such state.
 
-    Streams belong to one such state. Attributes:
-        facts: what plans are made for; equal for all states that differ in the values of weights only.
+    Attributes:
+        facts: the facts that plans are made for; the same for all states that differ only in the values of weights.
     """
 
     def __init__(self, facts: Facts, weights: TensorNote) -> None:
@@ -37,19 +37,19 @@ class ModelState:
         self._note = weights
 
     def become(self, facts: Facts, weights: TensorNote) -> None:
-        """The model changed by itself: this state now goes by these facts and weights."""
+        """Take over new facts and weights, after the model changed itself."""
         self.facts, self._note = facts, weights
 
     def has(self, weights: TensorNote) -> bool:
-        """Whether it had these very weights, not written to since."""
+        """Whether this state had these very weights, not written to since."""
         return self._note.same_as(weights)
 
 
 class ModelWatch:
-    """Looks at one model.
+    """Watches one model for changes.
 
     Attributes:
-        difference: how the facts found last differ from those before, in words; None before there were two.
+        difference: a description of how the latest facts differ from those before; None until they first change.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -64,7 +64,7 @@ class ModelWatch:
         self._own_forward: Any = None
 
     def live_tensors(self) -> dict[str, torch.Tensor]:
-        """Its parameters and buffers by name, as it last looked; the same mapping while none was replaced."""
+        """The model's parameters and buffers by name, as of the last look; the same dict while none was replaced."""
         if self._current is None:
             self.look()
         return self._tensors
@@ -74,23 +74,23 @@ class ModelWatch:
         if self._current is None or not self._untouched():
             changes = Changes()
             with changes, changes:
-                take_capture_lock(changes)  # another thread that traces replaces methods of all modules meanwhile
+                take_capture_lock(changes)  # a trace in another thread patches methods of all modules
                 if self._current is None or not self._untouched():
                     now = self._read_anew()
                     self._current = self._state_of(self._recognised(now))
-                    self._now = now  # last: whatever interrupts this, the next look reads again
+                    self._now = now  # last, so that after an interruption the next look reads again
         return self._current
 
     def knows(self, facts: Facts | None) -> bool:
-        """Whether a model in this state would be recognised."""
+        """Whether a model with these facts would be recognised."""
         return any(known is facts for known in self._known)
 
     def begin_run(self) -> None:
-        """Look at the model. No stream is left of earlier states: nothing is kept of them but their facts."""
+        """Look at the model, and drop all earlier states but their facts: no stream of theirs is left."""
         self._states = [self.look()]
 
     def accept(self) -> None:
-        """The model changed by itself, while it ran: that makes no other state of the current one."""
+        """Accept the changes that the model made to itself while it ran: the current state takes them over."""
         if self._current is None or self._untouched():
             return
         changes = Changes()
@@ -113,7 +113,7 @@ class ModelWatch:
         return self._note.hold() and now.hidden_hold()
 
     def _is_harmless(self, facts: Facts, index: int) -> bool:
-        """Whether a container has other objects, yet equal ones, or such as no forward reads. Takes note of them."""
+        """Whether a container's new objects equal the old ones or are not read by any forward. If so, notes them."""
         container, before = facts.containers[index], facts.noted[index]
         now = contents(container)
         if len(now) != len(before):
@@ -128,7 +128,7 @@ class ModelWatch:
         return True
 
     def _state_of(self, facts: Facts) -> ModelState:
-        """The state with these facts and the weights that were found, the same one if it was there before."""
+        """The state with these facts and the weights just found: a known one if there is one, else a new one."""
         before = self._current
         if before is not None and facts is not before.facts:
             self.difference = next(before.facts.differences(facts), None)
@@ -140,14 +140,14 @@ class ModelWatch:
         return state
 
     def _read_anew(self) -> Facts:
-        """The facts of the model now, with what tells that they no longer hold."""
-        before, self._now = self._now, None  # first, or an interruption would leave facts in use that watch nothing
+        """The facts of the model now, including the containers that show when they no longer hold."""
+        before, self._now = self._now, None  # first: an interruption must not leave facts in use that no longer watch
         if before is not None:
             before.let_go()
         return Facts(self._model)
 
     def _recognised(self, now: Facts) -> Facts:
-        """Facts that were found before and equal these; these where there are none."""
+        """Earlier facts that equal `now`, or `now` itself if there are none. Notes the current tensors and forward."""
         self._own_forward = _innermost(self._model)
         tensors = named_tensors(self._model)
         held = self._tensors
@@ -165,5 +165,5 @@ def _innermost(model: nn.Module) -> Any:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether two plain numbers or texts are the same; a copy of a container is another one, which may change."""
+    """Whether two plain numbers or texts are equal. Containers never are: a copy may change on its own."""
     return type(a) is type(b) and isinstance(a, (bool, int, float, str, bytes)) and repr(a) == repr(b)

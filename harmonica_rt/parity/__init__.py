@@ -1,1 +1,1 @@
-"""Verify: what was compiled against the reference, step by step and image by image."""
+"""Parity: verifies the compiled model against the reference, step by step and image by image."""

@@ -1,7 +1,7 @@
-"""The reference one precision up: the truth that measured errors are measured against.
+"""The reference in the next higher precision: the ground truth for measured errors.
 
 Hazard: a copy made when a run begins would miss what a callback changes in mid-run, just as a stale plan does, and so
-excuse it. The copy is therefore made of the model as it is, at each call.
+hide the error. The model is therefore copied anew at each call.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from harmonica_rt.schedule import Schedule
 
 
 class HigherEngine:
-    """The reference one precision up, as an engine: its outputs are rounded to the precision of the model."""
+    """The reference in the next higher precision, as an engine; outputs are rounded to the model's precision."""
 
     looks_late = False
 
@@ -44,17 +44,17 @@ class HigherEngine:
         self._watch.begin_run()
 
     def new_stream(self, call: Call) -> HigherStream:
-        """A stream with nothing stored."""
+        """A new stream with nothing stored."""
         return HigherStream(self._model, self._schedule, rounded=True)
 
 
 class HigherStream(ReferenceStream):
-    """A stream of the reference one precision up, made anew of the model at each call.
+    """A stream of the reference in the next higher precision; the model is copied and promoted anew at each call.
 
     Args:
         model: the model.
-        schedule: what to reuse when.
-        rounded: whether outputs are rounded to the precision of the model.
+        schedule: what to reuse at each step.
+        rounded: whether outputs are rounded to the model's precision.
     """
 
     def __init__(self, model: nn.Module, schedule: Schedule, *, rounded: bool = False) -> None:
@@ -78,15 +78,15 @@ class HigherStream(ReferenceStream):
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """The dtype that a model computes in, as its first floating parameter says."""
+    """The dtype that a model computes in: that of its first floating-point parameter."""
     return next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
 
 
 def _promoted_copy(model: nn.Module, high: torch.dtype) -> nn.Module:
     plain = [p for p in model.parameters() if p.dtype.is_floating_point and not is_traceable_wrapper_subclass(p)]
-    # so that parameters are converted only, and not copied first
+    # so that parameters are only converted, not copied first
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to(high), requires_grad=False) for p in plain}
-    # torch's own `to`: that of diffusers' models warns of casts that would make results worse
+    # torch's own `to`: that of diffusers' models warns about casts that would degrade results
     return nn.Module.to(copy.deepcopy(model, memo), high).eval()
 
 

@@ -1,7 +1,7 @@
-"""Run the reference and the compiled engine side by side, on the same inputs, and compare every call.
+"""Runs the reference and the compiled engine side by side on the same inputs, and compares every call.
 
-The result handed back is the reference's, so the run follows the reference's trajectory and every step is judged on its
-own, not on what earlier errors made of its inputs.
+The reference's result is returned, so the run follows the reference's trajectory, and every step is judged by itself,
+unaffected by earlier errors in its inputs.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class LockstepEngine:
 
     Args:
         model: the denoiser.
-        schedule: the schedule of both.
+        schedule: the schedule that both run under.
         planned: the compiled engine.
-        tolerance: `auto` is exact on CPU for an exact lowering, else measured. Measured keeps a copy of the model one
-            precision up.
-        raise_at_once: raise ParityError in the first step that fails.
+        tolerance: `auto` is exact on CPU for an exact lowering, else measured. Measured also runs a copy of the model
+            in the next higher precision.
+        raise_at_once: raise ParityError at the first step that fails.
     """
 
     def __init__(
@@ -55,25 +55,25 @@ class LockstepEngine:
         self.raise_at_once = raise_at_once
         self._model = model
         self._schedule = schedule
-        self._reference = ReferenceEngine(model, schedule, planned.watch)  # what it makes of the model is no change
+        self._reference = ReferenceEngine(model, schedule, planned.watch)  # its own edits to the model are no change
 
     looks_late = False
 
     def state(self, call: Call) -> object:
-        """See `Engine.state`; where the compiled engine does not see a change, its steps differ."""
+        """See `Engine.state`; if the compiled engine misses a change, its steps will differ."""
         return self.planned.state(call)
 
     def begin_run(self, key: RunKey | None = None) -> None:
-        """A run begins for all engines, with a report of its own."""
+        """Begin a run in all engines, with a new report."""
         self.planned.begin_run(key)
         self.report = ParityReport(self.report.tolerance)
 
     def higher(self) -> HigherEngine:
-        """The reference one precision up, to run by itself."""
+        """The reference in the next higher precision, to run by itself."""
         return HigherEngine(self._model, self._schedule)
 
     def new_stream(self, call: Call) -> Stream:
-        """Streams of all engines, as one."""
+        """One stream that combines the streams of all engines."""
         higher = HigherStream(self._model, self._schedule) if self.report.tolerance == "measured" else None
         return _LockstepStream(self, self._reference.new_stream(call), self.planned.new_stream(call), higher)
 
@@ -99,7 +99,7 @@ class _LockstepStream:
         self._planned.end()
 
     def run(self, step: StepIndex, call: Call, *, catch_up: bool) -> Any:
-        """Run all of them; what the reference gave."""
+        """Run all of them, compare, and return the reference's output."""
         expected = self._reference.run(step, call, catch_up=catch_up)
         got = self._planned.run(step, call, catch_up=catch_up)
         truth = self._higher.run(step, call, catch_up=catch_up) if self._higher is not None else None
@@ -123,7 +123,7 @@ def _compare(
     truth: list[torch.Tensor] | None,
     allowances: Mapping[int, Allowance],
 ) -> StepParity:
-    """The worst of all output tensors."""
+    """The parity of one call: the worst over all output tensors."""
     if len(expected) != len(got) or any(a.shape != b.shape for a, b in zip(expected, got, strict=False)):
         return StepParity(step, Error(torch.inf, torch.inf), NONE, same_bits=False, ok=False)
     same = all(same_bits(a, b) for a, b in zip(expected, got, strict=True))
@@ -144,7 +144,7 @@ def _first_divergent_site(
     call: Call,
     catch_up: bool,
 ) -> str | None:
-    """Look at every site of one step, in execution order: reused ones in their slots, computed ones anew."""
+    """The first divergent site of a step, in execution order; reads reused sites from slots, recomputes the others."""
     plan = planned.runtime.plan
     captured, entry = plan.captured, plan.steps[step]
     reuse = frozenset[SiteIndex]() if catch_up else plan.patterns[entry.program].reuse
@@ -176,7 +176,7 @@ def _empty_like(fake: torch.Tensor) -> torch.Tensor:
 
 
 def _matches_any(value: torch.Tensor, theirs: list[torch.Tensor], above: list[torch.Tensor] | None) -> bool:
-    """A graph may name a site's outputs in another order than the module returns them."""
+    """Whether any output matches: a graph may list a site's outputs in a different order than the module returns."""
     if above is None:
         return any(same_bits(value, other) for other in theirs)
     return any(

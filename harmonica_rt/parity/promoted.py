@@ -1,8 +1,8 @@
-"""Run a model one precision up, through and through.
+"""Runs a model in the next higher precision throughout.
 
-A model converted to float64 is not computed in float64 where its code names float32: `.float()` around a norm or a
-rotation, `torch.arange` in the default dtype. Such a truth shares the rounding of what it is to judge, or fails at the
-first product of the two dtypes.
+A model converted to float64 does not compute in float64 where its code names float32: `.float()` around a norm or a
+rotation, `torch.arange` in the default dtype. Such a ground truth shares the rounding of the output it judges, or fails
+at the first product of the two dtypes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
 
 class Promoted(TorchDispatchMode):
-    """Within it no operator takes, makes or is asked for `low`: it is `high` everywhere, complex numbers included."""
+    """A mode that replaces dtype `low` by `high` in operator inputs, outputs and dtype arguments, complex included."""
 
     supports_higher_order_operators = True
 
@@ -29,11 +29,11 @@ class Promoted(TorchDispatchMode):
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """So that flex attention, which compiles itself also where nobody asked, goes ahead within it."""
+        """True, so that flex attention, which compiles itself unasked, works within this mode."""
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """See `TorchDispatchMode`. Operators that write in place are left to write where they were told to."""
+        """See `TorchDispatchMode`. In-place operators run unchanged, so that they write to their given targets."""
         kwargs = kwargs or {}
         if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
             return func(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What a verification found."""
+"""The results of a verification."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harmonica_rt.parity.tolerance import Error
 class StepParity:
     """One call of one step: the compiled output against the reference's, on the reference's inputs.
 
-    `error` is against the reference where the tolerance is exact, against the higher precision where it is measured.
+    `error` is relative to the reference if the tolerance is exact, to the higher precision if it is measured.
     """
 
     step: int
@@ -25,7 +25,7 @@ class StepParity:
 
 @dataclass(frozen=True)
 class TrajectoryParity:
-    """The final result of a free-running compiled run. What `error` is against, see `StepParity`."""
+    """The final result of a free-running compiled run. `error` is measured as in `StepParity`."""
 
     error: Error
     limit: Error
@@ -35,12 +35,12 @@ class TrajectoryParity:
 
 @dataclass
 class ParityReport:
-    """Parity per step, on the reference's inputs, and of the free-running trajectory.
+    """Parity of each step, on the reference's inputs, and of the free-running trajectory.
 
     Attributes:
         tolerance: `exact` or `measured`.
         steps: one entry per call, in order.
-        trajectory: the result of a free-running compiled run; None before it ran, or where it has no arrays.
+        trajectory: the result of a free-running compiled run; None before it has run, or if it has no arrays.
     """
 
     tolerance: str
@@ -49,18 +49,18 @@ class ParityReport:
 
     @property
     def ok(self) -> bool:
-        """Whether every step, and the result of the free run, are within their limits."""
+        """Whether every step and the result of the free run are within their limits."""
         ran_well = self.trajectory is None or self.trajectory.ok
         return bool(self.steps) and all(step.ok for step in self.steps) and ran_well
 
     @property
     def trajectory_same_bits(self) -> bool | None:
-        """Whether the results of the free runs are equal bit for bit; None before they ran."""
+        """Whether the results of the free runs are equal bit for bit; None before they have run."""
         return None if self.trajectory is None else self.trajectory.same_bits
 
     @property
     def first_failure(self) -> StepParity | None:
-        """The first call that is not within its limit."""
+        """The first call that is not within its limit, or None."""
         return next((step for step in self.steps if not step.ok), None)
 
     def __str__(self) -> str:
@@ -85,12 +85,12 @@ class ParityReport:
 
 
 class ParityError(HarmonicaError, AssertionError):
-    """What was compiled does not do what the reference does.
+    """The compiled model does not match the reference.
 
     Attributes:
-        report: everything that was found.
-        step: the first step that diverges; None where only the free-running result does.
-        site: the first site that diverges in that step, where one was found.
+        report: the full report.
+        step: the first step that diverges; None if only the free-running result does.
+        site: the first site that diverges at that step, if one was found.
     """
 
     def __init__(self, report: ParityReport) -> None:

@@ -1,12 +1,12 @@
 """How far a compiled step may be from the reference: measured, not guessed.
 
-Exact: equal bit for bit. That is what `plain` must be on CPU. Measured: against the reference run one precision up
-(fp64 for fp32, fp32 for half), the compiled output's error, RMS and largest, may be at most twice that of the eager
-model in the same dtype, with a floor of one ulp.
+Exact: equal bit for bit, as `plain` must be on CPU. Measured: against the reference run in the next higher precision
+(fp64 for fp32, fp32 for half), the RMS and the largest error of the compiled output may each be at most twice that of
+the eager model in the same dtype, with a floor of one ulp.
 
-Hazard: the largest of a few hundred heavy-tailed errors is a matter of luck. Of 300 calls of the bundled model (2 x 512
-values each), the eager model with its samples taken one by one was beyond twice its own largest error in 3, its RMS
-within 1.4 times. So how far the largest stands out from the RMS is learned from all calls of a run, not from one.
+Hazard: the largest of a few hundred heavy-tailed errors is a matter of luck. In 3 of 300 calls of the bundled model
+(2 x 512 values each), the eager model run sample by sample exceeded twice its own largest error; its RMS stayed within
+1.4 times. So the ratio of the largest error to the RMS is learned from all calls of a run, not from one.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ FACTOR = 2.0
 
 @dataclass(frozen=True)
 class Error:
-    """RMS and largest absolute difference of two tensors."""
+    """The RMS and the largest absolute difference of two tensors."""
 
     rms: float
     largest: float
 
     @classmethod
     def between(cls, a: torch.Tensor, b: torch.Tensor) -> Error:
-        """The difference `a - b`, in fp64. NaN on one side only counts as infinite."""
+        """The error of `a - b`, in fp64. NaN on only one side counts as infinite."""
         x, y = a.detach().to(torch.float64), b.detach().to(torch.float64)
         difference = (x - y).abs()
         difference = torch.where(x.isnan() & y.isnan(), 0.0, difference.nan_to_num(nan=torch.inf, posinf=torch.inf))
@@ -45,12 +45,12 @@ NONE = Error(0.0, 0.0)
 
 
 def worst(errors: list[Error]) -> Error:
-    """The largest of each figure."""
+    """The maximum of each figure."""
     return Error(max((e.rms for e in errors), default=0.0), max((e.largest for e in errors), default=0.0))
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal shape, dtype and bits (NaN equals NaN, 0.0 is not -0.0)."""
+    """Whether shape, dtype and bits are equal (NaN equals NaN, 0.0 differs from -0.0)."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not a.dtype.is_floating_point:
@@ -60,23 +60,23 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 class Allowance:
-    """What is allowed of one output of a run's calls, learned from the eager model's errors in them."""
+    """The error allowed for one output over the calls of a run, learned from the eager model's errors in them."""
 
     def __init__(self) -> None:
-        self._peak = 0.0  # the largest of a call's eager errors / their RMS, at most so far
+        self._peak = 0.0  # maximum so far of a call's largest eager error / RMS error
 
     def learn(self, eager: torch.Tensor, higher: torch.Tensor) -> Error:
-        """The error of the eager output, which the limits of this and later calls take account of."""
+        """The error of the eager output; the limits of this and later calls take it into account."""
         error = Error.between(eager, higher)
         if error.rms > 0:
             self._peak = max(self._peak, error.largest / error.rms)
         return error
 
     def limit(self, eager: torch.Tensor, higher: torch.Tensor) -> Error:
-        """The error allowed of an output whose eager version is `eager` and whose truth is `higher`."""
+        """The error allowed for an output whose eager version is `eager` and whose ground truth is `higher`."""
         error = self.learn(eager, higher)
         truth = higher.detach().to(torch.float64)
-        if eager.dtype is torch.uint8:  # one level of a picture: where it rounds to is a matter of luck
+        if eager.dtype is torch.uint8:  # one level of an image: which way it rounds is a matter of luck
             return Error(max(FACTOR * error.rms, 1.0), max(FACTOR * error.largest, 1.0))
         ulp = torch.finfo(eager.dtype).eps if eager.dtype.is_floating_point else 0.0
         size_rms = float(truth.square().mean().sqrt()) if truth.numel() else 0.0
@@ -86,10 +86,10 @@ class Allowance:
 
 
 def limit_from(eager: torch.Tensor, higher: torch.Tensor) -> Error:
-    """The error allowed where there is one call to learn from."""
+    """The error allowed when there is only one call to learn from."""
     return Allowance().limit(eager, higher)
 
 
 def one_up(dtype: torch.dtype) -> torch.dtype:
-    """The precision that judges `dtype`."""
+    """The next higher precision, in which outputs of `dtype` are judged."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else torch.float64

@@ -1,4 +1,4 @@
-"""Verify a schedule on a model or a whole pipeline: every step against the reference, and the result of a free run."""
+"""Verifies a schedule on a model or a whole pipeline: each step against the reference, and the result of a free run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from harmonica_rt.pipelines.install import denoiser_module, put_temporarily
 from harmonica_rt.sampling.denoiser import Denoiser
 from harmonica_rt.schedule import Schedule
 
-RUNS_TO_RECORD = 3  # after the first, which learns the timesteps: graphs are warmed up, recorded and replayed
+RUNS_TO_RECORD = 3  # after the first, which learns the timesteps: to warm up, record and replay graphs
 
 
 def verify_pipeline(
@@ -37,7 +37,7 @@ def verify_pipeline(
     tolerance: Tolerance,
     arguments: Mapping[str, Any],
 ) -> ParityReport:
-    """Generate from one seed: in lockstep with the reference, compiled alone, and alone one precision up.
+    """Generate from one seed: in lockstep with the reference, compiled alone, and in the next higher precision alone.
 
     Raises:
         ParityError: a step or the result is outside the tolerance.
@@ -52,7 +52,7 @@ def verify_pipeline(
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
         gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-        # some pipelines draw from torch's own generator, also where they are given another one
+        # some pipelines draw from torch's own generator even if they are given another one
         changes = Changes()
         with changes, changes, torch.random.fork_rng(gpus):
             changes.undone_by(functools.partial(torch.set_rng_state, torch.get_rng_state()))
@@ -73,7 +73,7 @@ def verify_model(
     graphs: str,
     tolerance: Tolerance,
 ) -> ParityReport:
-    """Run one call per step: in lockstep with the reference, compiled alone, and alone one precision up.
+    """Run one call per step: in lockstep with the reference, compiled alone, and in the next higher precision alone.
 
     Args:
         model: the denoiser.
@@ -83,7 +83,7 @@ def verify_model(
         tolerance: see `harmonica_rt.verify`.
 
     Raises:
-        HarmonicaError: there is not one call for each step.
+        HarmonicaError: the number of calls differs from the number of steps.
         ParityError: a step is outside the tolerance.
         CaptureError: the model cannot be captured, so there is nothing to verify.
     """
@@ -102,12 +102,12 @@ def _lockstep(model: nn.Module, schedule: Schedule, lowering: str, graphs: str, 
 
 
 def _checked_runs(lockstep: LockstepEngine, run: Callable[[], Any]) -> Any:
-    """The result of the last of as many runs in lockstep as it takes until a run computes as all later ones do."""
+    """Repeat the lockstep run until a run computes as all later ones will; returns the last result."""
     result = run()
     if lockstep.planned.cache.pool_bytes is not None:
         more = RUNS_TO_RECORD
     else:
-        more = 0 if lockstep.planned.options.lowering in EXACT else 1  # a second one knows the timesteps
+        more = 0 if lockstep.planned.options.lowering in EXACT else 1  # a second run knows the timesteps
     for _ in range(more):
         if lockstep.report.ok:
             result = run()
@@ -131,7 +131,7 @@ def _generate(pipeline: Any, seed: int, arguments: Mapping[str, Any]) -> Any:
 
 
 def _finish(lockstep: LockstepEngine, expected: Any, run: Callable[[Engine], Any]) -> ParityReport:
-    """Judge the result of a free run; `expected` is the reference's, and `run` runs an engine from the beginning."""
+    """Judge the result of a free run; `expected` is the reference's result, `run` runs an engine from the beginning."""
     a, b = _arrays(expected), _arrays(run(lockstep.planned))
     report = lockstep.report
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=False)):
@@ -147,7 +147,7 @@ def _finish(lockstep: LockstepEngine, expected: Any, run: Callable[[Engine], Any
 def _judged(
     expected: list[torch.Tensor], got: list[torch.Tensor], higher: list[torch.Tensor] | None
 ) -> TrajectoryParity:
-    """Errors add up over a run, so they are judged like those of a step: by the reference's own, one precision up."""
+    """Judge a run's result like a step's, as errors accumulate: by the reference's own error against `higher`."""
     same = all(same_bits(x, y) for x, y in zip(expected, got, strict=True))
     if higher is None:
         differences = [Error.between(y, x) for x, y in zip(expected, got, strict=True)]
@@ -159,7 +159,7 @@ def _judged(
 
 
 def _arrays(output: Any) -> list[torch.Tensor]:
-    """All tensors, arrays and pictures of a pipeline's output."""
+    """All tensors, arrays and images in a pipeline's output, as tensors."""
     found = []
     for leaf in pytree.tree_leaves(dict(output) if isinstance(output, Mapping) else output):
         if isinstance(leaf, torch.Tensor):

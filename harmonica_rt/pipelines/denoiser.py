@@ -1,4 +1,4 @@
-"""A denoiser that takes over where it was assigned: `pipe.transformer = compile(pipe.transformer, schedule)`."""
+"""A denoiser that installs itself where it is assigned: `pipe.transformer = compile(pipe.transformer, schedule)`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from harmonica_rt.sampling.finding import FindsItsPipeline
 
 
 class PipelineDenoiser(FindsItsPipeline, Denoiser):
-    """A `Denoiser` that looks who calls it: at the first call by a pipeline that holds it, it takes over there."""
+    """A `Denoiser` that checks its caller: at the first call by a pipeline that holds it, it is installed there."""
 
     def _follow(self, pipeline: Any) -> None:
         install_assigned(pipeline)

@@ -1,4 +1,4 @@
-"""Does a schedule fit the model and the pipeline that it is to run on?"""
+"""Checks that a schedule fits the model and the pipeline that it is to run on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def model_info(model: nn.Module) -> ModelInfo:
     """Class name and config fingerprint of a model, to record in a schedule.
 
     Raises:
-        ArgumentError: not a module.
+        ArgumentError: `model` is not a module.
     """
     if not isinstance(model, nn.Module):
         remedy = "; pass its denoiser: model_info(pipe.transformer)" if hasattr(model, "scheduler") else ""
@@ -27,7 +27,7 @@ def model_info(model: nn.Module) -> ModelInfo:
 
 
 def check_fit(model: nn.Module, schedule: Schedule) -> None:
-    """Raise ScheduleMismatchError where a schedule was made for another model, or names sites that this one lacks."""
+    """Raise ScheduleMismatchError if a schedule was made for another model, or names sites that this one lacks."""
     info, wanted = model_info(model), schedule.model
     if wanted is not None and wanted.class_name != info.class_name:
         raise ScheduleMismatchError(f"the schedule was made for a {wanted.class_name}, this is a {info.class_name}")
@@ -44,7 +44,7 @@ def check_fit(model: nn.Module, schedule: Schedule) -> None:
 
 
 def warn_about_sampler(pipeline: Any, schedule: Schedule) -> None:
-    """Say so where a pipeline samples with another scheduler class than the schedule was made for."""
+    """Warn if a pipeline samples with a different scheduler class than the schedule was made for."""
     name = type(pipeline.scheduler).__name__
     if schedule.sampler is not None and schedule.sampler.class_name != name:
         log.warning(

@@ -1,7 +1,7 @@
-"""Put a denoiser under a schedule into a pipeline, and take it out again.
+"""Put a denoiser under a schedule into a pipeline, and remove it again.
 
 The pipeline's own module stays where it is, with its class, attributes and weights; only its call is replaced, in the
-place where `nn.Module.compile` puts one. Copies and saved files of the module know nothing of it.
+place that `nn.Module.compile` uses. Copies and saved files of the module are unaffected.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _DENOISER_NAMES = ("transformer", "unet", "denoiser")
 
 
 def is_pipeline(candidate: Any) -> bool:
-    """Whether this is a pipeline, or whatever else holds a denoiser and the scheduler that it steps, not a model."""
+    """Whether this is a pipeline or another non-module object that holds a denoiser and the scheduler it steps."""
     if isinstance(candidate, (nn.Module, type)) or getattr(candidate, "scheduler", None) is None:
         return False
     return callable(candidate) or any(isinstance(getattr(candidate, name, None), nn.Module) for name in _DENOISER_NAMES)
 
 
 def denoiser_module(pipeline: Any) -> nn.Module:
-    """The model of a pipeline that is called in every step: what is inside, where it is wrapped.
+    """The model that a pipeline calls at every step, without its wrappers.
 
     Raises:
         HarmonicaError: the pipeline has no module of a known name.
@@ -43,7 +43,7 @@ def denoiser_module(pipeline: Any) -> nn.Module:
 
 
 def held_denoiser(pipeline: Any) -> nn.Module:
-    """The denoiser as the pipeline holds it, in whatever wraps it.
+    """The denoiser as the pipeline holds it, including any wrappers.
 
     Raises:
         HarmonicaError: the pipeline has no module of a known name.
@@ -58,7 +58,7 @@ def held_denoiser(pipeline: Any) -> nn.Module:
 
 
 def other_denoisers(pipeline: Any) -> list[str]:
-    """Names of modules that denoise in the same pipeline, and run uncached: those of the denoiser's name, extended."""
+    """Names of other denoisers of the pipeline, which run uncached: a denoiser's name with a prefix or suffix."""
     denoiser = denoiser_module(pipeline)
     return [
         name
@@ -70,15 +70,15 @@ def other_denoisers(pipeline: Any) -> list[str]:
 
 
 def installed(module: nn.Module) -> Denoiser | None:
-    """The denoiser that took over the call of `module`, if one did."""
+    """The denoiser that replaces the call of `module`, or None."""
     call = module.__dict__.get("_compiled_call_impl")
     return call if isinstance(call, Denoiser) else None
 
 
 def install(pipeline: Any, denoiser: Denoiser) -> None:
-    """Let `denoiser` take over the call of the pipeline's module, and follow the pipeline's scheduler.
+    """Let `denoiser` replace the call of the pipeline's module, and follow the pipeline's scheduler.
 
-    Where another one had the call, in this pipeline or in others with the same module, it takes over in all of them.
+    If another denoiser was installed in the module, `denoiser` replaces it in all pipelines that share the module.
     """
     before = installed(denoiser.model)
     current = listener_of(pipeline.scheduler)
@@ -88,7 +88,7 @@ def install(pipeline: Any, denoiser: Denoiser) -> None:
     uninstall(pipeline)
     for one in (*sharing, pipeline):
         denoiser.attach(one)
-    # Not by setattr: a denoiser passes for a module, and a module that is set becomes a child.
+    # Not by setattr: a denoiser counts as a module, and a module set as an attribute becomes a child.
     denoiser.model.__dict__["_compiled_call_impl"] = denoiser
     for one in denoiser.pipelines:
         for wrapper in compiled_around(held_denoiser(one)):
@@ -97,13 +97,13 @@ def install(pipeline: Any, denoiser: Denoiser) -> None:
 
 
 class _NotTraced:
-    """Stands in for the call of an `OptimizedModule`: dynamo traces the model inside without the call put there."""
+    """Replaces the call of an `OptimizedModule`, because dynamo would bypass the call installed in the model inside."""
 
     def __init__(self, wrapper: nn.Module, model: nn.Module) -> None:
         self._wrapper, self._model = wrapper, model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model as it is called now, and the wrapper itself again where no denoiser has the model's call."""
+        """Call the model with its installed call; if no denoiser is installed, restore and call the wrapper itself."""
         if installed(self._model) is None:
             self._wrapper.__dict__.pop("_compiled_call_impl", None)
             return self._wrapper(*args, **kwargs)
@@ -111,20 +111,20 @@ class _NotTraced:
 
 
 def follower_of(module: nn.Module) -> Denoiser | None:
-    """The denoiser that was put into pipelines for `module` and follows them still, displaced or not."""
+    """The denoiser last installed for `module`, if it still follows pipelines, replaced or not."""
     last = _last_installed.get(module)
     denoiser = last() if last is not None else None
     return denoiser if denoiser is not None and denoiser.pipelines else None
 
 
 def install_assigned(pipeline: Any) -> None:
-    """Compile the pipeline where a compiled model was assigned to it.
+    """Compile a pipeline to which a compiled model was assigned.
 
-    That is what `pipe.transformer = compile(pipe.transformer, schedule)` means. The pipeline gets its own module back,
-    with the call of that module taken over.
+    This is what `pipe.transformer = compile(pipe.transformer, schedule)` means. The pipeline gets its own module back,
+    with the call of that module replaced.
 
     Raises:
-        HarmonicaError: it was assigned to something else than the denoiser.
+        HarmonicaError: it was assigned to a module other than the denoiser.
     """
     assigned = {name: value for name, value in vars(pipeline).items() if isinstance(value, Denoiser)}
     for name, denoiser in assigned.items():
@@ -134,13 +134,13 @@ def install_assigned(pipeline: Any) -> None:
                 f"one, and it alone can be compiled. Give the plain model back: pipe.{name} = pipe.{name}.model"
             )
         install(pipeline, denoiser)
-        setattr(pipeline, name, denoiser.given)  # last: whatever interrupts this, the next call finds it assigned
+        setattr(pipeline, name, denoiser.given)  # last: if interrupted before, the next call still finds it assigned
 
 
 def uninstall(pipeline: Any) -> None:
-    """Give the pipeline its plain module and scheduler back, and with it all that share the module.
+    """Restore the plain module and scheduler of the pipeline, and of all pipelines that share the module.
 
-    Nothing happens where nothing was installed.
+    Does nothing if nothing was installed.
     """
     module, left_over = denoiser_module(pipeline), _left_over(pipeline)
     sharing = [one for before in (installed(module), left_over) if before is not None for one in before.pipelines]
@@ -151,15 +151,15 @@ def uninstall(pipeline: Any) -> None:
         if before is None:
             continue
         if before.model is not module and any(one is not pipeline for one in before.pipelines):
-            before.leave(pipeline)  # others still run it
+            before.leave(pipeline)  # other pipelines still run it
             continue
-        if installed(before.model) is before:  # first: one that is called but follows nobody would miscount steps
+        if installed(before.model) is before:  # first: one that is called but follows no pipeline would miscount
             del before.model._compiled_call_impl
         before.detach()
 
 
 def _left_over(pipeline: Any) -> Denoiser | None:
-    """A denoiser that follows this pipeline's scheduler though its module was replaced, or whose pipeline is gone."""
+    """A denoiser that still follows this pipeline's scheduler after its module was replaced or its pipeline deleted."""
     listener = listener_of(pipeline.scheduler)
     if not isinstance(listener, Denoiser):
         return None
@@ -168,7 +168,7 @@ def _left_over(pipeline: Any) -> Denoiser | None:
 
 
 def put_temporarily(pipeline: Any, denoiser: Denoiser | None, changes: Changes) -> None:
-    """Until `changes` are undone `denoiser` (None: the plain module) runs in the pipeline; then, what ran before."""
+    """Run `denoiser` (None: the plain module) in the pipeline until `changes` are undone, then what ran before."""
     before = installed(denoiser_module(pipeline))
     changes.undone_by(functools.partial(_put_back, pipeline, before, before.pipelines if before is not None else []))
     if denoiser is None:

@@ -1,7 +1,7 @@
 """Binding time: what each value of a graph depends on, and so how often it has to be computed.
 
-Values that only see weights, the timestep and the request can be computed before the run reaches them. A site's output
-cannot, whatever it sees: under the schedule it may be one of an earlier step.
+Values that depend only on weights, the timestep and the request can be computed before the run reaches them. A site's
+output cannot, whatever it depends on: under the schedule it may come from an earlier step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from harmonica_rt.call.roles import Role
 
 
 class Binding(enum.IntFlag):
-    """What a value depends on; 0 is weights only."""
+    """What a value depends on; 0 means weights only."""
 
     WEIGHTS = 0
     TIMESTEP = 1
@@ -35,9 +35,10 @@ def bindings(
     Args:
         graph: a captured graph, or a step graph.
         inputs: placeholder name -> index among the call's leaves.
-        roles: of the leaves.
-        fixed: names of the placeholders that are weights or constants; others, not inputs either, see the latents.
-        late: nodes that count as seeing the latents whatever they see.
+        roles: the role of each leaf.
+        fixed: names of the placeholders that are weights or constants; a placeholder that is neither one of these nor
+            an input counts as depending on the latents.
+        late: nodes that count as depending on the latents, whatever they depend on.
     """
     found: dict[fx.Node, Binding] = {}
     for node in graph.nodes:
@@ -56,7 +57,7 @@ def bindings(
 
 
 def _is_function(node: fx.Node) -> bool:
-    """Whether a node gives the same for the same inputs, on all inputs at once: no random numbers, no subgraphs."""
+    """Whether a node is a pure function of its inputs: it draws no random numbers and calls no subgraphs."""
     if node.op != "call_function":
         return False
     if isinstance(node.target, torch._ops.OpOverload):

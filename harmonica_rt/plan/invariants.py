@@ -1,11 +1,11 @@
 """The rules every plan keeps, as code. Checked on each plan built; a breach is a defect of this package.
 
-1. The schedule and the step table say the same: a step's program reuses exactly the sites the schedule reuses.
-2. Every slot read was stored by an earlier step, with no step of its site's computing in between.
+1. The schedule and the step table agree: a step's program reuses exactly the sites the schedule reuses.
+2. Every slot read was stored by an earlier step, and no step in between computed its site.
 3. Nothing is stored that no later step reads.
-4. Two slots of one device alive in one step do not overlap, and all lie inside their arena, aligned.
+4. Slots of one device that are alive in the same step do not overlap; all slots lie inside their arena and are aligned.
 5. A slot has the shape, strides and dtype of the placeholder or value it is bound to.
-6. Step graphs hold no mutating operator and nothing that feeds nothing (`check_step_graph`).
+6. Step graphs hold no mutating operator and no node without users (`check_step_graph`).
 7. The arena is no smaller than the lower bound, and equal to it where all slots have one size. It is no larger than
    all slots together.
 """

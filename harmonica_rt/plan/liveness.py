@@ -1,4 +1,4 @@
-"""From a schedule to what each step reads and stores, and how long each stored value lives.
+"""Derive from a schedule what each step reads and stores, and how long each stored value lives.
 
 A value is stored only where a later step reads it. Whether a reused site is read at all depends on the graph (its
 result may feed nothing but other reused sites), and what a step reads depends on what it stores; so the two are
@@ -27,7 +27,7 @@ class Lifetime:
 
 
 def analyse(captured: CapturedGraph, compute: NDArray[np.bool_]) -> tuple[list[Pattern], list[Lifetime]]:
-    """The pattern of each step of a `[steps, sites]` schedule, and every stored value by step and site."""
+    """The pattern of each step of a `[steps, sites]` schedule, and all stored values in order of step and site."""
     source = sources(compute)
     reuse = [frozenset(SiteIndex(int(i)) for i in np.flatnonzero(~row)) for row in compute]
     stored = _stores_by_site(captured, compute)
@@ -51,13 +51,13 @@ def analyse(captured: CapturedGraph, compute: NDArray[np.bool_]) -> tuple[list[P
 
 
 def sources(compute: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """`[steps, sites]`: the step whose value a site has in each step (the step itself where it is computed)."""
+    """`[steps, sites]`: the step that computed the value a site has in each step (that step itself if computed)."""
     steps = np.where(compute, np.arange(len(compute))[:, None], 0)
     return np.maximum.accumulate(steps, axis=0).astype(np.int64)
 
 
 def _stores_by_site(captured: CapturedGraph, compute: NDArray[np.bool_]) -> list[set[SiteOutput]]:
-    """All outputs of the sites that compute in a step and are reused in the next."""
+    """For each step, all outputs of the sites that it computes and the next step reuses."""
     reused_next = np.vstack([~compute[1:], np.zeros((1, compute.shape[1]), bool)])
     return [
         {

@@ -19,7 +19,7 @@ from harmonica_rt.schedule import Schedule
 
 @dataclass(frozen=True)
 class Step:
-    """One step: its program, and the slots that program's reads and stores stand for, in the program's order."""
+    """One step: its program, and the slots of the program's reads and stores, in the program's order."""
 
     program: ProgramId
     reads: tuple[SlotId, ...]
@@ -32,12 +32,12 @@ class Plan:
 
     Attributes:
         captured: the graph all programs come from.
-        schedule: what was asked for.
+        schedule: the schedule that the plan implements.
         programs: one step graph for each distinct pattern.
         patterns: the pattern of each program.
         steps: one entry per step.
         table: where every stored value lives.
-        seconds: wall time of planning, the capture not included.
+        seconds: wall time of planning, excluding the capture.
     """
 
     captured: CapturedGraph
@@ -49,9 +49,9 @@ class Plan:
     seconds: float
 
     def catch_up_graph(self, step: StepIndex) -> tuple[StepGraph, tuple[SlotId, ...]]:
-        """Compute everything in `step` and fill every slot that a later step may read.
+        """A step graph that computes everything in `step` and fills every slot that a later step may read.
 
-        For a stream that missed an earlier step, so that its slots do not hold what the schedule says they hold.
+        It is for a stream that missed an earlier step, so that its slots do not hold what the schedule says they hold.
         Returns the step graph and the slot for each of its stores.
         """
         alive = {slot.value.output: slot.id for slot in self.table.slots if slot.value.first <= step < slot.value.last}
@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def programs_with_addresses(self) -> int:
-        """Number of (program, slot addresses) pairs: programs, to a backend that bakes addresses in."""
+        """Number of distinct (program, slot addresses) pairs: what a backend that bakes addresses in would compile."""
         slots = self.table.slots
         return len(
             {(step.program, tuple(slots[slot].offset for slot in (*step.reads, *step.writes))) for step in self.steps}
@@ -73,7 +73,7 @@ class Plan:
 
     @functools.cached_property
     def program_flops(self) -> tuple[int, ...]:
-        """FLOPs of each program, one call."""
+        """FLOPs of each program, per call."""
         return tuple(flops.total(program.graph, self.node_flops) for program in self.programs)
 
     @functools.cached_property
@@ -89,12 +89,12 @@ class Plan:
 
 
 def build_plan(captured: CapturedGraph, schedule: Schedule, *, offsets: Sequence[int] | None = None) -> Plan:
-    """Specialise, place slots, and tie each step to its program.
+    """Specialise the captured graph, place the slots, and assign each step its program.
 
     Args:
-        captured: the model.
+        captured: the model's captured graph.
         schedule: what to reuse when.
-        offsets: of the slots, in bytes, where an earlier plan found them; None looks for them.
+        offsets: byte offsets of the slots, as an earlier plan found them; None searches for them.
 
     Raises:
         ScheduleMismatchError: the schedule's sites are not those of the captured graph.

@@ -1,9 +1,9 @@
-"""Give every stored value its place in one arena a device, so that values alive at once never overlap.
+"""Give every stored value a place in one arena per device, so that values alive at the same time never overlap.
 
 A lifetime is closed at both ends (a slot read in a step may not be overwritten in that step), so storage is an interval
-packing problem. Of equal sizes, taking the lowest free place in order of birth is optimal: the arena is as large as the
-most that is ever alive. Of unequal sizes the problem is NP-hard; several orders are tried and the best is kept. Unless
-that costs memory, a site goes back to a place it had before where that is free, which keeps addresses stable.
+packing problem. For equal sizes, taking the lowest free place in order of birth is optimal: the arena is as large as
+the most that is ever alive. For unequal sizes the problem is NP-hard; several orders are tried and the best is kept.
+Unless this costs memory, a site returns to the place it had before if that is free, which keeps addresses stable.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ALIGNMENT = 64  # bytes; a cache line, and more than any vector load needs
 
 @dataclass(frozen=True)
 class Value:
-    """A value to place: which output it is, the steps it lives (both ends included), and its layout."""
+    """A value to place: which output it is, the steps it is alive in (both ends included), and its layout."""
 
     output: SiteOutput
     first: StepIndex
@@ -81,10 +81,10 @@ def place(values: Sequence[Value]) -> SlotTable:
 
 
 def placed(values: Sequence[Value], offsets: Sequence[int]) -> SlotTable:
-    """The table of values whose places are chosen, bytes into the arena of their device.
+    """The table of values at chosen places: `offsets` are bytes into the arena of each value's device.
 
     Raises:
-        InvariantError: there is another number of places than of values.
+        InvariantError: the number of places is not the number of values.
     """
     if len(offsets) != len(values):
         raise InvariantError(f"{len(offsets)} places for {len(values)} slots")

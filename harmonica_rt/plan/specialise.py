@@ -1,8 +1,8 @@
 """Specialise the captured graph for one pattern of (reuse, store).
 
 Requires: a functional captured graph. Ensures: every reused site is a slot read, nothing that fed only reused sites is
-left, every stored value is an extra output, and no node is shared with the captured graph (the weights are: both only
-name them).
+left, every stored value is an extra output, and no node is shared with the captured graph (weights are shared: both
+graphs refer to them only by name).
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Pattern:
 
 @dataclass(frozen=True)
 class StepGraph:
-    """The body for one pattern.
+    """The captured graph specialised for one pattern.
 
-    Placeholders come in the order weights, constants, inputs, hoisted, reads; each named tuple below has one entry for
-    each of them. The output node holds `(outputs, stored)`, two flat tuples.
+    Placeholders come in the order weights, constants, inputs, hoisted, reads; the field of each of these names has one
+    entry per placeholder. The output node holds `(outputs, stored)`, two flat tuples.
     """
 
     graph: fx.Graph
@@ -104,7 +104,7 @@ def specialise(captured: CapturedGraph, pattern: Pattern) -> StepGraph:
 
 
 def live_reads(captured: CapturedGraph, pattern: Pattern) -> list[SiteOutput]:
-    """The outputs of reused sites that a step of this pattern really reads."""
+    """The outputs of reused sites that a step of this pattern actually reads."""
     reads = _reused_nodes(captured, pattern)
     stored = [captured.outputs_of(output.site)[output.output] for output in pattern.store]
     needed = needed_nodes([*captured.output.args[0], *stored], set(reads.values()))  # type: ignore[misc]
@@ -112,10 +112,10 @@ def live_reads(captured: CapturedGraph, pattern: Pattern) -> list[SiteOutput]:
 
 
 def check_step_graph(step: StepGraph) -> None:
-    """The invariants of a step graph.
+    """Check the invariants of a step graph.
 
     Raises:
-        InvariantError: a mutating operator, a node that reaches no output, or placeholders out of order.
+        InvariantError: a mutating operator, a node without users, or a wrong number of placeholders.
     """
     step.graph.lint()
     placeholders = 0
@@ -139,7 +139,7 @@ def _reused_nodes(captured: CapturedGraph, pattern: Pattern) -> dict[SiteOutput,
 
 
 def needed_nodes(roots: Iterable[Any], cut: set[fx.Node]) -> set[fx.Node]:
-    """All nodes that the roots depend on, where dependence stops at cut nodes."""
+    """The roots and all nodes that they depend on; the search does not go past `cut` nodes."""
     needed: set[fx.Node] = set()
     pending = [root for root in roots if isinstance(root, fx.Node)]
     while pending:

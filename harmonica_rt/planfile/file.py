@@ -1,10 +1,10 @@
 """The file of a compiled model: its schedule and plans, so that another process need not capture and plan again.
 
-JSON without weights and without code. The hazard: such files are passed around, and what reads one must not do what it
-says. So a digest over its contents finds damage and careless edits, and since anyone can write a digest, all of it is
-checked as well against the model and against what this package writes. The worst that a forged file can do is to make
-wrong images, or to take as much memory and time as a large model would. Compiled kernels are not in it; Triton and
-Inductor keep their own on disk.
+The file is JSON without weights and without code. Hazard: such files are passed around, and a reader must not execute
+what one says. So a digest of the contents detects damage and careless edits; and since anyone can compute a digest,
+all contents are also checked against the model and against what this package writes. At worst, a forged file gives
+wrong images, or takes as much memory and time as a large model would. Compiled kernels are not in the file; Triton and
+Inductor keep theirs on disk themselves.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from harmonica_rt.version import __version__
 
 FORMAT = "harmonica-rt plan"
 VERSION = 2
-LARGEST_FILE = 2**28  # bytes; a plan of 1000 steps and 10000 operators takes about a hundredth of it
+LARGEST_FILE = 2**28  # bytes; a plan of 1000 steps and 10000 operators takes about a hundredth of that
 
 _FIELDS = ("format", "version", "torch", "harmonica_rt", "digest", "model", "lowering", "schedule", "plans")
 _AGAIN = "compile the model and save it again"
@@ -39,7 +39,7 @@ _AGAIN = "compile the model and save it again"
 
 @dataclass(frozen=True)
 class SavedModel:
-    """What a file holds: the schedule, the lowering it was compiled with, and its plans as `plan_record` wrote them."""
+    """The contents of a file: schedule, lowering of the compiled model, and plans as encoded by `plan_record`."""
 
     schedule: Schedule
     lowering: str
@@ -49,7 +49,7 @@ class SavedModel:
 def write(
     path: str | os.PathLike[str], model: nn.Module, schedule: Schedule, lowering: str, plans: Sequence[dict[str, Any]]
 ) -> None:
-    """Write the file, whole or not at all."""
+    """Write the file atomically: completely or not at all."""
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -65,17 +65,17 @@ def write(
 
 
 def contents_digest(document: dict[str, Any]) -> str:
-    """The digest of everything that a file holds besides it; line breaks and the order of fields do not count."""
+    """The digest of all of a file but its `digest` field; line breaks and the order of fields do not matter."""
     rest = {name: value for name, value in document.items() if name != "digest"}
     text = json.dumps(rest, allow_nan=False, sort_keys=True, separators=(",", ":"))
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def read(path: str | os.PathLike[str], model: nn.Module) -> SavedModel:
-    """Read the file for `model`. Its plans are left as they are: `plan_record` checks and decodes them.
+    """Read the file for `model`. The plans are returned undecoded: `plan_record` checks and decodes them.
 
     Raises:
-        PlanFileError: no such file, not one of these files, damaged, or for another model, torch or version.
+        PlanFileError: the file is missing, not a plan file, damaged, or for another model, torch or version.
     """
     source = os.fspath(path)
     try:

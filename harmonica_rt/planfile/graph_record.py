@@ -1,9 +1,9 @@
 """A captured graph as JSON, without weights.
 
-Holds what the graph is: operators by their registered names, arguments, what each placeholder stands for, layouts of
-values. Nothing in it is believed. Operators are looked up among those on a list, and their arguments checked against
-their schemas; nodes are named anew; placeholders are checked against the model and the signature; layouts are inferred
-again and only compared. So text of a file never becomes code, and no layout makes code read beyond a tensor.
+The record holds the operators by their registered names, their arguments, what each placeholder stands for, and the
+layouts of values. None of it is trusted: operators are looked up in an allow-list and their arguments checked against
+their schemas; nodes get new names; placeholders are checked against the model and the signature; layouts are inferred
+again and compared. So text from a file never becomes code, and no layout makes code read beyond a tensor.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from harmonica_rt.planfile.trees import decode_tree, encode_tree
 from harmonica_rt.planfile.values import Devices, decode_layout, decode_value, encode_layout, encode_value
 from harmonica_rt.untrusted.text import one_line, quoted
 
-LARGEST_CONSTANT = 2**20  # bytes; larger tensors made while tracing are no small print of a graph
+LARGEST_CONSTANT = 2**20  # bytes; larger tensors created by tracing are not saved in a graph's record
 
 _PLACEHOLDERS = ("weight", "constant", "input")
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a saved graph is held to.
+    """The properties of a model that a saved graph is checked against.
 
     Attributes:
         model: the model.
         tensors: its parameters and buffers by name.
-        attributes: its plain tensors by name.
-        modules: paths of its modules, all of those that a module in several places has.
-        devices: where its tensors lie.
+        attributes: its plain tensors (neither parameters nor buffers) by name.
+        modules: the paths of its modules, including every path of a module that appears in several places.
+        devices: the devices of its tensors.
     """
 
     model: nn.Module
@@ -55,10 +55,10 @@ class ModelFacts:
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelFacts:
-        """The facts of a model as it is now.
+        """These properties of a model as it is now.
 
         Raises:
-            PlanFileError: it lies on several devices of one type.
+            PlanFileError: its tensors lie on several devices of one type.
         """
         tensors = named_tensors(model)
         modules = frozenset(path for path, _ in model.named_modules(remove_duplicate=False))
@@ -68,11 +68,11 @@ class ModelFacts:
 def encode(captured: CapturedGraph, facts: ModelFacts) -> dict[str, Any]:
     """The graph as plain JSON values.
 
-    What it took from the model's plain tensors is saved as their names, and all other constants with their values.
+    Constants that are plain tensors of the model are saved by name, all other constants by value.
 
     Raises:
-        PlanFileError: it holds something that has no such form: a nested region, an operator that is not on the list
-            of those that a file may hold, a large constant, values of the request that the model reads.
+        PlanFileError: it holds something that cannot be saved: a nested region, an operator that is not on the
+            allow-list, a large constant, or values of the request that the model reads.
     """
     if captured.reads is not None:
         raise PlanFileError(
@@ -98,17 +98,17 @@ def encode(captured: CapturedGraph, facts: ModelFacts) -> dict[str, Any]:
 def decode(
     record: Any, facts: ModelFacts, signature: Signature, sites: tuple[str, ...], place: str = "graph"
 ) -> CapturedGraph:
-    """The graph that `encode` was given.
+    """The graph that `encode` encoded.
 
     Args:
         record: from `encode`, or from a file that anyone may have written.
-        facts: of the model that it is to run on.
-        signature: of its calls.
-        sites: of the schedule that it runs under.
-        place: of the record, for messages.
+        facts: from `ModelFacts.of`, for the model that the graph is to run on.
+        signature: the signature of its calls.
+        sites: the sites of the schedule that it runs under.
+        place: where the record stands in the file, for messages.
 
     Raises:
-        PlanFileError: not what `encode` wrote for this model, signature and sites.
+        PlanFileError: the record is not one that `encode` writes for this model, signature and sites.
     """
     entry = fields_of(record, place, ("nodes", "outputs", "out_spec", "site_outputs"))
     decoder = _Decoder(facts, signature)
@@ -140,7 +140,7 @@ def decode(
 
 
 class _Decoder:
-    """A graph as far as it was read."""
+    """A graph under construction, with the nodes decoded so far."""
 
     def __init__(self, facts: ModelFacts, signature: Signature) -> None:
         self.graph = fx.Graph()
@@ -153,7 +153,7 @@ class _Decoder:
         self._signature = signature
 
     def add(self, record: Any, place: str) -> None:
-        """Read one more node."""
+        """Decode one more node."""
         if isinstance(record, dict) and "call" in record:
             node = self._call(record, place)
         else:
@@ -278,7 +278,7 @@ def _decode_constant(value: Any, layout: Layout, place: str) -> torch.Tensor:
     text = text_of(value, place)
     try:
         data = bytearray(base64.b64decode(text, validate=True))
-    except ValueError as error:  # binascii.Error is one, and what is not ASCII another
+    except ValueError as error:  # binascii.Error is a subclass, and text that is not ASCII raises one
         raise refused(place, "text in base64", value) from error
     if len(data) != nbytes:
         raise PlanFileError(f"{place}: expected {nbytes} bytes, got {len(data)}")
@@ -299,7 +299,7 @@ def _own_layout(tensors: Mapping[str, torch.Tensor], name: str, place: str) -> L
 
 
 def _leaf_layout(leaf: Any, said: Layout, place: str) -> Layout:
-    """The layout of a leaf; strides of dimensions of one element, which signatures leave out, as the file has them."""
+    """The layout of a leaf; where signatures omit a stride (in dimensions of size 1), it is the file's."""
     if not isinstance(leaf, tuple):
         raise refused(place, "the index of an argument that is a tensor", leaf)
     shape, stride, dtype, device = leaf

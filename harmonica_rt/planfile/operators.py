@@ -1,20 +1,20 @@
-"""Which operators a saved graph may hold, and whether the arguments of one fit its schema.
+"""The operators that a saved graph may hold, and checks of their arguments against their schemas.
 
-The hazard: a plan file names operators and their arguments, and its graph becomes Python source and compiled kernels.
-An operator that is not on the list could read files, memory that is not its arguments', or memory that nothing was
-written to; a keyword that is no argument of the schema would be pasted into the source as it stands.
+Hazard: a plan file names operators and their arguments, and its graph becomes Python source and compiled kernels. An
+operator that is not on the list could read files, memory outside its arguments, or uninitialised memory; a keyword that
+is not an argument of the schema would be pasted verbatim into the source.
 
 The list is an allow-list. Element-wise operators are on it by torch's own tag: they read and write element by element.
-All others were read one by one: each computes tensors from its arguments alone and checks shapes and indices itself. So
-these are not on it:
+All others were reviewed one by one: each computes tensors from its arguments alone, and checks shapes and indices
+itself. So these are not on it:
 
-- `empty`, `new_empty`, ...: their values are whatever was in memory before (a graph that holds one is saved with zeros
-  in its place);
+- `empty`, `new_empty`, ...: their values are whatever was in memory before (a graph that holds one is saved with
+  `zeros` and the like instead);
 - `as_strided`, `_reinterpret_tensor`, `set_`, `resize_`, ...: they address memory by numbers;
-- `_unsafe_index`, `upsample_*` with scales, `embedding_bag`, ...: some implementation trusts an index that it is given;
-- `instance_norm`, `native_batch_norm`, ...: they write to running statistics, which their schemas do not say
+- `_unsafe_index`, `upsample_*` with scales, `embedding_bag`, ...: some implementation trusts the indices it is given;
+- `instance_norm`, `native_batch_norm`, ...: they write to running statistics, which their schemas do not declare
   (`batch_norm` is on the list for inference only);
-- whatever draws random numbers, has a size that depends on values, or returns something other than tensors.
+- operators that draw random numbers, have a data-dependent output size, or return something other than tensors.
 """
 
 from __future__ import annotations
@@ -88,16 +88,16 @@ _ZEROS = {
     "aten.empty_like.default": "aten.zeros_like.default",
     "aten.new_empty.default": "aten.new_zeros.default",
 }
-# Sizes of these depend on values for some arguments (a mask, no number of classes), which inference then refuses.
+# The output size of these depends on values for some arguments (a mask, no `num_classes`), which inference refuses.
 _SIZED = (torch.ops.aten.index.Tensor, torch.ops.aten.one_hot.default)
 _HARMONICA = frozenset(("gated_residual", "residual_reuse", "residual_reuse_norm_modulate"))
 
 
 def name_of(node: fx.Node) -> str:
-    """The name of the node's operator in a file; the one for zeros where the node leaves its values open.
+    """The name of the node's operator in a file; if it leaves its values uninitialised, that of its zeros variant.
 
     Raises:
-        PlanFileError: it calls something that a plan file may not hold.
+        PlanFileError: the node calls something that a plan file may not hold.
     """
     if node.target is operator.getitem:
         return GETITEM
@@ -109,10 +109,10 @@ def name_of(node: fx.Node) -> str:
 
 
 def operator_of(name: str, place: str) -> Any:
-    """The operator of this name, of those that a saved graph may hold.
+    """The operator of this name, if a saved graph may hold it.
 
     Raises:
-        PlanFileError: there is none in this torch, or it does more than a saved graph may.
+        PlanFileError: this torch has no such operator, or a saved graph may not hold it.
     """
     if name == GETITEM:
         return operator.getitem
@@ -140,7 +140,7 @@ def _operator(name: str) -> torch._ops.OpOverload:
 
 
 def _computes_only(target: torch._ops.OpOverload) -> bool:
-    """Whether an operator writes to no argument and returns tensors and nothing else."""
+    """Whether an operator writes to no argument and returns only tensors."""
     schema = target._schema
     if schema.is_mutable or any(argument.is_out for argument in schema.arguments) or not schema.returns:
         return False
@@ -148,10 +148,10 @@ def _computes_only(target: torch._ops.OpOverload) -> bool:
 
 
 def check_arguments(target: Any, args: Sequence[Any], kwargs: dict[str, Any], place: str) -> None:
-    """Raise PlanFileError where arguments do not fit the operator's schema in number, order, name or type.
+    """Raise PlanFileError if the arguments do not fit the operator's schema in number, order, name or type.
 
-    They have to be as tracing writes them: those that may be given by position are. Nodes among them carry the values
-    that they stand for.
+    They have to be in the form that tracing writes, in which every argument that can be positional is. Nodes among them
+    carry their values in `meta["val"]`.
     """
     if target is operator.getitem:
         _check_getitem(args, kwargs, place)
@@ -178,7 +178,7 @@ def check_arguments(target: Any, args: Sequence[Any], kwargs: dict[str, Any], pl
 
 
 def check_node(node: fx.Node, place: str) -> None:
-    """Raise PlanFileError where a node draws random numbers, has a size that depends on values, or trains."""
+    """Raise PlanFileError if a node draws random numbers, has a data-dependent size, or updates training statistics."""
     tags: Any = getattr(node.target, "tags", ())
     if torch.Tag.dynamic_output_shape in tags and node.target not in _SIZED:
         raise PlanFileError(f"{place}: {node.target} gives a size that depends on values; no saved plan holds one")
@@ -195,7 +195,7 @@ def _check_getitem(args: Sequence[Any], kwargs: dict[str, Any], place: str) -> N
 
 
 def _fits(value: Any, kind: Any, length: int | None) -> bool:
-    """Whether a value is of a type of a schema; of a list with a fixed length one number may stand for all."""
+    """Whether a value has a schema's type; one integer may stand for all items of a list of fixed length."""
     name = kind.kind()
     if name == "OptionalType":
         return value is None or _fits(value, kind.getElementType(), length)
@@ -207,7 +207,7 @@ def _fits(value: Any, kind: Any, length: int | None) -> bool:
 
 
 def _is_tensor(value: Any) -> bool:
-    """A tensor, or a number in the place of one: `x * 0.5` is traced as an operator of two tensors."""
+    """Whether a value is a tensor or a number in place of one: `x * 0.5` is traced as an operator on two tensors."""
     return isinstance(value.meta["val"], torch.Tensor) if isinstance(value, fx.Node) else _is_number(value)
 
 

@@ -1,7 +1,7 @@
 """A plan as JSON: its graph, the signature it is for, and where its slots lie. Weights stay with the model.
 
-What can be worked out again from the graph and the schedule (step programs, lifetimes, sizes of slots) is not in it,
-and what can be worked out from the model (the order of arguments, their roles) is compared with it.
+What follows from the graph and the schedule (step graphs, lifetimes, slot sizes) is left out and computed again. What
+follows from the model (the order of arguments, their roles) is compared with the model.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def encode(plan: Plan, signature: Signature, leaf_roles: tuple[Role, ...], facts
     """The plan as plain JSON values.
 
     Raises:
-        PlanFileError: its graph or its signature has no such form, or it could not be loaded again.
+        PlanFileError: the graph or the signature cannot be encoded, or the record could not be loaded again.
     """
     record = {
         "signature": {
@@ -53,16 +53,16 @@ def encode(plan: Plan, signature: Signature, leaf_roles: tuple[Role, ...], facts
 def decode(
     record: Any, schedule: Schedule, facts: ModelFacts, place: str = "plan"
 ) -> tuple[Plan, Signature, tuple[Role, ...]]:
-    """What `encode` was given; the schedule is kept elsewhere.
+    """The plan, signature and roles that `encode` encoded; the schedule is stored elsewhere.
 
     Args:
         record: from `encode`, or from a file that anyone may have written.
-        schedule: the plan's.
-        facts: of the model that it is to run on.
-        place: of the record, for messages.
+        schedule: the plan's schedule.
+        facts: from `ModelFacts.of`, for the model that the plan is to run on.
+        place: where the record stands in the file, for messages.
 
     Raises:
-        PlanFileError: not what `encode` wrote for this model and schedule.
+        PlanFileError: the record is not one that `encode` writes for this model and schedule.
     """
     entry = fields_of(record, place, ("signature", "roles", "graph", "slot_offsets"))
     call = _decode_signature(entry["signature"], facts, f"{place}.signature")
@@ -95,7 +95,7 @@ def _decode_leaf(value: Any, facts: ModelFacts, place: str) -> Any:
 
 
 def _decode_signature(value: Any, facts: ModelFacts, place: str) -> Call:
-    """A call with the saved signature, normalised as those of the model are; its tensors have no values."""
+    """A call with the saved signature, normalised as calls of the model are; its tensors are fake."""
     entry = fields_of(value, place, ("tree", "leaves", "autocast"))
     spec = decode_tree(entry["tree"], f"{place}.tree")
     leaves = items_of(entry["leaves"], f"{place}.leaves")

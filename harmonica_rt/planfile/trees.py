@@ -1,7 +1,7 @@
 """Nested containers of calls and results as JSON.
 
-A file names classes of containers. Each is looked up among those that are imported already, without asking any module
-for an attribute that it would have to make, and has to be a named tuple, or a dict or dataclass that pytree knows.
+A file names classes of containers. Each is looked up among those already imported, without triggering a module's
+`__getattr__`, and has to be a named tuple, or a dict or dataclass that is registered with pytree.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ from harmonica_rt.untrusted.text import quoted
 
 
 def encode_tree(spec: pytree.TreeSpec) -> Any:
-    """The structure as plain JSON values; leaves are their numbers.
+    """The structure as plain JSON values; each leaf becomes its index.
 
     Raises:
-        PlanFileError: another container than a list, tuple, dict with names, named tuple or registered dataclass.
+        PlanFileError: a container is not a list, tuple, dict with string keys, named tuple, or dict class or dataclass
+            that is registered with pytree.
     """
     return _encode(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))
 
 
 def decode_tree(value: Any, place: str = "tree") -> pytree.TreeSpec:
-    """The structure that `encode_tree` was given.
+    """The structure that `encode_tree` encoded.
 
     Raises:
-        PlanFileError: not what `encode_tree` wrote; a class that is not imported, or is no container.
+        PlanFileError: the value is not in the form that `encode_tree` writes, or a class is not imported or not a
+            container.
     """
     leaves, spec = pytree.tree_flatten(_decode(value, place))
     if leaves != list(range(len(leaves))):
@@ -54,25 +56,25 @@ def _encode(tree: Any) -> Any:
 
 
 def _fields(tree: Any) -> dict[str, Any] | None:
-    """The arguments that make an object of this class again; None where it is no container known to pytree."""
+    """The constructor arguments that recreate an object; None if it is not a container known to pytree."""
     if not _is_container(type(tree)):
         return None
     if _is_named_tuple(type(tree)):
         return dict(tree._asdict())
-    if isinstance(tree, dict):  # diffusers' and transformers' outputs are dicts of what they were given
+    if isinstance(tree, dict):  # diffusers' and transformers' outputs are dicts of their constructor arguments
         return dict(tree) if all(isinstance(key, str) for key in tree) else None
     return {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree) if field.init}
 
 
 def _is_container(kind: type) -> bool:
-    """Whether objects of a class are made of their fields, and pytree can take them apart."""
+    """Whether objects of a class are made from their fields, and pytree can flatten them."""
     if _is_named_tuple(kind):
         return True
     return kind in pytree.SUPPORTED_NODES and (issubclass(kind, dict) or dataclasses.is_dataclass(kind))
 
 
 def _is_named_tuple(kind: type) -> bool:
-    """Whether a class is a named tuple itself, whose constructor does nothing but to hold its fields."""
+    """Whether a class is itself a named tuple (no subclass of one), so that its constructor only stores its fields."""
     return kind.__bases__ == (tuple,) and isinstance(vars(kind).get("_fields"), tuple)
 
 
@@ -109,7 +111,7 @@ def _container(value: Any, place: str) -> Any:
         raise refused(place, "a module and the name of a class in it", value)
     found: Any = sys.modules.get(names[0])
     for name in names[1].split("."):
-        # not getattr: modules may import others when they are asked for a name
+        # not getattr: a module may import others when asked for a name
         found = vars(found).get(name) if isinstance(found, (ModuleType, type)) else None
     if not isinstance(found, type) or not _is_container(found):
         raise PlanFileError(

@@ -1,7 +1,7 @@
-"""Plain values of graphs and signatures as JSON: numbers, names of torch, devices, references to nodes.
+"""Plain values of graphs and signatures as JSON: numbers, torch constants by name, devices, references to nodes.
 
-A device is saved as its type alone, so that a plan moves with its model: `cuda` is the device that the model's tensors
-of this type lie on when the plan is loaded.
+A device is saved as its type alone, so that a plan moves with its model: `cuda` means the CUDA device on which the
+model's tensors lie when the plan is loaded.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _names_of(kind: type) -> dict[str, Any]:
     return {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, kind)}
 
 
-# By name. Looked up here and not in torch itself, where asking for a name may import something.
+# Values by name. Names are looked up here and not in torch itself, where looking up a name may import something.
 _NAMED: dict[str, dict[str, Any]] = {
     "dtype": _names_of(torch.dtype),
     "layout": _names_of(torch.layout),
@@ -46,7 +46,7 @@ class Devices:
         tensors: the model's parameters and buffers.
 
     Raises:
-        PlanFileError: they lie on several devices of one type.
+        PlanFileError: the tensors lie on several devices of one type.
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -62,7 +62,7 @@ class Devices:
         """The name of a device in a file.
 
         Raises:
-            PlanFileError: it is none of the model's.
+            PlanFileError: it is not one of the model's devices.
         """
         own = self._by_type.get(device.type)
         if own is None or (device.type != "cpu" and device != own):
@@ -70,22 +70,26 @@ class Devices:
         return device.type
 
     def named(self, value: Any, place: str) -> torch.device:
-        """The device of that name."""
+        """The device of that name.
+
+        Raises:
+            PlanFileError: the value is not the name of one of the model's devices.
+        """
         if not isinstance(value, str) or value not in self._by_type:
             raise refused(place, f"a device that the model lies on ({', '.join(self._by_type)})", value)
         return self._by_type[value]
 
 
 def encode_value(value: Any, devices: Devices, numbers: Mapping[fx.Node, int] | None = None) -> Any:
-    """Plain values as they are; everything else as an object of one entry that says what it is.
+    """The value as JSON: plain values as they are, everything else as an object with one entry that says what it is.
 
     Args:
         value: an argument of a node, or a leaf of a call.
-        devices: those of the model.
-        numbers: of the nodes that it may refer to.
+        devices: the model's devices.
+        numbers: the indices of the nodes that the value may refer to.
 
     Raises:
-        PlanFileError: it has no such form.
+        PlanFileError: the value cannot be encoded.
     """
     if value is None or isinstance(value, (bool, str)):
         return value
@@ -110,10 +114,10 @@ def encode_value(value: Any, devices: Devices, numbers: Mapping[fx.Node, int] | 
 
 
 def decode_value(value: Any, devices: Devices, place: str, nodes: Sequence[fx.Node] = ()) -> Any:
-    """What `encode_value` was given; `nodes` are those that it may refer to.
+    """The value that `encode_value` encoded; `nodes` are those that it may refer to.
 
     Raises:
-        PlanFileError: not what `encode_value` wrote.
+        PlanFileError: the value is not in the form that `encode_value` writes.
     """
     if value is None or isinstance(value, (bool, str, float)):
         return value
@@ -137,10 +141,10 @@ def decode_value(value: Any, devices: Devices, place: str, nodes: Sequence[fx.No
 
 
 def named(kind: str, name: Any, place: str) -> Any:
-    """`torch.float32` of `("dtype", "float32")` and the like.
+    """The torch constant of this kind and name, such as `torch.float32` for `("dtype", "float32")`.
 
     Raises:
-        PlanFileError: there is no such thing.
+        PlanFileError: there is no such constant.
     """
     if kind not in _NAMED:
         raise refused(place, f"one of {', '.join(_NAMED)}", kind)
@@ -154,7 +158,7 @@ def _one_of(known: Mapping[str, Any], name: Any, place: str) -> Any:
 
 
 def encode_layout(layout: Layout, devices: Devices) -> dict[str, Any]:
-    """The layout as an object."""
+    """The layout as a JSON object."""
     return {
         "shape": list(layout.shape),
         "stride": list(layout.stride),
@@ -164,10 +168,10 @@ def encode_layout(layout: Layout, devices: Devices) -> dict[str, Any]:
 
 
 def decode_layout(value: Any, devices: Devices, place: str) -> Layout:
-    """What `encode_layout` was given.
+    """The layout that `encode_layout` encoded.
 
     Raises:
-        PlanFileError: not what it wrote.
+        PlanFileError: the value is not in the form that `encode_layout` writes.
     """
     entry = fields_of(value, place, ("shape", "stride", "dtype", "device"))
     shape = integers_of(entry["shape"], f"{place}.shape")

@@ -1,12 +1,12 @@
-"""Sampling: calls as they come -> (step, stream) of a run.
+"""Sampling: assigns each call of a denoiser to a step and a stream of a run.
 
-In: calls of a denoiser, and what its schedulers do. Out: each call answered by an engine's stream in the step that it
-belongs to, or by the plain model where it belongs to no run.
+In: calls of a denoiser, and the events of its schedulers. Out: the result of each call, from an engine's stream at the
+step that the call belongs to, or from the plain model if the call belongs to no run.
 
-Hazard: nothing in a call says which step it is, or whose. Calls are not steps, callbacks call too, runs are broken
-off. What cannot be told for certain is computed in full, or is an error.
+Hazard: nothing in a call says which step it is in, or who made it. Calls are not steps, callbacks call the model too,
+and runs are abandoned midway. A call that cannot be placed with certainty is computed in full or raises an error.
 
-Reading order: `denoiser` (what is called), `finding` (by which pipeline), `session` (which run), `scheduler` and
-`following` (what schedulers tell), `step_count` (which step), `origin` (whose call), `run` (which stream),
+Reading order: `denoiser` (what is called), `finding` (which pipeline calls it), `session` (which run), `scheduler` and
+`following` (what schedulers report), `step_count` (which step), `origin` (who makes the call), `run` (which stream),
 `conditioning` (whether its request changed).
 """

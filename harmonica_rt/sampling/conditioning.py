@@ -1,12 +1,12 @@
 """Which inputs of a denoiser make up the request of a stream, and whether they are still the same.
 
-A pipeline may swap the prompt in mid-run, or stop calling for the unconditional half, so that the k-th call of a step
-is suddenly another one. Reusing features across such a change gives a wrong image without an error. So every stream
-remembers, from its first call on, all inputs but those known to change from step to step (`call.roles`). Identity
-and version are compared first, values only where those differ; a tensor written through `.data` keeps both, so that is
-not seen. Inference tensors have no version: on a CPU their values are compared; elsewhere that would make the host wait
-in every step, so the same tensor is taken for unchanged and compared on the device, and the verdict is read when the
-run ends.
+A pipeline may swap the prompt in mid-run, or stop making the unconditional call, so that the k-th call of a step is
+suddenly a different one. Reusing features across such a change gives a wrong image without an error. So every stream
+remembers, from its first call on, all inputs except those known to change from step to step (`call.roles`). Identity
+and version are compared first, and values only if those differ; a write through `.data` changes neither, so it goes
+undetected. Inference tensors have no version. On a CPU their values are compared. Elsewhere that would make the host
+wait at every step, so the same tensor is assumed to be unchanged and compared on the device, and the result is read
+when the run ends.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class Conditioning:
         }
 
     def recognises(self, call: Call) -> bool:
-        """Whether all of it is the very tensors of the last call, unwritten: told without looking at values."""
+        """True if the request is the same tensors as in the last call, not overwritten; reads no values."""
         leaves = call.leaves
         return all(held.recognises(leaves[index]) for index, held in self._held.items())
 
     def changed(self, call: Call) -> list[str]:
-        """Paths of the inputs that have other values in `call`."""
+        """Paths of the inputs whose values differ in `call`."""
         return [self._paths[index] for index, held in self._held.items() if not held.same(call.leaves[index])]
 
     def advance(self, call: Call) -> None:
-        """Hold the tensors of a call in which nothing changed, to recognise them in the next."""
+        """Hold the tensors of a call in which nothing changed, so that the next call can be recognised by them."""
         for index, held in self._held.items():
             if call.leaves[index] is not held.tensor:
                 self._held[index] = _Held(call.leaves[index], held.overwritten)
@@ -48,7 +48,7 @@ class Conditioning:
         """The run is over.
 
         Raises:
-            RunError: an input taken for unchanged was overwritten.
+            RunError: an input that was assumed to be unchanged had been overwritten.
         """
         for index, held in self._held.items():
             if held.overwritten is not None and bool(held.overwritten):
@@ -59,11 +59,11 @@ class Conditioning:
 
 
 class _Held:
-    """A tensor as it was, told from what it is now."""
+    """A tensor with its earlier state, to detect whether it has changed since."""
 
     def __init__(self, tensor: torch.Tensor, overwritten: torch.Tensor | None = None) -> None:
         self.tensor = tensor
-        # Inference tensors keep no version, so nothing but a copy can tell that one was overwritten.
+        # Inference tensors keep no version, so only a copy can reveal that one was overwritten.
         self._version = None if tensor.is_inference() else tensor._version
         self._copy = tensor.clone() if tensor.is_inference() else None
         self.overwritten = overwritten  # on the device

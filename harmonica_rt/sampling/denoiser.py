@@ -26,10 +26,11 @@ C = TypeVar("C", bound=Callable[..., Any])
 
 
 def _outside_dynamo(call: C) -> C:
-    """`call`, left alone by torch.compile: a plan is compiled already, and a trace would bake the state of a run in.
+    """`call`, excluded from torch.compile: a plan is already compiled, and a trace would bake in the state of a run.
 
-    Dynamo traces the one branch, and stops there. Without it nothing of it is imported or run: `torch.compiler.disable`
-    takes notes in a dict of the whole process while another thread exports a model, and fails where two threads do.
+    Dynamo traces the one branch and stops there. Outside dynamo nothing of it is imported or run:
+    `torch.compiler.disable` writes to a process-wide dict while another thread exports a model, and fails if two
+    threads do so.
     """
     untraced: list[Callable[..., Any]] = []
 
@@ -47,9 +48,9 @@ def _outside_dynamo(call: C) -> C:
 class Denoiser(Session):
     """The model under a schedule. Everything but the call (config, dtype, parameters(), ...) is the model's own.
 
-    Of a wrapped model `model` is the one inside and `given` the wrapper, whose attributes it has. It passes for the
-    model where a class is asked for, because pipelines save, move and offload what is a module of the class that they
-    know. Attributes that are set on it are set on `given`.
+    For a wrapped model, `model` is the one inside and `given` is the wrapper, whose attributes this object exposes. To
+    `isinstance` it has the model's class, because pipelines save, move and offload only modules of a class they know.
+    Attributes set on it are set on `given`.
     """
 
     def __init__(self, given: nn.Module, schedule: Schedule, engine: Engine) -> None:
@@ -62,19 +63,19 @@ class Denoiser(Session):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """The model's, for `isinstance`; `type()` tells the truth."""
+        """The model's class, for `isinstance`; `type()` returns the actual class."""
         return type(self.model) if "model" in self.__dict__ else type(self)
 
     @_outside_dynamo
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One call of the denoiser, in the current step of the current run. Arguments and result are the model's.
 
-        A call from within another one (from a hook of the model) is the plain model's.
+        A call from within another call (from a hook of the model) runs the plain model.
 
         Raises:
-            RunError: the call cannot belong to the current run (steps used up, timesteps turned back, a failed run).
+            RunError: the call cannot belong to the current run (no steps left, timesteps reversed, a failed run).
             ScheduleMismatchError: the pipeline asked for another number of steps than the schedule has.
-            ConcurrentRunError: another thread is using this denoiser, or two loops take turns.
+            ConcurrentRunError: another thread is using this denoiser, or two loops alternate on it.
             CaptureError: in strict mode, the model cannot be captured.
         """
         if self._turns.mine:
@@ -88,7 +89,7 @@ class Denoiser(Session):
             return forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Copies and pickles hold the model and the schedule: each makes runs of its own, in no pipeline."""
+        """Copies and pickles hold the model and the schedule; each has its own runs and belongs to no pipeline."""
         if not isinstance(self.engine, ReferenceEngine):
             raise HarmonicaError(f"{self!r} cannot be copied or pickled while it is verified; copy its `model` instead")
         return _reference_of, (type(self), self.given, self.schedule)
@@ -128,7 +129,7 @@ class Denoiser(Session):
             result = value(*args, **kwargs)
             return self if result is owner else result
 
-        return MethodType(method, self)  # dynamo takes the methods of a module for bound ones
+        return MethodType(method, self)  # dynamo assumes that a module's methods are bound
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self._convention.normalise(args, kwargs)

@@ -1,4 +1,4 @@
-"""A session that finds the pipeline it is called by, where nobody told it of one."""
+"""A session that finds out which pipeline calls it, if it was not attached to one."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from harmonica_rt.sampling.session import Session
 
 
 class FindsItsPipeline(Session):
-    """At the first call by a pipeline that holds what this session runs, it follows that pipeline from then on.
+    """Follows a pipeline from the first call by a pipeline that holds what this session runs.
 
-    A pipeline that calls `reset` by itself counts its own steps, and is left alone.
+    A pipeline that calls `reset` itself counts its own steps, and is left alone.
     """
 
     def __init__(self, *given: Any) -> None:
-        self._counted_by: list[weakref.ref[Any]] = []  # pipelines that begin their runs by themselves
+        self._counted_by: list[weakref.ref[Any]] = []  # pipelines that begin their own runs
         super().__init__(*given)
 
     def reset(self, timesteps: Sequence[float] | torch.Tensor | None = None) -> None:
@@ -31,11 +31,11 @@ class FindsItsPipeline(Session):
         super().reset(timesteps)
 
     def _is_me(self, value: object) -> bool:
-        """Whether a pipeline that holds `value` holds what this session runs."""
+        """Whether `value`, held by a pipeline, is what this session runs."""
         return value is self
 
     def _follow(self, pipeline: Any) -> None:
-        """Follow a pipeline that was found."""
+        """Follow a pipeline that has been found."""
         raise NotImplementedError
 
     def _begins_its_runs(self, pipeline: Any) -> bool:
@@ -47,7 +47,7 @@ class FindsItsPipeline(Session):
         return super()._call(call, uncached)
 
     def _look_who_calls(self, callers: list[Any]) -> None:
-        """Follow the pipeline among `callers`; its run began, unseen, before this call."""
+        """Follow the pipeline among `callers`; its run began unobserved, before this call."""
         pipeline = calling_pipeline(self._is_me, callers)
         can_be_watched = callable(getattr(getattr(pipeline, "scheduler", None), "step", None))
         if pipeline is not None and can_be_watched and not self._begins_its_runs(pipeline):

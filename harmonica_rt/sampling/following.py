@@ -1,9 +1,9 @@
 """The pipelines that a denoiser is in, and the schedulers that drive it through them.
 
-Several pipelines may share one denoiser, with one scheduler (`from_pipe` makes such) or with one each. The schedulers
-of those that were compiled are watched. A pipeline that was not, with a scheduler of its own, calls the denoiser all
-the same; its calls belong to no run, least of all to one of another pipeline that was broken off. Nothing in a call
-says who made it, so the stack is asked.
+Several pipelines may share one denoiser, with one scheduler (as `from_pipe` does) or with one each. The schedulers of
+compiled pipelines are watched. A pipeline that was not compiled, with its own scheduler, still calls the denoiser; its
+calls belong to no run, least of all to an abandoned run of another pipeline. Nothing in a call says who made it, so the
+stack is inspected.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class _Followed:
 
 
 class Following:
-    """What one listener follows."""
+    """The pipelines and schedulers that one listener follows."""
 
     def __init__(self, listener: Listener) -> None:
         self._listener = weakref.ref(listener)
@@ -34,41 +34,41 @@ class Following:
 
     @property
     def pipelines(self) -> list[Any]:
-        """Those that are still alive."""
+        """The followed pipelines that are still alive."""
         return [pipeline for one in self._followed if (pipeline := one.pipeline()) is not None]
 
     def follows(self, scheduler: Any) -> bool:
-        """Whether this is the scheduler of a pipeline that is followed."""
+        """Whether this is the scheduler of a followed pipeline."""
         return any(one.scheduler is scheduler for one in self._followed)
 
     def add(self, pipeline: Any) -> None:
         """Follow the scheduler of a pipeline from now on.
 
         Raises:
-            HarmonicaError: it drives another compiled model.
+            HarmonicaError: the scheduler drives another compiled model.
         """
         if not any(one.pipeline() is pipeline for one in self._followed):
             self._watch(pipeline.scheduler)
             self._followed.append(_Followed(weakref.ref(pipeline), pipeline.scheduler))
 
     def leave(self, pipeline: Any) -> None:
-        """Stop following it."""
+        """Stop following the pipeline."""
         left = [one for one in self._followed if one.pipeline() is pipeline]
         kept = [one for one in self._followed if one not in left]
         for one in left:
             self._release(one.scheduler, kept)
-        self._followed = kept  # last: what interrupts this leaves nothing watched that nobody knows of
+        self._followed = kept  # last, so that an interruption leaves no scheduler watched but forgotten
 
     def release(self) -> None:
-        """Leave all schedulers alone again."""
+        """Stop watching all schedulers."""
         for one in self._followed:
             self._release(one.scheduler, [])
         self._followed = []
 
     def replaced(self) -> list[Any]:
-        """Follow schedulers that took the place of another one since the last look (`from_config` makes a new object).
+        """Follow schedulers that replaced another since the last check (`from_config` makes a new object).
 
-        Returns them: their runs have begun unseen.
+        Returns the new schedulers; their runs began unobserved.
         """
         found = []
         for one in self._followed:
@@ -97,7 +97,7 @@ class Following:
 
 
 def scheduler_in_use(listener: Listener) -> HarmonicaError:
-    """The error for a scheduler that has a listener already."""
+    """The error for a scheduler that already has a listener."""
     return HarmonicaError(
         "this scheduler already drives another compiled model. Give each pipeline a scheduler of its own; if it is "
         f"this pipeline that was compiled before, undo that first: {listener.undone_by}"

@@ -1,4 +1,4 @@
-"""Log lines that are worth saying once: what happens in every call, or in every run, would fill the log."""
+"""Log messages that appear only once: repeated at every call or every run, they would fill the log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Notices:
         self._said: set[str] = set()
 
     def say(self, kind: str, message: str, *arguments: object) -> None:
-        """Log a message, unless one of this kind was logged before."""
+        """Log a message, unless one of the same kind was logged before."""
         if kind not in self._said:
             self._said.add(kind)
             log.warning(message, *arguments)

@@ -1,15 +1,15 @@
-"""Who makes a call: the run that is under way, or somebody else who has the same model.
+"""Who makes a call: the current run, or other code that uses the same model.
 
-Nothing in a call says so. After a run that was broken off, a training step or a metric calls the denoiser too, and must
-not be taken for the run's next call. The stack tells: calls of a run come from the function that began it. That is the
-`__call__` of the pipeline, or in a loop of one's own the function that set the timesteps. A run is over when that
-function has returned; a call from elsewhere, or through a callback that the pipeline was given, is not the run's. Where
-a loop of one's own sets its timesteps in a function that has returned before the first call, or at the top of a script,
-there is nothing to go by, and every call counts as the run's.
+Nothing in a call says so. After an abandoned run, a training step or a metric may call the denoiser too, and must not
+be mistaken for the run's next call. The stack tells them apart: calls of a run come from the function that began it.
+That is the `__call__` of the pipeline or, in a hand-written loop, the function that set the timesteps. A run is over
+when that function has returned; a call from elsewhere, or through a callback passed to the pipeline, is not the run's.
+If a hand-written loop sets its timesteps in a function that returns before the first call, or at the top level of a
+script, there is no such function, and every call counts as the run's.
 
-A frame cannot be referred to weakly, and holding one would keep alive all that its function and its callers hold. Nor
-does its address do: memory is used again. So a mark is put among the local variables of the frame, as debuggers do; it
-goes when the frame goes.
+A frame cannot be weakly referenced, and holding one would keep alive everything that its function and its callers hold.
+Its address does not identify it either, since memory is reused. So a mark is put among the frame's local variables, as
+debuggers do; it is freed with the frame.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Mark:
 
 
 class FrameMark:
-    """A frame that can be told again, and is not kept alive."""
+    """Identifies a frame without keeping it alive."""
 
     def __init__(self, frame: FrameType) -> None:
         mark = frame.f_locals.get(_MARK)
@@ -59,24 +59,24 @@ class FrameMark:
 
     @property
     def may_be_halted(self) -> bool:
-        """Whether its function can go on after it left the stack: a generator or a coroutine, until it is over."""
+        """Whether its function can resume after leaving the stack: a generator or coroutine that has not finished."""
         return bool(self._code.co_flags & _HALTED) and not self.gone
 
     def is_of(self, frame: FrameType) -> bool:
-        """Whether this is the frame."""
+        """Whether `frame` is the marked frame."""
         return frame.f_code is self._code and not self.gone and frame.f_locals.get(_MARK) is self._mark()
 
     def is_on_stack(self) -> bool:
-        """Whether its function is running, here or further up."""
+        """Whether its function is running, in this frame or further up the stack."""
         return any(map(self.is_of, _callers()))
 
 
 class Origin:
-    """Where a run comes from.
+    """The function that a run comes from.
 
     Args:
-        scheduler: the one that drives it.
-        seen: whether it sets its timesteps now. Otherwise it did before, and a call of the model is under way.
+        scheduler: the scheduler that drives the run.
+        seen: True if it is setting its timesteps now; False if it did so earlier and a call of the model is under way.
     """
 
     def __init__(self, scheduler: Any, *, seen: bool = True) -> None:
@@ -89,25 +89,25 @@ class Origin:
 
     @property
     def known(self) -> bool:
-        """Whether there is a function to go by."""
+        """Whether the function that began the run is known."""
         return self._mark is not None
 
     @property
     def suspended(self) -> bool:
-        """Whether its function has neither returned nor is it running: a generator, or one of another thread."""
+        """Whether its function is neither finished nor on the stack: a generator, or a function of another thread."""
         return self._mark is not None and not self._mark.gone and not self._mark.is_on_stack()
 
     def same(self, other: Origin) -> bool:
-        """Whether both are one call of one function."""
+        """Whether both are the same call of the same function."""
         return self._mark is not None and other._mark is not None and self._mark == other._mark
 
     @property
     def over(self) -> bool:
-        """Whether its function has returned, so that no call can be the run's any more."""
+        """Whether its function has returned, so that no further call can be the run's."""
         return self._mark is not None and self._mark.gone
 
     def settle(self, scheduler: Any) -> None:
-        """At the first call of the run, whose frame that call comes from is known at last."""
+        """Settle the frame at the first call of the run, when it is known where that call comes from."""
         if self._mark is None or not self._mark.is_on_stack():
             frame = _pipeline_frame(scheduler)
             if frame is not None:
@@ -117,16 +117,16 @@ class Origin:
         beneath: set[CodeType] = set()
         for frame in _callers():
             if self._mark is not None and self._mark.is_of(frame):
-                # Where the first call comes through a function that was passed in, so does the run itself.
+                # If the first call comes through a function that was passed in, so does the run itself.
                 self._callbacks = _callbacks(frame) if self._in_pipeline else frozenset()
                 self._callbacks -= beneath
                 return
             beneath.add(frame.f_code)
 
     def distance(self, scheduler: Any) -> int | None:
-        """How many functions lie between it and the call under way; None where the call comes from elsewhere.
+        """How many functions lie between it and the current call; None if the call comes from elsewhere.
 
-        That is also where a pipeline with another scheduler is in between, or a callback.
+        A call through a pipeline with another scheduler, or through a callback, also comes from elsewhere.
         """
         beneath: list[CodeType] = []
         for frame in _callers():
@@ -140,25 +140,25 @@ class Origin:
 
 
 class ByHand:
-    """Runs that `reset()` begins: which calls are theirs.
+    """Decides which calls belong to a run that `reset()` began.
 
-    Loops may take turns step by step, as generators and coroutines do: a run that was broken off while its loop was
-    halted must not go on. Where a run broke another one off, and its first call came from within the function that
-    called `reset()`, all of its calls must come from there. A function that called `reset()` and made the calls, and
-    was left in the midst of them (by an error), has ended its run. Where `reset()` was called elsewhere (in a cell of a
-    notebook, in a helper), nothing tells, and every call counts.
+    Loops may alternate step by step, as generators and coroutines do: a run that was interrupted by another while its
+    loop was suspended must not continue. If a run interrupted another one, and its first call came from within the
+    function that called `reset()`, all of its calls must come from there. A function that called `reset()`, made the
+    calls, and was left in the middle of them (by an error) has ended its run. If `reset()` was called elsewhere (in a
+    notebook cell, in a helper), nothing distinguishes the calls, and every call counts.
     """
 
     def __init__(self) -> None:
         self._began: FrameMark | None = None  # the function that began the current run
         self._within = True  # whether all calls so far came from within it
         self._calls = 0
-        self._loop: list[FrameMark] = []  # what was running at the first call and may be halted, or what began the run
+        self._loop: list[FrameMark] = []  # may be suspended: what ran at the first call, or what began the run
         self._bound = self._broke_off = False
-        self._left: list[FrameMark] = []  # functions whose runs were broken off while they were halted
+        self._left: list[FrameMark] = []  # functions whose runs were interrupted while they were suspended
 
     def begins(self, before: Run | None) -> None:
-        """`reset()` begins a run, whatever became of the one before."""
+        """`reset()` begins a run, whether or not the previous one finished."""
         self._broke_off = before is not None and not before.finished and not before.untouched
         if self._broke_off:
             self._left += self._loop
@@ -168,10 +168,10 @@ class ByHand:
         self._loop, self._calls, self._within, self._bound = [], 0, True, False
 
     def makes_this_call(self, run: Run) -> bool:
-        """Whether the call under way is the run's.
+        """Whether the current call is the run's.
 
         Raises:
-            RunError: the run has ended with its function.
+            RunError: the run ended when its function returned.
         """
         began, here = self._began, False
         for frame in _callers():
@@ -193,7 +193,7 @@ class ByHand:
         return here or not self._bound or began is None or began.gone
 
     def _left_behind(self, here: bool) -> bool:
-        """Whether the function that all calls so far came from within has returned before this one."""
+        """Whether all calls so far came from within a function that has since returned."""
         return self._within and not here and self._began is not None and not self._began.may_be_halted
 
 
@@ -203,7 +203,7 @@ def calling_objects() -> Iterator[Any]:
 
 
 def calling_scheduler() -> Any | None:
-    """The scheduler of the pipeline that makes the call under way; None for a loop of one's own."""
+    """The scheduler of the pipeline that makes the current call; None for a hand-written loop."""
     return next((found for frame in _callers() if (found := _scheduler_of(frame)) is not None), None)
 
 
@@ -216,7 +216,7 @@ def calling_pipeline(is_held: Callable[[object], bool], callers: Iterable[Any]) 
 
 
 def _callers() -> Iterator[FrameType]:
-    """The frames on the stack, from the one that called this module outwards."""
+    """The frames on the stack, outwards from the one that called this module."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_globals is not globals():
@@ -236,7 +236,7 @@ def _scheduler_in(pipeline: Any) -> Any | None:
 
 
 def _scheduler_of(frame: FrameType) -> Any | None:
-    """The scheduler of a pipeline, where the frame is a pipeline's `__call__`."""
+    """The pipeline's scheduler, if the frame is a pipeline's `__call__`; else None."""
     return _scheduler_in(_called_object(frame))
 
 
@@ -245,7 +245,7 @@ def _pipeline_frame(scheduler: Any) -> FrameType | None:
 
 
 def _own_function() -> FrameType | None:
-    """The function of the user's that is running; None at the top of a script."""
+    """The frame of the running user function; None at the top level of a script."""
     for frame in _callers():
         if str(frame.f_globals.get("__name__")).partition(".")[0] not in _LIBRARIES:
             return frame if frame.f_code.co_flags & inspect.CO_OPTIMIZED else None
@@ -253,9 +253,9 @@ def _own_function() -> FrameType | None:
 
 
 def _may_be_halted() -> list[FrameMark]:
-    """The generators and coroutines of the user's that are running.
+    """Marks of the user's generators and coroutines that are running.
 
-    No others are marked: on Pythons before 3.13 a look at a frame's variables keeps them alive until it returns.
+    No others are marked: before Python 3.13, reading a frame's variables keeps them alive until the frame returns.
     """
     marks: list[FrameMark] = []
     for frame in _callers():
@@ -265,7 +265,7 @@ def _may_be_halted() -> list[FrameMark]:
 
 
 def _callbacks(frame: FrameType) -> frozenset[CodeType]:
-    """The code of the functions that a running function was passed."""
+    """The code objects of the functions that were passed to a running function."""
     code, variables = frame.f_code, frame.f_locals
     extra = sum(bool(code.co_flags & flag) for flag in (inspect.CO_VARARGS, inspect.CO_VARKEYWORDS))
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + extra]

@@ -1,9 +1,10 @@
 """One sampling run: which step it is in, and which stream a call belongs to.
 
-Calls are not steps. Guidance may call twice per step, skip-layer guidance a third time in some steps, a callback may
-shrink the batch in mid-run. So a call belongs to the k-th stream of its step with its signature and its conditioning,
-each stream has slots of its own, and a stream reuses only what it stored itself in the step that the schedule names;
-otherwise it computes everything and stores anew. That costs time in odd runs; a stale feature would cost the image.
+Calls are not steps. Guidance may call twice per step, skip-layer guidance a third time at some steps, and a callback
+may shrink the batch in mid-run. So a call belongs to the k-th stream of its step with its signature and conditioning,
+and each stream has its own slots. A stream reuses only what it stored itself at the step that the schedule names;
+otherwise it computes everything and stores it again. That costs time in unusual runs; a stale feature would ruin the
+image.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ log = logging.getLogger(__name__)
 
 _NOT_RUN = object()
 
-MAX_STREAMS = 16  # of one step; each has slots of its own
-MAX_IDLE_STREAMS = 3  # kept in case their conditioning comes back; each has slots of its own
-MAX_IDLE_STATES = 3  # of the model whose streams are kept in case they come back
+MAX_STREAMS = 16  # per step; each has its own slots
+MAX_IDLE_STREAMS = 3  # kept in case their conditioning returns; each has its own slots
+MAX_IDLE_STATES = 3  # states of the model whose streams are kept in case the state returns
 
 
 @dataclass
 class RunStats:
-    """What one run did, counted as it went; `first` is the step that it began with."""
+    """Counts of what one run has done so far; `first` is the step that it began with."""
 
     calls: int = 0
     entries: int = 0
@@ -48,11 +49,11 @@ class RunStats:
 
 
 class _StreamState:
-    """A stream of the run, and which step each site that it holds was stored in."""
+    """A stream of the run, and the step at which each site that it holds was stored."""
 
     def __init__(self, stream: Stream, call: Call, order: int, tables: _Tables, model_state: object) -> None:
         self.stream = stream
-        self.model_state = model_state  # that its features are of
+        self.model_state = model_state  # the state that its features were computed with
         self.signature: Signature = call.signature
         self.last_step = -1
         self.conditioning = Conditioning(call)
@@ -60,16 +61,16 @@ class _StreamState:
         self.begin(call, order)
 
     def begin(self, call: Call, order: int) -> None:
-        """Nothing stored counts any more: `call` is the first of other conditioning."""
+        """Discard everything stored: `call` is the first with new conditioning."""
         self.conditioning.end()
         self.order = order
         self.stream.begin()
         self.conditioning = Conditioning(call)
-        self._regular = self.last_step == -1  # it ran every step so far, as scheduled
-        self._stored = np.full(self._tables.latest.shape[1], -1)  # the step of each site, where it is not regular
+        self._regular = self.last_step == -1  # it has run every step so far, as scheduled
+        self._stored = np.full(self._tables.latest.shape[1], -1)  # the step of each site, if not regular
 
     def lacks_features(self, step: StepIndex, before: int) -> bool:
-        """Whether `step` would reuse what the stream, whose last step was `before`, does not hold."""
+        """Whether `step` would reuse features that the stream, whose last step was `before`, does not hold."""
         if self._regular and before == step - 1:
             return False
         if self._regular:
@@ -80,13 +81,13 @@ class _StreamState:
         return bool((self._stored[reused] < self._tables.source[step, reused]).any())
 
     def spoil(self, before: int) -> None:
-        """Its step did not count: it was run for a model that had changed. It goes on after the step `before`."""
+        """Discount its last step, which was run for a model that had changed; it continues after step `before`."""
         self.last_step = before
         self._regular = False
         self._stored[:] = -1
 
     def ran(self, step: StepIndex, *, all_sites: bool) -> None:
-        """It ran `step`, as scheduled or with all sites computed."""
+        """Record that it ran `step`, as scheduled or with all sites computed."""
         if not self._regular:
             self._stored[slice(None) if all_sites else self._tables.compute[step]] = step
 
@@ -97,7 +98,7 @@ class _Tables:
 
     Attributes:
         compute: bool `[steps, sites]`.
-        source: int `[steps, sites]`, the step whose value a reused site stands for.
+        source: int `[steps, sites]`, the step whose value a reused site reads.
         latest: int `[steps, sites]`, the last step up to this one that computes the site.
         reused: indices of the sites that each step reuses.
     """
@@ -119,7 +120,7 @@ def _tables_of(schedule: Schedule) -> _Tables:
 class Run:
     """A sampling run over one engine, from its first step to its last.
 
-    Used by one thread: the one that began it, or with `any_thread` the one that makes the first call.
+    Used by one thread: the one that began it or, with `any_thread`, the one that makes the first call.
     """
 
     def __init__(self, schedule: Schedule, engine: Engine, notices: Notices, *, any_thread: bool) -> None:
@@ -130,11 +131,11 @@ class Run:
         self._engine = engine
         self._tables = _tables_of(schedule)
         self._streams: list[_StreamState] = []
-        self._model_state: object = None  # that the last call found
+        self._model_state: object = None  # as the last call found it
         self._errors: list[RunError] = []  # of streams that were dropped
         self.calls_in_step = 0
         self._calls_before = 0  # in the last step
-        self._changed_in: dict[str, StepIndex] = {}  # conditioning -> the step that came with another value of it
+        self._changed_in: dict[str, StepIndex] = {}  # conditioning -> the step at which its value changed
         self._notices = notices
         self.thread = None if any_thread else threading.current_thread()
         self._timesteps = TimestepOrder()
@@ -146,7 +147,7 @@ class Run:
         return StepIndex(self.stats.first)
 
     def begin_at(self, step: StepIndex) -> None:
-        """The steps before this one are left out. Before the first call only."""
+        """Skip the steps before this one. Only valid before the first call."""
         self.step = step
         self.stats.first = step
 
@@ -161,7 +162,7 @@ class Run:
         return self.step >= self._schedule.steps
 
     def check_thread(self) -> None:
-        """Raise ConcurrentRunError in any thread but the one the run belongs to."""
+        """Raise ConcurrentRunError in any thread other than the run's own."""
         if self.thread is None:
             self.thread = threading.current_thread()
         elif self.thread is not threading.current_thread():
@@ -171,7 +172,7 @@ class Run:
             )
 
     def call(self, call: Call, *, counts_as_step: bool) -> object:
-        """Run the denoiser for one call in the current step, which is over then if calls count as steps."""
+        """Run the denoiser for one call in the current step; if calls count as steps, the step ends with it."""
         if self.failed:
             raise RunError("an earlier step of this run failed; begin a new run (reset() does, or the pipeline's call)")
         if self.finished:
@@ -184,7 +185,7 @@ class Run:
             )
         _check_no_gradient(call)
         self._timesteps.check(call, self.step)
-        self.failed = True  # until the call is over: whatever ends it before, nobody goes on with half a step
+        self.failed = True  # until the call is over: if anything interrupts it, the run must not continue
         output = self._call(call)
         if counts_as_step:
             self.advance()
@@ -192,10 +193,10 @@ class Run:
         return output
 
     def advance(self) -> None:
-        """The current step is over.
+        """End the current step.
 
         Raises:
-            RunError: it was the last one, and the run turned out to be computed with something wrong.
+            RunError: it was the last step, and the run's result turned out to be wrong.
         """
         self.step = StepIndex(self.step + 1)
         self._calls_before, self.calls_in_step = self.calls_in_step, 0
@@ -203,12 +204,12 @@ class Run:
             raise errors[0]
 
     def go_back(self) -> None:
-        """The last step was not over yet. Before the first call of a step only."""
+        """Return to the last step, which was not over yet. Only valid before the first call of a step."""
         self.step = StepIndex(self.step - 1)
         self.calls_in_step = self._calls_before
 
     def abandon(self) -> None:
-        """It ends before its last step. Nobody waits for its result; what was wrong with it is logged."""
+        """End the run before its last step. Its result is not used, so its errors are only logged."""
         for error in self._end():
             log.warning("a run that was not finished: %s", error)
         self._streams.clear()
@@ -218,7 +219,7 @@ class Run:
 
     def _call(self, call: Call) -> object:
         if self.untouched:
-            self._engine.begin_run(self.key)  # now, not when the run began: the model may have changed until here
+            self._engine.begin_run(self.key)  # now, not when the run began: the model may have changed since
         if self._engine.looks_late and self._model_state is not None:
             output = self._early(call, self._model_state)
             if output is not _NOT_RUN:
@@ -231,13 +232,13 @@ class Run:
         return self._done(state, output, catch_up=catch_up)
 
     def _early(self, call: Call, model_state: object) -> object:
-        """Run the call for the model as it was last, and look at the model meanwhile; `_NOT_RUN` where it changed."""
+        """Run the call for the last known state of the model and check it afterwards; `_NOT_RUN` if it changed."""
         state, before = self._stream_for(call, model_state)
         catch_up = state.lacks_features(self.step, before)
         try:
             with torch.no_grad():
                 output = state.stream.run(self.step, call, catch_up=catch_up)
-        except Exception:  # of a step begun for what the model no longer is; raised where it still is
+        except Exception:  # ignored if the step ran for an outdated state of the model; otherwise raised
             if self._engine.state(call) is model_state:
                 raise
         else:
@@ -259,7 +260,7 @@ class Run:
         return output
 
     def _stream_for(self, call: Call, model_state: object) -> tuple[_StreamState, int]:
-        """The stream of a model's state that goes on with `call`, and its last step before this one."""
+        """The stream of a model state that continues with `call`, and its last step before this one."""
         order = self.calls_in_step
         self.calls_in_step += 1
         open_streams = [
@@ -278,7 +279,7 @@ class Run:
     def _stream_by_values(
         self, call: Call, order: int, open_streams: list[_StreamState], model_state: object
     ) -> _StreamState:
-        """As `_stream_for`, where no stream recognises the call: values decide, which waits for a device."""
+        """As `_stream_for`, when no stream recognises the call: compares values, which waits for the device."""
         changed = {id(s): s.conditioning.changed(call) for s in open_streams}
         state = next((s for s in open_streams if not changed[id(s)]), None)
         if state is not None:
@@ -294,7 +295,7 @@ class Run:
         return self._open_stream(call, order, model_state)
 
     def _note_changes(self, names: list[str]) -> None:
-        """Say so where the same arguments change in every step: then nothing can be reused, however long it goes on."""
+        """Warn if the same arguments change at every step: then nothing can ever be reused."""
         again = [name for name in names if self._changed_in.get(name) == self.step - 1]
         self._changed_in.update(dict.fromkeys(names, self.step))
         if again:
@@ -320,7 +321,7 @@ class Run:
         return state
 
     def _of_recent_states(self, model_state: object) -> list[_StreamState]:
-        """All streams but those of the model's states that it left long ago: each has slots of its own."""
+        """All streams except those of model states that were left long ago: each stream has its own slots."""
         recent = dict.fromkeys(id(s.model_state) for s in sorted(self._streams, key=lambda s: -s.last_step))
         kept = {id(model_state), *list(recent)[:MAX_IDLE_STATES]}
         self._errors += _ended(s for s in self._streams if id(s.model_state) not in kept)
@@ -328,7 +329,7 @@ class Run:
 
 
 def _check_no_gradient(call: Call) -> None:
-    """Raise RunError where the caller could take the result for one that carries a gradient."""
+    """Raise RunError if the caller could expect the result to carry a gradient."""
     if not torch.is_grad_enabled():
         return
     for path, leaf in zip(call.paths, call.leaves, strict=True):
@@ -340,7 +341,7 @@ def _check_no_gradient(call: Call) -> None:
 
 
 def _ended(streams: Iterable[_StreamState]) -> list[RunError]:
-    """Each stream is over, also where another one turns out wrong: each learns from the run. What turned out wrong."""
+    """End every stream, even if another one fails, since each learns from the run; return the errors."""
     errors = []
     for end in (end for state in streams for end in (state.conditioning.end, state.stream.end)):
         try:
@@ -351,20 +352,20 @@ def _ended(streams: Iterable[_StreamState]) -> list[RunError]:
 
 
 class TimestepOrder:
-    """Catches a run that starts over without saying so: its timesteps turn back.
+    """Detects a run that restarts unannounced, by timesteps that move backwards.
 
-    A run that starts over goes back by its largest move or more; a sampler may go back by less (timesteps of ancestral
-    KDPM2 do, by rounding). Looks at the values of a CPU timestep only: reading one from a GPU would wait for it.
+    A run that restarts moves back by at least its largest move; a sampler may move back by less (the timesteps of
+    ancestral KDPM2 do, by rounding). Reads only timesteps on the CPU: reading one from a GPU would wait for it.
     """
 
     def __init__(self) -> None:
-        self.moves = 0  # steps that came with another timestep than the one before
+        self.moves = 0  # steps whose timestep differed from the previous one
         self._last: float | None = None
         self._largest_move = 0.0
         self._step = -1
 
     def check(self, call: Call, step: StepIndex) -> None:
-        """Raise RunError where the timestep goes back to where the run began, or towards it by a large move."""
+        """Raise RunError if the timestep moves back to where the run began, or towards it by a large move."""
         value = _timestep(call)
         if value is None or step == self._step:
             return

@@ -1,13 +1,13 @@
-"""Know when a run begins and when a step is over, from the diffusers scheduler that drives it.
+"""Detects when a run begins and when a step ends, from the diffusers scheduler that drives it.
 
-A pipeline tells nobody which step it is in, but every one calls `scheduler.set_timesteps` once per run and
-`scheduler.step` once per step. Both are watched by giving the scheduler object a subclass of its own class, made for
-this one object: it keeps the name, module and signatures (pipelines inspect those of `step`), and who listens is
-known to the subclass alone, so the object's attributes stay as they were. A copy or a pickle is of the original class,
-and what `from_config` makes has no listener, so neither ever drives the wrong run.
+A pipeline does not announce which step it is in, but every pipeline calls `scheduler.set_timesteps` once per run and
+`scheduler.step` once per step. Both are watched by giving the scheduler object a subclass of its class, made for this
+one object. The subclass keeps the name, module and signatures (pipelines inspect those of `step`), and it alone holds
+the listener, so the object's attributes stay as they were. A copy or a pickle has the original class, and an object
+made by `from_config` has no listener, so neither ever drives the wrong run.
 
-Others replace `step` too, on the object: before it is watched, or later. The subclass has data descriptors in the place
-of both methods, which come before the attributes of an object, so their calls are told whatever runs behind them.
+Other code replaces `step` on the object too, before it is watched or later. The subclass defines both methods as data
+descriptors, which take precedence over an object's attributes, so the calls are reported whatever runs behind them.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from harmonica_rt.errors import HarmonicaError
 
 
 class Listener(Protocol):
-    """What a watched scheduler tells.
+    """Receives the events of a watched scheduler.
 
     Attributes:
-        undone_by: the call that makes it stop listening, for messages.
+        undone_by: the call that makes the listener stop listening, for messages.
     """
 
     undone_by: str
@@ -46,14 +46,14 @@ class Listener(Protocol):
 
 
 _WATCH = "_harmonica_watch"
-_set_class = vars(object)["__class__"].__set__  # the watched class answers `__class__` as the original one would
+_set_class = vars(object)["__class__"].__set__  # the watched class reports the original class as its `__class__`
 
 
 def watch(scheduler: Any, listener: Listener) -> None:
-    """Tell `listener` of the runs and steps of `scheduler` from now on.
+    """Notify `listener` of the runs and steps of `scheduler` from now on.
 
     Raises:
-        HarmonicaError: it has no `set_timesteps` or `step`, or Python does not let its methods be watched.
+        HarmonicaError: it has no `set_timesteps` or `step`, or Python does not allow its methods to be watched.
     """
     for method in ("set_timesteps", "step"):
         if not callable(getattr(scheduler, method, None)):
@@ -71,14 +71,14 @@ def watch(scheduler: Any, listener: Listener) -> None:
 
 
 def unwatch(scheduler: Any) -> None:
-    """Undo `watch`; nothing happens where there is nothing to undo."""
+    """Undo `watch`; does nothing if the scheduler is not watched."""
     watched = _watch_of(scheduler)
     if watched is not None:
         _set_class(scheduler, watched.original)
 
 
 def listener_of(scheduler: Any) -> Listener | None:
-    """Who is told of the runs of `scheduler`."""
+    """The listener to the runs of `scheduler`, or None."""
     watched = _watch_of(scheduler)
     return watched.listener if watched is not None and watched.scheduler() is scheduler else None
 
@@ -92,9 +92,9 @@ class RunTimesteps:
 
     @classmethod
     def of(cls, scheduler: Any, first: int = 0) -> RunTimesteps | None:
-        """Those from index `first` on that `scheduler` is set for; None where it tells none.
+        """The timesteps that `scheduler` is set to, from index `first` on; None if it has none.
 
-        Copying waits for a GPU, once per run.
+        The copy waits for the GPU, once per run.
         """
         own = getattr(scheduler, "timesteps", None)
         if not isinstance(own, torch.Tensor) or own.dim() != 1:
@@ -103,14 +103,14 @@ class RunTimesteps:
 
     @property
     def key(self) -> tuple[float, ...]:
-        """Their values: runs of equal ones are alike."""
+        """The values of the timesteps; runs with equal values are alike."""
         return tuple(self.known.tolist())
 
     def belongs_to_another(self, timestep: Any, step: int) -> bool:
-        """Whether `timestep` is that of another step than this one. False when in doubt.
+        """Whether `timestep` belongs to a step other than `step`. False when in doubt.
 
-        Reading a value on a GPU would wait for it. Pipelines step with elements of the scheduler's own tensor, though,
-        and which element one is, its address tells.
+        Reading a value on a GPU would wait for it. But pipelines step with elements of the scheduler's own tensor, and
+        the address of an element gives its index.
         """
         known = self.known
         if step >= len(known):
@@ -128,7 +128,7 @@ class RunTimesteps:
         return bool((known == timestep).any())
 
     def position(self, timestep: torch.Tensor) -> int | None:
-        """Which element of the scheduler's tensor a tensor is; None for one with memory of its own."""
+        """The index of a tensor that is an element of the scheduler's tensor; None if it has its own memory."""
         own = self.own
         if timestep.dtype != own.dtype or timestep.untyped_storage().data_ptr() != own.untyped_storage().data_ptr():
             return None
@@ -137,7 +137,7 @@ class RunTimesteps:
 
 
 def timesteps_are_set(scheduler: Any) -> bool:
-    """Whether timesteps were set for sampling. A new diffusers scheduler has none, or all it was trained with."""
+    """Whether timesteps were set for sampling. A new diffusers scheduler has none, or all its training timesteps."""
     timesteps = getattr(scheduler, "timesteps", None)
     trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
     asked = getattr(scheduler, "num_inference_steps", None) or (len(timesteps) if timesteps is not None else trained)
@@ -145,16 +145,16 @@ def timesteps_are_set(scheduler: Any) -> bool:
 
 
 def steps_left_out(scheduler: Any) -> int:
-    """How many of its first steps the run leaves out, as image-to-image tells its scheduler with `set_begin_index`."""
+    """How many first steps the run skips; image-to-image tells its scheduler so with `set_begin_index`."""
     return int(getattr(scheduler, "begin_index", None) or 0)
 
 
 class _Watch:
-    """Who is told of one scheduler object, and what its class was.
+    """The listener and the original class of one scheduler object.
 
     Attributes:
-        scheduler: weakly; other objects of the watched class (`from_config` makes such) are none of the listener's.
-        listener: who is told.
+        scheduler: a weak reference; other objects of the watched class (`from_config` makes some) are not reported.
+        listener: the listener to notify.
         original: the class that the scheduler had.
     """
 
@@ -165,7 +165,7 @@ class _Watch:
         self._telling = threading.local()
 
     def calls(self, name: str, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a method of the scheduler and tell of it: once, also where one version of it calls another."""
+        """Call a method of the scheduler and report it once, even if one version of the method calls another."""
         scheduler = self.scheduler()
         if getattr(self._telling, name, False):
             return method(*args, **kwargs)
@@ -182,18 +182,18 @@ class _Watch:
 
 
 class _Told:
-    """A method of a watched class, in the place of the one that the original class or the object has."""
+    """A method of a watched class, in place of the original class's or the object's own."""
 
     def __init__(self, watched: _Watch, name: str) -> None:
         self._watch, self._name = watched, name
-        self.owner: type  # not by `__set_name__`: Python makes a RuntimeError of a Ctrl-C there
+        self.owner: type  # not by `__set_name__`: Python turns a Ctrl-C there into a RuntimeError
 
     def __get__(self, scheduler: Any, owner: Any = None) -> Any:
         name, watched = self._name, self._watch
         if scheduler is None:
             return getattr(watched.original, name)
         method = vars(scheduler).get(name) or getattr(super(self.owner, scheduler), name, None)
-        if method is None:  # a wrapper that hands on what it lacks
+        if method is None:  # a wrapper that delegates what it lacks
             hand_on: Callable[[Any, str], Any] = inspect.getattr_static(watched.original, "__getattr__")
             method = hand_on(scheduler, name)
         if watched.scheduler() is not scheduler:
@@ -221,7 +221,7 @@ def _watch_of(scheduler: Any) -> _Watch | None:
 
 
 def _watched_class(original: Any, scheduler: Any, listener: Listener) -> type:
-    """A subclass for one object. A scheduler made with `from_config` of a watched one may have its class."""
+    """A subclass for one object. A scheduler made by `from_config` of a watched one may share its class."""
     watched = _Watch(scheduler, listener, original)
     told = {name: _Told(watched, name) for name in ("step", "set_timesteps")}
     members: dict[str, Any] = {

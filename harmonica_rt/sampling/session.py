@@ -1,9 +1,9 @@
 """Which run a call of a denoiser belongs to, and which of its steps.
 
-One call at a time, one run at a time. A run begins with `reset()`, or, for a pipeline's denoiser, when its scheduler
-sets timesteps; it moves on with every call, or with every scheduler step (`step_count`). In a pipeline, calls that do
-not come from the function that began the run (`origin`) are the plain model's. Where `reset()` begins runs, loops that
-take turns are told apart by the functions that called it.
+One call at a time, one run at a time. A run begins with `reset()` or, for a pipeline's denoiser, when its scheduler
+sets timesteps; it advances with every call, or with every scheduler step (`step_count`). In a pipeline, calls that do
+not come from the function that began the run (`origin`) go to the plain model. If `reset()` begins the runs, loops
+that alternate are told apart by the functions that called it.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class Session:
     """The runs of one model under one schedule, over any engine.
 
     Args:
-        model_name: its class, for messages.
-        schedule: what to reuse when.
+        model_name: the class name of the model, for messages.
+        schedule: what to reuse at each step.
         engine: makes the streams of a run.
 
     Attributes:
-        undone_by: the call that takes it out of a pipeline, for messages.
+        undone_by: the call that removes it from a pipeline, for messages.
     """
 
     undone_by = "harmonica_rt.uncompile(pipe)"
@@ -65,21 +65,21 @@ class Session:
         self._by_hand = ByHand()
         self._notices = Notices()
         self._begun = False  # whether a scheduler ever began a run
-        # Threads in whose pipeline run another thread began its own, each with that run's origin: thread objects, since
-        # identifiers are reused.
+        # Threads whose pipeline run was interrupted when another thread began one, with the origin of the interrupted
+        # run. Keys are thread objects, since identifiers are reused.
         self._displaced: weakref.WeakKeyDictionary[threading.Thread, Origin | None] = weakref.WeakKeyDictionary()
 
     def reset(self, timesteps: Sequence[float] | torch.Tensor | None = None) -> None:
-        """Begin a new run: the next call is step 0. A pipeline's denoiser does it by itself.
+        """Begin a new run: the next call is step 0. A pipeline's denoiser does so automatically.
 
         Args:
-            timesteps: of the run, one per step of the schedule, in any scale and on any device; tells that it is like
-                earlier runs of equal ones. On a GPU, where comparing timesteps would wait for the device, only runs
-                that say so compute timestep work beforehand.
+            timesteps: the run's timesteps, one per step of the schedule, in any scale and on any device; they mark it
+                as alike to earlier runs with equal timesteps. On a GPU, where comparing timesteps would wait for the
+                device, only runs that pass them compute timestep work beforehand.
 
         Raises:
-            ScheduleMismatchError: another number of timesteps than the schedule has steps.
-            ArgumentError: something else than numbers.
+            ScheduleMismatchError: the number of timesteps differs from the schedule's number of steps.
+            ArgumentError: the timesteps are not numbers.
         """
         key = None if timesteps is None else RunKey.of(timesteps, self.schedule.steps)
         changes = Changes()
@@ -89,7 +89,7 @@ class Session:
             self._begin().key = key
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """A copy would share what follows the scheduler and what torch.compile holds."""
+        """Refuse: a copy would share the scheduler's listener and what torch.compile holds."""
         raise HarmonicaError(
             f"the session of a compiled {self._model_name} cannot be copied or pickled; copy the plain model and "
             "compile the copy"
@@ -97,20 +97,20 @@ class Session:
 
     @property
     def stats(self) -> RunStats | None:
-        """What the current run did so far, or the last one where none is under way."""
+        """Counts of the current run so far, or of the last run if none is under way."""
         return self._run.stats if self._run is not None and not self._run.untouched else self.last_stats
 
     # ---- in a pipeline
 
     @property
     def pipelines(self) -> list[Any]:
-        """The pipelines it is in; none for a model by itself, or where they have been garbage-collected."""
+        """The pipelines it is in; empty for a standalone model, or if they have been garbage-collected."""
         return self._following.pipelines
 
     def attach(self, pipeline: Any) -> None:
-        """Let the pipeline's scheduler begin the runs and count the steps; looked up anew at every call.
+        """Let the pipeline's scheduler, looked up again at every call, begin the runs and count the steps.
 
-        There may be several pipelines; then the scheduler whose run began last drives it.
+        If there are several pipelines, the scheduler whose run began last drives the session.
         """
         self._following.add(pipeline)
 
@@ -119,20 +119,20 @@ class Session:
         self._following.leave(pipeline)
 
     def detach(self) -> None:
-        """Leave all schedulers alone again; runs begin with `reset()`."""
+        """Stop following all schedulers; from now on, runs begin with `reset()`."""
         self._following.release()
         self._scheduler = self._run = self._origin = self._count = None
         self._suspended.clear()
 
     def run_begins(self, scheduler: Any) -> None:
-        """A scheduler sets its timesteps: whatever run there was is over, finished or not."""
+        """A scheduler sets its timesteps: the previous run, if any, is over, finished or not."""
         changes = Changes()
         with changes, changes:
             self._enter(changes)
             self._begin_driven(scheduler, Origin(scheduler))
 
     def step_begins(self, scheduler: Any, timestep: Any) -> None:
-        """The scheduler is stepped: with the timestep of this step, and by the thread whose run it is."""
+        """The scheduler is stepped; check that the timestep is this step's, and the thread the run's."""
         self._check_not_displaced()
         run = self._run_driven_by(scheduler)
         if run is None:
@@ -163,7 +163,7 @@ class Session:
                 self.last_stats, self._run = run.stats, None
 
     def _run_driven_by(self, scheduler: Any) -> Run | None:
-        """The run under way, where it is this scheduler's."""
+        """The current run, if this scheduler drives it; else None."""
         run = self._run
         if run is None or run.finished or scheduler is not self._scheduler:
             return None
@@ -173,7 +173,7 @@ class Session:
     # ---- inside
 
     def _call(self, call: Call, uncached: Callable[[], Any]) -> Any:
-        """One call of the denoiser; `uncached` is what runs in its place outside of a pipeline's runs."""
+        """One call of the denoiser; `uncached` runs in its place outside a pipeline's runs."""
         if self._following:
             return self._call_in_pipeline(call, uncached)
         run = self._run or self._begin()
@@ -199,10 +199,10 @@ class Session:
         return run.call(call, counts_as_step=False)
 
     def _makes_this_call(self, run: Run, caller: Any) -> bool:
-        """Whether the call under way, from the pipeline with the scheduler `caller` (None: no pipeline), is the run's.
+        """Whether the current call, from the pipeline with scheduler `caller` (None: no pipeline), is the run's.
 
         Raises:
-            ConcurrentRunError: the run is another thread's.
+            ConcurrentRunError: the run belongs to another thread.
         """
         origin, scheduler = self._origin, self._scheduler
         if origin is None:
@@ -233,10 +233,10 @@ class Session:
         )
 
     def _set_out(self, run: Run) -> StepCount | None:
-        """Before the first call of a run: which steps of the schedule are its own, and what timesteps they have.
+        """Before the first call of a run, determine which steps of the schedule it takes, and their timesteps.
 
-        A run that leaves out its first steps goes by the last rows of a schedule for all steps, or by a schedule for
-        those that are left.
+        A run that skips its first steps uses the last rows of a schedule for all steps, or a schedule for only the
+        remaining ones.
         """
         scheduler = self._scheduler
         timesteps = getattr(scheduler, "timesteps", None)
@@ -316,9 +316,9 @@ class Session:
                 raise ConcurrentRunError(_INTERLEAVED)
 
     def _check_not_taken_over(self, scheduler: Any) -> None:
-        """Raise where a run goes on of which only its scheduler is known, while another one is under way.
+        """Raise if a run of which only the scheduler is known continues while another run is under way.
 
-        The calls of both counted as the latter's, so neither can be trusted.
+        The calls of both were counted as the latter's, so neither can be trusted.
         """
         run = self._run
         if run is None or run.untouched or (self._origin is not None and self._origin.over):
@@ -328,7 +328,7 @@ class Session:
             raise ConcurrentRunError(_INTERLEAVED)
 
     def _enter(self, changes: Changes) -> None:
-        """Let nobody else in until `changes` are undone; torch's state of the thread is then as it is now.
+        """Exclude other callers until `changes` are undone, which also restores the thread's current torch state.
 
         Raises:
             ConcurrentRunError: another call is under way.

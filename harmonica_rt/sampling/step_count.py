@@ -1,11 +1,12 @@
 """Which step of a scheduler's run a call belongs to.
 
-As a rule the steps of the scheduler count: `scheduler.step` ends one. Loops of one's own may step a copy of the
-scheduler, integrate by themselves, or step once for each of several views, and then that count is wrong. What the model
-is given as timestep shows it: where it is that of the step before or after the one counted, the timesteps count from
-there on. Pipelines scale and reverse what the scheduler has, in a few ways, all of which are tried on the first call;
-where none fits, the timestep is in half precision, or it is on a GPU and not the scheduler's own, it tells nothing. If
-timesteps then move on while no step ends, the steps are lost: the rest of the run is computed plainly.
+Normally the scheduler's steps are counted: `scheduler.step` ends one. Hand-written loops may step a copy of the
+scheduler, integrate by themselves, or step once for each of several views, and then that count is wrong. The timestep
+passed to the model reveals it: if it is that of the step before or after the counted one, steps are counted by
+timesteps from there on. Pipelines scale and reverse the scheduler's timesteps in a few ways, all of which are tried on
+the first call. If none fits, if the timestep is in half precision, or if it is on a GPU and not the scheduler's own, it
+says nothing. If timesteps then advance while no step ends, the count is lost, and the plain model computes the rest of
+the run.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ from harmonica_rt.sampling.scheduler import RunTimesteps
 
 log = logging.getLogger(__name__)
 
-COARSE = 1e-4  # of half precision, which rounds timesteps to those of other steps: nothing is told by it
-MAX_TIMESTEPS = 4  # different ones in one step; Runge-Kutta of fourth order evaluates at three
+COARSE = 1e-4  # eps of half precision is larger; it rounds timesteps to those of other steps, so they say nothing
+MAX_TIMESTEPS = 4  # distinct ones in one step; fourth-order Runge-Kutta evaluates at three
 
 
 class StepCount:
     """Counts the steps of one run.
 
     Args:
-        run: the run; its first step is set.
-        timesteps: of the scheduler; None where it tells none.
-        training_steps: of the scheduler, the largest timestep of most.
-        name: of the model, for messages.
-        notices: where to say what cannot be counted.
+        run: the run; its first step is already set.
+        timesteps: the scheduler's timesteps; None if it has none.
+        training_steps: the scheduler's number of training steps, the largest timestep of most schedulers.
+        name: the model's name, for messages.
+        notices: receives a notice when steps cannot be counted.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class StepCount:
         self._seen_in = run.step
 
     def admits(self, call: Call) -> bool:
-        """Bring the run to the step of `call`; False where the call is in none, and is to be computed plainly."""
+        """Bring the run to the step of `call`; False if the call is in no step and must run on the plain model."""
         if self._lost:
             return False
         timestep = _timestep(call)
@@ -81,7 +82,7 @@ class StepCount:
         """The scheduler is stepped.
 
         Raises:
-            RunError: with the timestep of another step.
+            RunError: the timestep belongs to another step.
         """
         run, timesteps = self._run, self._timesteps
         self._repeated = False
@@ -101,12 +102,12 @@ class StepCount:
             )
 
     def step_ends(self) -> None:
-        """The scheduler was stepped; the next call is in the next step, unless timesteps are what counts."""
+        """The scheduler was stepped; the next call is in the next step, unless steps are counted by timesteps."""
         if not self._by_timesteps and not self._lost and not self._repeated:
             self._run.advance()
 
     def _moved_to(self, at: int) -> bool:
-        """Whether the run is in the step `at` now, because steps were counted wrongly before."""
+        """Move the run to the adjacent step `at` if steps were miscounted; returns whether it moved."""
         run = self._run
         if at == run.step + 1 and (run.calls_in_step or self._by_timesteps):
             run.advance()
@@ -120,7 +121,7 @@ class StepCount:
         return True
 
     def _look_for_moves(self, timestep: torch.Tensor | None) -> None:
-        """Nothing is known of the step of a call; but in one step timesteps do not go on and on."""
+        """When a call's step is unknown, look for more distinct timesteps than one step can have."""
         if timestep is None or timestep.device.type != "cpu":
             return
         if self._seen_in != self._run.step:
@@ -145,34 +146,34 @@ class StepCount:
 
 @dataclass(frozen=True)
 class _Scale:
-    """`offset + factor * t` is what a model is given for a scheduler's timestep `t`."""
+    """The model receives `offset + factor * t` for a scheduler's timestep `t`."""
 
     offset: float
     factor: float
 
     def index(self, value: float, known: list[float], eps: float) -> int | None:
-        """The one timestep that `value` stands for; None for none, or several."""
+        """The index of the one timestep that `value` stands for; None if there is none, or several."""
         found = [i for i, t in enumerate(known) if self.fits(value, t, eps)]
         return found[0] if len(found) == 1 else None
 
     def fits(self, value: float, t: float, eps: float) -> bool:
-        """Whether `value` stands for `t`, up to the rounding of the larger of the two numbers that it was made of."""
+        """Whether `value` stands for `t`, up to the rounding of the larger of its two summands."""
         return abs(self.offset + self.factor * t - value) <= eps * max(abs(self.offset), abs(self.factor * t))
 
 
 class _ToldByTimestep:
-    """Tells steps by the timesteps that a model is given."""
+    """Identifies steps by the timesteps that the model receives."""
 
     def __init__(self, timesteps: RunTimesteps, training_steps: float) -> None:
         n = training_steps
         self._timesteps = timesteps
         self._known: list[float] = timesteps.known.tolist()
-        self._first = True  # the first call tells which scales are possible
-        # As in DiT; in Flux and SD3's relatives; in Mochi; in Lumina2 and Z-Image
+        self._first = True  # the first call shows which scales are possible
+        # As in DiT; in Flux and relatives of SD3; in Mochi; in Lumina2 and Z-Image.
         self._scales = [_Scale(0, 1), _Scale(0, 1 / n), _Scale(n, -1), _Scale(1, -1 / n)]
 
     def step_of(self, timestep: torch.Tensor, step: StepIndex) -> int | None:
-        """The step whose timestep this is; None where nothing can be told."""
+        """The step to which this timestep belongs; None if that cannot be determined."""
         if step >= len(self._known):
             return None
         if timestep.device.type != "cpu":
@@ -181,7 +182,7 @@ class _ToldByTimestep:
         value = _single_value(timestep)
         if value is None:
             return None
-        # Two roundings, of half a unit each: of the timestep, and of what was made of it.
+        # Two roundings of half a unit each: of the timestep, and of the value computed from it.
         eps = torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
         if eps > COARSE:
             return None
@@ -203,6 +204,6 @@ def _timestep(call: Call) -> torch.Tensor | None:
 
 
 def _single_value(timestep: torch.Tensor) -> float | None:
-    """What all elements are; None where they differ, as where frames have timesteps of their own."""
+    """The common value of all elements; None if they differ, as when each frame has its own timestep."""
     first = timestep.flatten()[0]
     return float(first) if bool((timestep == first).all()) else None

@@ -1,7 +1,7 @@
-"""Static cache schedules: which sites to compute and which to reuse at every step, their names, and the file.
+"""Static cache schedules: which sites to compute and which to reuse at each step, the site names, and the file format.
 
-The contract between training and runtime. It depends on neither, nor on torch, Triton or diffusers: only on
-numpy. matplotlib, rich and torch are imported by the functions that need each (`Schedule.plot`, `render`,
+This package is the contract between training and runtime. It depends on neither, nor on torch, Triton or diffusers,
+only on numpy. matplotlib, rich and torch are imported by the functions that need them (`Schedule.plot`, `render`,
 `Schedule.from_router` and `find_sites`).
 """
 

@@ -1,4 +1,4 @@
-"""What the fields of a schedule may hold. Each check returns the value as kept, or raises ScheduleError."""
+"""Checks of a schedule's fields. Each check returns the value in the form that is stored, or raises ScheduleError."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_name(value: object, field: str) -> str:
 
 
 def check_text(value: str, field: str) -> str:
-    """A string that UTF-8 can write, or ScheduleError naming `field`: halves of surrogate pairs can reach Python."""
+    """A string that UTF-8 can encode, or ScheduleError naming `field`; Python strings may hold lone surrogates."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -54,7 +54,7 @@ def check_sequence(value: object, field: str) -> Sequence[object]:
 
 
 def check_compute(mask: ArrayLike) -> NDArray[np.bool_]:
-    """bool `[steps, sites]`, or ScheduleError saying what is wrong with the mask."""
+    """The mask as bool `[steps, sites]`, or ScheduleError saying what is wrong with it."""
     try:
         array = np.asarray(mask)
     except (TypeError, ValueError) as error:
@@ -102,7 +102,7 @@ def check_timesteps(timesteps: object, steps: int) -> tuple[float, ...]:
 
 
 def check_scores_shape(scores: Sequence[Sequence[float] | None], shape: tuple[int, ...]) -> None:
-    """ScheduleError unless there is a row per step, each with one score per site or None."""
+    """Raise ScheduleError unless there is one row per step, each None or with one score per site."""
     if len(scores) != shape[0]:
         raise ScheduleError(f"made_by.scores: expected one row per step ({shape[0]}), got {len(scores)}")
     for step, row in enumerate(scores):

@@ -1,8 +1,8 @@
-"""What a schedule holds, checked: `bool[steps, sites]`, True = compute, False = reuse, and what it was made for.
+"""The checked content of a schedule: `bool[steps, sites]`, True = compute, False = reuse, and what it was made for.
 
-The hazard: a schedule that is nearly right - a site less, a row out of order, a first step that reads what no
-step wrote - still runs and gives a wrong image. So one is checked when it is made, by whatever way, and
-cannot change after.
+Hazard: a schedule that is nearly right (a missing site, a row out of order, a first step that reads what no step wrote)
+still runs and gives a wrong image. So every schedule is checked when it is made, in whatever way, and is immutable
+afterwards.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from harmonica_rt.untrusted.text import one_line, quoted
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ScheduleData:
-    """The entries of a schedule and its provenance, checked; `Schedule` describes them, and adds ways to make one."""
+    """The checked entries and provenance of a schedule; `Schedule` documents them, and adds ways to make one."""
 
     compute: NDArray[np.bool_]
     sites: tuple[str, ...]
@@ -82,13 +82,13 @@ class ScheduleData:
         return 1.0 - shares
 
     def cur_per_kind(self) -> dict[str, float]:
-        """CUR of each kind of site (`attn1`, `ff`, ...: the last name in its path), as they first appear."""
+        """CUR of each kind of site (`attn1`, `ff`, ...: the last name in its path), in order of first appearance."""
         kinds = [site_kind(site) for site in self.sites]
         return {kind: float(1.0 - self.compute[:, [k == kind for k in kinds]].mean()) for kind in dict.fromkeys(kinds)}
 
     @property
     def patterns(self) -> int:
-        """Number of distinct rows, the all-compute row among them."""
+        """Number of distinct rows, including the all-compute row."""
         return len(np.unique(self.compute, axis=0))
 
     def __eq__(self, other: object) -> bool:

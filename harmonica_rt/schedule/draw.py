@@ -1,7 +1,7 @@
 """Pictures of a schedule: a heat map (`plot`, matplotlib) and a drawing for the terminal (`render`, rich).
 
-Both show steps from top to bottom and sites from left to right, a panel for each kind of site, because what a
-method learns differs more between attention and MLP than between neighbouring blocks.
+Both show steps from top to bottom and sites from left to right, with one panel per kind of site, because what a method
+learns differs more between attention and MLP than between neighbouring blocks.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
-_MAX_PANELS = 8  # with more kinds than this the sites stand in one panel, in execution order
+_MAX_PANELS = 8  # with more kinds than this, all sites share one panel, in execution order
 _LABEL, _FACT = 60, 2000  # characters at most
-_WIDEST, _HIGHEST = 40.0, 100.0  # inches of a heat map; what is larger is drawn smaller
+_WIDEST, _HIGHEST = 40.0, 100.0  # inches of a heat map; a larger one is scaled down
 _COMPUTE, _REUSE, _INK, _PAPER = "#27476e", "#f6d8a8", "#2b2b2b", "white"
 
 
 @dataclass(frozen=True)
 class _Panel:
-    """Sites of one kind: their columns in the schedule, and a short label for each, all fit to be shown."""
+    """Sites of one kind: their columns in the schedule, and a short printable label for each."""
 
     title: str
     columns: tuple[int, ...]
@@ -65,7 +65,7 @@ def _panel(kind: str, columns: list[int], sites: Sequence[str]) -> _Panel:
 
 
 def _facts(schedule: ScheduleData) -> list[tuple[str, str]]:
-    """The provenance, as (name, what it says); nothing for what is not known."""
+    """The provenance as (name, value) pairs; unknown entries are left out."""
     facts = []
     if (model := schedule.model) is not None:
         mark = f" ({model.config_fingerprint})" if model.config_fingerprint else ""
@@ -84,17 +84,17 @@ def _facts(schedule: ScheduleData) -> list[tuple[str, str]]:
 
 
 def render(schedule: ScheduleData, width: int | None = None) -> Text:
-    """The schedule as text: a header, then a row for each step and a column for each site.
+    """The schedule as text: a header, then one row per step and one column per site.
 
-    Readable without colour too. Where the sites do not fit into `width`, a column stands for several, and its
-    shade for the share that is computed; the legend says so.
+    It is also readable without colour. If the sites do not fit into `width`, a column stands for several sites, and its
+    shade for the share of them that is computed; the legend says so.
 
     Args:
         schedule: what to draw.
         width: columns to use; by default the terminal's.
 
     Returns:
-        A `rich.text.Text`: print it with a `rich.console.Console`, or take `.plain`.
+        A `rich.text.Text`: print it with a `rich.console.Console`, or use `.plain`.
     """
     from rich.text import Text
 
@@ -121,7 +121,7 @@ def _append_rows(text: Text, schedule: ScheduleData, room: int) -> None:
     while group < longest and margin + sum(-(-len(panel.columns) // group) for panel in panels) > room:
         group += 1
     parts = [_shares(schedule.compute[:, panel.columns], group) for panel in panels]
-    # a panel is as wide as its title where there is room for that
+    # a panel is at least as wide as its title if there is room
     titled = [max(part.shape[1], len(panel.title)) for panel, part in zip(panels, parts, strict=True)]
     widths = titled if margin + sum(titled) <= room else [part.shape[1] for part in parts]
     titles = [panel.title[:cells].ljust(cells) for panel, cells in zip(panels, widths, strict=True)]
@@ -139,7 +139,7 @@ def _append_rows(text: Text, schedule: ScheduleData, room: int) -> None:
 
 
 def _shares(compute: NDArray[np.bool_], group: int) -> NDArray[np.float64]:
-    """Computed share of each run of `group` sites: `[steps, ceil(sites / group)]`."""
+    """Share of computed sites in each group of `group` consecutive sites: `[steps, ceil(sites / group)]`."""
     starts = np.arange(0, compute.shape[1], group)
     return np.stack([compute[:, s : s + group].mean(axis=1) for s in starts], axis=1)
 
@@ -151,7 +151,7 @@ def _glyph(share: float) -> tuple[str, str]:
 
 
 def plot(schedule: ScheduleData, path: str | os.PathLike[str] | None = None) -> Figure:
-    """The schedule as a heat map, with CUR per step at its right; see `Schedule.plot`.
+    """The schedule as a heat map, with the CUR per step on the right; see `Schedule.plot`.
 
     Uses matplotlib's object interface: no pyplot, no global state, no display.
     """
@@ -235,7 +235,7 @@ def _draw_bars(axis: Axes, schedule: ScheduleData) -> None:
 
 
 def _stride(count: int, room: int) -> int:
-    """The least of 1, 2, 5, 10, ... that leaves at most `room` of `count` ticks."""
+    """The smallest of 1, 2, 5, 10, ... that leaves at most `room` of `count` ticks."""
     return next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, count) if s >= count or count <= s * room)
 
 

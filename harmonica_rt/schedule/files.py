@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, with errors that name them."""
+"""Writes files completely or not at all, with errors that name the file."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def write_atomically(path: str | os.PathLike[str], data: str | bytes) -> None:
-    """Write beside `path`, then rename: a reader sees the old file or the new one, never half of one.
+    """Write beside `path`, then rename: a reader sees the old file or the new one, never a partial one.
 
-    A symbolic link stays one: what it points to is written. So do a device and a pipe: they are written to directly.
+    A symbolic link is kept, and its target is written. A device or a pipe is written to directly.
 
     Args:
         path: the file.
@@ -31,7 +31,7 @@ def write_atomically(path: str | os.PathLike[str], data: str | bytes) -> None:
             Path(path).write_bytes(contents)
         else:
             _replace(os.path.realpath(path), contents)
-    except OSError as error:  # a full disk is reported without any name, other failures under a temporary one
+    except OSError as error:  # a full disk is reported without a name, other failures with a temporary one
         if error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
@@ -51,10 +51,10 @@ def _replace(target: str, contents: bytes) -> None:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: float | None = None) -> None:
-    """Write a matplotlib figure in the format that the name of `path` ends in; PNG, with that ending, by default.
+    """Write a matplotlib figure in the format given by the suffix of `path`; without one, PNG with `.png` appended.
 
     Raises:
-        ValueError: matplotlib does not write this format.
+        ValueError: matplotlib cannot write this format.
         OSError: see `write_atomically`.
     """
     name = os.fspath(path)

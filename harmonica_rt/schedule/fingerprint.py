@@ -1,4 +1,4 @@
-"""A short name for a model's config, so that a schedule can tell whether it was made for this one."""
+"""A short fingerprint of a model's config, by which a schedule can tell whether it was made for this model."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from collections.abc import Mapping
 
 
 def config_fingerprint(config: Mapping[str, object]) -> str:
-    """`sha256:` and sixteen hex digits over the config's public entries, in sorted order.
+    """`sha256:` and sixteen hex digits, computed over the config's public entries in sorted order.
 
-    Entries whose name begins with an underscore (where it was loaded from, the library's version) do not
-    count.
+    Entries whose names begin with an underscore (where it was loaded from, the library's version) are ignored.
     """
     public = {key: value for key, value in config.items() if not key.startswith("_")}
     text = json.dumps(public, sort_keys=True, default=str, separators=(",", ":"))

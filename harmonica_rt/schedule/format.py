@@ -1,8 +1,8 @@
-"""The schedule file, versioned JSON that a person can read and diff; specified in `docs/schedule-format.md`.
+"""The schedule file: versioned JSON that a person can read and diff, specified in `docs/schedule-format.md`.
 
-The hazard: JSON readers are lenient - of two equal keys the last wins, NaN passes, unknown keys are dropped -
-so a merge gone wrong or a typo would load as another schedule. Here each of these is an error that names the
-field; what `untrusted.strict_json` lets pass is checked field by field.
+Hazard: JSON readers are lenient (of two equal keys the last wins, NaN passes, unknown keys are dropped), so a bad merge
+or a typo would load as a different schedule. Here each of these is an error that names the field; whatever
+`untrusted.strict_json` accepts is then checked field by field.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ READABLE_VERSIONS = (1,)
 
 _REQUIRED = ("format", "version", "steps", "sites", "compute")
 _OPTIONAL = ("model", "sampler", "timesteps", "guidance", "made_by")
-_KNOWN = "known"  # the folder with the schedules that come with the package
+_KNOWN = "known"  # the folder of the bundled schedules
 
 
 class ScheduleFileNotFoundError(ScheduleError, FileNotFoundError):
-    """There is no such schedule file, or no schedule of that name comes with the package."""
+    """There is no such schedule file, or no bundled schedule of that name."""
 
 
 def to_text(schedule: ScheduleData) -> str:
-    """The file's text: one line a site, a step, and a row of scores. Equal schedules give equal text."""
+    """The file's text: one line per site, per step, and per row of scores. Equal schedules give equal text."""
     fields = [
         f'"format": {_json(FORMAT)}',
         f'"version": {VERSION}',
@@ -80,7 +80,7 @@ def _made_by_text(made_by: MadeBy) -> str:
 
 
 def _score(value: float) -> str:
-    # fixed decimals while they are exact to read back; a huge score keeps its own digits
+    # fixed decimals as long as they read back exactly; a huge score keeps all its digits
     return f"{value:.{SCORE_DECIMALS}f}" if abs(value) < 1e9 else _json(value)
 
 
@@ -119,13 +119,13 @@ def read_bytes(path: str) -> bytes:
 
 
 def known_names() -> tuple[str, ...]:
-    """Names of the schedules that come with the package."""
+    """Names of the bundled schedules."""
     folder = resources.files("harmonica_rt.schedule") / _KNOWN
     return tuple(sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json")))
 
 
 def read_known(name: str) -> bytes:
-    """The bytes of a bundled schedule, or ScheduleFileNotFoundError with the names there are."""
+    """The bytes of a bundled schedule, or ScheduleFileNotFoundError listing the available names."""
     if name not in known_names():
         raise ScheduleFileNotFoundError(
             f"no schedule {quoted(name)} comes with the package; there are {list(known_names())}"
@@ -137,8 +137,8 @@ def read_object(data: bytes, refusal: str) -> dict[str, Any]:
     """The JSON object in `data`, read strictly.
 
     Raises:
-        ScheduleError: beginning with `refusal`: it is not the strict JSON that `untrusted.strict_json` reads, or no
-            object.
+        ScheduleError: the data is not strict JSON as read by `untrusted.strict_json`, or not an object. The message
+            begins with `refusal`.
     """
     try:
         return strict_json.parse_object(data)
@@ -150,8 +150,8 @@ def parse(data: bytes) -> ScheduleFields:
     """The fields of a schedule file, checked for everything that `Schedule` does not check itself.
 
     Raises:
-        ScheduleError: not UTF-8, not JSON, duplicate keys, NaN or Infinity, a format or version that is not
-            read, missing or unknown fields, wrong types, wrong lengths, entries other than 0 and 1.
+        ScheduleError: the data is not UTF-8 or not JSON, has duplicate keys, NaN or Infinity, an unsupported format or
+            version, missing or unknown fields, wrong types, wrong lengths, or entries other than 0 and 1.
     """
     document = read_object(data, "not a schedule file")
     _check_header(document)

@@ -1,4 +1,4 @@
-"""Schedules in a folder or a repository of the Hugging Face hub: the file, its picture, and a card.
+"""Schedules in a folder or a Hugging Face hub repository: the file, its picture, and a card.
 
 `huggingface_hub` is imported by the functions that need it.
 """
@@ -23,21 +23,21 @@ from harmonica_rt.untrusted.text import one_line
 
 FILE, PICTURE, CARD = "schedule.json", "schedule.png", "README.md"
 LIBRARY = "harmonica-rt"  # `library_name` of our cards
-_IN_CODE = str.maketrans({"`": "'", "|": r"\|"})  # what ends code, or a cell of a table, in Markdown
+_IN_CODE = str.maketrans({"`": "'", "|": r"\|"})  # what would end code or a table cell in Markdown
 
 
 def find_file(repo_or_dir: str | os.PathLike[str], filename: str, **download: Any) -> str:
-    """The path of a schedule file in a folder, or in the hub's cache after a download where it is not there yet.
+    """The path of a schedule file in a folder, or in the hub's cache, where it is downloaded if needed.
 
     Args:
         repo_or_dir: a folder, or the id of a repository, `owner/name`.
-        filename: within it.
+        filename: name of the file within it.
         download: further arguments of `huggingface_hub.hf_hub_download`: `revision`, `token`, `cache_dir`,
             `local_files_only`, ...
 
     Raises:
-        ScheduleFileNotFoundError: no such folder or repository, or no such file in it; or the hub is out of reach and
-            nothing is in the cache.
+        ScheduleFileNotFoundError: there is no such folder or repository, or no such file in it; or the hub cannot be
+            reached and the file is not in the cache.
     """
     if not isinstance(repo_or_dir, str | os.PathLike) or not os.fspath(repo_or_dir):
         raise ScheduleError(f"expected a folder or the id of a repository (owner/name), got {repo_or_dir!r}")
@@ -55,13 +55,13 @@ def find_file(repo_or_dir: str | os.PathLike[str], filename: str, **download: An
         path: str = hf_hub_download(os.fspath(repo_or_dir), filename, **download)
     except HFValidationError as error:
         raise ScheduleFileNotFoundError(f"{repo_or_dir}: no such folder, and no repository's id: {error}") from error
-    except OSError as error:  # all that the hub refuses, and all that keeps us from it
+    except OSError as error:  # anything that the hub refuses, or that keeps us from reaching it
         raise ScheduleFileNotFoundError(f"{repo_or_dir}: no {filename} to be had: {error}") from error
     return path
 
 
 def write_folder(schedule: ScheduleData, folder: str | os.PathLike[str], base_model: str | None) -> None:
-    """Write the schedule, its picture and its card; another library's card is left as it is."""
+    """Write the schedule, its picture and its card; a card of another library is left unchanged."""
     target = Path(folder)
     if target.is_file():
         raise ScheduleError(f"{target}: expected a folder, and it is a file; `save` writes single files")
@@ -82,7 +82,7 @@ def push(
     revision: str | None,
     message: str,
 ) -> str:
-    """Upload the schedule, its picture and its card in one commit; the URL of the commit."""
+    """Upload the schedule, its picture and its card in one commit; returns the URL of the commit."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
@@ -98,16 +98,16 @@ def push(
 
 
 def is_ours(card: bytes) -> bool:
-    """Whether this card is one that we wrote; one that cannot be read is not.
+    """Whether this library wrote the card; False for an unreadable one.
 
-    The header is looked at line by line and not parsed: YAML from anywhere may be huge, or end in errors of any kind.
+    The header is scanned line by line, not parsed: untrusted YAML may be huge, or raise errors of any kind.
     """
     first, *lines = card.decode("utf-8", "replace").splitlines() or [""]
     return first == "---" and f"library_name: {LIBRARY}" in takewhile(lambda line: line != "---", lines)
 
 
 def card(schedule: ScheduleData, base_model: str | None) -> str:
-    """The card in Markdown: what the schedule saves, for what it was made and how, and how to use it."""
+    """The card in Markdown: what the schedule saves, what it was made for and how, and how to use it."""
     from huggingface_hub import ModelCardData
 
     header = ModelCardData(library_name=LIBRARY, base_model=base_model, tags=["diffusion", "feature-caching"])
@@ -152,12 +152,12 @@ def card(schedule: ScheduleData, base_model: str | None) -> str:
 
 
 def _code(text: str) -> str:
-    """Code in a cell of a table, from a schedule: it cannot end the code, the cell or the line."""
+    """Text from a schedule as code in a table cell, escaped so that it cannot end the code, the cell or the line."""
     return f"`{one_line(text, 1000).translate(_IN_CODE)}`"
 
 
 def _plain(text: str) -> str:
-    """Text in a cell of a table, from a schedule: no Markdown and no HTML of its own."""
+    """Text from a schedule for a table cell, with its Markdown and HTML escaped."""
     return re.sub(r"([\\`*_{}\[\]<>#|!&])", r"\\\1", one_line(text, 1000))
 
 

@@ -1,8 +1,8 @@
-"""Schedules as other tools write them: SmoothCache's JSON and cache-dit's step masks.
+"""Schedules in the formats of other tools: SmoothCache's JSON and cache-dit's step masks.
 
 SmoothCache (arXiv 2411.10510) keeps a list of 0 and 1 for each `component`, or for each `component-block`: 1 = compute.
-A component is the last name of a module's path and a block the name before it. The list of a block goes before that of
-its component, and a module without a list computes at every step.
+A component is the last name of a module's path and a block the name before it. The list of a block takes precedence
+over that of its component, and a module without a list computes at every step.
 
 cache-dit's `steps_computation_mask` is one list of 0 and 1 for the whole model: 1 = compute the step.
 """
@@ -25,15 +25,15 @@ from harmonica_rt.untrusted.text import one_line, quoted
 def smoothcache_mask(
     lists: Mapping[str, object], sites: Sequence[str], components: Mapping[str, str]
 ) -> NDArray[np.bool_]:
-    """The mask `[steps, sites]` that SmoothCache's `lists` are for these sites.
+    """The mask `[steps, sites]` that SmoothCache's `lists` define for these sites.
 
     Args:
-        lists: what the file holds.
+        lists: the content of the file.
         sites: dotted module paths.
-        components: names of components in the file, and those of the model's modules where they differ.
+        components: maps names of components in the file to those of the model's modules, where they differ.
 
     Raises:
-        ScheduleError: something else than lists of 0 and 1 of one length, or one that decides no site.
+        ScheduleError: the values are not lists of 0 and 1 of equal length, or a list decides no site.
     """
     columns = {key: mask_column(check_sequence(value, one_line(key)), one_line(key)) for key, value in lists.items()}
     lengths = {key: len(column) for key, column in columns.items()}
@@ -52,7 +52,7 @@ def smoothcache_mask(
 
 
 def smoothcache_text(schedule: ScheduleData, components: Mapping[str, str]) -> str:
-    """The file that SmoothCache reads: a list for a component where all its blocks agree, else one for each block."""
+    """The file that SmoothCache reads: one list per component if all its blocks agree, else one per block."""
     names = {ours: theirs for theirs, ours in components.items()}
     blocks: dict[str, NDArray[np.bool_]] = {}
     kinds: dict[str, list[str]] = {}
@@ -71,10 +71,10 @@ def smoothcache_text(schedule: ScheduleData, components: Mapping[str, str]) -> s
 
 
 def step_mask_of(schedule: ScheduleData) -> list[int]:
-    """One 0 or 1 a step.
+    """One entry, 0 or 1, per step.
 
     Raises:
-        ScheduleError: a step that computes some sites and reuses others.
+        ScheduleError: a step computes some sites and reuses others.
     """
     mixed = np.flatnonzero(schedule.compute.any(axis=1) & ~schedule.compute.all(axis=1))
     if len(mixed):
@@ -87,7 +87,7 @@ def step_mask_of(schedule: ScheduleData) -> list[int]:
 
 
 def _keys(site: str, names: Mapping[str, str]) -> tuple[str, str]:
-    """What SmoothCache calls a site, the nearest name first."""
+    """SmoothCache's names for a site, the most specific first."""
     *_, block, own = ["", *site.split(".")]
     component = names.get(own, own)
     return f"{component}-{block}", component

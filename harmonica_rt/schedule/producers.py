@@ -1,4 +1,4 @@
-"""Masks by rule, `bool[steps, sites]`, True = compute; that they make a sound schedule, `Schedule` checks."""
+"""Rule-based masks, `bool[steps, sites]`, True = compute; `Schedule` checks that they make a valid schedule."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ StepMask = str | Sequence[int]
 
 
 def site_kind(site: str) -> str:
-    """The last component of a site's path that is no number: `transformer_blocks.3.attn1` -> `attn1`."""
+    """The last component of a site's path that is not a number: `transformer_blocks.3.attn1` -> `attn1`."""
     names = [part for part in site.split(".") if not part.isdigit()]
     return names[-1] if names else site
 
@@ -38,11 +38,11 @@ def every_mask(k: int, steps: int, n_sites: int) -> NDArray[np.bool_]:
 
 
 def random_mask(cur: float, steps: int, n_sites: int, seed: int) -> NDArray[np.bool_]:
-    """Reuse exactly `round(cur * steps * n_sites)` entries, drawn without the first step.
+    """Reuse exactly `round(cur * steps * n_sites)` entries, drawn from all steps but the first.
 
     Raises:
-        ScheduleError: `cur` is outside 0 ... (steps - 1) / steps, what is left when the first step computes
-            all.
+        ScheduleError: `cur` is outside 0 ... (steps - 1) / steps, the possible range when the first step computes all
+            sites.
     """
     total = check_count(steps, "steps") * n_sites
     free = total - n_sites
@@ -52,7 +52,7 @@ def random_mask(cur: float, steps: int, n_sites: int, seed: int) -> NDArray[np.b
         )
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise ScheduleError(f"seed: expected a whole number of at least 0, got {seed!r}")
-    # random() + stable argsort rather than choice(): its stream is the one numpy changes least
+    # random() + stable argsort rather than choice(): numpy is least likely to change its stream
     order = np.argsort(np.random.default_rng(seed).random(free), kind="stable")
     mask = np.ones(total, dtype=np.bool_)
     mask[n_sites + order[: min(round(cur * total), free)]] = False
@@ -60,13 +60,13 @@ def random_mask(cur: float, steps: int, n_sites: int, seed: int) -> NDArray[np.b
 
 
 def step_mask(mask: StepMask | Mapping[str, StepMask], sites: Sequence[str]) -> NDArray[np.bool_]:
-    """One mask for all sites, or one for each pattern of sites.
+    """A mask `[steps, sites]` from one step mask for all sites, or from one per site pattern.
 
-    A pattern matches a site when it matches its whole path or its kind (`fnmatch` rules; `*` crosses dots).
-    The first pattern that matches decides, so `{"attn*": "1010", "*": "1100"}` reads from top to bottom.
+    A pattern matches a site if it matches its whole path or its kind (`fnmatch` rules; `*` crosses dots). The first
+    matching pattern decides, so `{"attn*": "1010", "*": "1100"}` reads from top to bottom.
 
     Raises:
-        ScheduleError: entries other than 0 and 1, masks of unequal length, a site that no pattern matches, or
+        ScheduleError: there are entries other than 0 and 1, masks of unequal length, a site that no pattern matches, or
             a pattern that decides no site (a typo, or hidden by an earlier one).
     """
     if not isinstance(mask, Mapping):

@@ -1,8 +1,8 @@
 """What a schedule was made for and how: model, sampler, method. Immutable, hashable, and writable as JSON.
 
-The hazard: configs of models and samplers are dicts that their owners go on changing, with values that JSON
-does not know (arrays, numpy numbers) or that compare badly (NaN). So each is copied once into a `FrozenMap`
-of plain values, and what cannot be kept is refused by name.
+Hazard: configs of models and samplers are dicts that their owners may change later, with values that JSON cannot
+represent (arrays, numpy numbers) or that compare badly (NaN). So each is copied once into a `FrozenMap` of plain
+values, and a value that cannot be kept raises an error that names it.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from harmonica_rt.untrusted.strict_json import MAX_DEPTH, MAX_DIGITS
 from harmonica_rt.untrusted.text import one_line, quoted
 from harmonica_rt.wrappers import unwrapped
 
-_DEEPEST = MAX_DEPTH - 3  # lists and mappings in one another; in a file they lie in three more
+_DEEPEST = MAX_DEPTH - 3  # nesting of lists and mappings; a file adds three levels
 SCORE_DECIMALS = 4  # enough to redraw a threshold, few enough to read and diff
 
 
 class FrozenMap(Mapping[str, object]):
-    """A read-only, hashable mapping of plain JSON values: lists are tuples, mappings `FrozenMap`s.
+    """A read-only, hashable mapping of plain JSON values: lists become tuples, mappings become `FrozenMap`s.
 
     Raises:
-        ScheduleError: a key is no string, a value is none of bool, int, finite float, str, None, list, mapping, or
-            lists and mappings lie deeper in one another than a file may hold them.
+        ScheduleError: a key is not a string, a value is none of bool, int, finite float, str, None, list, mapping, or
+            lists and mappings are nested deeper than a file allows.
     """
 
     __slots__ = ("_items",)
@@ -63,7 +63,7 @@ class FrozenMap(Mapping[str, object]):
         return FrozenMap, (self._items,)
 
     def plain(self) -> dict[str, object]:
-        """The same as dicts and lists, ready for `json`."""
+        """The same content as dicts and lists, ready for `json`."""
         return {key: _thaw(value) for key, value in self._items.items()}
 
 
@@ -73,7 +73,7 @@ class ModelInfo:
 
     Attributes:
         class_name: name of the denoiser's class, e.g. `DiTTransformer2DModel`.
-        config_fingerprint: fingerprint of its config, None when not known.
+        config_fingerprint: fingerprint of its config; None if unknown.
     """
 
     class_name: str
@@ -102,13 +102,13 @@ class SamplerInfo:
 
     @classmethod
     def of(cls, scheduler: object) -> SamplerInfo:
-        """The record of a scheduler, with the public entries of its `config` if it has one (infinities in words)."""
+        """The record of a scheduler, with the public entries of its `config`, if any (infinities as strings)."""
         config = getattr(scheduler, "config", None)
         entries = config.items() if isinstance(config, Mapping) else ()
         public = {key: value for key, value in entries if not key.startswith("_")}
         for key, value in public.items():
             if isinstance(value, float) and not math.isfinite(value):
-                public[key] = str(value)  # diffusers' solvers have -inf, which JSON has not
+                public[key] = str(value)  # diffusers' solvers use -inf, which JSON lacks
         return cls(type(scheduler).__name__, public)
 
     def __post_init__(self) -> None:
@@ -122,10 +122,9 @@ class MadeBy:
 
     Attributes:
         method: e.g. `harmonica`, `learning-to-cache`, `every`.
-        hyper_parameters: what it was run with, any plain JSON values.
+        hyper_parameters: its hyper-parameters, any plain JSON values.
         threshold: tau, for methods that compute where `sigmoid(score) > tau`.
-        scores: router logits, `[steps][sites]`, kept to four decimals; None in the place of a step without a
-            router.
+        scores: router logits, `[steps][sites]`, kept to four decimals; the row is None for a step without a router.
     """
 
     method: str
@@ -144,7 +143,7 @@ class MadeBy:
 
 
 class ScheduleFields(TypedDict, total=False):
-    """The arguments of `Schedule`, as a reader of files hands them over."""
+    """The arguments of `Schedule`, as file readers return them."""
 
     compute: NDArray[np.bool_]
     sites: tuple[str, ...]

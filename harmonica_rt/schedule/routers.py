@@ -1,17 +1,17 @@
-"""Router checkpoints of the released code, read as schedules; torch is imported when a file is read.
+"""Reads router checkpoints of the released code as schedules; torch is imported when a file is read.
 
 A DiT checkpoint is `{"routers": state_dict, "opt", "args"}`; `routers["{i}.prob"]` holds `2 * depth` logits,
-even = attention, odd = MLP. The hazards, all of which give a plausible wrong mask:
+even = attention, odd = MLP. There are several hazards, each of which gives a plausible but wrong mask:
 
 - `i` is the respaced timestep, so row T - 1 runs *first*: step s reads row T - 1 - s.
 - HarmoniCa (arXiv 2410.01723) uses every row; row T - 1 is fixed at 5.0.
-- Learning-to-Cache (arXiv 2406.01733) empties its cache at every odd `i`: those rows are untrained noise, all
-  compute.
-- Its U-ViT is a bare state dict whose rows run *forwards* and number solver steps of two evaluations each:
+- Learning-to-Cache (arXiv 2406.01733) empties its cache at every odd `i`: those rows are untrained noise, and their
+  steps compute all sites.
+- Its U-ViT checkpoint is a bare state dict whose rows run *forwards* and number solver steps of two evaluations each:
   evaluation 2k, for k >= 1, uses row k; every other evaluation computes all; rows from T / 2 on are noise.
 
-A checkpoint is a pickle with tensors beside it. It is read as data, by `untrusted.torch_archive`: nothing that it names
-is imported or called, and no row can be longer than what the file holds for it.
+A checkpoint is a pickle with tensors beside it. It is read as data by `untrusted.torch_archive`: nothing that it names
+is imported or called, and no row can be longer than the data that the file holds for it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from harmonica_rt.untrusted.torch_archive import FLOATING, ArchiveError, StoredT
 
 RouterKind = Literal["auto", "harmonica", "l2c-dit", "l2c-uvit"]
 
-MAX_LOGITS = 2**20  # of a file: 1,000 steps of 500 blocks
+MAX_LOGITS = 2**20  # per file: 1,000 steps of 500 blocks
 FIXED_LOGIT = 5.0  # HarmoniCa's row for the first step
 _DIT = "DiTTransformer2DModel"
 _THRESHOLDS = {
@@ -52,7 +52,7 @@ _HYPER_PARAMETERS = (
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """fp32 `[rows, 2 * depth]` in the file's own order; `args` is empty where the file has none."""
+    """Rows as fp32 `[rows, 2 * depth]`, in the order of the file; `args` is empty if the file has none."""
 
     logits: NDArray[np.float32]
     probabilities: NDArray[np.float32]
@@ -72,17 +72,17 @@ def read_router(
 
     Args:
         path: the checkpoint.
-        sites: their names, attention and MLP of each block in turn; by default those of diffusers'
+        sites: names of the sites, attention and MLP of each block in turn; by default those of diffusers'
             `DiTTransformer2DModel`, or of the original U-ViT.
-        steps: number of steps the file must be for (T routers each).
-        threshold: tau, 0 <= tau < 1; by default that of the released commands: 0.1, for U-ViT 0.9.
-        kind: which code wrote the file; `auto` tells by its contents, or asks.
+        steps: number of steps that the file must be for (T routers each).
+        threshold: tau, 0 <= tau < 1; by default that of the released commands: 0.1, or 0.9 for U-ViT.
+        kind: which code wrote the file; `auto` infers it from the contents, or raises.
 
     Raises:
         ScheduleFileNotFoundError: there is no such file.
-        ScheduleError: the file is no router checkpoint, needs code to be run to be read, has missing or
-            ragged rows or numbers that are not finite, does not fit `sites` or `steps`, holds more than
-            `MAX_LOGITS` logits, or its kind cannot be told.
+        ScheduleError: the file is not a router checkpoint, cannot be read without running code, has missing or ragged
+            rows or non-finite numbers, does not fit `sites` or `steps`, holds more than `MAX_LOGITS` logits, or its
+            kind cannot be inferred.
     """
     if kind not in get_args(RouterKind):
         raise ScheduleError(f"kind: expected one of {', '.join(get_args(RouterKind))}, got {kind!r}")
@@ -124,7 +124,7 @@ def read_router(
 
 
 def _kind_of(checkpoint: _Checkpoint, source: str) -> Literal["harmonica", "l2c-dit", "l2c-uvit"]:
-    """Told by what only one of the trainers writes; where that speaks for none, or for two, an error."""
+    """The kind, inferred from what only one of the trainers writes; ScheduleError if that fits none, or two."""
     fixed = bool((checkpoint.logits[-1] == FIXED_LOGIT).all())
     odd_depth = checkpoint.logits.shape[1] // 2 % 2 == 1
     if checkpoint.bare and odd_depth and not fixed:
@@ -144,7 +144,7 @@ def _kind_of(checkpoint: _Checkpoint, source: str) -> Literal["harmonica", "l2c-
 
 
 def _rows_of_steps(checkpoint: _Checkpoint, kind: str, source: str) -> list[int | None]:
-    """The row that each step reads, in the order the steps run; None = compute all."""
+    """The row that each step reads, in the order in which the steps run; None = compute all."""
     total = len(checkpoint.logits)
     if kind == "harmonica":
         return [*reversed(range(total))]
@@ -181,12 +181,12 @@ def _read(source: str) -> _Checkpoint:
         ) from error
     except ArchiveError as error:
         raise ScheduleError(f"{source}: not a readable torch checkpoint: {error}") from error
-    # torch's own sigmoid, in fp32 like the released code: at the threshold one ulp decides
+    # torch's own sigmoid, in fp32 as in the released code: at the threshold, one ulp decides
     return _Checkpoint(logits.numpy(), logits.sigmoid().numpy(), args, bare)
 
 
 def _parts(content: object, source: str) -> tuple[Mapping[object, object], Mapping[str, object], bool]:
-    """The routers, the args of the training, and whether the file holds the routers alone."""
+    """The routers, the training arguments, and whether the file holds only the routers."""
     if not isinstance(content, dict):
         raise ScheduleError(f"{source}: expected a router checkpoint (a dict), got {_kind(content)}")
     bare = "routers" not in content
@@ -207,7 +207,7 @@ def _kind(value: object) -> str:
 def _logits(
     archive: TorchArchive, routers: Mapping[object, object], args: Mapping[str, object], source: str
 ) -> NDArray[np.float32]:
-    """The rows `{i}.prob`, stacked: fp32 `[rows, 2 * depth]`. Nothing is read before all shapes are known to fit."""
+    """The rows `{i}.prob`, stacked: fp32 `[rows, 2 * depth]`. No data is read before all shapes are checked."""
     tensors: dict[int, StoredTensor] = {}
     for key, value in routers.items():
         match = re.fullmatch(r"(0|[1-9]\d{0,5})\.prob", key, re.ASCII) if isinstance(key, str) else None

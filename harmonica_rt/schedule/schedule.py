@@ -1,4 +1,4 @@
-"""The schedule: ways to make, read, draw and write one. What it holds is checked in `data`."""
+"""The schedule: ways to make, read, draw and write one. Its content is checked in `data`."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ FilePath = str | os.PathLike[str]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Schedule(ScheduleData):
-    """A static cache schedule. Immutable and hashable; `==` compares everything and gives one bool.
+    """A static cache schedule. Immutable and hashable; `==` compares all fields and returns a single bool.
 
     Attributes:
         compute: bool `[steps, sites]`, True = compute, False = reuse; read-only.
         sites: dotted module paths in execution order.
         model: the model it was made for.
         sampler: the sampler it was made for.
-        timesteps: the sampler's timesteps, one per step. Provenance only; a schedule fits by its number of
-            steps.
+        timesteps: the sampler's timesteps, one per step. Provenance only: whether a schedule fits depends on its number
+            of steps.
         guidance: the guidance scale it was made for.
         made_by: the method that made it.
 
     Raises:
-        ScheduleError: naming the field, what was expected, what came, and what to do.
+        ScheduleError: a field is invalid. The message names the field, what was expected, what came, and what to do.
     """
 
     @classmethod
@@ -58,19 +58,19 @@ class Schedule(ScheduleData):
         guidance: float | None = None,
         made_by: MadeBy | None = None,
     ) -> Schedule:
-        """From a mask `[steps, sites]` of bools or of 0/1 integers, True or 1 = compute."""
+        """Make a schedule from a mask `[steps, sites]` of bools or 0/1 integers, True or 1 = compute."""
         times = None if timesteps is None else tuple(timesteps)
         return cls(check_compute(mask), check_sites(sites), model, sampler, times, guidance, made_by)
 
     @classmethod
     def all_compute(cls, *, steps: int, sites: Iterable[str]) -> Schedule:
-        """Nothing is reused: the plain model."""
+        """Make a schedule that reuses nothing: the plain model."""
         names = check_sites(sites)
         return cls(producers.every_mask(1, steps, len(names)), names, made_by=MadeBy("all-compute"))
 
     @classmethod
     def every(cls, k: int, *, steps: int, sites: Iterable[str]) -> Schedule:
-        """Computes all sites at steps 0, k, 2k, ... and reuses them in between (FORA, arXiv 2407.01425)."""
+        """Compute all sites at steps 0, k, 2k, ... and reuse them in between (FORA, arXiv 2407.01425)."""
         names = check_sites(sites)
         return cls(producers.every_mask(k, steps, len(names)), names, made_by=MadeBy("every", {"k": k}))
 
@@ -78,18 +78,17 @@ class Schedule(ScheduleData):
     def from_mask(
         cls, step_mask: producers.StepMask | Mapping[str, producers.StepMask], *, sites: Iterable[str]
     ) -> Schedule:
-        """From a mask over steps, 1 = compute: `"1101"`, `[1, 1, 0, 1]`, or one for each pattern of sites.
+        """Make a schedule from a mask over steps, 1 = compute: `"1101"`, `[1, 1, 0, 1]`, or one per site pattern.
 
-        In a mapping, `{"attn*": "1010", "*.ff": "1100"}`, a pattern matches a site's whole path or its kind,
-        and the first that matches decides. Each site needs one, and each pattern must decide at least one
-        site.
+        In a mapping such as `{"attn*": "1010", "*.ff": "1100"}`, a pattern matches a site's whole path or its kind, and
+        the first match decides. Each site needs a match, and each pattern must decide at least one site.
         """
         names = check_sites(sites)
         return cls(producers.step_mask(step_mask, names), names, made_by=MadeBy("step-mask"))
 
     @classmethod
     def random(cls, cur: float, *, steps: int, sites: Iterable[str], seed: int) -> Schedule:
-        """Reuses exactly `round(cur * steps * sites)` random entries, none of them at step 0."""
+        """Reuse exactly `round(cur * steps * sites)` random entries, none of them at step 0."""
         names = check_sites(sites)
         ratio = check_number(cur, "cur")
         mask = producers.random_mask(ratio, steps, len(names), seed)
@@ -105,10 +104,10 @@ class Schedule(ScheduleData):
         threshold: float | None = None,
         kind: routers.RouterKind = "auto",
     ) -> Schedule:
-        """From a router checkpoint of the released HarmoniCa or Learning-to-Cache code, computed over tau.
+        """Read a router checkpoint of the released HarmoniCa or Learning-to-Cache code; scores above tau compute.
 
-        `threshold` is tau; by default 0.1, and 0.9 for U-ViT, as in the released commands.
-        `routers.read_router` has the details.
+        `threshold` is tau; by default 0.1, or 0.9 for U-ViT, as in the released commands. See `routers.read_router` for
+        details.
         """
         names = None if sites is None else check_sites(sites)
         return cls(**routers.read_router(path, sites=names, steps=steps, threshold=threshold, kind=kind))
@@ -117,13 +116,13 @@ class Schedule(ScheduleData):
     def from_smoothcache(
         cls, path: FilePath, *, sites: Iterable[str], components: Mapping[str, str] | None = None
     ) -> Schedule:
-        """From a schedule file of SmoothCache (arXiv 2411.10510).
+        """Read a schedule file of SmoothCache (arXiv 2411.10510).
 
-        A site without a list computes at every step, as it does there. `components` renames: `{"attn": "attn1", "mlp":
-        "ff"}` where a file made for a model with `attn` and `mlp` is for one whose modules are `attn1` and `ff`.
+        A site without a list computes at every step, as in SmoothCache. `components` renames: `{"attn": "attn1", "mlp":
+        "ff"}` applies a file made for a model with `attn` and `mlp` to one whose modules are `attn1` and `ff`.
 
         Raises:
-            ScheduleError: not such a file, or one with lists that decide no site.
+            ScheduleError: the file is not of this format, or has lists that decide no site.
         """
         names, source = check_sites(sites), os.fspath(path)
         try:
@@ -137,12 +136,14 @@ class Schedule(ScheduleData):
 
     @classmethod
     def from_pretrained(cls, repo_or_dir: FilePath, *, filename: str = hub.FILE, **download: Any) -> Schedule:
-        """From a folder that `save_pretrained` wrote, or a repository of the Hugging Face hub, `owner/name`.
+        """Read a folder that `save_pretrained` wrote, or a repository of the Hugging Face hub, `owner/name`.
 
-        `download` goes to `huggingface_hub.hf_hub_download`: `revision`, `token`, `cache_dir`, `local_files_only`, ...
+        `download` is passed to `huggingface_hub.hf_hub_download`: `revision`, `token`, `cache_dir`,
+        `local_files_only`, ...
 
         Raises:
-            ScheduleFileNotFoundError: no such folder, repository or file; or neither the hub nor its cache has it.
+            ScheduleFileNotFoundError: there is no such folder, repository or file; or neither the hub nor its cache has
+                it.
             ScheduleError: the file is malformed.
         """
         return cls.load(hub.find_file(repo_or_dir, filename, **download))
@@ -152,7 +153,7 @@ class Schedule(ScheduleData):
         """Read a schedule file (docs/schedule-format.md).
 
         Raises:
-            ScheduleFileNotFoundError: a ScheduleError and a FileNotFoundError.
+            ScheduleFileNotFoundError: there is no such file (both a ScheduleError and a FileNotFoundError).
             ScheduleError: the file is malformed in any way; the message names the file and the field.
         """
         source = os.fspath(path)
@@ -160,7 +161,7 @@ class Schedule(ScheduleData):
 
     @classmethod
     def known(cls, name: str) -> Schedule:
-        """A schedule that comes with the package; `known_names()` lists them."""
+        """A schedule bundled with the package; `known_names()` lists them."""
         return cls._parsed(format.read_known(name), name)
 
     @classmethod
@@ -172,17 +173,17 @@ class Schedule(ScheduleData):
 
     @staticmethod
     def known_names() -> tuple[str, ...]:
-        """Names of the schedules that come with the package."""
+        """Names of the schedules bundled with the package."""
         return format.known_names()
 
     def save(self, path: FilePath) -> None:
-        """Write the schedule as JSON (docs/schedule-format.md), whole or not at all."""
+        """Write the schedule as JSON (docs/schedule-format.md), completely or not at all."""
         write_atomically(path, format.to_text(self))
 
     def save_pretrained(self, folder: FilePath, *, base_model: str | None = None) -> None:
         """Write `schedule.json`, a heat map and a card (README.md) to a folder.
 
-        A card of another library, such as a model's, is left as it is. `base_model` is the hub's id of the model.
+        A card of another library, such as a model's, is left unchanged. `base_model` is the hub's id of the model.
         """
         hub.write_folder(self, folder, base_model)
 
@@ -199,28 +200,28 @@ class Schedule(ScheduleData):
         """Upload what `save_pretrained` writes to the Hugging Face hub, in one commit.
 
         Args:
-            repo_id: `owner/name`; made if it does not exist. The model's own repository will do.
+            repo_id: `owner/name`; created if it does not exist. The model's own repository will do.
             base_model: the hub's id of the model, for the card.
-            private: of a new repository.
-            token: of the hub; by default the one that is logged in.
+            private: whether a new repository is private.
+            token: the hub token; by default that of the logged-in user.
             revision: the branch.
-            message: of the commit.
+            message: the commit message.
 
         Returns:
             The commit's URL.
 
         Raises:
-            huggingface_hub.errors.HfHubHTTPError: the hub refuses.
+            huggingface_hub.errors.HfHubHTTPError: the hub refuses the request.
         """
         return hub.push(
             self, repo_id, base_model=base_model, private=private, token=token, revision=revision, message=message
         )
 
     def save_smoothcache(self, path: FilePath, *, components: Mapping[str, str] | None = None) -> None:
-        """Write the schedule as SmoothCache's JSON; `components` as in `from_smoothcache`.
+        """Write the schedule in SmoothCache's JSON format; `components` is as in `from_smoothcache`.
 
         Raises:
-            ScheduleError: two sites of the same name in blocks of the same number are reused differently.
+            ScheduleError: two sites of the same name, in blocks of the same number, are reused differently.
         """
         write_atomically(path, interchange.smoothcache_text(self, components or {}))
 
@@ -233,7 +234,7 @@ class Schedule(ScheduleData):
         return interchange.step_mask_of(self)
 
     def plot(self, path: FilePath | None = None) -> Figure:
-        """Steps x sites as a heat map, a panel per kind of site; saved to `path` (PNG, SVG, PDF) if given."""
+        """Steps x sites as a heat map, with one panel per kind of site; saved to `path` (PNG, SVG, PDF) if given."""
         return draw.plot(self, path)
 
     def with_provenance(
@@ -245,7 +246,7 @@ class Schedule(ScheduleData):
         guidance: float | None = None,
         made_by: MadeBy | None = None,
     ) -> Schedule:
-        """The same mask and sites with the given provenance; what is None stays as it is."""
+        """A copy with the given provenance and the same mask and sites; arguments that are None change nothing."""
         return replace(
             self,
             model=self.model if model is None else model,

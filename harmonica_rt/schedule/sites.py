@@ -1,13 +1,14 @@
-"""Find the cacheable sub-layers of a model: by one rule for all diffusers transformers, or by globs for any module.
+"""Finds the cacheable sub-layers of a model, by one rule for all diffusers transformers or by globs for any module.
 
-The rule: in every `ModuleList` of alike blocks, the direct children that are attention or feed-forward layers. A block
-that runs both side by side and joins them in one projection (Flux single blocks) has that projection as its only site,
-because a site that feeds nothing but another site would be cached for nothing. A block that is its own feed-forward
-layer (it holds the projection up and the one down) has the projection down as a site. A block made of blocks (HiDream
-wraps each, Kandinsky 6 joins one for video and one for audio, T5 lists its sub-layers) has the sites of those.
+The rule: in every `ModuleList` of blocks of one class, the sites are the direct children that are attention or
+feed-forward layers. A block that runs both in parallel and joins them in one projection (Flux single blocks) has that
+projection as its only site, because caching a site that feeds only another site would be useless. A block that is its
+own feed-forward layer (it holds the up and the down projection) has the down projection as a site. A block made of
+blocks (HiDream wraps each, Kandinsky 6 joins one for video and one for audio, T5 lists its sub-layers) has the sites of
+those.
 
 Sites are named here because their names are part of the contract between training and runtime. Importing the contract
-must stay light, so torch is imported by the functions that ask for a module's class.
+must stay light, so torch is imported by the functions that check a module's class.
 """
 
 from __future__ import annotations
@@ -25,27 +26,27 @@ if TYPE_CHECKING:
 _ATTENTION_NAME = re.compile(r"^((self|cross|joint|spatial|temporal)_)?(attn|attention)(_?\w+)?$")
 _FEED_FORWARD_NAME = re.compile(r"^(ff|ffn|mlp|feed_?forward)(_?\w+)?$")
 _ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
-# T5 calls it dense-activation-dense, AlphaFold and its like a transition
+# T5 calls it dense-activation-dense; AlphaFold and similar models call it a transition
 _FEED_FORWARD_CLASS = re.compile(r"feed_?forward|mlp|ffn|dense\w*dense|transition", re.IGNORECASE)
 _NORM = re.compile(r"norm|modulation|scale_shift|ada_?ln", re.IGNORECASE)
 _UP_AND_DOWN = {
     "up_proj": "down_proj",
     "ff_in": "ff_out",
     "proj_mlp": "proj_out",
-}  # a feed-forward layer in a block itself
+}  # a feed-forward layer that is the block itself
 
 
 def find_sites(model: nn.Module, patterns: Sequence[str] | None = None) -> list[str]:
-    """The sites of `model`: dotted module paths, block by block, in the order they are registered (as a rule, run) in.
+    """The sites of `model`: dotted module paths, block by block, in registration (usually also execution) order.
 
     Args:
-        model: any module. Without `patterns` its blocks must sit in a `ModuleList`, as they do in diffusers.
+        model: any module. Without `patterns`, its blocks must be in a `ModuleList`, as they are in diffusers.
         patterns: globs over module paths that replace the rule. `*` matches within one path component, `**` matches
             any number of components: `"blocks.*.mlp"`, `"**.attn"`.
 
     Raises:
         SiteError: nothing was found, a pattern matches nothing, or one site would lie inside another.
-        ArgumentError: no module, or no list of strings.
+        ArgumentError: `model` is not a module, or `patterns` is not a list of strings.
     """
     model = _checked_model(model)
     sites = list(dict.fromkeys(_by_rule(model))) if patterns is None else _by_globs(model, patterns)
@@ -59,7 +60,7 @@ def find_sites(model: nn.Module, patterns: Sequence[str] | None = None) -> list[
 
 
 def _checked_model(model: object) -> nn.Module:
-    """The module whose paths are sites: the one inside, where it is wrapped."""
+    """The module whose paths are the sites: `model` without its wrappers."""
     from torch import nn
 
     if isinstance(model, nn.Module):
@@ -85,7 +86,7 @@ def check_sites(model: nn.Module, sites: Iterable[str]) -> None:
 
 
 def check_not_nested(sites: Sequence[str]) -> None:
-    """Raise SiteError where one site lies inside another: reusing the outer one would starve the inner one."""
+    """Raise SiteError if one site lies inside another: reusing the outer one would keep the inner one from running."""
     chosen = set(sites)
     for site in sites:
         parent = site
@@ -106,7 +107,7 @@ def _by_rule(model: nn.Module) -> Iterator[str]:
         first_places = {id(block): index for index, block in reversed(list(enumerate(blocks)))}
         for index, block in enumerate(blocks):
             if first_places[id(block)] != index:
-                continue  # one block in several places is one set of sites, which run several times
+                continue  # a block in several places has one set of sites, which run several times
             if any(_is_attention(name.rpartition(".")[2], module) for name, module in block.named_modules()):
                 yield from (f"{path}.{index}.{site}" for site in _block_sites(block))
 
@@ -149,7 +150,7 @@ def _is_feed_forward(name: str, module: nn.Module) -> bool:
 
 
 def _has_weights(module: nn.Module) -> bool:
-    """An activation (`mlp_act`) has none, and is no sub-layer."""
+    """Whether a module has weights; an activation (`mlp_act`) has none and is not a sub-layer."""
     return next(module.parameters(), None) is not None
 
 

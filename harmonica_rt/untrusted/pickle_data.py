@@ -1,9 +1,9 @@
-"""Pickles read as data: nothing that they name is imported, nothing that they call is called.
+"""Reads pickles as data: nothing that they name is imported, and nothing that they call is called.
 
-The hazard: a pickle is a program. Unpicklers that let only known functions run still allocate whatever those are asked
-for, and some of them believe sizes that the file made up. This one builds dicts, lists, tuples and plain values, and
-leaves every call of a function as a record of the call; what it makes is never larger than the file. Of the opcodes it
-knows those that `torch.save` writes, of the names those in `_NAMES`.
+Hazard: a pickle is a program. Unpicklers that let only known functions run still allocate whatever those are asked for,
+and some of them trust sizes that the file makes up. This one builds dicts, lists, tuples and plain values, and keeps
+every function call as a record of the call; what it makes is never larger than the file. It knows only the opcodes that
+`torch.save` writes, and only the names in `_NAMES`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from harmonica_rt.untrusted.text import quoted
 
-# plain containers, and what torch writes for tensors, their storages, types and places
+# plain containers, and what torch writes for tensors, their storages, dtypes and devices
 _NAMES = re.compile(
     r"collections\.OrderedDict|argparse\.Namespace|(__builtin__|builtins)\.(set|complex|bytearray)|_codecs\.encode"
     r"|torch\.(_utils\._rebuild_\w+|_tensor\._rebuild_from_type_v2|\w+Storage|storage\.\w+Storage|Size|device|[a-z0-9_]+)"
@@ -25,11 +25,11 @@ _NAMES = re.compile(
 
 
 class PickleError(ValueError):
-    """Bytes that are no pickle, or one with more in it than this reader knows."""
+    """The bytes are not a pickle, or the pickle holds something that this reader does not know."""
 
 
 class ForbiddenNameError(PickleError):
-    """A pickle asks for something that is no data. `name` is what it asks for."""
+    """A pickle asks for something that is not data; `name` is what it asks for."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"it asks for {name}")
@@ -38,14 +38,14 @@ class ForbiddenNameError(PickleError):
 
 @dataclass(frozen=True, eq=False)
 class Name:
-    """A function or class that the pickle names: `torch.FloatStorage`."""
+    """A function or class that the pickle names, e.g. `torch.FloatStorage`."""
 
     name: str
 
 
 @dataclass(eq=False)
 class Call:
-    """A call that the pickle asks for, not carried out; `state` is what it would be given afterwards."""
+    """A call that the pickle asks for, not executed; `state` is what its result would be given afterwards."""
 
     function: str
     arguments: tuple[object, ...]
@@ -54,16 +54,16 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class External:
-    """A reference to something beside the pickle: a tensor's storage."""
+    """A reference to something stored beside the pickle: a tensor's storage."""
 
     identity: object
 
 
 def read(stream: BinaryIO) -> object:
-    """The value of the pickle that begins here; the stream then stands behind it.
+    """The value of the pickle that begins here; leaves the stream positioned after it.
 
     Raises:
-        ForbiddenNameError: it names something else than containers of Python and tensors of torch.
+        ForbiddenNameError: the pickle names something other than Python containers and torch tensors.
         PickleError: it is damaged, or not of the kind that `torch.save` writes.
     """
     machine = _Machine()
@@ -77,7 +77,7 @@ def read(stream: BinaryIO) -> object:
     except PickleError:
         raise
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        # what the decoder and the steps raise where the opcodes make no sense: an empty stack, a lost mark
+        # what the decoder and the steps raise if the opcodes make no sense: an empty stack, a missing mark
         raise PickleError(f"not a pickle ({type(error).__name__})") from error
 
 
@@ -146,7 +146,7 @@ def _build(machine: _Machine, _: object) -> None:
     [state] = machine.top(1)
     if isinstance(machine.stack[-1], Call):
         machine.stack[-1].state = state
-    elif not isinstance(machine.stack[-1], dict):  # attributes of an OrderedDict: nobody needs them
+    elif not isinstance(machine.stack[-1], dict):  # attributes of an OrderedDict are not needed
         raise PickleError("attributes of a plain value")
 
 
@@ -162,7 +162,7 @@ def _set(machine: _Machine, items: list[Any]) -> None:
     if not isinstance(target, dict) or len(items) % 2:
         raise PickleError("a key of something else than a dict")
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if not isinstance(key, str | int | float | None):  # others cannot be hashed, or not in any bounded time
+        if not isinstance(key, str | int | float | None):  # others cannot be hashed, or not in bounded time
             raise PickleError(f"a dict with the key {quoted(key)}")
         target[key] = value
 

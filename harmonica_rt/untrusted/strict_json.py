@@ -1,8 +1,8 @@
-"""JSON as its grammar has it, for every format of this project.
+"""Strict JSON, for every file format of this project.
 
-The hazard: Python's reader is lenient where a file must not be. Of two equal keys the last wins, NaN passes, half of a
-surrogate pair becomes a string that nothing can write; and deep nesting or a long number ends in an error of Python's
-own. Here each of these is a `JsonError`, and whatever is returned, of bytes, can be written again.
+Hazard: Python's reader is lenient where a file must not be. Of two equal keys the last wins, NaN passes, half of a
+surrogate pair becomes a string that cannot be written; and deep nesting or a long number ends in one of Python's own
+errors. Here each of these is a `JsonError`, and whatever is parsed from bytes can be written again.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import NoReturn
 
 from harmonica_rt.untrusted.text import quoted
 
-MAX_DIGITS = 400  # of a whole number: more than any float holds; Python itself refuses to read more than 4,300
-MAX_DEPTH = 100  # of lists and objects in one another
+MAX_DIGITS = 400  # of an integer: more than any float holds; Python itself refuses to read more than 4,300
+MAX_DEPTH = 100  # nesting of lists and objects
 
 _SURROGATE = re.compile(r"\\u[dD]")
 
 
 class JsonError(ValueError):
-    """Bytes that are not strict JSON; the message says why, in words that follow "the file is ...: "."""
+    """The bytes are not strict JSON; the message says why, phrased to follow "the file is ...: "."""
 
 
 def parse(data: bytes | str) -> object:
     """The value that the JSON text `data` holds.
 
     Raises:
-        JsonError: it is not UTF-8, not JSON, or nested more than `MAX_DEPTH` deep; a key stands twice in an object; a
-            number is NaN, too large for a float, or of more than `MAX_DIGITS` digits; or a string holds half of a
+        JsonError: the text is not UTF-8, not JSON, or nested more than `MAX_DEPTH` deep; an object has a duplicate key;
+            a number is NaN, too large for a float, or has more than `MAX_DIGITS` digits; or a string holds half of a
             surrogate pair.
     """
     try:
@@ -54,7 +54,7 @@ def parse_object(data: bytes | str) -> dict[str, object]:
     """The JSON object in `data`.
 
     Raises:
-        JsonError: as `parse` says, or it holds something else than an object.
+        JsonError: as for `parse`, or the value is not an object.
     """
     value = parse(data)
     if not isinstance(value, dict):
@@ -63,7 +63,7 @@ def parse_object(data: bytes | str) -> dict[str, object]:
 
 
 def type_name(value: object) -> str:
-    """What JSON calls the type of a value, with its article."""
+    """JSON's name for the type of a value, with its article."""
     names = {
         dict: "an object",
         list: "a list",
@@ -94,7 +94,7 @@ def _int(digits: str) -> int:
 
 
 def _check_values(value: object) -> None:
-    """JsonError where lists and objects lie too deep in one another, or a number is too large for a float."""
+    """Raise JsonError if lists and objects are nested too deep, or a number is too large for a float."""
     level: list[tuple[str, object]] = [("the value", value)]
     depth = 0
     while level:

@@ -1,8 +1,8 @@
-"""Vectors from an archive that `torch.save` wrote, without torch: sizes are checked before anything is made of them.
+"""Reads vectors from an archive of `torch.save`, without torch: sizes are checked before anything is allocated.
 
-The hazard: a tensor in such a file is a shape over a storage, and the shape may be anything. A storage of one number
-with a stride of 0 is a tensor of as many numbers as the file cares to say, and the first operation on it makes them
-real. Here a vector is never longer than what the file holds for it. Archives are zip files of uncompressed entries, so
+Hazard: a tensor in such a file is a shape over a storage, and the shape may be anything. A storage of one number with a
+stride of 0 is a tensor of as many numbers as the file claims, and the first operation on it allocates them. Here a
+vector is never longer than the data that the file holds for it. Archives must be zip files of uncompressed entries, so
 that a file cannot unpack to more than its own size either.
 """
 
@@ -31,25 +31,25 @@ _DTYPES = {
     "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool", "ComplexFloat": "complex64",
     "ComplexDouble": "complex128",
 }  # fmt: skip
-# what zipfile raises on damaged archives
+# what zipfile raises for damaged archives
 _DAMAGED = (zipfile.BadZipFile, ValueError, LookupError, EOFError, OSError, RuntimeError, struct.error, OverflowError)
 _OLD_FORMAT_PICKLES = 5  # in a file of torch before 1.6: a magic number, a version, the system, the contents, the keys
 
 
 class ArchiveError(ValueError):
-    """A file that is not what `torch.save` writes, or a tensor that the file does not hold; the message says why."""
+    """The file is not one that `torch.save` writes, or does not hold the tensor; the message says why."""
 
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor as the file describes it; nothing of it is checked yet but the types.
+    """A tensor as the file describes it; only the types of its fields have been checked.
 
     Attributes:
-        dtype: torch's name of it, without `torch.`.
+        dtype: torch's name of the dtype, without `torch.`.
         shape: in elements.
         stride: in elements.
         offset: into the storage, in elements.
-        key: of the storage.
+        key: the key of the storage.
     """
 
     dtype: str
@@ -63,12 +63,12 @@ class TorchArchive:
     """An open archive.
 
     Attributes:
-        content: what was saved: plain values, and in the place of tensors what `tensor_of` takes.
+        content: what was saved: plain values and, in place of tensors, values that `tensor_of` takes.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ForbiddenNameError: it asks for more than plain values, tensors and `argparse.Namespace`.
-        ArchiveError: it is not an archive of `torch.save`, or a damaged one.
+        ForbiddenNameError: the file asks for more than plain values, tensors and `argparse.Namespace`.
+        ArchiveError: the file is not an archive of `torch.save`, or is damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -101,11 +101,11 @@ class TorchArchive:
         self._zip.close()
 
     def vector(self, tensor: StoredTensor) -> NDArray[np.float32]:
-        """The numbers of a floating-point tensor of one dimension, in fp32.
+        """The numbers of a one-dimensional floating-point tensor, in fp32.
 
         Raises:
-            ArchiveError: it is of another dtype or number of dimensions, longer than what the file holds for it, or
-                its storage is missing.
+            ArchiveError: the tensor has another dtype or number of dimensions, is longer than the data that the file
+                holds for it, or its storage is missing.
         """
         if tensor.dtype not in FLOATING or len(tensor.shape) != 1:
             raise ArchiveError(
@@ -125,7 +125,7 @@ class TorchArchive:
         taken = stored[tensor.offset : last + 1 : max(stride, 1)] if count else stored[:0]
         if tensor.dtype == "bfloat16":
             taken = (taken.astype(np.uint32) << 16).view(np.float32)
-        with np.errstate(over="ignore"):  # of fp64; the caller looks for infinities
+        with np.errstate(over="ignore"):  # fp64 may overflow; the caller checks for infinities
             return taken.astype(np.float32)
 
     def _storage(self, key: str) -> bytes:
@@ -153,14 +153,14 @@ class TorchArchive:
 
 
 def tensor_of(value: object) -> StoredTensor | str:
-    """The tensor that a value of an archive describes; or, where it describes no plain tensor, what it is in words."""
+    """The tensor that a value of an archive describes, or a phrase saying what it is if it is not a plain tensor."""
     if isinstance(value, Call) and value.function == _REBUILD_PARAMETER and value.arguments:
         value = value.arguments[0]
     if not isinstance(value, Call):
         return type(value).__name__
     if value.function != _REBUILD_TENSOR:
         return f"what {value.function} makes"
-    match value.arguments:  # a seventh says that it is a conjugate or negative view of what is stored
+    match value.arguments:  # a seventh argument marks a conjugate or negative view of what is stored
         case (External(("storage", Name(kind), str(key), *_)), int(offset), tuple(shape), tuple(stride), _, _):
             if len(shape) == len(stride) and all(type(number) is int for number in (*shape, *stride)):
                 kind = kind.removeprefix("torch.")
@@ -169,7 +169,7 @@ def tensor_of(value: object) -> StoredTensor | str:
 
 
 def _look_for_code(path: str | os.PathLike[str]) -> None:
-    """ForbiddenNameError where a file in the format of torch before 1.6, or a bare pickle, asks for more than data."""
+    """Raise ForbiddenNameError if a file in the pre-1.6 torch format, or a bare pickle, asks for more than data."""
     try:
         stream = io.BytesIO(Path(path).read_bytes())
         for _ in range(_OLD_FORMAT_PICKLES):

@@ -1,9 +1,8 @@
-"""The fused operators of harmonica-rt: one schema each, and an implementation per device.
+"""The fused operators of harmonica-rt: one schema and an implementation per device for each.
 
-`reference.py` of an op is its definition (PyTorch, fp32 arithmetic for half types, one downcast). On the CPU
-the C++ extension `_C` runs in its place when it was built; on CUDA its Triton kernel does where Triton is
-installed. Importing this package registers the ops as `torch.ops.harmonica.*`; it imports nothing heavy
-besides torch.
+An op's `reference.py` is its definition (PyTorch, fp32 arithmetic for half types, one downcast). On the CPU, the C++
+extension `_C` runs instead if it was built; on CUDA, the op's Triton kernel runs instead if Triton is installed.
+Importing this package registers the ops as `torch.ops.harmonica.*`; it imports nothing heavy besides torch.
 """
 
 from harmonica_kernels._build import BuildInfo, build_info

@@ -1,8 +1,8 @@
-"""What the build left behind, and the loading of the C++ extension.
+"""Reads the record of the build and loads the C++ extension.
 
-Hazard: an extension holds the memory layout of the torch headers that it was compiled against. Loaded beside
-another release of torch it may fail to load, or load and corrupt memory. So the build records its torch in
-`_C.build.json`, and the extension is loaded only beside the same release; else a warning says why it is not.
+Hazard: an extension assumes the memory layout of the torch headers that it was compiled against. With another release
+of torch it may fail to load, or load and corrupt memory. So the build records its torch version in `_C.build.json`, and
+the extension is loaded only with the same release; otherwise a warning says why it is not.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _SETUPTOOLS: Final = 77  # major version that the build needs, see pyproject.tom
 class BuildInfo:
     """State of the C++ extension that implements the ops on the CPU.
 
-    extension: it is loaded and serves the CPU.
+    extension: True if it is loaded and runs the CPU ops.
     reason: why it is not loaded; None if it is.
-    chosen: True if the extension is absent because the build was told so (HARMONICA_BUILD_CSRC=0).
+    chosen: True if the build was told to leave the extension out (HARMONICA_BUILD_CSRC=0).
     compiler: first line of the compiler's `--version`; None if nothing was built.
     torch_built: version of torch that the extension was compiled against; None if nothing was built.
     torch_running: version of torch in this process.
@@ -46,7 +46,7 @@ class BuildInfo:
 
 
 def build_info() -> BuildInfo:
-    """State of the C++ extension in this process; found out on import, so asking costs nothing."""
+    """State of the C++ extension in this process; determined on import, so the call is free."""
     return _INFO
 
 
@@ -56,13 +56,13 @@ def same_abi(built: str, running: str) -> bool:
 
 
 def rebuild_command(source: str | None) -> str:
-    """The command that builds harmonica-rt for this interpreter and the torch that it has, as a shell takes it.
+    """The shell command that builds harmonica-rt for this interpreter and its torch.
 
     Args:
-        source: the folder that it was built from, as the build recorded it; it may be gone.
+        source: the folder that it was built from, as the build recorded it; it may no longer exist.
     """
     command = [sys.executable, "-m", "pip", "install", "--force-reinstall", "--no-deps", "--no-cache-dir"]
-    if _setuptools() >= _SETUPTOOLS:  # or else pip fetches it, and builds in isolation
+    if _setuptools() >= _SETUPTOOLS:  # otherwise pip fetches it, and builds in isolation
         command.append("--no-build-isolation")
     tree = _FOLDER.parent.parent
     if _is_source(tree):

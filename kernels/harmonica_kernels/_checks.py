@@ -1,4 +1,4 @@
-"""What the ops of this package refuse, and the words they refuse it with."""
+"""Argument checks shared by the ops, and their error messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_dtype(op: str, x: torch.Tensor) -> None:
-    """Raise TypeError unless `x`, which all other arguments have to be like, has a dtype that the ops take."""
+    """Raise TypeError unless `x`, which all other arguments must match, has a supported dtype."""
     if x.dtype not in DTYPES:
         allowed = ", ".join(str(dtype) for dtype in DTYPES)
         raise TypeError(f"{op}: x has dtype {x.dtype}, expected one of {allowed}")
@@ -24,7 +24,7 @@ def check_same(op: str, x: torch.Tensor, name: str, tensor: torch.Tensor) -> Non
 
 
 def check_broadcasts(op: str, x: torch.Tensor, name: str, tensor: torch.Tensor | None) -> None:
-    """Raise TypeError or ValueError unless `tensor` is None, or like `x` and of a shape that broadcasts to x."""
+    """Raise TypeError or ValueError unless `tensor` is None, or matches `x` and has a shape that broadcasts to x."""
     if tensor is None:
         return
     _check_like(op, x, name, tensor)
@@ -36,7 +36,7 @@ def check_broadcasts(op: str, x: torch.Tensor, name: str, tensor: torch.Tensor |
 
 
 def check_width(op: str, x: torch.Tensor, name: str, tensor: torch.Tensor | None) -> None:
-    """Raise TypeError or ValueError unless `tensor` is None, or like `x` and of shape [D], the last size of `x`."""
+    """Raise TypeError or ValueError unless `tensor` is None, or matches `x` and has shape [D], the last size of `x`."""
     if tensor is None:
         return
     _check_like(op, x, name, tensor)
@@ -46,7 +46,7 @@ def check_width(op: str, x: torch.Tensor, name: str, tensor: torch.Tensor | None
 def check_residual_sum(
     op: str, x: torch.Tensor, caches: Sequence[torch.Tensor], gates: Sequence[torch.Tensor | None]
 ) -> None:
-    """Raise TypeError or ValueError unless x + sum_k gates[k] * caches[k] is a sum that the ops take."""
+    """Raise TypeError or ValueError unless the ops support the sum x + sum_k gates[k] * caches[k]."""
     check_dtype(op, x)
     if not caches:
         raise ValueError(f"{op}: caches is empty, expected at least one tensor like x")

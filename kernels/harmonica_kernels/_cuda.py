@@ -1,4 +1,4 @@
-"""The ops on CUDA: their Triton kernels, imported by the first call so that importing the ops stays light."""
+"""The ops on CUDA: their Triton kernels, imported at the first call so that importing the ops stays light."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from harmonica_kernels._library import LIBRARY
 
 
 def implement_with_triton(op: str) -> None:
-    """Let `op` run `<op>_triton` of its folder on CUDA; where there is no Triton, its reference goes on to."""
+    """Let `op` run `<op>_triton` of its folder on CUDA; without Triton, its reference runs there as before."""
 
     def run(*arguments: Any, **options: Any) -> Any:
         module = import_module(f"harmonica_kernels.{op}.triton")

@@ -1,8 +1,8 @@
 """What the Triton kernels share: tensors as rows, and the launch with its block sizes.
 
-One program works on one row, or on a block of its columns: where a row begins is computed once, so the same code
-serves any strides and broadcasts. Triton compiles a kernel again for each width, dtype, number of caches, and pattern
-of missing tensors and of strides that are 1 or multiples of 16; not for other numbers of rows.
+One program works on one row, or on a block of its columns. The start of a row is computed once, so the same code serves
+any strides and broadcasts. Triton compiles a kernel anew for each width, dtype, number of caches, and pattern of
+missing tensors and of strides that are 1 or multiples of 16, but not for each number of rows.
 """
 # mypy: allow-untyped-decorators, allow-untyped-defs
 
@@ -17,15 +17,15 @@ import triton
 import triton.language as tl
 
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
-MAX_BLOCK: Final = 1024  # columns of a program that may split rows. Not measured yet
-MAX_WIDTH: Final = 8192  # columns of a program that may not; no known DiT has more. Not measured yet
-# Warps by columns of a program, 1 where there are fewer: 8 columns per thread load 16 bytes in half types. With
-# 16, two of them, wide rows need no stack (but 56 bytes for 16 caches of 8192 in Triton 3.6 on sm_80). Not measured yet
+MAX_BLOCK: Final = 1024  # columns per program if it may split rows. Not measured yet
+MAX_WIDTH: Final = 8192  # columns per program if it may not; no known DiT has more. Not measured yet
+# Warps by columns per program; 1 if there are fewer. 8 columns per thread load 16 bytes in half types. With 16 (two
+# loads), wide rows need no stack (except 56 bytes for 16 caches of 8192 in Triton 3.6 on sm_80). Not measured yet
 WARPS: Final = {512: 2, 1024: 4, 2048: 8, 4096: 8, 8192: 16}
 
 
 class Rows(NamedTuple):
-    """A tensor as [batches, rows, width]: its memory, and its strides in elements, 0 where it broadcasts."""
+    """A tensor as [batches, rows, width]: its memory, and its strides in elements, which are 0 where it broadcasts."""
 
     memory: torch.Tensor
     batch: int
@@ -36,7 +36,7 @@ class Rows(NamedTuple):
 def as_rows(shape: torch.Size, tensors: Sequence[torch.Tensor | None]) -> tuple[int, list[Rows | None]]:
     """The number of rows in a batch, and the tensors, each broadcast to `shape`, as rows.
 
-    Sizes that every tensor steps through evenly are merged. Where more than two are left beside the width, as in
+    Dimensions that every tensor steps through evenly are merged. If more than two remain besides the width, as for
     views that no known model makes, all tensors are copied.
     """
     shape = shape or torch.Size([1])
@@ -58,19 +58,19 @@ def as_rows(shape: torch.Size, tensors: Sequence[torch.Tensor | None]) -> tuple[
 
 
 def in_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy where its numbers are not those in its memory.
+    """The tensor, or a copy if its values are not those in its memory.
 
-    Those are negated views and zeros without memory. The dispatcher makes them ordinary before it calls an op, but not
-    where they come in a list of optional tensors, as gates do.
+    This is the case for negated views and zero tensors without memory. The dispatcher materialises them before it calls
+    an op, but not if they come in a list of optional tensors, as gates do.
     """
     return tensor.clone() if tensor.is_neg() or tensor._is_zerotensor() else tensor
 
 
 def takes(x: torch.Tensor, whole: bool = False) -> bool:
-    """Whether the kernels take rows like those of `x`; what they do not take is left to the reference.
+    """Whether the kernels support rows like those of `x`; otherwise the reference runs.
 
-    That is fp64, what is empty, rows too wide for a program that needs them `whole`, and more programs than a grid
-    has room for.
+    Not supported are fp64, empty tensors, rows too wide for a program that needs them `whole`, and more programs than a
+    grid can hold.
     """
     width = _width(x)
     return x.dtype in DTYPES and x.numel() > 0 and not (whole and width > MAX_WIDTH) and _programs(x, whole) < 2**31
@@ -79,9 +79,9 @@ def takes(x: torch.Tensor, whole: bool = False) -> bool:
 def launch(kernel: Any, x: torch.Tensor, *arguments: Any, whole: bool = False, **constants: Any) -> None:
     """Run `kernel` for each row of `x`, or for each block of columns of each row unless it needs rows `whole`.
 
-    Contraction of products and sums to one instruction is off: each is rounded, as in the reference, so a residual
-    sum in fp32 has the same bits on every device. (In half types it would have them anyway: their products are exact
-    in fp32.) These kernels wait for memory, not for the additional instruction.
+    Contraction of products and sums into one instruction is off: each is rounded, as in the reference, so a residual
+    sum in fp32 has the same bits on every device. (In half types it would anyway: their products are exact in fp32.)
+    These kernels are memory-bound, so the additional instruction does not matter.
     """
     block = _block(x, whole)
     with torch.cuda.device_of(x):
@@ -105,6 +105,6 @@ def _programs(x: torch.Tensor, whole: bool) -> int:
 
 @triton.jit
 def load(rows, batch, row, columns, mask):
-    """Columns of one row in fp32. batch, row and columns are int64: their products with strides may pass 2^31."""
+    """Columns of one row in fp32. batch, row and columns are int64: their products with strides may exceed 2^31."""
     start = rows.memory + batch * rows.batch + row * rows.row
     return tl.load(start + columns * rows.column, mask=mask, other=0.0).to(tl.float32)

@@ -1,10 +1,10 @@
-"""What the Triton kernels need of a GPU - registers, stack, shared memory - found out without one.
+"""The GPU resources that the Triton kernels need (registers, stack, shared memory), determined without a GPU.
 
 `python -m harmonica_kernels.resources` compiles them ahead of time and prints a table.
 
-Hazard: a launch tells the compiler which addresses and strides are multiples of 16; without, another kernel is
+Hazard: a launch tells the compiler which addresses and strides are multiples of 16; without that, a different kernel is
 compiled, with other registers and narrower loads. So the ops are called here as a model would call them, and stopped
-where Triton would compile. That takes settings of Triton for a whole process, hence processes of their own.
+at the point where Triton would compile. That needs process-wide settings of Triton, hence separate processes.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.fl
 
 @dataclass(frozen=True)
 class Variant:
-    """A call of an op: `gated_residual`, `residual_reuse`, or with a norm `residual_reuse_norm_modulate`.
+    """A call of an op: `gated_residual`, `residual_reuse` or, with a norm, `residual_reuse_norm_modulate`.
 
     width: D.
-    caches: how many; 0 for `gated_residual`.
+    caches: number of caches; 0 for `gated_residual`.
     gate: "none", "batch" [B, 1, D], or "number" [B, 1, 1]. Gates [D] and [B, N, D] run the kernel of "batch".
-    norm: "" for none, "layer", "rms", or either with "+affine" for a weight, and a bias of the LayerNorm.
+    norm: "" for none, "layer", "rms", or either with "+affine" for a weight and, with LayerNorm, a bias.
     """
 
     dtype: str
@@ -68,7 +68,7 @@ class Variant:
             gated_residual_triton(x, x, gate)
 
 
-# Each number of caches in bf16, which models run in; of the rest, what differs most.
+# A range of cache counts in bf16, in which models run; for the other dtypes, the counts that differ most.
 _CACHES: Final = {"bf16": (1, 2, 4, 8, 16), "fp16": (2, 16), "fp32": (1, 4, 8)}
 VARIANTS: Final = (
     *(Variant(dtype, caches=k, norm=norm) for norm in ("", "layer") for dtype in DTYPES for k in _CACHES[dtype]),
@@ -82,7 +82,7 @@ VARIANTS: Final = (
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel needs: registers of a thread, bytes of stack of a thread, bytes of shared memory."""
+    """What a compiled kernel needs: registers and bytes of stack per thread, and bytes of shared memory."""
 
     warps: int
     registers: int
@@ -94,14 +94,14 @@ class Resources:
 def measure(
     variants: Sequence[Variant] = VARIANTS, capabilities: Sequence[int] = CAPABILITIES, processes: int = 2
 ) -> dict[tuple[Variant, int], Resources]:
-    """Compile the kernel of each variant for each compute capability (90 for 9.0); Triton keeps them on disk."""
+    """Compile the kernel of each variant for each compute capability (90 for 9.0); Triton caches them on disk."""
     work = [(variant, capability) for variant in variants for capability in capabilities]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         return dict(zip(work, pool.map(_measure, work, chunksize=4), strict=True))
 
 
 def table(measured: dict[tuple[Variant, int], Resources]) -> str:
-    """Markdown: a line for each variant, registers for each compute capability, with the stack where there is one."""
+    """A Markdown table: one line per variant, with registers per compute capability, and the stack if there is one."""
     capabilities = sorted({capability for _, capability in measured})
     heads = ["caches", "norm", "gate", "dtype", "D", "warps", *(f"sm_{capability}" for capability in capabilities)]
     lines = [heads, ["---"] * len(heads)]
@@ -131,12 +131,12 @@ def _measure(work: tuple[Variant, int]) -> Resources:
 
 
 def _launches(variant: Variant, target: GPUTarget) -> list[tuple[Any, dict[str, Any]]]:
-    """The kernels that a call launches, each with what Triton would compile it with; nothing is launched."""
+    """The kernels that a call would launch, each with Triton's compilation arguments; nothing is launched."""
     found = []
 
     def keep(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         found.append((fn.jit_function, compile))
-        return True  # go no further
+        return True  # stop here
 
     triton.knobs.runtime.jit_cache_hook = keep
     device = {"get_current_device": lambda: 0, "get_current_stream": lambda device: 0}

@@ -1,4 +1,4 @@
-"""Learning cache schedules for Diffusion Transformers, in plain PyTorch: no Triton, no runtime."""
+"""Learns cache schedules for Diffusion Transformers, in plain PyTorch: no Triton, no runtime."""
 
 from harmonica_training.checkpoint import TrainingInterrupted
 from harmonica_training.conditions import (

@@ -24,24 +24,24 @@ from harmonica_training.walk import replace_forward
 
 Forward = Callable[[], Any]
 Cache = dict[tuple[int, int], Any]
-"""What sites returned, by site and by call of the site in one forward (a tied block's sites run several times).
+"""Outputs of sites, keyed by site and by call of the site within one forward (a tied block's sites run several times).
 
-Values are never written to, so a shallow copy of the dict is a snapshot.
+Values are never overwritten, so a shallow copy of the dict is a snapshot.
 """
 
 Treatment = Callable[[tuple[int, int], Forward], Any]
-"""Gives a site's output, by site, call of the site, and the computation of the module."""
+"""Returns a site's output, given (site, call of the site) and the computation of the module."""
 
 CacheHolds = Literal["computed", "blended"]
 
 
 class CachedForward:
-    """Runs forwards of `model` under cache.
+    """Runs forwards of `model` with caching.
 
     Args:
         model: the denoiser.
         sites: its sites.
-        checkpointing: keep no activations inside the blocks that hold sites, compute them again for the gradient.
+        checkpointing: keep no activations inside the blocks that hold sites, and recompute them for the gradient.
 
     Raises:
         SiteError: `model` lacks a site.
@@ -60,7 +60,7 @@ class CachedForward:
                 raise TrainingError("checkpointing works block by block; a site that is a child of the model has none")
 
     def compute(self, forward: Forward) -> tuple[Any, Cache]:
-        """Compute every site; the output of the model, and what the sites returned."""
+        """Compute every site; returns the output of the model and the outputs of the sites."""
         cache: Cache = {}
 
         def treat(place: tuple[int, int], compute: Forward) -> Any:
@@ -76,15 +76,15 @@ class CachedForward:
     def blend(
         self, forward: Forward, scores: Tensor, computes: Sequence[bool], cache: Cache, holds: CacheHolds
     ) -> tuple[Any, Cache]:
-        """Site `i` gives `r * computed + (1 - r) * cached` with `r = scores[i]` (arXiv 2410.01723, SDT).
+        """Let site `i` return `r * computed + (1 - r) * cached` with `r = scores[i]` (arXiv 2410.01723, SDT).
 
         Args:
             forward: runs the model.
             scores: `[sites]` in 0 ... 1; gradients flow into it.
-            computes: of each site, whether its cache takes the new output.
-            cache: what the sites returned before.
+            computes: for each site, whether its cache takes the new output.
+            cache: the previous outputs of the sites.
             holds: whether a cache takes the computed output (what it will hold once the schedule is static) or the
-                blended one (as the released code does).
+                blended one (as in the released code).
 
         Returns:
             the model's output, and the cache after it, without gradients.
@@ -109,7 +109,7 @@ class CachedForward:
             return forward(), after
 
     def reuse(self, forward: Forward, computes: Sequence[bool], cache: Cache) -> tuple[Any, Cache]:
-        """Each site computes, or is skipped and gives its cache; the model's output and the cache after it."""
+        """Compute each site, or skip it and return its cache; returns the model's output and the cache after it."""
         after = dict(cache)
 
         def treat(place: tuple[int, int], compute: Forward) -> Any:
@@ -125,13 +125,13 @@ class CachedForward:
             return forward(), after
 
     def _treat(self, treat: Treatment, changes: Changes, indices: Sequence[int] | None = None) -> None:
-        """Let `treat` answer the calls of sites until `changes` are undone."""
+        """Let `treat` handle the calls of sites until `changes` are undone."""
         for index in range(len(self._modules)) if indices is None else indices:
             module, calls = self._modules[index], itertools.count()
             replace_forward(module, functools.partial(_treated, treat, index, calls, module.forward), changes)
 
     def _treat_checkpointed(self, treat: Treatment, cache: Cache, changes: Changes) -> None:
-        """Run each block under a checkpoint, which brings the treatment of its sites along when it runs again."""
+        """Run each block under a checkpoint, which applies the treatment of its sites again when it is recomputed."""
         if any(call > 0 for _, call in cache):
             raise TrainingError("blocks that run several times in a forward cannot be checkpointed")
         for block, indices in self._blocks.items():
@@ -152,7 +152,7 @@ class CachedForward:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Within this block `model` is in eval mode and none of its parameters needs a gradient."""
+    """A context in which `model` is in eval mode and none of its parameters requires a gradient."""
     changes = Changes()
     with changes, changes:
         for module in model.modules():
@@ -166,7 +166,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The prediction in what a denoiser returns: its first tensor."""
+    """The prediction in a denoiser's output: its first tensor."""
     for leaf in pytree.tree_leaves(output):
         if isinstance(leaf, Tensor):
             return leaf

@@ -1,8 +1,8 @@
 """Checkpoints of a training run that are safe to load and survive a kill at any moment.
 
-The hazard: a process may die between any two writes, and a file that is half there must never be taken for a
-checkpoint. So each is written beside its final place, brought to disk, and moved there in one step; the one before it
-is deleted only after that. A file is plain safetensors with JSON in its header: to load one runs no code.
+Hazard: a process may die between any two writes, and a partial file must never be taken for a checkpoint. So each
+checkpoint is written beside its final place, synced to disk, and moved there atomically; the previous one is deleted
+only after that. A file is plain safetensors with JSON in its header, so loading one runs no code.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """All that a run needs to go on as if it had not been interrupted.
+    """Everything that a training needs to continue as if it had not been interrupted.
 
     Attributes:
-        iteration: iterations done.
-        tensors: logits, moments of the optimiser, lambda, states of random generators: any shapes, any dtypes that
-            safetensors has, kept bit for bit. Loaded ones are on the CPU.
-        values: plain JSON, given back equal: lists and not tuples, strings as keys, finite floats.
+        iteration: number of iterations done.
+        tensors: logits, optimiser moments, lambda, states of random generators, in any shape and any dtype that
+            safetensors supports, kept bit for bit. Loaded tensors are on the CPU.
+        values: plain JSON that is loaded back equal: lists instead of tuples, strings as keys, finite floats.
     """
 
     iteration: int
@@ -54,7 +54,7 @@ class Checkpoint:
         """The tensor of this name.
 
         Raises:
-            CheckpointError: it is missing, of another shape or dtype than `like`, or not finite.
+            CheckpointError: it is missing, differs from `like` in shape or dtype, or is not finite.
         """
         found = self.tensors.get(name)
         if found is None:
@@ -69,7 +69,7 @@ class Checkpoint:
         return found
 
     def digest(self) -> int:
-        """A number of 63 bits that differs where anything in the checkpoint does."""
+        """A 63-bit number that differs if anything in the checkpoint differs."""
         content = hashlib.sha256(json.dumps([self.iteration, self.values], sort_keys=True).encode())
         for name, tensor in sorted(self.tensors.items()):
             content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
@@ -78,10 +78,10 @@ class Checkpoint:
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """A training was interrupted (Ctrl-C); what it had learned until then is kept.
+    """A training was interrupted (Ctrl-C); what it had learned so far is kept.
 
     Attributes:
-        iteration: iterations done, those of earlier processes among them.
+        iteration: number of iterations done, including those of earlier processes.
         checkpoint: the state after the last finished iteration, for `save_checkpoint`; None if this process finished
             none.
         path: the file that the checkpoint was written to; None without a directory, and in all processes but the first.
@@ -99,9 +99,9 @@ def save_checkpoint(directory: str | os.PathLike[str], checkpoint: Checkpoint, *
     """Write `iteration-000120.safetensors` into `directory`, then delete all but the newest `keep` checkpoints.
 
     Args:
-        directory: of one run and no other; made if it is not there.
+        directory: a directory for this training only; created if it does not exist.
         checkpoint: what to save.
-        keep: how many checkpoints to leave there, this one among them; at least 1.
+        keep: how many checkpoints to keep there, including this one; at least 1.
 
     Returns:
         the file.
@@ -109,8 +109,8 @@ def save_checkpoint(directory: str | os.PathLike[str], checkpoint: Checkpoint, *
     Raises:
         ValueError: `keep` or the iteration is too small.
         CheckpointError: `values` is not plain JSON, or the directory holds a checkpoint of a later iteration, which
-            would be taken for this run's newest.
-        OSError: the file cannot be written; the checkpoints before it are untouched.
+            would be mistaken for the newest of this training.
+        OSError: the file cannot be written; earlier checkpoints are untouched.
     """
     if keep < 1 or checkpoint.iteration < 0:
         raise ValueError(f"keep must be 1 or more and the iteration 0 or more, got {keep} and {checkpoint.iteration}")
@@ -148,17 +148,17 @@ def save_checkpoint(directory: str | os.PathLike[str], checkpoint: Checkpoint, *
 
 
 def file_name(iteration: int) -> str:
-    """The name of the file of an iteration's checkpoint."""
+    """The file name of an iteration's checkpoint."""
     return f"iteration-{iteration:06d}.safetensors"
 
 
 def latest_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint | None:
-    """The checkpoint of the highest iteration in `directory` that can be read; None if there is none at all.
+    """The readable checkpoint of the highest iteration in `directory`; None if there are no checkpoints.
 
-    A broken one (kills leave none behind, faulty disks may) is passed over with a warning in the log.
+    A broken one (a kill leaves none behind, a faulty disk may) is skipped with a warning in the log.
 
     Raises:
-        CheckpointError: there are checkpoints, and not one can be read.
+        CheckpointError: there are checkpoints, but none can be read.
     """
     failure: CheckpointError | None = None
     for iteration, path in sorted(_saved(Path(directory)).items(), reverse=True):
@@ -180,8 +180,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read what `save_checkpoint` wrote.
 
     Raises:
-        CheckpointError: no such file, no safetensors, cut short, no checkpoint of this package, or of another version
-            of its format.
+        CheckpointError: the file does not exist, is not safetensors, is truncated, is not a checkpoint of this package,
+            or has another version of its format.
     """
     try:
         tensors, metadata = safetensors_file.read(path)
@@ -214,7 +214,7 @@ def _encode(checkpoint: Checkpoint) -> bytes:
         raise CheckpointError(
             "the values of a checkpoint must come back from JSON as they are: use lists for tuples, and strings as keys"
         )
-    # Copied: safetensors takes no views, and no two tensors that share memory.
+    # Copies, because safetensors accepts neither views nor tensors that share memory.
     tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in checkpoint.tensors.items()}
     data: bytes = safetensors.torch.save(tensors, {_VERSION_KEY: FORMAT_VERSION, _RECORD_KEY: text})
     return data
@@ -238,7 +238,7 @@ def _saved(directory: Path) -> dict[int, Path]:
 
 
 def _sync_directory(directory: Path) -> None:
-    """Bring the move itself to disk, so that the deletions after it cannot get there first."""
+    """Sync the move itself to disk, so that later deletions cannot reach the disk first."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

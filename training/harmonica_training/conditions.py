@@ -1,4 +1,4 @@
-"""What to generate while training: class labels, prompts, or embeddings; no images."""
+"""What to generate during training: class labels, prompts, or embeddings; no images."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ class Conditions(Protocol):
     """What to generate: arguments of the pipeline's call for chosen entries."""
 
     def __len__(self) -> int:
-        """How many entries there are to choose from."""
+        """The number of entries to choose from."""
 
     def arguments(self, chosen: Sequence[int]) -> dict[str, Any]:
         """Keyword arguments of the pipeline's call for a batch of the `chosen` entries, in their order."""
 
     def describe(self) -> dict[str, object]:
-        """Plain JSON for a provenance record: kind, count, and a SHA-256 of the content."""
+        """A provenance record in plain JSON: kind, count, and a SHA-256 of the content."""
 
 
 def draw(conditions: Conditions, seed: int, iteration: int, samples: Sequence[int]) -> list[int]:
     """The entry for each sample of an iteration, drawn uniformly and with replacement.
 
-    An entry depends on (seed, iteration, sample) only: however the samples of an iteration are split over processes,
-    they get the same entries, in every run.
+    An entry depends only on (seed, iteration, sample): however the samples of an iteration are split over processes,
+    they get the same entries, in every training.
 
     Args:
         conditions: what to draw from.
-        seed: of the training run.
+        seed: the seed of the training.
         iteration: number of the iteration.
-        samples: global numbers of the samples in the iteration's batch.
+        samples: global indices of the samples in the iteration's batch.
     """
     keys = (f"condition {seed} {iteration} {sample}".encode() for sample in samples)
     return [int.from_bytes(hashlib.sha256(key).digest()[:8], "big") % len(conditions) for key in keys]
@@ -55,10 +55,10 @@ class ClassLabels:
     """Class labels, as `DiTPipeline` takes them.
 
     Args:
-        labels: the classes to draw from; one that is given twice is drawn twice as often.
+        labels: the classes to draw from; a class given twice is drawn twice as often.
 
     Raises:
-        TrainingError: there is none, or one is negative.
+        TrainingError: there are no labels, or one is negative.
     """
 
     def __init__(self, labels: Sequence[int]) -> None:
@@ -80,12 +80,12 @@ class ClassLabels:
 
 
 def class_labels(pipeline: Any) -> ClassLabels:
-    """Every class that a pipeline knows: those it has names for, else all that its transformer has an embedding for.
+    """All classes of a pipeline: those it has names for, else all that its transformer has an embedding for.
 
-    The class that stands for none in guidance comes after those of `num_embeds_ada_norm`, and is left out.
+    The null class of guidance comes after those of `num_embeds_ada_norm`, and is left out.
 
     Raises:
-        TrainingError: the pipeline does not take class labels, or does not say which it knows.
+        TrainingError: the pipeline does not take class labels, or does not say which ones it knows.
     """
     name = type(pipeline).__name__
     if "class_labels" not in call_parameters(type(pipeline)):
@@ -100,14 +100,14 @@ def class_labels(pipeline: Any) -> ClassLabels:
 
 
 class Embeddings:
-    """Embeddings under the names that the pipeline's call has for them.
+    """Embeddings, named like the arguments of the pipeline's call.
 
     Args:
         tensors: `[N, ...]` each, on the device of the pipeline: prompt_embeds, prompt_attention_mask, ...
-        absent: arguments of the call to give as None, because their default is words.
+        absent: arguments of the call to pass as None, because their default is text.
 
     Raises:
-        TrainingError: there are none, or their N differ.
+        TrainingError: there are no tensors, or their N differ.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], absent: Sequence[str] = ()) -> None:
@@ -130,7 +130,7 @@ class Embeddings:
         return {**picked, **dict.fromkeys(self.absent)}
 
     def describe(self) -> dict[str, object]:
-        """Kind, count, the shape of one entry by name, and SHA-256 of names, types, shapes and values."""
+        """Kind, count, shape of one entry by name, and SHA-256 of names, dtypes, shapes and values."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
@@ -153,8 +153,8 @@ class Embeddings:
         """Read what `save` wrote, or any safetensors file of embeddings named as the pipeline's call names them.
 
         Raises:
-            TrainingError: the file is missing, is not a safetensors file, is of another version, or holds no embeddings
-                [N, ...] of one N with finite numbers.
+            TrainingError: the file is missing, is not a safetensors file, has another version, or its embeddings are
+                not [N, ...] with one common N and finite numbers.
         """
         source = os.fspath(path)
         try:
@@ -174,7 +174,7 @@ class Embeddings:
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[str]:
-    """Prompts of a UTF-8 text file, one a line, without blank lines and surrounding space.
+    """Prompts of a UTF-8 text file, one per line, without blank lines and surrounding space.
 
     Raises:
         TrainingError: the file cannot be read, is not UTF-8, or holds no prompt.
@@ -204,21 +204,22 @@ def encode_prompts(
 ) -> Embeddings:
     """Encode prompts with the pipeline's own `encode_prompt`, as its call would.
 
-    The pipeline called with what comes out gives the images that it gives when called with the words (and with
-    `negative_prompt`, and `clean_caption=False` where it has that): bit for bit where the prompts were encoded in the
-    same batch, else up to what a text encoder rounds otherwise in another batch.
+    Called with the result, the pipeline gives the same images as when called with the prompts (and with
+    `negative_prompt`, and with `clean_caption=False` if it has that): bit for bit if the prompts were encoded in the
+    same batch, else up to the different rounding of the text encoder in another batch.
 
     Args:
         pipeline: a diffusers pipeline with its text encoders.
-        prompts: one or more.
-        guidance: encode `negative_prompt` too; the runs must then use guidance, and without it must not.
+        prompts: one or more prompts.
+        guidance: also encode `negative_prompt`; runs must use guidance if this is set, and must not otherwise.
         negative_prompt: what to guide away from.
         batch: how many prompts to encode at once.
-        arguments: those of the pipeline's call; what `encode_prompt` takes of them is used: max_sequence_length, ...
+        arguments: arguments of the pipeline's call; those that `encode_prompt` takes are used: max_sequence_length, ...
 
     Raises:
-        TrainingError: the pipeline's `encode_prompt` cannot be used without knowing the pipeline; encode the prompts
-            by hand then and give `Embeddings`. Or prompts of different batches have embeddings of different lengths.
+        TrainingError: the pipeline's `encode_prompt` cannot be used without knowledge of the pipeline (then encode the
+            prompts by hand and pass `Embeddings`), or prompts of different batches have embeddings of different
+            lengths.
     """
     if not prompts or isinstance(prompts, str) or batch < 1:
         raise TrainingError(f"expected a list of prompts and a batch of 1 or more; got {prompts!r} and {batch}")

@@ -1,4 +1,4 @@
-"""How a schedule is trained."""
+"""The configuration of a training."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ class TrainConfig:
         steps: `num_inference_steps` of the pipeline's call; the schedule has as many steps as the run (its NFE).
         target_speedup: theoretical speed-up to reach, FLOPs of the uncached model / FLOPs left.
         target_cur: cache utilisation ratio to reach, 0 ... 1.
-        beta: weight of the cost of computing, kept as it is.
+        beta: fixed weight of the cost of computing.
         guidance: `guidance_scale` of the call; None leaves the pipeline's own default.
         arguments: further arguments of the call (height, width, ...).
-        patterns: globs that choose the sites, in the place of the rule.
-        image_error: lambda of IEPO, renewed every `renew_every` iterations; None weighs all steps alike (SDT alone).
-        renew_every: C. An iteration walks all steps, so the paper's C = 500 at 20 steps is 25.
-        iterations: runs to walk. The paper's 20,000 optimiser steps at 20 steps are 1,000.
-        batch: samples of an iteration, over all processes.
-        learning_rate: of AdamW, weight decay 0.
-        decay: share of the iterations, the last ones, over which the learning rate falls to a tenth.
-        tau: compute where r > tau.
-        initial: mean of the logits to start from.
-        spread: their standard deviation.
-        coherence: how much the sites of a step move as one, 0 (paper) ... 1: the share of each logit's gradient, and of
-            the spread it starts with, that is the mean of its step.
-        cache_holds: what a site's cache takes where it computes: the computed output (as a static schedule will) or
-            the blended one (as the released code does).
-        gates: soft blends sites by r, as the paper does; hard computes where r > tau and reuses elsewhere, as the
-            schedule will, and hands the gradient on to r (straight-through, an option of the released code).
-        exchanges: with hard gates and a target, how many pairs of steps of the best schedule so far change places an
-            iteration, to see whether its images get better.
-        validation_batches: with hard gates and a target, how many batches the images of a schedule are measured on.
-        precision: of forwards, by autocast; fp32 leaves the pipeline's dtype as it is.
-        checkpointing: recompute the blocks' activations for the gradient, in the place of keeping them.
+        patterns: globs that choose the sites, in place of the rule.
+        image_error: lambda of IEPO, renewed every `renew_every` iterations; None weights all steps equally (SDT alone).
+        renew_every: C. An iteration walks all steps, so the paper's C = 500 at 20 steps corresponds to 25.
+        iterations: number of runs to walk. The paper's 20,000 optimiser steps at 20 steps correspond to 1,000.
+        batch: samples per iteration, over all processes.
+        learning_rate: learning rate of AdamW, with weight decay 0.
+        decay: share of the iterations, at the end, over which the learning rate falls to a tenth.
+        tau: threshold; a site computes if r > tau.
+        initial: mean of the initial logits.
+        spread: standard deviation of the initial logits.
+        coherence: how much the sites of a step move together, 0 (paper) ... 1: the share of each logit's gradient, and
+            of its initial spread, that is common to its step.
+        cache_holds: what a site's cache takes when it computes: the computed output (as with a static schedule) or the
+            blended one (as in the released code).
+        gates: soft blends sites by r, as in the paper; hard computes if r > tau and otherwise reuses, as the schedule
+            will, and passes the gradient on to r (straight-through, an option of the released code).
+        exchanges: with hard gates and a target, how many pairs of steps of the best schedule so far are swapped per
+            iteration, to see whether its images improve.
+        validation_batches: with hard gates and a target, on how many batches the images of a schedule are measured.
+        precision: precision of forwards, by autocast; fp32 keeps the pipeline's dtype.
+        checkpointing: recompute the blocks' activations for the gradient instead of keeping them.
         checkpoint_every: iterations between checkpoints.
-        seed: of conditions and noise.
+        seed: seed of conditions and noise.
 
     Raises:
         TrainingError: a value is out of its range.
@@ -128,6 +128,6 @@ class TrainConfig:
                 raise TrainingError(f"{name}: expected one of {values}, got {getattr(self, name)!r}")
 
     def plain(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The configuration as JSON values."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return {**values, "arguments": dict(self.arguments), "patterns": self.patterns and list(self.patterns)}

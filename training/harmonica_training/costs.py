@@ -1,10 +1,10 @@
-"""What each site of a model costs, and the theoretical speed-up of a mask, from the data flow of one forward.
+"""The cost of each site of a model and the theoretical speed-up of a mask, from the data flow of one forward.
 
-The hazard: reusing a site saves more than what its module does inside. What fed only reused sites goes too: in Flux
+Hazard: reusing a site saves more than the work inside its module. Work that fed only reused sites is saved too: in Flux
 single blocks the attention and MLP before `proj_out`, in SD3 a context feed-forward once every attention after it is
-reused. What else is needed stays, such as the modulation that gates a reused output. So costs of sites do not add up,
-and no sum over modules gives them. Instead one forward is recorded, operator by operator with what fed what, and a
-pattern costs what its outputs still need.
+reused. Work that is needed elsewhere remains, such as the modulation that gates a reused output. So site costs are not
+additive, and no sum over modules gives them. Instead one forward is recorded operator by operator with its data flow,
+and the cost of a pattern is the work that its outputs still need.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from harmonica_rt.schedule.sites import check_sites
 
 
 class SiteCosts:
-    """Costs of one forward. A multiply-add counts as two FLOPs, element-wise operators as none.
+    """Costs of one forward. A multiply-add counts as two FLOPs, element-wise operators as zero.
 
     Attributes:
         sites: site paths, in the order of a mask's columns.
         total: FLOPs that the outputs of one uncached forward need.
-        alone: `[sites]`, share of `total` that goes when only this site is reused, in [0, 1].
+        alone: `[sites]`, share of `total` that is saved when only this site is reused, in [0, 1].
     """
 
     def __init__(self, sites: Sequence[str], recording: _Recording) -> None:
@@ -51,12 +51,12 @@ class SiteCosts:
     def left(self, row: ArrayLike) -> int:
         """FLOPs of a forward that computes the sites where `row`, `bool[sites]`, is True.
 
-        Of a forward by itself: a site that computes although it feeds only reused sites costs nothing here, whereas
-        `speedup` counts it where a later step reads what it gave.
+        The forward is taken by itself: a computed site that feeds only reused sites costs nothing here, whereas
+        `speedup` counts it if a later step reads its output.
 
         Raises:
             TypeError: `row` is not boolean.
-            ScheduleMismatchError: `row` has another number of sites.
+            ScheduleMismatchError: `row` has a different number of sites.
         """
         return self._forward(self._checked(row, 1), frozenset())[0]
 
@@ -72,7 +72,7 @@ class SiteCosts:
         if not len(compute) or not compute[0].all():
             raise ScheduleError("the first step has nothing to reuse: a mask needs a first row that is all True")
         left = 0
-        # Backwards, because what a step has to give depends on what the steps after it read.
+        # Backwards, because the outputs that a step must provide depend on what later steps read.
         wanted: frozenset[int] = frozenset()
         for row in compute[::-1]:
             computed = frozenset(cut for cut in wanted if row[self._site_of[cut]])
@@ -82,10 +82,10 @@ class SiteCosts:
         return self.total * len(compute) / left if left else 1.0
 
     def _forward(self, row: NDArray[np.bool_], stored: frozenset[int]) -> tuple[int, frozenset[int]]:
-        """FLOPs of a forward that must give its outputs and the cuts `stored`, and the cuts that it reads."""
+        """FLOPs of a forward that must produce its outputs and the cuts `stored`, and the cuts that it reads."""
         key = row.tobytes(), stored
         if key not in self._known:
-            reached = {len(self._site_of), *stored}  # the last region is that of the outputs
+            reached = {len(self._site_of), *stored}  # the last region belongs to the outputs
             pending, reads = list(reached), set()
             while pending:
                 for cut in self._regions[pending.pop()].reads:
@@ -140,7 +140,7 @@ def count_costs(model: nn.Module, sites: Sequence[str], call: Callable[[], objec
 
 @dataclass
 class _Recording:
-    """One forward as a graph; nodes are numbered in the order they ran.
+    """One forward as a graph; nodes are numbered in execution order.
 
     Attributes:
         inputs: the nodes that each node depends on.
@@ -157,14 +157,14 @@ class _Recording:
 
 @dataclass(frozen=True)
 class _Region:
-    """What one output needs up to the nearest cuts: nodes that do FLOPs, and those cuts by number."""
+    """What one output needs, back to the nearest cuts: the nodes that have FLOPs, and the numbers of those cuts."""
 
     work: frozenset[int]
     reads: frozenset[int]
 
 
 def _regions(recording: _Recording) -> list[_Region]:
-    """The region of each cut, and last that of the forward's outputs."""
+    """The region of each cut, followed by that of the forward's outputs."""
     number = {node: cut for cut, node in enumerate(recording.cuts)}
     return [
         _region(recording, number, starts)
@@ -189,8 +189,8 @@ def _region(recording: _Recording, number: dict[int, int], starts: Iterable[int]
 class _Recorder(TorchDispatchMode):
     """Records every operator.
 
-    A value is known by its storage, so views cost nothing and a write through one view shows in all. Holding storages
-    weakly frees their memory as usual, but keeps their addresses from being given to others.
+    A value is identified by its storage, so views cost nothing and a write through one view is seen in all of them.
+    Weak references to storages let their memory be freed as usual, but keep their addresses from being reused.
     """
 
     def __init__(self, recording: _Recording) -> None:
@@ -199,7 +199,7 @@ class _Recorder(TorchDispatchMode):
         self._producer: dict[StorageWeakRef, int] = {}
 
     def producers(self, values: object) -> frozenset[int]:
-        """The nodes that the tensors in a pytree come from; weights and inputs come from none."""
+        """The nodes that produced the tensors in a pytree; weights and inputs have none."""
         found = (self._producer.get(_storage(tensor)) for tensor in _tensors(values))
         return frozenset(node for node in found if node is not None)
 
@@ -207,7 +207,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         formula = _FORMULAS.get(func._overloadpacket)
         if formula is None:
-            with self:  # inference mode hands composite operators on undivided
+            with self:  # inference mode passes composite operators on undecomposed
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -240,9 +240,9 @@ def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator
 
 @contextmanager
 def _marked(model: nn.Module, sites: Sequence[str], recorder: _Recorder) -> Iterator[None]:
-    """Within this block the outputs of sites are copies that the recording knows as cuts.
+    """A context in which the outputs of sites are copies that the recording registers as cuts.
 
-    Copies, because an output may be a view of something that is used elsewhere too.
+    They are copied because an output may be a view of a tensor that is also used elsewhere.
     """
 
     def mark(site: int, output: object) -> object:
@@ -266,7 +266,7 @@ def _marked(model: nn.Module, sites: Sequence[str], recorder: _Recorder) -> Iter
 
 @contextmanager
 def _attention_in_the_open() -> Iterator[None]:
-    """Within this block nn.MultiheadAttention does not run as one fused operator, which has no FLOP formula."""
+    """A context in which nn.MultiheadAttention does not run as one fused operator, which has no FLOP formula."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -1,4 +1,4 @@
-"""One process, or many that train the same router on their share of each batch."""
+"""One process, or several that train the same router, each on its share of each batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harmonica_training.errors import TrainingError
 
 
 def join() -> None:
-    """Join the process group that `torchrun` set up, if it did and nobody joined yet."""
+    """Join the process group that `torchrun` set up, if there is one and this process has not joined it yet."""
     if dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
@@ -25,17 +25,17 @@ def leave() -> None:
 
 
 def rank() -> int:
-    """Number of this process."""
+    """The rank of this process."""
     return dist.get_rank() if _joined() else 0
 
 
 def world() -> int:
-    """Number of processes."""
+    """The number of processes."""
     return dist.get_world_size() if _joined() else 1
 
 
 def share(batch: int) -> range:
-    """The samples of a batch that this process takes.
+    """The indices of the samples of a batch that this process takes.
 
     Raises:
         TrainingError: the batch cannot be shared equally.
@@ -56,7 +56,7 @@ def mean(tensor: Tensor) -> Tensor:
 
 
 def gather(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
-    """The numbers of every process, in the order of their ranks; each gives as many, of 64 bits, on its device."""
+    """The numbers of every process, in rank order; each passes equally many 64-bit integers, and its own device."""
     own = torch.tensor(numbers, dtype=torch.int64, device=device)
     if world() == 1:
         return [own.tolist()]
@@ -66,7 +66,7 @@ def gather(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Wait until all processes have arrived here."""
     if world() > 1:
         dist.barrier()
 

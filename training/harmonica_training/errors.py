@@ -1,4 +1,4 @@
-"""What training raises on purpose."""
+"""The errors that training raises deliberately."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from harmonica_rt.errors import HarmonicaError
 
 
 class TrainingError(HarmonicaError):
-    """Training cannot start or go on: a pipeline, a configuration or a file does not fit."""
+    """Training cannot start or continue: a pipeline, a configuration or a file does not fit."""
 
 
 class DivergenceError(TrainingError):
@@ -14,4 +14,4 @@ class DivergenceError(TrainingError):
 
 
 class CheckpointError(TrainingError):
-    """A checkpoint is missing, broken, or of another format version."""
+    """A checkpoint is missing, broken, or has another format version."""

@@ -1,4 +1,4 @@
-"""HarmoniCa (arXiv 2410.01723) as an objective: SDT, each step's error weighed by IEPO's lambda."""
+"""HarmoniCa (arXiv 2410.01723) as an objective: SDT with each step's error weighted by IEPO's lambda."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from harmonica_training.setting import Setting
 
 
 class Objective(Protocol):
-    """A way to find out what reusing each site at each step costs.
+    """A way to measure what reusing each site at each step costs.
 
     Attributes:
-        method: its name in the schedules it makes.
+        method: the method's name in the schedules it makes.
         free: bool `[steps]`, the steps that may reuse.
         weights: `[steps]`, lambda.
-        renewed: whether the last call of `walk` found a new lambda.
+        renewed: whether the last call of `walk` computed a new lambda.
     """
 
     method: str
@@ -32,11 +32,11 @@ class Objective(Protocol):
     renewed: bool
 
     def walk(self, iteration: int, scores: Tensor, computes: NDArray[np.bool_], scale: float) -> Walked:
-        """Errors and their gradients by the scores, on this process's share of the iteration's batch."""
+        """Errors and their gradients w.r.t. the scores, on this process's share of the iteration's batch."""
 
 
 class HarmoniCa:
-    """SDT with lambda renewed every C iterations; with lambda = 1 where the config names no image error."""
+    """SDT with lambda renewed every C iterations, or with lambda = 1 if the config names no image error."""
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
@@ -82,15 +82,15 @@ class HarmoniCa:
         if self._config.image_error != "sensitivity":
             self.weights = _mean_one(weights)
             return
-        seen = mse > 0  # a step that computes everything has no error of either kind, and keeps what it had
+        seen = mse > 0  # a step that computes everything has no error of either kind, and keeps its lambda
         found = torch.where(seen, weights / mse.clamp(min=torch.finfo(mse.dtype).tiny), 0.0)
         if first and bool(seen.any()):
             self.weights = torch.where(seen, found, found.sum() / seen.sum())
-        else:  # it belongs to the sampler, and changes little: average out the noise
+        else:  # lambda is a property of the sampler and changes little: average out the noise
             self.weights = torch.where(seen, (self.weights + found) / 2, self.weights)
 
 
 def _mean_one(weights: Tensor) -> Tensor:
-    """Scaled to a mean of 1 over all steps but the first, so that beta does not depend on the size of images."""
+    """Weights scaled to a mean of 1 over all steps but the first, so that beta does not depend on the image size."""
     mean = weights[1:].mean()
     return torch.ones_like(weights) if mean == 0 else weights / mean

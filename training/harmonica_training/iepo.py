@@ -5,11 +5,11 @@ The weight lambda of a step is the squared error that caching at this step makes
 - leave-one-out (paper): all steps cached, against the same with caching disabled at this step only;
 - progressive (released code): steps 0 ... t cached, against steps 0 ... t-1 cached, the others uncached;
 - sensitivity (ours): leave-one-out, divided by the error of the prediction at this step. The loss multiplies lambda by
-  that error, so that the other two count it twice: a last step, say, whose prediction is far off at no cost for the
-  image, keeps on being computed. With this one the loss is an estimate of the image's error.
+  that error, so the other two count it twice: a last step, say, whose prediction is far off at no cost to the image,
+  would always be computed. With sensitivity the loss is an estimate of the image error.
 
-Either compares runs that are equal up to some step with one run that caches everywhere. So that run is made once, and
-at each step another branches off from the state it is in: half of the denoiser calls, the same numbers.
+Each method compares runs that share their first steps with one run that caches everywhere. So that run is made once,
+and at each step another branches off from its state. This takes half the denoiser calls and gives the same numbers.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ Recorded = dict[tuple[int, StreamKey], Any]
 
 
 class ImageErrors:
-    """Final latents of runs that cache at some steps and not at others.
+    """Errors in the final latents of runs that cache at some steps and not at others.
 
     Args:
         walker: walks the pipeline.
-        cached: its denoiser under cache.
+        cached: runs its denoiser with caching.
         scores: r, `[steps, sites]`.
         computes: bool `[steps, sites]`, r > tau.
         inputs: conditions of the B samples.
         generators: makes B generators, the same each time.
         holds: see `CachedForward.blend`.
-        precision: a context for forwards.
+        precision: makes a context for forwards.
     """
 
     def __init__(
@@ -68,9 +68,9 @@ class ImageErrors:
         self._precision = precision
 
     def weights(self, method: ImageError | None, *, share_prefixes: bool = True) -> Tensor:
-        """lambda, float64 `[steps]`, mean squared error of the final latents; 0 at the first step.
+        """lambda, float64 `[steps]`: mean squared error of the final latents; 0 at the first step.
 
-        `share_prefixes=False` makes every run from its beginning: the plain definition, to check against.
+        `share_prefixes=False` makes every run from its beginning: the plain definition, for verification.
         """
         steps = len(self._scores)
         caching = _progressive if method == "progressive" else _leave_one_out
@@ -96,14 +96,14 @@ class ImageErrors:
         recorded: Recorded | None = None,
         caches: Caches | None = None,
     ) -> Tensor:
-        """Final latents of a run that caches where `caches_at` says.
+        """Final latents of a run that caches at the steps for which `caches_at` is true.
 
         Args:
-            caches_at: by step; the first step never caches.
-            branches: at step t, before it, run on as `branches[t]` says, to its end.
-            ends: takes the final latents of the branches.
-            recorded: predictions of the steps before this run leaves another; those steps are not computed.
-            caches: the caches that the other run had there.
+            caches_at: whether a step caches; the first step never does.
+            branches: before step t, a second run branches off and continues to its end, caching as in `branches[t]`.
+            ends: receives the final latents of the branches.
+            recorded: predictions of the steps before this run branched off from another; they are not recomputed.
+            caches: the caches of the other run at that point.
         """
         record: Recorded = {}
         held: Caches = dict(caches or {})

@@ -1,7 +1,7 @@
-"""What a training run shows and logs: nothing, a bar in the terminal, TensorBoard, or several of them.
+"""What a training shows and logs: nothing, a bar in the terminal, TensorBoard, or several of them.
 
-Iterations count from 1. All that is reported carries the iteration it belongs to, so that a run resumed after `done`
-iterations reports what comes after `done` once more, and a log can drop what it had of that.
+Iterations count from 1. Every report carries its iteration, so a training resumed after `done` iterations reports those
+after `done` again, and a log can drop its earlier records of them.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 PLAIN_LINES = 20
-"""Lines that a run prints where no bar can be drawn."""
+"""Number of lines that a training prints where no bar can be drawn."""
 
 CELL = 8
-"""Pixels to a side of one (step, site) in an image."""
+"""Side length, in pixels, of one (step, site) in an image."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class IterationRecord:
 
     Attributes:
         iteration: counted from 1.
-        loss: what is minimised: squared errors weighted by lambda, plus the penalty.
-        mse: mean squared error of the student against the teacher, before any weights.
-        penalty: price of computing, weighted by beta.
+        loss: the minimised loss: squared errors weighted by lambda, plus the penalty.
+        mse: mean squared error of the student against the teacher, unweighted.
+        penalty: cost of computing, weighted by beta.
         beta: weight of the penalty.
-        cur: cache utilisation of the schedule so far: the part of all sites in all steps that is reused, 0 to 1.
-        speedup: work of the whole model over work with the schedule so far.
-        seconds: wall time of the iteration.
+        cur: CUR of the current schedule: the share of entries that are reused, 0 to 1.
+        speedup: work of the uncached model / work with the current schedule.
+        seconds: wall time of the iteration, in seconds.
     """
 
     iteration: int
@@ -59,22 +59,22 @@ class IterationRecord:
 
 
 class Progress(Protocol):
-    """Follows a training run."""
+    """Receives the progress of a training."""
 
     def begin(self, total: int, done: int) -> None:
-        """A run of `total` iterations begins, or goes on after `done` of them."""
+        """A training of `total` iterations begins, or continues after `done` of them."""
 
     def iteration(self, record: IterationRecord) -> None:
         """An iteration is over."""
 
     def renewed(self, iteration: int, weights: Sequence[float]) -> None:
-        """In `iteration` lambda was renewed; `weights` has one number per step."""
+        """Lambda was renewed in `iteration`; `weights` has one number per step."""
 
     def schedule(self, iteration: int, scores: NDArray[np.floating[Any]], compute: NDArray[np.bool_]) -> None:
-        """After `iteration` the routers say `scores` (0 to 1), the schedule `compute`; both `[steps, sites]`."""
+        """After `iteration`, the router has `scores` (0 to 1) and the schedule is `compute`; both `[steps, sites]`."""
 
     def end(self) -> None:
-        """The run is over, or was interrupted."""
+        """The training is over, or was interrupted."""
 
 
 class Silent:
@@ -97,7 +97,7 @@ class Silent:
 
 
 class ConsoleProgress(Silent):
-    """A bar with the time left and the figures; where there is no terminal, some `PLAIN_LINES` lines in all.
+    """A bar with the remaining time and the figures; without a terminal, about `PLAIN_LINES` lines in total.
 
     Args:
         console: where to show it; standard error by default.
@@ -107,11 +107,11 @@ class ConsoleProgress(Silent):
         self._console = console or Console(stderr=True)
         self._bar: RichProgress | None = None
         self._total = self._done = 0
-        self._every = 1  # iterations to a plain line
+        self._every = 1  # iterations per plain line
         self._begun = 0.0
 
     def begin(self, total: int, done: int) -> None:
-        """Say where a run goes on, and draw the bar if there is a terminal to draw in."""
+        """Say where a training continues, and draw the bar if there is a terminal to draw in."""
         self.end()
         if done:
             text = f"goes on after iteration {done} of {total}"
@@ -121,14 +121,14 @@ class ConsoleProgress(Silent):
         self._total, self._done, self._begun = total, done, time.monotonic()
         self._every = max(1, math.ceil((total - done) / PLAIN_LINES))
         if self._console.is_terminal and not self._console.is_dumb_terminal:
-            count = MofNCompleteColumn(table_column=Column(no_wrap=True))  # where it is narrow, the bar gives way
+            count = MofNCompleteColumn(table_column=Column(no_wrap=True))  # in a narrow terminal, the bar shrinks
             figures = TextColumn("{task.description}")
             self._bar = RichProgress(count, BarColumn(bar_width=None), figures, console=self._console)
             self._bar.add_task("", total=total, completed=done)
             self._bar.start()
 
     def iteration(self, record: IterationRecord) -> None:
-        """Move the bar on, or print a line if it is time for one."""
+        """Advance the bar, or print a line if one is due."""
         if self._bar is not None:
             (task,) = self._bar.task_ids
             self._bar.update(task, completed=record.iteration, description=self._figures(record))
@@ -137,7 +137,7 @@ class ConsoleProgress(Silent):
             self._console.print(line, highlight=False, soft_wrap=True)
 
     def end(self) -> None:
-        """Leave the bar as it is."""
+        """Stop the bar, leaving it as it is."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -155,11 +155,11 @@ class ConsoleProgress(Silent):
 class TensorBoardLog:
     """Scalars, lambda and the schedule as event files.
 
-    A resumed run goes on in the same directory: what was logged there after the iteration it goes on from is dropped
-    by TensorBoard. All is on its way to disk once a method returns, so a killed run has logged what it reported.
+    A resumed training continues in the same directory: TensorBoard drops what was logged there after the iteration at
+    which it resumes. Every method flushes before it returns, so a killed training has logged what it reported.
 
     Args:
-        directory: for the event files of this run and no other.
+        directory: a directory for the event files of this training only.
 
     Raises:
         TrainingError: TensorBoard is not installed.
@@ -177,7 +177,7 @@ class TensorBoardLog:
         self._writer: SummaryWriter | None = None
 
     def begin(self, total: int, done: int) -> None:
-        """Open an event file that voids what others hold of iterations after `done`."""
+        """Open an event file that voids earlier records of iterations after `done`."""
         self.end()
         with self._failures_named():
             self._writer = self._open(self._directory, purge_step=done + 1)
@@ -196,12 +196,12 @@ class TensorBoardLog:
         self._scalars(scalars, record.iteration)
 
     def renewed(self, iteration: int, weights: Sequence[float]) -> None:
-        """Log lambda, one curve a step."""
+        """Log lambda, one curve per step."""
         digits = max(2, len(str(len(weights) - 1)))
         self._scalars({f"lambda/step_{step:0{digits}}": weight for step, weight in enumerate(weights)}, iteration)
 
     def schedule(self, iteration: int, scores: NDArray[np.floating[Any]], compute: NDArray[np.bool_]) -> None:
-        """Log two pictures, a row per step and a column per site: scores in greys, computed sites white."""
+        """Log two images, with one row per step and one column per site: scores in grey, computed sites in white."""
         writer = self._opened()
         with self._failures_named():
             for tag, values in (("scores", scores), ("schedule", compute)):
@@ -224,7 +224,7 @@ class TensorBoardLog:
 
     @contextmanager
     def _failures_named(self) -> Iterator[None]:
-        """TensorBoard writes in a thread of its own, and a full disk is reported without a path."""
+        """Name the directory in an OSError: TensorBoard writes in its own thread, and a full disk has no path there."""
         try:
             yield
         except OSError as error:
@@ -239,7 +239,7 @@ class TensorBoardLog:
 
 
 class Several:
-    """Hands everything on to each of `progress`, in their order."""
+    """Forwards everything to each of `progress`, in order."""
 
     def __init__(self, *progress: Progress) -> None:
         self._progress = progress
@@ -271,7 +271,7 @@ class Several:
 
 
 def _picture(values: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """`values [H, W]` of 0 to 1 as grey levels `[H * CELL, W * CELL]`."""
+    """`values` `[H, W]` in 0 to 1 as grey levels `[H * CELL, W * CELL]`."""
     grey = np.rint(values.clip(0.0, 1.0) * 255.0).astype(np.uint8)
     return grey.repeat(CELL, axis=0).repeat(CELL, axis=1)
 

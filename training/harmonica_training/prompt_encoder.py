@@ -1,8 +1,8 @@
-"""Encode prompts with a pipeline's own `encode_prompt`, and name what comes out as the pipeline's call does.
+"""Encodes prompts with a pipeline's own `encode_prompt`, and names the outputs as the pipeline's call does.
 
-The hazard: every pipeline returns something else, in another order, and its call takes other parts of that back. So the
-names are read from the return statement, what the call does not take must come out the same when the rest is given, and
-what cannot be told so is an error that asks for embeddings, never a guess.
+Hazard: every pipeline returns different values in a different order, and its call takes different ones of them back. So
+the names are read from the return statement. Outputs that the call does not take must come out the same when the others
+are passed in again. Anything else is an error that asks for embeddings, never a guess.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class PromptEncoder:
 
     Args:
         pipeline: a diffusers pipeline with its text encoders.
-        guidance: encode a negative prompt too.
-        arguments: those of the pipeline's call; what `encode_prompt` takes of them is used.
+        guidance: also encode a negative prompt.
+        arguments: arguments of the pipeline's call; those that `encode_prompt` takes are used.
 
     Attributes:
-        absent: arguments of the call that hold words by default, and are to be None where embeddings are given.
+        absent: arguments of the call that hold text by default, and must be None when embeddings are given.
 
     Raises:
-        TrainingError: the pipeline cannot be served without knowing it, or an argument is one that it does not take.
+        TrainingError: the pipeline is not supported without knowledge of it, or does not take one of the arguments.
     """
 
     def __init__(self, pipeline: Any, *, guidance: bool, arguments: Mapping[str, Any]) -> None:
@@ -46,8 +46,8 @@ class PromptEncoder:
         self.absent = [name for name, given in self._call.items() if _is_words(name) and given.default is not None]
 
     def encode(self, prompts: Sequence[str], negative_prompt: str) -> dict[str, Tensor]:
-        """Embeddings `[N, ...]` of N prompts, by the names of the call's arguments."""
-        words, nothing = list(prompts), [negative_prompt] * len(prompts)  # some ask for as many as there are prompts
+        """Embeddings `[N, ...]` of N prompts, keyed by the names of the call's arguments."""
+        words, nothing = list(prompts), [negative_prompt] * len(prompts)  # some need one per prompt
         if "negative_prompt" in self._encode:
             encoded = self._taken({"prompt": words, "negative_prompt": nothing})
         else:
@@ -65,7 +65,7 @@ class PromptEncoder:
         return encoded
 
     def _fixed(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """What every call is given: the defaults of the pipeline's call may be others than those of `encode_prompt`."""
+        """The arguments of every `encode_prompt` call, explicit because its defaults may differ from the pipeline's."""
         unknown = [name for name in arguments if name not in self._call and name not in self._encode]
         if unknown:
             raise TrainingError(f"{self._class.__name__} takes no argument {', '.join(unknown)}")
@@ -93,7 +93,7 @@ class PromptEncoder:
         return fixed
 
     def _taken(self, words: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What comes out and the call takes; without None."""
+        """The outputs that the pipeline's call takes, without those that are None."""
         outputs = self._run(words)
         taken = {name: value for name, value in outputs.items() if name in self._call}
         for name, value in taken.items():
@@ -117,10 +117,11 @@ class PromptEncoder:
 
 
 def encoded_names(pipeline_class: type) -> tuple[str, ...]:
-    """Names of what the `encode_prompt` of a pipeline returns, in order.
+    """Names of the values that a pipeline's `encode_prompt` returns, in order.
 
     Raises:
-        TrainingError: it has none for prompts, its source says no names, the call takes none of them, or others too.
+        TrainingError: there is no `encode_prompt` for prompts, its source gives no names, or the call takes none of
+            them, or needs others as well.
     """
     call, encode = call_parameters(pipeline_class), _parameters(pipeline_class, "encode_prompt")
     if "prompt" not in encode:
@@ -135,7 +136,7 @@ def encoded_names(pipeline_class: type) -> tuple[str, ...]:
     if not names or "" in names:
         raise _refusal(pipeline_class, "does not return the same names wherever its encode_prompt returns")
     taken = {name for name in names if name in call}
-    # what the call does not take, it can make anew only where encode_prompt is given the rest
+    # the call can recreate the values it does not take only if encode_prompt accepts the others
     if not taken or (len(taken) < len(names) and not taken <= set(encode)):
         raise _refusal(pipeline_class, f"does not take in its call what encode_prompt returns: {', '.join(names)}")
     lacking = [name for name in call if re.match(r"(pooled_)?prompt_embeds", name) and name not in names]
@@ -150,13 +151,13 @@ def call_parameters(pipeline_class: type) -> Mapping[str, inspect.Parameter]:
 
 
 def _parameters(pipeline_class: type, method: str) -> Mapping[str, inspect.Parameter]:
-    """Parameters of a method; none where there is no such method."""
+    """Parameters of a method; empty if there is no such method."""
     function = getattr(pipeline_class, method, None)
     return {} if function is None else inspect.signature(function).parameters
 
 
 def _returns(node: ast.AST) -> Iterator[ast.expr | None]:
-    """What a function returns, functions inside it left out."""
+    """The expressions that a function returns, excluding nested functions."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Return):
             yield child.value
@@ -165,7 +166,7 @@ def _returns(node: ast.AST) -> Iterator[ast.expr | None]:
 
 
 def _names(value: ast.expr | None) -> Iterator[str]:
-    """Names of the elements of a returned tuple (or of the one value): "" for what has none."""
+    """Names of the elements of a returned tuple (or of the single value); "" for an element without one."""
     for element in value.elts if isinstance(value, ast.Tuple) else [value]:
         if isinstance(element, ast.IfExp):  # name if ... else None
             element = element.body

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from harmonica_rt.schedule import Schedule
 from harmonica_training.errors import TrainingError
 
-LIMIT = 5.0  # logits stay in [-LIMIT, LIMIT] (released code): further out the sigmoid gives no gradient
-WARM = 2.0  # distance of the logits from tau's, where a training starts from a mask
+LIMIT = 5.0  # logits stay in [-LIMIT, LIMIT] (released code): beyond, the sigmoid has no useful gradient
+WARM = 2.0  # distance of the logits from that of tau when a training starts from a mask
 
 
 class Router(nn.Module):
@@ -23,11 +23,11 @@ class Router(nn.Module):
     Args:
         steps: number of steps (NFE).
         sites: names of the sites.
-        initial: mean of the logits to start from.
-        spread: their standard deviation. Neighbouring steps must not start alike: all would be given up, or kept,
-            together, where one computed step lets the next reuse.
-        coherence: how much the sites of a step move as one, 0 ... 1.
-        seed: of the random logits.
+        initial: mean of the initial logits.
+        spread: standard deviation of the initial logits. Neighbouring steps must not start alike: they would all be
+            dropped, or kept, together, although one computed step lets the next one reuse.
+        coherence: how much the sites of a step move together, 0 ... 1.
+        seed: seed of the random logits.
         free: bool `[steps]`, the steps that may reuse; others always compute. By default all but the first.
     """
 
@@ -50,22 +50,22 @@ class Router(nn.Module):
         shared = torch.randn(steps, 1, generator=generator)
         self._coherence = coherence
         self._noise = spread * (coherence**0.5 * shared + (1 - coherence) ** 0.5 * own)
-        # a parameter a step: an optimiser leaves a step alone that has no gradient
+        # one parameter per step: an optimiser skips a step that has no gradient
         self.rows = nn.ParameterList(list((initial + self._noise).clamp(-LIMIT, LIMIT)))
 
     @property
     def logits(self) -> Tensor:
-        """`[steps, sites]`, a copy."""
+        """A copy of the logits, `[steps, sites]`."""
         return torch.stack([row.detach() for row in self.rows])
 
     def scores(self) -> Tensor:
-        """`r`, `[steps, sites]` in 0 ... 1; exactly 1 at steps that always compute. Without gradients."""
+        """The scores `r`, `[steps, sites]` in 0 ... 1; exactly 1 at steps that always compute. Without gradients."""
         scores = self.logits.sigmoid()
         scores[torch.from_numpy(~self.free)] = 1.0
         return scores
 
     def computes(self, tau: float) -> NDArray[np.bool_]:
-        """Where `r > tau`: the schedule that the router stands for."""
+        """The mask `r > tau`, bool `[steps, sites]`: the schedule that the router stands for."""
         mask: NDArray[np.bool_] = (self.scores() > tau).cpu().numpy()
         return mask
 
@@ -79,13 +79,13 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """Keep the logits where their sigmoid has a gradient."""
+        """Clamp the logits to the range where their sigmoid has a gradient."""
         for row in self.rows:
             row.clamp_(-LIMIT, LIMIT)
 
     @torch.no_grad()
     def shift(self, by: float) -> None:
-        """Move all logits alike: what is reused before what stays, only the threshold changes."""
+        """Shift all logits equally: the order of the entries stays the same, only the threshold moves."""
         if by:
             for row in self.rows:
                 row.add_(by)
@@ -93,15 +93,15 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def load(self, logits: Tensor) -> None:
-        """Take over `[steps, sites]`."""
+        """Load logits `[steps, sites]`."""
         for row, values in zip(self.rows, logits, strict=True):
             row.copy_(values)
 
     def start_from(self, schedule: Schedule, tau: float) -> None:
-        """Warm start: from the scores that made `schedule`, or else from its mask, spread at either side of `tau`.
+        """Warm start from the scores that made `schedule`, or else from its mask, spread on either side of `tau`.
 
         Raises:
-            TrainingError: it is for other sites or another number of steps.
+            TrainingError: the schedule has other sites or another number of steps.
         """
         if schedule.sites != self.sites or schedule.steps != len(self.rows):
             raise TrainingError(

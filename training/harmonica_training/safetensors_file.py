@@ -1,4 +1,4 @@
-"""Files of safetensors, tensors and a header of text: to read one runs no code, and all damage is one kind of error."""
+"""Reads safetensors files (tensors and a text header) without running code; any damage raises the same error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from harmonica_rt.untrusted.text import one_line
 
-# What safetensors and torch raise for headers, sizes and types that cannot be: a damaged file is any of these.
+# What safetensors and torch raise for invalid headers, sizes and types; a damaged file may raise any of these.
 _UNREADABLE = (
     OSError,
     SafetensorError,
@@ -24,17 +24,17 @@ _UNREADABLE = (
 
 
 class UnreadableError(ValueError):
-    """A file that is no complete file of safetensors, or holds what torch cannot."""
+    """The file is not a complete safetensors file, or holds tensors that torch does not support."""
 
 
 def read(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors by name, and the header's text by key.
+    """The tensors by name, and the text of the header by key.
 
-    The tensors are copies: the file's own memory is mapped, and aligned as the header happens to be long.
+    The tensors are copies: the file is memory-mapped, and its alignment depends on the length of the header.
 
     Raises:
         FileNotFoundError: there is no such file.
-        UnreadableError: it is not a complete file of safetensors, or its tensors are not for this torch.
+        UnreadableError: it is not a complete safetensors file, or its tensors are not supported by this torch.
     """
     try:
         with safe_open(os.fspath(path), "pt", device=str(device)) as file:

@@ -1,11 +1,11 @@
 """Step-wise denoising training (SDT), arXiv 2410.01723, section 4.1.
 
-One iteration starts from noise and walks all steps, as a run does. At each step the uncached model gives the target,
-the model under cache is held against it at the same latents, and its prediction goes on to the scheduler - so what is
-trained is what will run, drift included, and no image is needed.
+One iteration starts from noise and walks all steps, like a run. At each step the uncached model gives the target, the
+cached model is compared with it at the same latents, and the cached prediction is passed to the scheduler. So training
+sees what will run, drift included, and needs no images.
 
-Losses of different steps share nothing but the caches, which carry no gradient: so each step's gradient is taken at
-once, and no more than one step's activations are ever held.
+Losses of different steps share only the caches, which carry no gradient. So each step's gradient is taken immediately,
+and the activations of at most one step are held.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Precision = Callable[[], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Walked:
-    """What one iteration of SDT gives.
+    """The result of one iteration of SDT.
 
     Attributes:
-        by_score: `[steps, sites]`, gradient of `sum_t mse_t` by the scores (row t depends on mse_t alone).
-        mse: `[steps]`, error of the prediction under cache, mean over its elements.
+        by_score: `[steps, sites]`, gradient of `sum_t mse_t` w.r.t. the scores (row t depends only on mse_t).
+        mse: `[steps]`, squared error of the cached prediction, mean over its elements.
         power: `[steps]`, mean square of the target.
         drawn: bool `[steps]`, the steps that took part.
     """
@@ -62,22 +62,22 @@ def step_losses(
 
     Args:
         walker: walks the pipeline.
-        cached: its denoiser under cache.
+        cached: runs its denoiser with caching.
         inputs: conditions of the B samples.
         generators: B generators of noise.
         scores: r, `[steps, sites]`.
         computes: bool `[steps, sites]`, r > tau.
         holds: see `CachedForward.blend`.
-        precision: a context for forwards (autocast, or nothing).
-        scale: factor on the loss before its gradient is taken, and taken out after it, so that half precision does
-            not lose it.
+        precision: makes a context for forwards (autocast, or nothing).
+        scale: factor on the loss, applied before the gradient is taken and divided out afterwards, so that the
+            gradient does not underflow in half precision.
         window, start: see `Walker.walk`; by default a whole run from noise.
 
     Raises:
-        TrainingError: the walk has another number of steps than the scores, or no site reaches the prediction.
+        TrainingError: the walk has more steps than the scores, or no site reaches the prediction.
     """
     leaf = scores.detach().clone().requires_grad_()
-    caches: dict[StreamKey, Cache] = {}  # as many as the denoiser has calls in a step
+    caches: dict[StreamKey, Cache] = {}  # one per denoiser call of a step
     device = scores.device
     mse, power = (torch.zeros(len(scores), dtype=torch.float64, device=device) for _ in range(2))
 
@@ -85,7 +85,7 @@ def step_losses(
         if call.step >= len(scores):
             raise TrainingError(f"expected a run of {len(scores)} steps, but it goes on after them")
         with precision():
-            if call.stream not in caches:  # the first step; later ones only where guidance sets in late
+            if call.stream not in caches:  # the first step, or a later one if guidance starts late
                 output, caches[call.stream] = cached.compute(call.forward)
                 return output
             target = wide(first_tensor(call.forward()))
@@ -110,5 +110,5 @@ def step_losses(
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """At least float32: squares of half precision lose what matters."""
+    """The tensor in at least float32: squares in half precision lose too much."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,4 +1,4 @@
-"""What every method of training needs to know of a pipeline: its sites, its steps, its costs, its batches."""
+"""What every training method needs to know about a pipeline: its sites, steps, costs and batches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Setting:
-    """A pipeline with the conditions that it is trained on.
+    """A pipeline and the conditions that its schedule is trained on.
 
     Args:
         pipeline: a diffusers pipeline, on its device.
@@ -53,25 +53,25 @@ class Setting:
         self.steps = len(self.timesteps)
 
     def entries(self, iteration: int) -> list[int]:
-        """Which conditions this process's samples of an iteration have."""
+        """The indices of the conditions of this process's samples in an iteration."""
         return draw(self.conditions, self.config.seed, iteration, self.samples)
 
     def inputs(self, iteration: int) -> dict[str, Any]:
-        """The same as arguments of the pipeline's call."""
+        """The conditions of this process's samples, as arguments of the pipeline's call."""
         return self.conditions.arguments(self.entries(iteration))
 
     def generators(self, iteration: int) -> list[torch.Generator]:
-        """Their generators of noise; the same each time."""
+        """The noise generators of these samples; the same each time."""
         return noise(self.config.seed, iteration, self.samples)
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
-        """A context for forwards."""
+        """A context for forwards in the configured precision."""
         if self.config.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, _DTYPES[self.config.precision])
 
     def describe(self, schedule: Schedule) -> Schedule:
-        """`schedule` with what it was made for."""
+        """`schedule` with the model, sampler, timesteps and guidance that it was made for."""
         return schedule.with_provenance(
             model=ModelInfo.of(self.model),
             sampler=SamplerInfo.of(self.walker.pipeline.scheduler),
@@ -81,7 +81,7 @@ class Setting:
 
 
 def noise(seed: int, iteration: int, samples: Sequence[int]) -> list[torch.Generator]:
-    """A generator for each sample, seeded by its number in the whole batch: how it is shared changes nothing."""
+    """One generator per sample, seeded by its index in the whole batch, so that splitting the batch changes nothing."""
     generators = []
     for sample in samples:
         state = np.random.SeedSequence([seed, iteration, sample]).generate_state(1, np.uint64)

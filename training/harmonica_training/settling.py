@@ -1,9 +1,10 @@
-"""Which of the schedules that a training comes by it settles on: the one whose images are best, measured.
+"""Chooses among the schedules that a training passes through: the one whose images are best, as measured.
 
-The loss is a proxy, from other noise in each iteration, and a hard schedule changes in jumps. What it stands for can
-be measured at the price of a run without gradients. So every second iteration that is done with the schedule of the
-moment, and the best one is kept. Around the best, pairs of steps change places, nearest steps first, and what makes the
-error smaller stays: no gradient shows that step 4 had better be computed than step 5, and the cost stays as it is.
+The loss is a proxy, computed from different noise in each iteration, and a hard schedule changes in jumps. The image
+error itself can be measured at the price of a run without gradients. So the current schedule is measured every second
+iteration, and the best one is kept. In the best one, pairs of steps are swapped, nearest steps first, and a swap that
+reduces the error is kept: no gradient shows that computing step 4 is better than step 5, and a swap leaves the number
+of computed entries unchanged.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ from harmonica_rt.untrusted.text import quoted
 from harmonica_training.errors import CheckpointError
 from harmonica_training.validation import Validation
 
-LOOK_EVERY = 2  # iterations between measurements of the schedule of the moment
+LOOK_EVERY = 2  # iterations between measurements of the current schedule
 HOPELESS = (
-    0.2  # of the log of an error: worse than the best by so much after some batches, the others are not looked at
+    0.2  # in log error: a schedule that is worse than the best by more after some batches is not measured further
 )
-LARGEST_LOG = 700.0  # whose exponential a float still holds
+LARGEST_LOG = 700.0  # its exponential still fits a float
 
 
 @dataclass(frozen=True)
 class Found:
-    """A schedule and the router that it is of.
+    """A schedule and the router that it comes from.
 
     Attributes:
-        logs: logarithm of what it makes of the final latents, one per batch, see `Validation.logs`.
+        logs: logarithm of its image error, one per batch; see `Validation.logs`.
         computes: bool `[steps, sites]`.
-        logits: of the router, `[steps, sites]`.
+        logits: logits of the router, `[steps, sites]`.
     """
 
     logs: tuple[float, ...]
@@ -57,7 +58,7 @@ class Settling:
     Args:
         validation: measures schedules.
         free: bool `[steps]`, the steps that may reuse.
-        exchanges: measurements of exchanged pairs an iteration.
+        exchanges: number of swapped pairs to measure per iteration.
     """
 
     def __init__(self, validation: Validation, free: NDArray[np.bool_], exchanges: int) -> None:
@@ -66,17 +67,17 @@ class Settling:
         self._free = free
         steps = np.flatnonzero(free).tolist()
         self._pairs = sorted(combinations(steps, 2), key=lambda pair: (pair[1] - pair[0], pair))
-        self._next = 0  # of the pairs
-        self._vain = 0  # pairs tried since an exchange was kept
+        self._next = 0  # index of the next pair
+        self._vain = 0  # pairs tried since a swap was last kept
         self.best: Found | None = None
 
     def follow(self, iteration: int, computes: NDArray[np.bool_], logits: Tensor) -> None:
-        """Measure what `iteration` came to, if it is its turn, then exchange around the best.
+        """Measure the current schedule if it is due, then try swaps in the best one.
 
         Args:
-            iteration: iterations done.
-            computes: the schedule of the moment, bool `[steps, sites]`.
-            logits: the router's.
+            iteration: number of iterations done.
+            computes: the current schedule, bool `[steps, sites]`.
+            logits: logits of the router, `[steps, sites]`.
         """
         if iteration % LOOK_EVERY == 0 and not (self.best and np.array_equal(computes, self.best.computes)):
             self._try(computes.copy(), logits.cpu())
@@ -93,7 +94,7 @@ class Settling:
             self._try(self.best.computes[order], self.best.logits[torch.from_numpy(order)])
 
     def _try(self, computes: NDArray[np.bool_], logits: Tensor) -> None:
-        """Measure a schedule for as long as it may turn out the best; if it does, keep it."""
+        """Measure a schedule as long as it may still be the best; if it is, keep it."""
         logs: list[float] = []
         for log in self._validation.logs(computes):
             logs.append(log)
@@ -104,20 +105,20 @@ class Settling:
             self._vain = 0
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps, beside `values`."""
+        """The tensors that a checkpoint keeps."""
         if self.best is None:
             return {}
         return {"best.computes": torch.from_numpy(self.best.computes), "best.logits": self.best.logits}
 
     def values(self) -> dict[str, Any]:
-        """What a checkpoint keeps, beside `tensors`."""
+        """The plain values that a checkpoint keeps."""
         return {"logs": list(self.best.logs) if self.best else None, "next": self._next, "vain": self._vain}
 
     def load(self, tensors: Mapping[str, Tensor], values: object) -> None:
-        """Take over `tensors` and `values`.
+        """Restore `tensors` and `values` from a checkpoint.
 
         Raises:
-            CheckpointError: they are not what `tensors` and `values` give.
+            CheckpointError: they are not what `tensors` and `values` return.
         """
         match values:
             case {"logs": list() | None as logs, "next": int(number), "vain": int(vain), **rest} if (

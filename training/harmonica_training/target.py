@@ -1,9 +1,9 @@
-"""Reach a speed-up or a CUR: steer beta while training, and land on the target after it.
+"""Reaches a speed-up or a CUR: steers beta during training, and lands on the target afterwards.
 
 A router's loss is `sum_t lambda_t mse_t + beta * sum w_i r[t, i]`, with the site's share of the cost as its weight w.
-Which beta gives which speed-up depends on the model, the sampler and lambda, and nobody knows it beforehand. So beta
-is the multiplier of the constraint "save this share of the cost", and follows it by dual ascent; with damping, because
-logits move slowly and the cost they will come to is known late.
+Which beta gives which speed-up depends on the model, the sampler and lambda, and is not known beforehand. So beta is
+the multiplier of the constraint "save this share of the cost" and is updated by dual ascent, with damping because
+logits move slowly and the cost that they will lead to is known late.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from harmonica_training.costs import SiteCosts
 from harmonica_training.errors import CheckpointError, TrainingError
 from harmonica_training.router import logit
 
-GAIN = 5.0  # of log beta a unit of learning rate, a unit of missing share
-DAMPING = 4.0  # of log beta a unit of change of the saved share
-SOFTNESS = 0.5  # width, in logits, of the threshold through which the saved share is seen
+GAIN = 5.0  # change of log beta per unit of learning rate and per unit of missing share
+DAMPING = 4.0  # change of log beta per unit of change of the saved share
+SOFTNESS = 0.5  # width, in logits, of the soft threshold by which the saved share is estimated
 MEMORY = 0.3  # weight of the newest gradient in the prices
-TINY = 1e-12  # a first beta that can grow, where no gradient says more
-LARGEST_BETA = 1e30  # that a checkpoint may hold: further growth still fits a float
-TOLERANCE = 0.02  # relative, between the target and what a schedule reaches
+TINY = 1e-12  # smallest beta that is chosen, so that it can grow
+LARGEST_BETA = 1e30  # largest that a checkpoint may hold: further growth still fits a float
+TOLERANCE = 0.02  # relative difference between the target and what a schedule reaches
 
 
 class Target:
-    """What a schedule saves, and what it should.
+    """What a schedule saves, and what it should save.
 
     Args:
-        config: `target_speedup`, `target_cur`, or neither.
-        costs: of the sites.
+        config: holds `target_speedup`, `target_cur`, or neither.
+        costs: the costs of the sites.
         free: bool `[steps]`, the steps that may reuse.
 
     Raises:
@@ -48,7 +48,7 @@ class Target:
         self._free = free
         self.value = config.target_cur if self._by_cur else config.target_speedup
         shares = np.ones(len(costs.sites)) if self._by_cur else costs.alone
-        self.weights: NDArray[np.float64] = shares / shares.mean()  # of the sites in the penalty, mean 1
+        self.weights: NDArray[np.float64] = shares / shares.mean()  # weights of the sites in the penalty, mean 1
         most = self.reached(np.repeat(~free[:, None], len(costs.sites), axis=1))
         if self.value is not None and self.value > most:
             name = "target_cur" if self._by_cur else "target_speedup"
@@ -57,18 +57,18 @@ class Target:
             )
 
     def reached(self, computes: NDArray[np.bool_]) -> float:
-        """The speed-up of a mask bool `[steps, sites]`, or its CUR where that is the target."""
+        """The speed-up of a mask, bool `[steps, sites]`, or its CUR if that is the target."""
         return 1.0 - float(computes.mean()) if self._by_cur else self._costs.speedup(computes)
 
     @property
     def goal(self) -> float | None:
-        """The share of the cost to save, 0 ... 1."""
+        """The share of the cost to save, 0 ... 1; None without a target."""
         if self.value is None or self._by_cur:
             return self.value
         return 1.0 - 1.0 / self.value
 
     def saved(self, reuses: Tensor) -> float:
-        """Share of the cost that `[steps, sites]` of 0 (compute) ... 1 (reuse) saves, to first order."""
+        """The share of the cost that `reuses`, `[steps, sites]` in 0 (compute) ... 1 (reuse), saves to first order."""
         weights = torch.from_numpy(self.weights).to(reuses)
         share = float((reuses * weights).mean())
         return share if self._by_cur else share * float(self._costs.alone.sum())
@@ -76,15 +76,15 @@ class Target:
     def land(
         self, scores: NDArray[np.float64], prices: NDArray[np.float64], tau: float
     ) -> tuple[NDArray[np.bool_], float]:
-        """The mask that meets the target and is nearest to `scores > tau`, and the threshold it comes to.
+        """The mask that meets the target and is nearest to `scores > tau`, and the threshold that it corresponds to.
 
-        Entries are given up in the order of their scores; those of equal score (logits end at their limits) in the
-        order of their prices. Without a target, or where tau meets it, the mask is `scores > tau`.
+        Entries are reused in the order of their scores; those of equal score (logits end at their limits) in the order
+        of their prices. Without a target, or if tau meets it, the mask is `scores > tau`.
 
         Args:
             scores: r, `[steps, sites]`.
             prices: what reusing an entry costs the image, relative to what it saves, `[steps, sites]`.
-            tau: the threshold to stay near to.
+            tau: the threshold to stay near.
         """
         at_tau = (scores > tau) | ~self._free[:, None]
         if self.value is None or abs(self.reached(at_tau) / self.value - 1) <= TOLERANCE / 4:
@@ -98,7 +98,7 @@ class Target:
             return computes.reshape(scores.shape)
 
         low, high = 0, len(order)
-        while high - low > 1:  # what is reached grows with the number of reused entries
+        while high - low > 1:  # the speed-up or CUR grows with the number of reused entries
             middle = (low + high) // 2
             low, high = (middle, high) if self.reached(mask(middle)) < self.value else (low, middle)
         value = self.value
@@ -108,12 +108,12 @@ class Target:
 
 
 class Steering:
-    """Beta, iteration by iteration, and what each entry's reuse costs.
+    """Beta, iteration by iteration, and what reusing each entry costs.
 
     Args:
         target: what to reach.
-        config: `beta`, kept as it is where there is nothing to reach, and `tau`.
-        shape: `[steps, sites]`.
+        config: holds `beta`, which stays fixed if there is no target, and `tau`.
+        shape: (steps, sites).
     """
 
     def __init__(self, target: Target, config: TrainConfig, shape: tuple[int, int]) -> None:
@@ -127,15 +127,15 @@ class Steering:
     def observe(
         self, by_score: Tensor, drawn: NDArray[np.bool_], free: NDArray[np.bool_], computes: NDArray[np.bool_]
     ) -> None:
-        """Take in gradients of the error, and with them choose beta: the first one, or with hard gates each.
+        """Update the prices from gradients of the error, and choose beta: only at first, or with hard gates each time.
 
-        The first beta is the one at which entries that make up the goal's share would rather be reused. With hard gates
-        only reused entries have a price, and beta is their median: the dearer half is drawn back, and makes room for
-        what is nearest to being reused.
+        The first beta is the one at which entries that make up the goal's share favour reuse. With hard gates, only
+        reused entries have a price, and beta is their median: the more expensive half is pulled back towards computing,
+        which makes room for the entries nearest to being reused.
 
         Args:
-            by_score: `[steps, sites]`, gradient of the error by the scores; negative where computing helps.
-            drawn: bool `[steps]`, the steps that it holds.
+            by_score: `[steps, sites]`, gradient of the error w.r.t. the scores; negative where computing helps.
+            drawn: bool `[steps]`, the steps that the gradient covers.
             free: bool `[steps]`, the steps that may reuse.
             computes: bool `[steps, sites]`, r > tau.
         """
@@ -153,7 +153,7 @@ class Steering:
             self.beta = max(float(prices.clamp(min=0).quantile(share)), TINY)
 
     def follow(self, logits: Tensor, learning_rate: float, free: NDArray[np.bool_]) -> None:
-        """After a step of the optimiser, correct beta towards the goal; with hard gates there is nothing to correct."""
+        """After an optimiser step, correct beta towards the goal; with hard gates, do nothing."""
         goal = self._target.goal
         if goal is None or self.beta is None or not self._soft:
             return
@@ -165,18 +165,18 @@ class Steering:
         self.beta *= math.exp(GAIN * learning_rate * (goal - saved) - DAMPING * change)
 
     def penalty(self) -> Tensor:
-        """`[sites]`, what a unit of each site's score costs at every step."""
+        """The cost per unit of each site's score at every step, `[sites]`."""
         return torch.from_numpy(self._target.weights).float() * (self.beta or 0.0)
 
     def state(self) -> dict[str, float | None]:
-        """What a checkpoint keeps beside `prices`."""
+        """The values that a checkpoint keeps in addition to `prices`."""
         return {"beta": self.beta, "saved": self._saved}
 
     def load(self, state: object, prices: Tensor) -> None:
-        """Take over `state` and `prices`.
+        """Restore `state` and `prices` from a checkpoint.
 
         Raises:
-            CheckpointError: `state` is not what `state()` gives.
+            CheckpointError: `state` is not what `state()` returns.
         """
         match state:
             case {"beta": float() | int() | None as beta, "saved": float() | int() | None as saved, **rest} if (

@@ -1,4 +1,4 @@
-"""Train a router and make a schedule of it: one loop for every objective, on one process or many."""
+"""Trains a router and turns it into a schedule: one loop for every objective, in one process or several."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ from harmonica_training.settling import Settling
 from harmonica_training.target import Steering, Target
 from harmonica_training.validation import Validation
 
-DIVERGED = 10.0  # error of the prediction, relative to its mean square, above which nothing is learned any more
-LAST_RATE = 0.1  # of the learning rate, at the end of its decay
-FP16_SCALE = 1024.0  # on losses in half precision
-SHOW_EVERY = 10  # iterations between pictures of the schedule
-FAILED = -1  # the iteration of a process that found no checkpoint to go on from, but a broken one
+DIVERGED = 10.0  # error of the prediction, relative to its mean square, above which nothing more is learned
+LAST_RATE = 0.1  # fraction of the learning rate that is left at the end of its decay
+FP16_SCALE = 1024.0  # loss scale in half precision
+SHOW_EVERY = 10  # iterations between images of the schedule
+FAILED = -1  # reported as the iteration of a process that could not resume from its checkpoint
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training gives.
+    """The result of a training.
 
     Attributes:
-        schedule: the schedule, with how it was made.
+        schedule: the schedule, with a record of how it was made.
         scores: r, `[steps, sites]`.
         speedup: theoretical speed-up of the schedule, FLOPs of the uncached model / FLOPs left.
-        beta: at the end.
-        history: one record an iteration, of this process since it began.
+        beta: beta at the end.
+        history: one record per iteration that this process ran.
     """
 
     schedule: Schedule
@@ -73,21 +73,21 @@ def train(
 ) -> TrainingResult:
     """Learn a cache schedule for `pipeline`.
 
-    Under `torchrun` every process calls this with a pipeline on its own device; each walks its share of the batch, all
-    return the same schedule.
+    Under `torchrun`, every process calls this with a pipeline on its own device. Each walks its share of the batch, and
+    all return the same schedule.
 
     Args:
-        pipeline: a diffusers pipeline; its weights are left alone.
+        pipeline: a diffusers pipeline; its weights are not changed.
         config: how to train.
         conditions: what to generate; by default all class labels that the pipeline knows.
         start: a schedule to start from: its scores, or else its mask.
-        directory: where checkpoints are kept. A training that finds its own there goes on from the newest.
-        progress: told of each iteration, in the first process.
-        objective: what is learned from.
+        directory: where checkpoints are kept. A training that finds its own there resumes from the newest.
+        progress: notified of each iteration, in the first process.
+        objective: makes the objective to learn from.
 
     Raises:
-        TrainingError: the config does not fit the pipeline, a target cannot be reached, or the processes do not begin
-            alike.
+        TrainingError: the config does not fit the pipeline, a target cannot be reached, or the processes do not start
+            from the same state.
         CheckpointError: a checkpoint in `directory` is damaged, or holds numbers that are not finite.
         DivergenceError: the error is not finite, or grew out of bounds.
         TrainingInterrupted: a KeyboardInterrupt ended it; a checkpoint of the last finished iteration was written.
@@ -112,7 +112,7 @@ def train(
                 while training.iteration < config.iterations:
                     history.append(training.step())
                     training.keep()
-                    training.tell(history[-1], shown)  # now that it can no longer be lost
+                    training.tell(history[-1], shown)  # after keep(), so that it can no longer be lost
                     if checkpoints is not None and training.iteration % config.checkpoint_every == 0:
                         training.save(checkpoints)
         finally:
@@ -120,7 +120,7 @@ def train(
         if checkpoints is not None:
             training.save(checkpoints)
         return training.result(tuple(history))
-    except KeyboardInterrupt as stop:  # between any two instructions: what counts is the state that was kept last
+    except KeyboardInterrupt as stop:  # at any instruction: only the state that was kept last is valid
         raise training.interrupted(checkpoints) from stop
 
 
@@ -149,14 +149,14 @@ class _Training:
         self._target = Target(config, setting.costs, objective.free)
         self._steering = Steering(self._target, config, (setting.steps, len(setting.sites)))
         self._settling = Settling(Validation(setting), objective.free, config.exchanges)
-        # soft gates stand for no schedule before the end; and under a fixed beta the best images cost the most
+        # soft gates define no schedule before the end, and under a fixed beta the best images cost the most
         self._settles = config.gates == "hard" and config.beta is None
         self._begun = 0  # iterations done by earlier processes
         self._kept: Checkpoint | None = None
         self._stands_for: NDArray[np.bool_]  # what the last iteration left computed
 
     def step(self) -> IterationRecord:
-        """One iteration."""
+        """Run one iteration."""
         started = time.perf_counter()
         config, router, steering = self._config, self._router, self._steering
         scale = FP16_SCALE if config.precision == "fp16" else 1.0
@@ -192,7 +192,7 @@ class _Training:
         )
 
     def tell(self, record: IterationRecord, progress: Progress) -> None:
-        """Report the iteration that is over."""
+        """Report the iteration that has just finished."""
         if self._objective.renewed:
             progress.renewed(self.iteration, self._objective.weights.tolist())
         progress.iteration(record)
@@ -200,7 +200,7 @@ class _Training:
             progress.schedule(self.iteration, self._router.scores().double().cpu().numpy(), self._stands_for)
 
     def _computes(self) -> NDArray[np.bool_]:
-        """Where sites compute now: r > tau, with hard gates and a target tau being what the target asks for."""
+        """The current mask: r > tau; with hard gates and a target, tau is the threshold that meets the target."""
         config = self._config
         if config.gates == "soft":
             return self._router.computes(config.tau)
@@ -213,7 +213,7 @@ class _Training:
         return self._target.land(scores, self._steering.prices.double().numpy(), self._config.tau)
 
     def result(self, history: tuple[IterationRecord, ...]) -> TrainingResult:
-        """The schedule that the router stands for, or stood for when its images were best, on its target."""
+        """The result: the router's schedule now, or when its images were best, on its target."""
         config, setting = self._config, self._setting
         mask, threshold = self._land()
         best = self._settling.best
@@ -247,30 +247,30 @@ class _Training:
         distributed.wait()
 
     def keep(self) -> None:
-        """Remember the state after an iteration: an interruption leaves the next one half done."""
+        """Remember the state after an iteration, since an interruption leaves the next one half done."""
         tensors = {name: tensor.detach().clone() for name, tensor in self._tensors().items()}
         self._kept = Checkpoint(self.iteration, tensors, self._values())
 
     def interrupted(self, directory: Path | None) -> TrainingInterrupted:
-        """What to raise after an interruption. The first process writes what was kept; it waits for no other."""
+        """The exception for an interruption. The first process writes the kept state without waiting for the others."""
         kept, path = self._kept, None
         if kept is not None and directory is not None and distributed.rank() == 0:
             path = save_checkpoint(directory, kept)
         return TrainingInterrupted(kept.iteration if kept else self._begun, kept, path)
 
     def resume(self, directory: Path | None) -> None:
-        """Go on from the newest checkpoint in `directory`, if there is one; all processes from the same.
+        """Resume from the newest checkpoint in `directory`, if there is one; all processes from the same state.
 
         Raises:
             CheckpointError: it is damaged, or holds numbers that are not finite.
-            TrainingError: it is of a training with another config or model, or the processes do not stand at the same
-                place: then each of them raises.
+            TrainingError: it comes from a training with another config or model, or the processes do not have the same
+                state; in the latter case each of them raises.
         """
         failure: HarmonicaError | None = None
         if directory is not None:
             try:
                 self._go_on_from(directory)
-            except HarmonicaError as error:  # raised below, when all processes know
+            except HarmonicaError as error:  # raised below, once all processes know
                 failure = error
         stands = self.iteration if failure is None else FAILED
         state = Checkpoint(
@@ -343,9 +343,9 @@ class _Training:
 
     @cached_property
     def _identity(self) -> dict[str, object]:
-        """What tells this training from others, as plain JSON; its conditions may take long to read through."""
+        """What distinguishes this training from others, as plain JSON; cached, since hashing conditions may be slow."""
         config = self._config.plain()
-        for name in ("iterations", "checkpoint_every"):  # a training may go on for longer
+        for name in ("iterations", "checkpoint_every"):  # a training may be extended
             del config[name]
         info = self._setting.describe(Schedule.all_compute(steps=self._setting.steps, sites=self._setting.sites))
         identity = {
@@ -358,7 +358,7 @@ class _Training:
         return plain
 
     def _checked(self, walked: Walked) -> tuple[Tensor, Tensor]:
-        """Gradient and errors, over all processes; DivergenceError where they are of no use."""
+        """Gradient and errors, averaged over all processes; DivergenceError if they are not usable."""
         by_score, mse, power = (distributed.mean(part) for part in (walked.by_score, walked.mse, walked.power))
         if not bool(by_score.isfinite().all()) or not bool(mse.isfinite().all()):
             step = int((~mse.isfinite()).nonzero()[0]) if not bool(mse.isfinite().all()) else None
@@ -388,7 +388,7 @@ def _place(iteration: int, digest: int) -> str:
 
 
 def _differences(found: object, here: object) -> str:
-    """The names of what differs between two identities."""
+    """A description of the entries in which two identities differ."""
     if not isinstance(found, dict) or not isinstance(here, dict):
         return f"{quoted(found)} there, {quoted(here)} here"
     names = [name for name in {**found, **here} if found.get(name) != here.get(name)]

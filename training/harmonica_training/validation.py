@@ -1,8 +1,8 @@
-"""The error that a schedule makes in the final latents, measured on samples that no iteration draws.
+"""The error that a schedule causes in the final latents, measured on samples that no iteration draws.
 
-A run under the schedule against the uncached run, on the same samples each time: what training's loss is a proxy of.
-A few samples, whose image turns out another one, have errors many times those of the rest, and a mean over few samples
-would be theirs alone. So it is the geometric mean, which is also what a mean of PSNR values ranks by.
+A run under the schedule is compared with the uncached run, on the same samples each time; the training loss is a proxy
+for this error. A few samples, whose image changes altogether, have errors many times those of the rest, and would
+dominate a mean over few samples. So the geometric mean is used, which ranks schedules as a mean of PSNR values does.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from harmonica_training.cached_forward import Cache
 from harmonica_training.setting import Setting
 from harmonica_training.walk import DenoiserCall, StreamKey
 
-APART = 2**31  # added to a number of iterations: samples that no iteration draws
-SMALLEST = 1e-20  # of errors, so that they have a logarithm
+APART = 2**31  # offset of validation batches among iteration numbers: samples that no iteration draws
+SMALLEST = 1e-20  # lower bound on errors, so that they have a logarithm
 
 
 class Validation:
@@ -39,7 +39,7 @@ class Validation:
         self._uncached: list[Tensor] = []
 
     def logs(self, computes: NDArray[np.bool_]) -> Iterator[float]:
-        """Logarithm of each batch's image error under bool `[steps, sites]`; a batch is walked when it is asked for."""
+        """Logarithm of each batch's image error under `computes`, bool `[steps, sites]`; batches are walked lazily."""
         if not self._uncached:
             self._uncached = [self._latents(batch, np.ones_like(computes)) for batch in self._batches]
         for batch, uncached in zip(self._batches, self._uncached, strict=True):
@@ -48,7 +48,7 @@ class Validation:
             yield float(distributed.mean(errors.clamp(min=SMALLEST).log().mean()))
 
     def image_error(self, computes: NDArray[np.bool_]) -> float:
-        """Mean squared error of the final latents under bool `[steps, sites]`, geometric mean over all samples."""
+        """Squared error of the final latents under `computes`, bool `[steps, sites]`: geometric mean over samples."""
         return math.exp(statistics.fmean(self.logs(computes)))
 
     def _latents(self, batch: int, computes: NDArray[np.bool_]) -> Tensor:

@@ -1,7 +1,7 @@
-"""Run a pipeline's own denoising loop, and let somebody else answer for its denoiser.
+"""Runs a pipeline's own denoising loop with a replacement for its denoiser.
 
-The hazard: every pipeline mixes guidance, splits learned variances, scales and shifts timesteps in its own way, and
-solvers of higher order keep a history. A second loop written here would be right for some of them. So a walk is one
+Hazard: every pipeline mixes guidance, splits learned variances, and scales and shifts timesteps in its own way, and
+higher-order solvers keep a history. A second loop written here would be right for only some of them. So a walk is one
 call of the pipeline itself, on a copy that shares the modules but has its own scheduler (walks may nest), and it ends
 with the last `scheduler.step`: nothing is decoded.
 """
@@ -35,9 +35,9 @@ class DenoiserCall:
 
     Attributes:
         step: number of `scheduler.step` calls before it in this walk.
-        stream: which of the step's calls it is, by its place and the shapes of its tensors; each stream has a cache
-            of its own.
-        forward: runs the denoiser with the arguments that the pipeline gave.
+        stream: which of the step's calls it is, by its position and the shapes of its tensors; each stream has its own
+            cache.
+        forward: runs the denoiser with the arguments that the pipeline passed.
     """
 
     step: int
@@ -46,19 +46,19 @@ class DenoiserCall:
 
 
 Denoise = Callable[[DenoiserCall], Any]
-"""Answers a call of the denoiser: returns what the denoiser would."""
+"""Replaces a call of the denoiser: returns what the denoiser would."""
 
 
 class Walker:
     """Walks a pipeline from noise to its final latents.
 
     Args:
-        pipeline: a diffusers pipeline, or anything that is called like one and has `scheduler` and a denoiser.
+        pipeline: a diffusers pipeline, or anything that is called like one and has a `scheduler` and a denoiser.
         steps: `num_inference_steps` of its call.
         arguments: further arguments of every call: guidance, size, ...
 
     Raises:
-        TrainingError: the pipeline has no denoiser of a known name, or takes no such argument.
+        TrainingError: the pipeline has no denoiser of a known name, or does not take one of the arguments.
     """
 
     def __init__(self, pipeline: Any, *, steps: int, arguments: Mapping[str, Any] | None = None) -> None:
@@ -80,17 +80,17 @@ class Walker:
         window: tuple[int, int] | None = None,
         start: Tensor | None = None,
     ) -> Tensor:
-        """One run of the loop, in which `denoise` answers every call of the denoiser.
+        """Run the loop once, with `denoise` in place of every call of the denoiser.
 
         Args:
             inputs: arguments of the pipeline's call for this batch of B samples.
             generators: one per sample, for the noise that the run starts from and that its scheduler adds.
-            denoise: called in the place of the denoiser.
-            window: walk only the steps `first <= step < last` of the run; they count from 0 here too.
-            start: latents `[B, ...]` to start from, in the place of noise.
+            denoise: called in place of the denoiser.
+            window: walk only the steps `first <= step < last` of the run; the walk still counts them from 0.
+            start: latents `[B, ...]` to start from, instead of noise.
 
         Returns:
-            the latents after the last step, as the scheduler gave them (guidance may have doubled the batch).
+            the latents after the last step, as the scheduler returned them (guidance may have doubled the batch).
 
         Raises:
             TrainingError: the loop ended before its scheduler's timesteps did.
@@ -112,9 +112,9 @@ class Walker:
     def probe(
         self, inputs: Mapping[str, Any], generators: Sequence[torch.Generator], visit: Callable[[DenoiserCall], T]
     ) -> tuple[tuple[float, ...], T]:
-        """The timesteps of a run, one per step (as many as its NFE), and what `visit` makes of its first call.
+        """The timesteps of a run, one per step (as many as its NFE), and the result of `visit` for its first call.
 
-        The run goes no further than that call.
+        The run stops at that call.
         """
         scheduler = copy.deepcopy(self.pipeline.scheduler)
 
@@ -132,7 +132,7 @@ class Walker:
         denoise: Denoise,
         counter: _Counter,
     ) -> Any:
-        """Call the pipeline, with `denoise` for its denoiser, until somebody raises `_Ended`; its value."""
+        """Call the pipeline, with `denoise` as its denoiser, until `_Ended` is raised; returns the value it carries."""
         forward = _own_forward(self.denoiser)
 
         def answer(*args: Any, **kwargs: Any) -> Any:
@@ -160,10 +160,10 @@ class Walker:
 
 
 def find_denoiser(pipeline: Any) -> nn.Module:
-    """The module of a pipeline that is called in every step.
+    """The module that a pipeline calls at every step.
 
     Raises:
-        TrainingError: there is none of a known name.
+        TrainingError: there is no module of a known name, or it is a compiled model.
     """
     for name in _DENOISER_NAMES:
         module = getattr(pipeline, name, None)
@@ -190,7 +190,7 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any], changes: Cha
 
 
 class _Replacement:
-    """Stands in the place of a forward, and knows what it stands for: walks nest."""
+    """Replaces a forward and remembers the original, since walks may nest."""
 
     def __init__(self, call: Callable[..., Any], original: Callable[..., Any]) -> None:
         self._call = call
@@ -208,11 +208,11 @@ def _own_forward(module: nn.Module) -> Callable[..., Any]:
 @dataclass
 class _Counter:
     steps: int = 0
-    calls: int = 0  # of the denoiser, in this step
+    calls: int = 0  # of the denoiser, at this step
 
 
 class _Ended(Exception):
-    """A walk is over; carries what it was for."""
+    """Raised to end a walk; carries its result."""
 
     def __init__(self, value: Any) -> None:
         super().__init__()
@@ -236,9 +236,9 @@ def _count_steps(scheduler: Any, counter: _Counter) -> None:
 
 
 def _give_generators(scheduler: Any, generators: list[torch.Generator]) -> None:
-    """Let a scheduler that adds noise draw it from `generators`, where the pipeline names none (DiT's does not).
+    """Let a scheduler that adds noise draw it from `generators` if the pipeline passes none (DiT's does not).
 
-    Walks must be repeatable, and a sample's noise must not depend on who else is in its batch.
+    Walks must be repeatable, and a sample's noise must not depend on the other samples in its batch.
     """
     step = scheduler.step
     if "generator" not in inspect.signature(step).parameters:
@@ -254,7 +254,7 @@ def _give_generators(scheduler: Any, generators: list[torch.Generator]) -> None:
 
 
 def _limit(scheduler: Any, first: int, last: int) -> None:
-    """Make `set_timesteps` give the timesteps of the steps `first <= step < last` only."""
+    """Make `set_timesteps` set only the timesteps of the steps `first <= step < last`."""
     set_timesteps = scheduler.set_timesteps
     set_begin_index = getattr(scheduler, "set_begin_index", None)
 
@@ -273,7 +273,7 @@ def _limit(scheduler: Any, first: int, last: int) -> None:
 
 
 def _start_from(scheduler: Any, start: Tensor) -> None:
-    """Put `start` in the place of the latents that the pipeline drew: at the first scaling and the first step."""
+    """Replace the latents that the pipeline drew by `start`, at the first scaling and the first step."""
     scale, step = scheduler.scale_model_input, scheduler.step
     begun = False
 

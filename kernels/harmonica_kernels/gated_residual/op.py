@@ -10,19 +10,19 @@ from harmonica_kernels._library import LIBRARY, TAGS, warn_once_without_extensio
 from harmonica_kernels.gated_residual.reference import check_gated_residual, gated_residual_reference
 
 LIBRARY.define("gated_residual(Tensor x, Tensor y, Tensor? gate=None) -> Tensor", tags=TAGS)
-# The C++ implementation calls this for whatever it does not take, so that both paths raise the same errors.
+# The C++ implementation calls this for arguments that it does not support, so that both paths raise the same errors.
 LIBRARY.define("_gated_residual_reference(Tensor x, Tensor y, Tensor? gate=None) -> Tensor", tags=TAGS)
 
 
 def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
     """out = x + gate * y, or x + y without a gate.
 
-    The residual connection of a DiT sub-layer (adaLN-Zero, arXiv 2212.09748): y is the sub-layer's output,
+    This is the residual connection of a DiT sub-layer (adaLN-Zero, arXiv 2212.09748): y is the sub-layer's output, and
     the gate comes from the timestep and class embedding.
 
-    Arithmetic is fp32 for bf16 and fp16 (fp64 for fp64), rounded once to the dtype of x at the end. On the
-    CPU the result is equal to the reference bit for bit. Inference only: there is no gradient formula, and
-    autograd warns when it has to go through the op.
+    Arithmetic is fp32 for bf16 and fp16 (fp64 for fp64), rounded once to the dtype of x at the end. On the CPU the
+    result equals the reference bit for bit. Inference only: there is no gradient formula, and autograd warns if it has
+    to differentiate through the op.
 
     Args:
         x: [..., D], fp32, bf16, fp16 or fp64, any strides.
@@ -33,8 +33,8 @@ def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None =
         A new contiguous tensor like x; it never aliases an argument.
 
     Raises:
-        TypeError: a dtype that is not taken, or dtypes that differ.
-        ValueError: shapes that do not fit, or tensors on different devices.
+        TypeError: a dtype is not supported, or the dtypes differ.
+        ValueError: the shapes do not fit, or the tensors are on different devices.
     """
     out: torch.Tensor = torch.ops.harmonica.gated_residual.default(x, y, gate)
     return out
@@ -51,7 +51,7 @@ def _cpu_without_extension(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor 
 
 
 for _name in ("gated_residual", "_gated_residual_reference"):
-    # Every device without an implementation of its own.
+    # For every device without its own implementation.
     LIBRARY.impl(_name, gated_residual_reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"harmonica::{_name}", _fake, lib=LIBRARY)
 if not build_info().extension:

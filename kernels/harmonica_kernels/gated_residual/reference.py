@@ -1,4 +1,4 @@
-"""The definition of `gated_residual`: what every other implementation is compared with."""
+"""The definition of `gated_residual`, with which every other implementation is compared."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def gated_residual_reference(x: torch.Tensor, y: torch.Tensor, gate: torch.Tenso
 
 
 def check_gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None) -> None:
-    """Refuse arguments that the op does not take.
+    """Check the arguments of the op.
 
     Raises:
-        TypeError: a dtype that is not fp32, bf16, fp16 or fp64, or dtypes that differ.
-        ValueError: shapes that do not fit, or tensors on different devices.
+        TypeError: a dtype is not fp32, bf16, fp16 or fp64, or the dtypes differ.
+        ValueError: the shapes do not fit, or the tensors are on different devices.
     """
     check_dtype("gated_residual", x)
     check_same("gated_residual", x, "y", y)

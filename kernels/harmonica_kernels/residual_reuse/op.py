@@ -14,7 +14,7 @@ from harmonica_kernels.residual_reuse.reference import residual_reuse_reference
 
 _SCHEMA = "(Tensor x, Tensor[] caches, Tensor?[] gates) -> Tensor"
 LIBRARY.define(f"residual_reuse{_SCHEMA}", tags=TAGS)
-# The C++ implementation calls this for whatever it does not take, so that both paths raise the same errors.
+# The C++ implementation calls this for arguments that it does not support, so that both paths raise the same errors.
 LIBRARY.define(f"_residual_reuse_reference{_SCHEMA}", tags=TAGS)
 
 
@@ -23,25 +23,26 @@ def residual_reuse(
 ) -> torch.Tensor:
     """out = x + sum_k gates[k] * caches[k], added up in the order of k, in one pass over memory.
 
-    A run of residual connections (adaLN-Zero, arXiv 2212.09748) whose sub-layers are all reused: nothing but
-    these additions is left of them. The gates come from the timestep and class embedding.
+    This is a sequence of residual connections (adaLN-Zero, arXiv 2212.09748) whose sub-layers are all reused: only
+    these additions remain of them. The gates come from the timestep and class embedding.
 
-    Arithmetic is fp32 for bf16 and fp16 (fp64 for fp64), rounded once to the dtype of x at the end. On the
-    CPU the result is equal to the reference bit for bit. Inference only: there is no gradient formula, and
-    autograd warns when it has to go through the op.
+    Arithmetic is fp32 for bf16 and fp16 (fp64 for fp64), rounded once to the dtype of x at the end. On the CPU the
+    result equals the reference bit for bit. Inference only: there is no gradient formula, and autograd warns if it has
+    to differentiate through the op.
 
     Args:
         x: [..., D], fp32, bf16, fp16 or fp64, any strides.
         caches: at least one; each like x in shape, dtype and device.
-        gates: one for each cache: dtype and device of x, any shape that broadcasts to that of x ([B, 1, D], [D],
+        gates: one per cache: dtype and device of x, any shape that broadcasts to that of x ([B, 1, D], [D],
             [B, N, D], ...), or None for a factor of 1.
 
     Returns:
         A new contiguous tensor like x; it never aliases an argument.
 
     Raises:
-        TypeError: a dtype that is not taken, or dtypes that differ.
-        ValueError: no caches, another number of gates, shapes that do not fit, or tensors on different devices.
+        TypeError: a dtype is not supported, or the dtypes differ.
+        ValueError: there are no caches, the number of gates differs from that of caches, the shapes do not fit, or the
+            tensors are on different devices.
     """
     out: torch.Tensor = torch.ops.harmonica.residual_reuse.default(x, caches, gates)
     return out
@@ -60,7 +61,7 @@ def _cpu_without_extension(
 
 
 for _name in ("residual_reuse", "_residual_reuse_reference"):
-    # Every device without an implementation of its own.
+    # For every device without its own implementation.
     LIBRARY.impl(_name, residual_reuse_reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"harmonica::{_name}", _fake, lib=LIBRARY)
 if not build_info().extension:

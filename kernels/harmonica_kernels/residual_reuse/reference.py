@@ -1,4 +1,4 @@
-"""The definition of `residual_reuse`: what every other implementation is compared with."""
+"""The definition of `residual_reuse`, with which every other implementation is compared."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def residual_reuse_reference(
 def residual_sum(x: torch.Tensor, caches: Sequence[torch.Tensor], gates: Sequence[torch.Tensor | None]) -> torch.Tensor:
     """The sum in the dtype of the arithmetic, before the downcast: fp32, or fp64 for fp64; contiguous.
 
-    One multiplication and one addition for each k, each rounded.
+    There is one multiplication and one addition per k, each rounded.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     total = x.to(wide)

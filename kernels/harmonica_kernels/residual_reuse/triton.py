@@ -1,4 +1,4 @@
-"""`residual_reuse` for CUDA: one pass over memory for each `MAX_TERMS` caches."""
+"""`residual_reuse` for CUDA: one pass over memory per `MAX_TERMS` caches."""
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from harmonica_kernels._checks import check_residual_sum
 from harmonica_kernels._triton import as_rows, launch, load, takes
 from harmonica_kernels.residual_reuse.reference import residual_reuse_reference
 
-# Caches of one launch by bytes of their elements; more need a stack where rows are wide. Not measured yet
+# Caches per launch, by element size in bytes; with more, wide rows need a stack. Not measured yet
 MAX_TERMS: Final = {2: 16, 4: 8}
 
 
 @triton.jit
 def load_sum(x, caches, gates, batch, row, columns, mask):
-    """x + sum_k gates[k] * caches[k] of one row in fp32, in the order of k."""
+    """x + sum_k gates[k] * caches[k] for one row in fp32, in the order of k."""
     total = load(x, batch, row, columns, mask)
     for k in tl.static_range(len(caches)):
         term = load(caches[k], batch, row, columns, mask)
@@ -58,7 +58,7 @@ def residual_reuse_triton(
 def add_up(
     x: torch.Tensor, caches: Sequence[torch.Tensor], gates: Sequence[torch.Tensor | None], dtype: torch.dtype
 ) -> torch.Tensor:
-    """The sum of at most `MAX_TERMS` caches in one launch, rounded once, to `dtype`."""
+    """The sum of at most `MAX_TERMS` caches in one launch, rounded once to `dtype`."""
     out = x.new_empty(x.shape, dtype=dtype)
     terms = len(caches)
     rows, (x_rows, *others) = as_rows(x.shape, [x, *caches, *gates])
@@ -69,7 +69,7 @@ def add_up(
 def shorten(
     x: torch.Tensor, caches: Sequence[torch.Tensor], gates: Sequence[torch.Tensor | None]
 ) -> tuple[torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor | None]]:
-    """The same sum, bit for bit, of at most `MAX_TERMS` caches: those before are added to x, in fp32."""
+    """The same sum, bit for bit, with at most `MAX_TERMS` caches left; earlier ones are added to x in fp32."""
     most = MAX_TERMS[x.element_size()]
     while len(caches) > most:
         x = add_up(x, caches[:most], gates[:most], torch.float32)

@@ -19,7 +19,7 @@ _SCHEMA = (
     "Tensor? shift=None, *, bool rms=False, float eps=1e-5) -> (Tensor, Tensor)"
 )
 LIBRARY.define(f"residual_reuse_norm_modulate{_SCHEMA}", tags=TAGS)
-# The C++ implementation calls this for whatever it does not take, so that both paths raise the same errors.
+# The C++ implementation calls this for arguments that it does not support, so that both paths raise the same errors.
 LIBRARY.define(f"_residual_reuse_norm_modulate_reference{_SCHEMA}", tags=TAGS)
 
 
@@ -37,32 +37,33 @@ def residual_reuse_norm_modulate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """hidden = x + sum_k gates[k] * caches[k]; out = (norm(hidden) * weight + bias) * (1 + scale) + shift.
 
-    A run of reused residual connections, and the adaLN-Zero norm (arXiv 2212.09748) that the next computed
-    sub-layer begins with, in one pass over memory. norm is LayerNorm over D, (h - mean) / sqrt(var + eps) with the
-    biased variance, or where `rms` RMSNorm, h / sqrt(mean(h^2) + eps).
+    This is a sequence of reused residual connections, and the adaLN-Zero norm (arXiv 2212.09748) that begins the next
+    computed sub-layer, in one pass over memory. norm is LayerNorm over D, (h - mean) / sqrt(var + eps) with the biased
+    variance, or RMSNorm, h / sqrt(mean(h^2) + eps), if `rms` is set.
 
     Arithmetic is fp32 for bf16 and fp16 (fp64 for fp64); the statistics are those of the unrounded hidden, and each
-    result is rounded once to the dtype of x. Inference only: there is no gradient formula, and autograd warns when
-    it has to go through the op.
+    result is rounded once to the dtype of x. Inference only: there is no gradient formula, and autograd warns if it has
+    to differentiate through the op.
 
     Args:
         x: [..., D], fp32, bf16, fp16 or fp64, any strides.
         caches: at least one; each like x in shape, dtype and device.
-        gates: one for each cache: dtype and device of x, any shape that broadcasts to that of x ([B, 1, D], [D],
+        gates: one per cache: dtype and device of x, any shape that broadcasts to that of x ([B, 1, D], [D],
             [B, N, D], ...), or None for a factor of 1.
         weight: [D], dtype and device of x, or None for 1.
         bias: [D], dtype and device of x, or None for 0.
-        scale: of a shape that broadcasts to that of x, dtype and device of x, or None for 0.
-        shift: of a shape that broadcasts to that of x, dtype and device of x, or None for 0.
-        rms: RMSNorm in place of LayerNorm.
-        eps: what is added to the variance or mean square.
+        scale: any shape that broadcasts to that of x, dtype and device of x, or None for 0.
+        shift: any shape that broadcasts to that of x, dtype and device of x, or None for 0.
+        rms: use RMSNorm instead of LayerNorm.
+        eps: added to the variance or mean square.
 
     Returns:
         hidden and out: new contiguous tensors like x; they alias neither each other nor an argument.
 
     Raises:
-        TypeError: a dtype that is not taken, or dtypes that differ.
-        ValueError: no caches, another number of gates, shapes that do not fit, or tensors on different devices.
+        TypeError: a dtype is not supported, or the dtypes differ.
+        ValueError: there are no caches, the number of gates differs from that of caches, the shapes do not fit, or the
+            tensors are on different devices.
     """
     hidden: torch.Tensor
     out: torch.Tensor
@@ -105,7 +106,7 @@ def _cpu_without_extension(
 
 
 for _name in ("residual_reuse_norm_modulate", "_residual_reuse_norm_modulate_reference"):
-    # Every device without an implementation of its own.
+    # For every device without its own implementation.
     LIBRARY.impl(_name, residual_reuse_norm_modulate_reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"harmonica::{_name}", _fake, lib=LIBRARY)
 if not build_info().extension:

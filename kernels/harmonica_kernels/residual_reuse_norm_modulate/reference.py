@@ -1,4 +1,4 @@
-"""The definition of `residual_reuse_norm_modulate`: what every other implementation is compared with."""
+"""The definition of `residual_reuse_norm_modulate`, with which every other implementation is compared."""
 
 from __future__ import annotations
 
@@ -53,11 +53,12 @@ def check_residual_reuse_norm_modulate(
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
 ) -> None:
-    """Refuse arguments that the op does not take.
+    """Check the arguments of the op.
 
     Raises:
-        TypeError: a dtype that is not fp32, bf16, fp16 or fp64, or dtypes that differ.
-        ValueError: no caches, another number of gates, shapes that do not fit, or tensors on different devices.
+        TypeError: a dtype is not fp32, bf16, fp16 or fp64, or the dtypes differ.
+        ValueError: there are no caches, the number of gates differs from that of caches, the shapes do not fit, or the
+            tensors are on different devices.
     """
     check_residual_sum(_OP, x, caches, gates)
     if x.ndim == 0:

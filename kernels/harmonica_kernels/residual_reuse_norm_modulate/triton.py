@@ -42,7 +42,7 @@ def _kernel(
     at = index.to(tl.int64) * WIDTH + columns
     tl.store(hidden_out + at, hidden.to(hidden_out.dtype.element_ty), mask=mask)
 
-    # the mean is taken off before the squares are summed: their difference would cancel
+    # the mean is subtracted before the squares are summed: mean(h^2) - mean^2 would suffer from cancellation
     result = hidden
     if not RMS:
         result = tl.where(mask, hidden - tl.sum(hidden, 0) / WIDTH, 0.0)
@@ -72,8 +72,8 @@ def residual_reuse_norm_modulate_triton(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """hidden = x + sum_k gates[k] * caches[k]; out = (norm(hidden) * weight + bias) * (1 + scale) + shift.
 
-    hidden is equal to the reference bit for bit. The statistics are those of the unrounded sum, however many caches
-    there are. Shapes, dtypes and errors are those of `harmonica_kernels.residual_reuse_norm_modulate`.
+    hidden equals the reference bit for bit. The statistics are those of the unrounded sum, for any number of caches.
+    Shapes, dtypes and errors are those of `harmonica_kernels.residual_reuse_norm_modulate`.
     """
     check_residual_reuse_norm_modulate(x, caches, gates, weight, bias, scale, shift)
     if not takes(x, whole=True):
