@@ -102,7 +102,7 @@ def demo(
                     count=count,
                 )
         except hrt.ParityError as error:
-            console.print(line((str(error), "bold red"), "\nno speed-up is told for images that differ"))
+            console.print(line((str(error), "bold red"), "\nspeed-up withheld: images differ"))
             raise typer.Exit(1) from None
     _print_demo(result)
 
