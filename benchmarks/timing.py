@@ -19,7 +19,7 @@ class Spread:
 
     @classmethod
     def of(cls, samples: list[float]) -> Spread:
-        """Of a list of samples."""
+        """The spread of a list of samples."""
         p20, p50, p80 = np.percentile(samples, [20, 50, 80])
         return cls(float(p50), float(p20), float(p80))
 

@@ -36,7 +36,7 @@ class FindsItsPipeline(Session):
 
     def _follow(self, pipeline: Any) -> None:
         """Follow a pipeline that has been found."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: how to follow it depends on the door
 
     def _begins_its_runs(self, pipeline: Any) -> bool:
         return any(one() is pipeline for one in self._counted_by)

@@ -214,7 +214,7 @@ def _parse_compute(document: dict[str, object], n_sites: int) -> NDArray[np.bool
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ScheduleError(f"steps: expected a whole number of at least 1, got {quoted(steps)}")
     if len(rows) != steps:
-        raise ScheduleError(f"compute: expected one string a step ({steps} by the field 'steps'), got {len(rows)}")
+        raise ScheduleError(f"compute: expected one string per step ({steps} by the field 'steps'), got {len(rows)}")
     for step, row in enumerate(rows):
         if not isinstance(row, str):
             raise ScheduleError(f"compute, step {step}: expected a string of 0 and 1, got {strict_json.type_name(row)}")

@@ -1,4 +1,4 @@
-"""`torch.compile(model, backend="harmonica")`: models called by hand, one call a step."""
+"""`torch.compile(model, backend="harmonica")`: models called by hand, one call per step."""
 
 from __future__ import annotations
 

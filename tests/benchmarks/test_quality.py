@@ -175,7 +175,7 @@ def test_a_row_takes_the_place_of_its_older_self(tmp_path: Path) -> None:
     for value, seed in ((1.0, 0), (2.0, 1), (3.0, 0)):
         matrix._add(path, row("fora", 1.5, seed=seed, psnr=value))
     assert [(one["seed"], one["psnr"]) for one in matrix.read(path)] == [(0, 3.0), (1, 2.0)]
-    assert len(path.read_text().splitlines()) == 6  # one line a row
+    assert len(path.read_text().splitlines()) == 6  # one line per row
     assert list(tmp_path.iterdir()) == [path]
 
 

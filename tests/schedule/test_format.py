@@ -201,7 +201,7 @@ BAD_FIELDS = {
     "steps-text": ({"steps": "3"}, "steps: expected a whole number of at least 1, got '3'"),
     "steps-bool": ({"steps": True}, "steps: expected a whole number of at least 1, got True"),
     "steps-zero": ({"steps": 0, "compute": []}, "steps: expected a whole number of at least 1, got 0"),
-    "steps-other": ({"steps": 4}, "compute: expected one string a step (4 by the field 'steps'), got 3"),
+    "steps-other": ({"steps": 4}, "compute: expected one string per step (4 by the field 'steps'), got 3"),
     "compute-text": ({"compute": "1111"}, "compute: expected a list, got str"),
     "compute-lists": ({"compute": [[1], "1", "1"]}, "compute, step 0: expected a string of 0 and 1, got a list"),
     "row-short": ({"compute": ["1111", "111", "1111"]}, "compute, step 1: expected one entry per site (4), got 3"),
