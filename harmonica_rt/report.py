@@ -150,7 +150,7 @@ class GraphReport:
             recorded=sum(map(len, held)),
             pool_bytes=plans.pool_bytes or 0,
             static_bytes=sum(runtime.static_bytes for runtime in runtimes),
-            refusals=dict(Counter(reason for each in held for reason in each.refusals.values())),
+            refusals=dict(Counter(str(refusal) for each in held for refusal in each.refusals.values())),
         )
 
 

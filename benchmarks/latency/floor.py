@@ -22,7 +22,7 @@ from benchmarks.latency.measure import clock_of, seconds_of
 from harmonica_rt.call.roles import roles
 from harmonica_rt.lower import lower
 from harmonica_rt.options import HOISTED
-from harmonica_rt.plan.specialise import StepGraph
+from harmonica_rt.plan.step_graph import StepGraph
 
 aten = torch.ops.aten
 PRODUCTS = {

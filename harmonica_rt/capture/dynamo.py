@@ -29,7 +29,7 @@ from torch._guards import Guard
 from torch.nn.modules import module as every_module
 
 from harmonica_rt.call.call import Call, CallConvention
-from harmonica_rt.capture.capture import CapturedGraph, placeholders
+from harmonica_rt.capture.captured_graph import CapturedGraph, Placeholders
 from harmonica_rt.capture.export import export_functional
 from harmonica_rt.capture.sites import find_site_outputs, site_columns, site_of
 from harmonica_rt.errors import CaptureError, CaptureFailure, Obstacle
@@ -173,13 +173,14 @@ class DynamoGraph:
         values = [_as_number(value) if index in self.numbers else value for index, value in enumerate(call.values)]
         program = export_functional(_Replay(self.module), tuple(values), {})
         check_draws_nothing(program.graph, self._modes)
-        _, constants, arguments = placeholders(program, len(call.values))
+        placeholders = Placeholders.of(program, len(call.values))
+        arguments = placeholders.inputs
         leaf = {path: index for index, path in enumerate(call.paths)}
         return CapturedGraph(
             graph=program.graph,
             root=program.graph_module,
             weights={name: self.weights[index] for name, index in arguments.items() if index in self.weights},
-            constants=constants,
+            constants=placeholders.constants,
             inputs={name: leaf[self.inputs[index]] for name, index in arguments.items() if index in self.inputs},
             out_spec=program.call_spec.out_spec,
             sites=self._sites,

@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 from harmonica_rt.capture.one_thread import keep_from_other_threads
 from harmonica_rt.changes import Changes
 from harmonica_rt.errors import CaptureError, CaptureFailure, Obstacle
-from harmonica_rt.graph.functionalise import functionalise, is_mutating
+from harmonica_rt.graph.facts import is_mutating
+from harmonica_rt.graph.functionalise import functionalise
 from harmonica_rt.graph.layout import same_layout
 from harmonica_rt.torch_state import keep_torch_state, take_capture_lock
 

@@ -15,7 +15,7 @@ import torch
 from harmonica_rt.execute.cuda_graphs import Body, Graph, Pool, copies
 from harmonica_rt.execute.prologue import LoweredPrologue
 from harmonica_rt.execute.static_tensors import StaticTensors
-from harmonica_rt.lower.cuda_graph_rules import obstacle
+from harmonica_rt.lower.cuda_graph_rules import GraphRefusal, obstacle
 from harmonica_rt.lower.plain import Program
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 PAYS = 0.98  # a graph is kept if it takes at most this fraction of the time of plain launches
 ROUNDS = 3  # of measurement; the best time counts
 MOVES = 3  # consecutive runs with moved weights after which graphs are no longer recorded anew
-RESTLESS = "weights lie elsewhere in every run (is offloading on?)"
+RESTLESS = GraphRefusal("weights lie elsewhere in every run (is offloading on?)")
 
 
 class GraphedPrograms:
@@ -38,7 +38,7 @@ class GraphedPrograms:
     """
 
     def __init__(self, pool: Pool, *, measured: bool) -> None:
-        self.refusals: dict[Hashable, str] = {}  # what runs plainly (programs, the prologue), and why
+        self.refusals: dict[Hashable, GraphRefusal] = {}  # what runs plainly (programs, the prologue), and why
         self._pool = pool
         self._measured = measured
         self._warm = _Warm()
@@ -138,7 +138,7 @@ class GraphedPrograms:
         )
 
     def _warm_up_or_record(
-        self, key: Hashable, whose: Hashable, body: Body, find_obstacle: Callable[[], str | None]
+        self, key: Hashable, whose: Hashable, body: Body, find_obstacle: Callable[[], GraphRefusal | None]
     ) -> tuple[Any, ...]:
         if self._moves >= MOVES:
             self.refusals.setdefault(whose, RESTLESS)
@@ -155,21 +155,22 @@ class GraphedPrograms:
         reason = self._record(key, body)
         return copies(self._graphs[key].replay()) if reason is None else self._refuse(whose, reason, body)
 
-    def _record(self, key: Hashable, body: Body) -> str | None:
+    def _record(self, key: Hashable, body: Body) -> GraphRefusal | None:
         """Record `body`, or say why not."""
         try:
             with _casting_anew():
                 graph = self._pool.record(body)
         except RuntimeError as error:
-            return f"it cannot be recorded: {str(error).partition(chr(10))[0]}"
+            return GraphRefusal(f"it cannot be recorded: {str(error).partition(chr(10))[0]}")
         if self._measured:
             plain, replayed = (min(self._pool.seconds(run) for _ in range(ROUNDS)) for run in (body, graph.replay))
             if replayed > PAYS * plain:
-                return f"a graph does not pay: {replayed * 1e3:.2f} ms, plain launches take {plain * 1e3:.2f} ms"
+                times = f"{replayed * 1e3:.2f} ms, plain launches take {plain * 1e3:.2f} ms"
+                return GraphRefusal(f"a graph does not pay: {times}")
         self._graphs[key] = graph
         return None
 
-    def _refuse(self, whose: Hashable, reason: str, body: Body) -> tuple[Any, ...]:
+    def _refuse(self, whose: Hashable, reason: GraphRefusal, body: Body) -> tuple[Any, ...]:
         what = "the prologue" if isinstance(whose, LoweredPrologue) else "a step program"
         log.info("%s runs without a graph: %s", what, reason)
         self.refusals[whose] = reason

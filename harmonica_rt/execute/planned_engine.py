@@ -14,7 +14,7 @@ from torch import nn
 from harmonica_rt.call.call import Call
 from harmonica_rt.call.roles import roles
 from harmonica_rt.capture.capture import capture
-from harmonica_rt.capture.request_values import RequestReads
+from harmonica_rt.capture.request_values import RequestValues
 from harmonica_rt.changes import Changes
 from harmonica_rt.engine import RunKey, Stream
 from harmonica_rt.errors import CaptureError, CaptureFailure, Obstacle, PlanFileError
@@ -47,9 +47,9 @@ NEW_STATES = 4  # new states of the model per run that plans are made for; in fu
 class ReadingStream:
     """A stream over plans that hold only for requests with the values that the model read when they were made."""
 
-    def __init__(self, engine: PlannedEngine, stream: Stream, reads: RequestReads) -> None:
+    def __init__(self, engine: PlannedEngine, stream: Stream, reads: RequestValues) -> None:
         self._engine = engine
-        self._held: list[tuple[Stream, RequestReads | None]] = [(stream, reads)]  # the one in use first
+        self._held: list[tuple[Stream, RequestValues | None]] = [(stream, reads)]  # the one in use first
         self._asked = True  # whether the stream in use is known to hold for the current request
         self._begun = False
 
@@ -154,7 +154,7 @@ class PlannedEngine:
         stream, reads = self.stream_for(call)
         return stream if reads is None else ReadingStream(self, stream, reads)
 
-    def stream_for(self, call: Call) -> tuple[Stream, RequestReads | None]:
+    def stream_for(self, call: Call) -> tuple[Stream, RequestValues | None]:
         """A stream for `call`, and the request values that it holds for; None if it holds for all."""
         found = self._planned_for(call)
         if found is None and self._key(call) not in self.failures and not self._is_restless(self._key(call).model):
@@ -162,7 +162,7 @@ class PlannedEngine:
         if found is None:
             self._ran_eagerly = True
             return self._reference.new_stream(call), None
-        return found.new_stream(), found.plan.captured.reads
+        return found.new_stream(), found.plan.captured.request_values
 
     def _planned_for(self, call: Call) -> PlanRuntime | None:
         """The plan for the signature of `call` and for what the model reads of its request, or None."""
@@ -171,7 +171,7 @@ class PlannedEngine:
             return self.cache[key]
         for held, runtime in self.plans.items():
             if held.signature.read and held.without_reads() == key:
-                reads = runtime.plan.captured.reads
+                reads = runtime.plan.captured.request_values
                 if reads is not None and reads.hold(call.leaves):
                     return self.cache[held]
         return None
@@ -238,8 +238,8 @@ class PlannedEngine:
             return None
         self.watch.accept()  # a model may build tables when it first runs
         key = self._key(call)
-        if captured.reads is not None:
-            key = key._replace(signature=dataclasses.replace(key.signature, read=captured.reads.key))
+        if captured.request_values is not None:
+            key = key._replace(signature=dataclasses.replace(key.signature, read=captured.request_values.key))
         plan = build_plan(captured, self._schedule)
         return self.cache.add(key, plan, self.watch.live_tensors, roles(call), started=started)
 

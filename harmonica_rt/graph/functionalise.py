@@ -6,7 +6,6 @@ filled in place would cost a second trace of the whole model, which takes longer
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,12 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from harmonica_rt.errors import CaptureError, CaptureFailure, Obstacle
+from harmonica_rt.graph.facts import is_item, is_mutating
 from harmonica_rt.graph.layout import same_layout
-
-
-def is_mutating(node: fx.Node) -> bool:
-    """Whether the node's operator writes to one of its arguments."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def functionalise(program: torch.export.ExportedProgram) -> bool:
@@ -83,7 +78,7 @@ class _Region:
         return value in self._inside or (isinstance(value.meta.get("val"), torch.Tensor) and self._touches(value))
 
     def _is_view(self, node: fx.Node, taken: list[fx.Node]) -> bool:
-        if node.target is operator.getitem:
+        if is_item(node):
             return node.args[0] in self._inside
         seen = self._written & set[int]().union(*map(storages_of, taken))
         return not seen.isdisjoint(storages_of(node))

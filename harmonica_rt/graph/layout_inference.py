@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from harmonica_rt.errors import PlanFileError
+from harmonica_rt.graph.layout import extent
 
 
 class Layout(NamedTuple):
@@ -32,9 +33,7 @@ class Layout(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes from the first element to the last, both included."""
-        if 0 in self.shape:
-            return 0
-        return (1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))) * self.dtype.itemsize
+        return extent(self.shape, self.stride) * self.dtype.itemsize
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

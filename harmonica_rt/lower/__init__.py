@@ -23,7 +23,7 @@ from harmonica_rt.lower.inductor import InductorLowering
 from harmonica_rt.lower.plain import PlainLowering, Program
 from harmonica_rt.options import HOISTED
 from harmonica_rt.plan.plan import Plan
-from harmonica_rt.plan.specialise import StepGraph
+from harmonica_rt.plan.step_graph import StepGraph
 
 
 class Lowering(Protocol):

@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from harmonica_rt.errors import InvariantError, RegionError
 from harmonica_rt.graph.layout import laid_out
+from harmonica_rt.graph.rebuild import copy_of
 from harmonica_rt.lower.regions import Region
 
 # These override the user's settings: weights stay arguments, the runtime records the CUDA graphs, nothing is autotuned,
@@ -59,8 +60,7 @@ class CompiledRegion:
 def _compile(region: Region) -> Callable[..., Sequence[torch.Tensor]]:
     import torch._inductor  # heavy, so imported only when it is used
 
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(region.graph, {}))  # Inductor may change what it is given
+    graph = copy_of(region.graph)  # Inductor may change what it is given
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*torch.jit.*")  # torch's own use
         warnings.filterwarnings("ignore", message=".*TensorFloat32.*")  # advises less precision than the reference has
@@ -75,7 +75,7 @@ def _compile(region: Region) -> Callable[..., Sequence[torch.Tensor]]:
             )
         except RuntimeError as error:
             raise RegionError(
-                f"Inductor cannot compile {region.place}: {_reason(error)}. Use lowering='fused', it compiles nothing"
+                f"Inductor cannot compile {region.origin}: {_reason(error)}. Use lowering='fused', it compiles nothing"
             ) from error
     return compiled
 

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from harmonica_rt.lower.hoist import Part
+from harmonica_rt.graph.facts import device_of
 from harmonica_rt.model.training_mode import draws_numbers
-from harmonica_rt.plan.specialise import StepGraph
+from harmonica_rt.plan.step_graph import TabledGraph
 
 
-def obstacle(step: StepGraph | Part, *others: torch.device) -> str | None:
+@dataclass(frozen=True)
+class GraphRefusal:
+    """Why a step program or the prologue runs without a CUDA graph.
+
+    Attributes:
+        reason: what a graph cannot hold, or what went wrong.
+        node: name of the node that it is due to; None where no single one is.
+        target: the operator of that node.
+        stack: the source lines of the model that the node comes from, where known.
+    """
+
+    reason: str
+    node: str | None = None
+    target: str | None = None
+    stack: str | None = None
+
+    def __str__(self) -> str:
+        return self.reason if self.node is None else f"{self.node} ({self.target}) {self.reason}"
+
+
+def obstacle(step: TabledGraph, *others: torch.device) -> GraphRefusal | None:
     """The first node that a CUDA graph cannot hold, and why; None where there is none.
 
     A graph replays the same launches with the same addresses: nothing in it may wait for a value, have a size that
@@ -22,17 +43,17 @@ def obstacle(step: StepGraph | Part, *others: torch.device) -> str | None:
         step: the graph.
         others: devices that it is recorded on or with, which its nodes need not show: all of them may lie on the CPU.
     """
-    found = (device for node in step.graph.nodes if (device := _device(node)) is not None)
+    found = (device for node in step.graph.nodes if (device := device_of(node)) is not None)
     devices = list(dict.fromkeys((*others, *found)))
     for node in step.graph.nodes:
         reason = None if _is_number(node, step) else _reason(node, devices)
         if reason is not None:
-            return f"{node.name} ({node.target}) {reason}"
+            return GraphRefusal(reason, node.name, str(node.target), node.meta.get("stack_trace"))
     return None
 
 
 def _reason(node: fx.Node, devices: list[torch.device]) -> str | None:
-    device = _device(node)
+    device = device_of(node)
     if len(devices) > 1 and device is not None and device.type == "cpu":
         return "lies on the CPU, other values do not"
     first = next((device for device in devices if device.type != "cpu"), None)
@@ -48,12 +69,7 @@ def _reason(node: fx.Node, devices: list[torch.device]) -> str | None:
     return None
 
 
-def _device(node: fx.Node) -> torch.device | None:
-    value = node.meta.get("val")
-    return value.device if isinstance(value, torch.Tensor) else None
-
-
-def _is_number(node: fx.Node, step: StepGraph | Part) -> bool:
+def _is_number(node: fx.Node, step: TabledGraph) -> bool:
     """Whether a node is a 0-dimensional CPU constant: kernels take it as a number, read while recording."""
     value = node.meta.get("val")
     is_constant = node.op == "placeholder" and node.name in step.constants

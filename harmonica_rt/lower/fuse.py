@@ -23,18 +23,13 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from harmonica_rt.errors import InvariantError
-from harmonica_rt.lower.patterns import (
-    VIEWS,
-    Norm,
-    Residual,
-    find_norms,
-    find_residual,
-    is_cast,
-    is_norm,
-    unwidened,
-    value,
-)
-from harmonica_rt.plan.specialise import StepGraph, check_step_graph
+from harmonica_rt.graph.facts import is_item, value_of
+from harmonica_rt.graph.rebuild import copy_of
+from harmonica_rt.lower.casts import is_cast, unwidened
+from harmonica_rt.lower.graph_states import FusedGraph
+from harmonica_rt.lower.norm_pattern import VIEWS, Norm, find_norms, is_norm
+from harmonica_rt.lower.residual_pattern import Residual, find_residual
+from harmonica_rt.plan.step_graph import StepGraph
 
 aten = torch.ops.aten
 
@@ -46,13 +41,13 @@ class FusedStep:
     """A fused step graph, and what was fused and left in it.
 
     Attributes:
-        step: the graph, with calls of `torch.ops.harmonica` in it.
+        step: the fused graph.
         counts: number of calls of `gated_residual`, `residual_reuse` and `residual_reuse_norm_modulate`, and of
             `residuals left` and `norms left`. A single ungated addition, which is one pass already, is not counted.
         reasons: why residuals and norms were left, with counts.
     """
 
-    step: StepGraph
+    step: FusedGraph
     counts: dict[str, int]
     reasons: dict[str, int]
 
@@ -61,14 +56,14 @@ def fuse(step: StepGraph) -> FusedStep:
     """Rewrite a step graph with fused operators; `step` itself is not changed."""
     import harmonica_kernels  # noqa: F401  # registers torch.ops.harmonica; here, so that planning alone needs it not
 
-    fused = replace(step, graph=_copy(step.graph))
-    _drop_idle_casts(fused.graph)
-    fusion = _Fusion(fused)
-    for node in list(fused.graph.nodes):
+    copied = replace(step, graph=copy_of(step.graph))
+    _drop_idle_casts(copied.graph)
+    fusion = _Fusion(copied)
+    for node in list(copied.graph.nodes):
         if node.users:  # erased ones have none
             fusion.visit(node)
-    _restride(fused.graph, fusion.restrided)
-    check_step_graph(fused)
+    _restride(copied.graph, fusion.restrided)
+    fused = copied.become(FusedGraph)
     reasons = _reasons(fused.graph, fusion.slots)
     for kind in ("residual", "norm"):
         fusion.counts[f"{kind}s left"] = sum(n for reason, n in reasons.items() if reason.startswith(f"{kind}:"))
@@ -156,24 +151,18 @@ class _Fusion:
         return node
 
     def _replace(self, old: fx.Node, new: fx.Node) -> None:
-        if value(old).stride() != value(new).stride():
+        if value_of(old).stride() != value_of(new).stride():
             self.restrided.add(new)
-        new.meta = {**old.meta, "val": value(new)}
+        new.meta = {**old.meta, "val": value_of(new)}
         old.replace_all_uses_with(new)
         _erase(old)
-
-
-def _copy(graph: fx.Graph) -> fx.Graph:
-    copy = fx.Graph()
-    copy.output(copy.graph_copy(graph, {}))
-    return copy
 
 
 def _drop_idle_casts(graph: fx.Graph) -> None:
     """Drop casts to the dtype, device and strides that a tensor already has; models are full of such `.to` calls."""
     for node in list(graph.nodes):
         if is_cast(node):
-            before, after = value(node.args[0]), value(node)
+            before, after = value_of(node.args[0]), value_of(node)
             if (before.dtype, before.device, before.stride()) == (after.dtype, after.device, after.stride()):
                 node.replace_all_uses_with(node.args[0])
                 _erase(node)
@@ -219,7 +208,7 @@ def _restride(graph: fx.Graph, restrided: set[fx.Node]) -> None:
         if node.target is aten.as_strided.default:
             raise InvariantError(f"{node.name} reads memory by strides that fusing changed; lower this model as plain")
         fresh = _run(node)
-        if _strides(fresh) != _strides(value(node)):
+        if _strides(fresh) != _strides(value_of(node)):
             restrided.add(node)
         node.meta["val"] = fresh
 
@@ -230,7 +219,7 @@ def _strides(values: Any) -> list[Any]:
 
 def _run(node: fx.Node) -> Any:
     """The result of a node on the fake tensors of its arguments."""
-    args, kwargs = pytree.tree_map_only(fx.Node, value, (node.args, node.kwargs))
+    args, kwargs = pytree.tree_map_only(fx.Node, value_of, (node.args, node.kwargs))
     with torch.no_grad():
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
@@ -243,7 +232,7 @@ def _reasons(graph: fx.Graph, slots: frozenset[fx.Node]) -> dict[str, int]:
             reasons[residual] += 1
         elif is_norm(node):
             source = unwidened(node.args[0])
-            if isinstance(find_residual(source, slots), Residual) or source.target is operator.getitem:
+            if isinstance(find_residual(source, slots), Residual) or is_item(source):
                 reasons["norm: not one that can follow its sum in one call"] += 1
             else:
                 reasons["norm: what it reads is no residual sum"] += 1

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 
 from harmonica_rt.call.roles import Role
 from harmonica_rt.lower.fuse import fuse
+from harmonica_rt.lower.graph_states import FusedGraph
 from harmonica_rt.lower.hoist import Prologue, cut, plan_prologue
 from harmonica_rt.lower.plain import Program
 from harmonica_rt.plan.plan import Plan
-from harmonica_rt.plan.specialise import StepGraph
+from harmonica_rt.plan.step_graph import StepGraph
 
 
 class FusedLowering:
@@ -30,7 +31,7 @@ class FusedLowering:
         self._root = plan.captured.root
         self._ops = ops
         fused = [fuse(step) for step in plan.programs] if ops else []
-        steps = [each.step for each in fused] if ops else list(plan.programs)
+        steps: list[StepGraph | FusedGraph] = [each.step for each in fused] if ops else list(plan.programs)
         self.prologue: Prologue | None = plan_prologue(plan.captured, steps, roles, len(plan.steps))
         self._hoisted = frozenset(self.prologue.names)
         self.programs = [self._program(step) for step in steps]
@@ -41,5 +42,5 @@ class FusedLowering:
         """See `Lowering.program`."""
         return self._program(fuse(step).step if self._ops else step)
 
-    def _program(self, step: StepGraph) -> Program:
+    def _program(self, step: StepGraph | FusedGraph) -> Program:
         return Program(cut(step, self._hoisted), self._root, direct=True)

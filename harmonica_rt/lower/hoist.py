@@ -11,41 +11,37 @@ Requires: functional graphs; step graphs of the captured graph (fused or not). E
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import fx
 
 from harmonica_rt.call.roles import Role
-from harmonica_rt.capture.capture import CapturedGraph
+from harmonica_rt.capture.captured_graph import CapturedGraph
+from harmonica_rt.graph.facts import needed_nodes, owner
+from harmonica_rt.graph.rebuild import Rebuild
+from harmonica_rt.lower.graph_states import BodyGraph, FusedGraph
 from harmonica_rt.plan.binding_time import Binding, bindings
-from harmonica_rt.plan.specialise import StepGraph, check_step_graph, needed_nodes
+from harmonica_rt.plan.step_graph import ProgramGraph, StepGraph, TabledGraph
+
+T = TypeVar("T")
 
 LIMIT = 512 * 2**20  # bytes of hoisted values per stream
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """A piece of the captured graph.
+class Part(TabledGraph):
+    """A piece of the captured graph that is run before the steps.
 
     Placeholders come in the order weights, constants, inputs, given; the output node holds one flat tuple.
 
     Attributes:
-        graph: the piece.
-        weights: dotted names in the model.
-        constants: placeholder names in the captured graph.
-        inputs: indices among the call's leaves.
         given: names of the values that it takes from the other part.
         results: names of its outputs.
     """
 
-    graph: fx.Graph
-    weights: tuple[str, ...]
-    constants: tuple[str, ...]
-    inputs: tuple[int, ...]
     given: tuple[str, ...]
     results: tuple[str, ...]
 
@@ -70,7 +66,12 @@ class Prologue:
 
 
 def plan_prologue(
-    captured: CapturedGraph, steps: Sequence[StepGraph], roles: Sequence[Role], runs: int, *, limit: int = LIMIT
+    captured: CapturedGraph,
+    steps: Sequence[StepGraph | FusedGraph],
+    roles: Sequence[Role],
+    runs: int,
+    *,
+    limit: int = LIMIT,
 ) -> Prologue:
     """Choose what to hoist out of `steps`.
 
@@ -91,14 +92,14 @@ def plan_prologue(
     stay = {
         name
         for name, node in nodes.items()
-        if not isinstance(node.meta.get("val"), torch.Tensor) or _owner(node).name in held
+        if not isinstance(node.meta.get("val"), torch.Tensor) or owner(node).name in held
     }
     while True:
         names = _frontier(steps, {name: bound[node] for name, node in nodes.items()}, stay)
         groups: dict[fx.Node, list[str]] = {}
         for name in names:
-            groups.setdefault(_owner(nodes[name]), []).append(name)
-        sizes = {owner: _nbytes(owner) * (runs if bound[owner] & Binding.TIMESTEP else 1) for owner in groups}
+            groups.setdefault(owner(nodes[name]), []).append(name)
+        sizes = {node: _nbytes(node) * (runs if bound[node] & Binding.TIMESTEP else 1) for node in groups}
         if sum(sizes.values()) <= limit:
             break
         largest = max(sizes, key=sizes.__getitem__)
@@ -117,50 +118,44 @@ def plan_prologue(
     )
 
 
-def cut(step: StepGraph, names: Collection[str]) -> StepGraph:
+def cut(step: StepGraph | FusedGraph, names: Collection[str]) -> BodyGraph:
     """The body: `step` with the hoisted values as arguments, and without what only they needed."""
     hoisted: dict[fx.Node, str] = {}
     for node in step.graph.nodes:
         name = _captured_name(node)
         if name is not None and name in names:
             hoisted[node] = name
-    outputs: Any = step.graph.output_node().args[0]
-    results, stored = outputs
-    needed = needed_nodes([*results, *stored], set(hoisted))
-    arguments = [node for node in step.graph.nodes if node.op == "placeholder"]
-    ends = [len(step.weights), len(step.constants), len(step.inputs), len(step.reads)]
-    starts = [sum(ends[:index]) for index in range(4)]
-    kept = [[node in needed for node in arguments[start : start + n]] for start, n in zip(starts, ends, strict=True)]
-
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
+    results, stored = tuple(step.result_nodes), tuple(step.stored_nodes)
+    needed = needed_nodes([*results, *stored], hoisted)
+    arguments = step.argument_nodes
+    first_read = len(arguments) - len(step.reads)
     live = [node for node in step.graph.nodes if node in needed and node in hoisted]
-    for node in (*arguments[: starts[3]], *live, *arguments[starts[3] :]):
+
+    rebuilt = Rebuild()
+    for node in (*arguments[:first_read], *live, *arguments[first_read:]):
         if node in needed:
-            copies[node] = graph.placeholder(hoisted.get(node, node.name))
-            copies[node].meta = dict(node.meta)
+            rebuilt.placeholder(node, hoisted.get(node))
     for node in step.graph.nodes:
-        if node in needed and node not in copies and node.op != "output":
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(fx.map_arg((results, stored), copies.__getitem__))
-    body = replace(
-        step,
-        graph=graph,
-        weights=_kept(step.weights, kept[0]),
-        constants=_kept(step.constants, kept[1]),
-        inputs=_kept(step.inputs, kept[2]),
+        if node in needed and node not in rebuilt and node.op != "output":
+            rebuilt.copy(node)
+    kept = iter([node in needed for node in arguments])
+    return step.become(
+        BodyGraph,
+        graph=rebuilt.finish(rebuilt.new((results, stored))),
+        weights=_kept(step.weights, kept),
+        constants=_kept(step.constants, kept),
+        inputs=_kept(step.inputs, kept),
         hoisted=tuple(hoisted[node] for node in live),
-        reads=_kept(step.reads, kept[3]),
+        reads=_kept(step.reads, kept),
     )
-    check_step_graph(body)
-    return body
 
 
-def _kept(items: tuple, keep: list[bool]) -> tuple:  # type: ignore[type-arg]
-    return tuple(item for item, kept in zip(items, keep, strict=True) if kept)
+def _kept(items: tuple[T, ...], keep: Iterator[bool]) -> tuple[T, ...]:
+    """The items to keep; takes one value of `keep` per item."""
+    return tuple(item for item in items if next(keep))
 
 
-def _frontier(steps: Sequence[StepGraph], bound: dict[str, Binding], stay: set[str]) -> list[str]:
+def _frontier(steps: Sequence[ProgramGraph], bound: dict[str, Binding], stay: set[str]) -> list[str]:
     """Names of the values to hoist: independent of the latents, not told to stay, and used by a value of the body."""
     found: dict[str, None] = {}
     for step in steps:
@@ -181,22 +176,6 @@ def _in_body(node: fx.Node, bound: dict[str, Binding], stay: set[str]) -> bool:
 def _captured_name(node: fx.Node) -> str | None:
     """The node of the captured graph that this one computes; None for nodes made by a pass, and for arguments."""
     return node.meta.get("captured_name") if node.op == "call_function" else None
-
-
-def _owner(node: fx.Node) -> fx.Node:
-    """The node whose memory a value lies in."""
-    while node.op == "call_function" and _is_view(node.target):
-        first = node.args[0]
-        if not isinstance(first, fx.Node):
-            break
-        node = first
-    return node
-
-
-def _is_view(target: object) -> bool:
-    if target is operator.getitem:
-        return True
-    return isinstance(target, torch._ops.OpOverload) and any(r.alias_info is not None for r in target._schema.returns)
 
 
 def _nbytes(node: fx.Node) -> int:
@@ -222,25 +201,22 @@ def _given(each: list[fx.Node], bound: dict[fx.Node, Binding]) -> list[fx.Node]:
 
 
 def _part(captured: CapturedGraph, results: Sequence[fx.Node], given: Sequence[fx.Node]) -> Part:
-    needed = needed_nodes(results, set(given))
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
+    needed = needed_nodes(results, given)
+    rebuilt = Rebuild()
     tables = (captured.weights, captured.constants, captured.inputs)
-    groups = [
+    weights, constants, inputs = (
         [n for n in captured.graph.nodes if n.op == "placeholder" and n in needed and n.name in t] for t in tables
-    ]
-    for node in (*groups[0], *groups[1], *groups[2], *given):
-        copies[node] = graph.placeholder(node.name)
+    )
+    for node in (*weights, *constants, *inputs, *given):
+        rebuilt.placeholder(node)
     for node in captured.graph.nodes:
-        if node in needed and node not in copies:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[node] for node in results))
-    graph.lint()
+        if node in needed and node not in rebuilt:
+            rebuilt.copy(node)
     return Part(
-        graph=graph,
-        weights=tuple(captured.weights[node.name] for node in groups[0]),
-        constants=tuple(node.name for node in groups[1]),
-        inputs=tuple(captured.inputs[node.name] for node in groups[2]),
+        graph=rebuilt.finish(rebuilt.new(tuple(results))),
+        weights=tuple(captured.weights[node.name] for node in weights),
+        constants=tuple(node.name for node in constants),
+        inputs=tuple(captured.inputs[node.name] for node in inputs),
         given=tuple(node.name for node in given),
         results=tuple(node.name for node in results),
     )

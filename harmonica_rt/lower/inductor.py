@@ -23,11 +23,12 @@ from harmonica_rt.lower import plain
 from harmonica_rt.lower.compiled_region import CompiledRegion
 from harmonica_rt.lower.faster_of_two import Faster
 from harmonica_rt.lower.fused import FusedLowering
+from harmonica_rt.lower.graph_states import BodyGraph, DividedGraph, FusedGraph
 from harmonica_rt.lower.hoist import cut
 from harmonica_rt.lower.plain import Program
 from harmonica_rt.lower.regions import Region, divide, operators, sections, whole
 from harmonica_rt.plan.plan import Plan
-from harmonica_rt.plan.specialise import StepGraph
+from harmonica_rt.plan.step_graph import ProgramGraph, StepGraph
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class InductorLowering(FusedLowering):
         """The programs that were also compiled whole."""
         return tuple(program for program in self.programs if isinstance(program, Faster))
 
-    def _program(self, step: StepGraph) -> Program:
+    def _program(self, step: StepGraph | FusedGraph) -> Program:
         body = cut(step, self._hoisted)
         return RegionProgram(body, divide(body, self._sections, self._compile), self._root)
 
@@ -106,7 +107,7 @@ class RegionProgram(Program):
         root: module that its `get_attr` nodes refer to.
     """
 
-    def __init__(self, step: StepGraph, divided: StepGraph, root: nn.Module) -> None:
+    def __init__(self, step: BodyGraph, divided: DividedGraph, root: nn.Module) -> None:
         super().__init__(divided, root, direct=True)
         self.step = step
         self.calls = sum(isinstance(node.target, CompiledRegion) for node in divided.graph.nodes)
@@ -120,7 +121,7 @@ class WholeProgram(Program):
         region: all of it, with one extra argument per store.
     """
 
-    def __init__(self, step: StepGraph, region: Region) -> None:
+    def __init__(self, step: ProgramGraph, region: Region) -> None:
         self.step = step
         compiled = CompiledRegion(region, "whole", written=len(step.stored_nodes))
         self._run = lambda *inputs: tuple(compiled(*inputs))

@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from harmonica_rt.graph.facts import may_alias_argument, value_of
+from harmonica_rt.graph.layout import expanded_dims
+from harmonica_rt.graph.rebuild import Rebuild
 from harmonica_rt.lower.hoist import Prologue
 from harmonica_rt.plan.plan import Plan
-from harmonica_rt.plan.specialise import StepGraph
+from harmonica_rt.plan.step_graph import ProgramGraph, StepGraph
 
 
 class PlainLowering:
@@ -37,20 +40,19 @@ class Program:
     """A step graph ready to run.
 
     Args:
-        step: the step graph.
+        step: the graph of the step, lowered as far as it will be.
         root: module that its `get_attr` nodes refer to.
         direct: let linear layers write directly into their slots, instead of copying their results there.
     """
 
-    def __init__(self, step: StepGraph, root: nn.Module, *, direct: bool = False) -> None:
+    def __init__(self, step: ProgramGraph, root: nn.Module, *, direct: bool = False) -> None:
         self.step = step
         graph = with_stores(step, direct=direct)
         self._run: Callable[..., tuple[Any, ...]] = fx.GraphModule(root, graph, "StepProgram").forward
 
     def bind(self, weights: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
-        """The weights and constants this program takes, in its order; valid until one of them is replaced."""
-        step = self.step
-        return (*(weights[name] for name in step.weights), *(constants[name] for name in step.constants))
+        """See `TabledGraph.bind`."""
+        return self.step.bind(weights, constants)
 
     def __call__(
         self,
@@ -75,40 +77,36 @@ class Program:
         return self._run(*bound, *(leaves[index] for index in self.step.inputs), *hoisted, *reads, *writes)
 
 
-def with_stores(step: StepGraph, *, direct: bool) -> fx.Graph:
+def with_stores(step: ProgramGraph, *, direct: bool) -> fx.Graph:
     """A copy of the step graph with one extra placeholder per store, into which the value is copied once computed."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in step.graph.nodes:
-        if node.op == "placeholder":
-            copies[node] = graph.node_copy(node)
-    slots = {node: graph.placeholder(f"store_{index}") for index, node in enumerate(step.stored_nodes)}
+    rebuilt = Rebuild()
+    for node in step.argument_nodes:
+        rebuilt.placeholder(node)
+    slots = {node: rebuilt.graph.placeholder(f"store_{index}") for index, node in enumerate(step.stored_nodes)}
     for node in step.graph.nodes:
         if direct and node in slots and _can_write_to_slot(node):
-            copies[node] = _linear_into(graph, node, copies, slots[node])
+            rebuilt[node] = _linear_into(rebuilt, node, slots[node])
             continue
         if node.op in ("call_function", "get_attr"):
-            copies[node] = graph.node_copy(node, copies.__getitem__)
+            rebuilt.copy(node)
         if node in slots:
-            _store(graph, copies[node], slots[node], node.meta["val"])
-    results: list[Any] = []
-    for result in step.graph.output_node().args[0][0]:  # type: ignore[index,union-attr]
-        if isinstance(result, fx.Node):
-            copy = copies[result]
-            results.append(graph.call_function(torch.clone, (copy,)) if _may_alias_argument(result) else copy)
-        else:
-            results.append(result)
-    graph.output(tuple(results))
-    graph.lint()
-    return graph
+            _store(rebuilt.graph, rebuilt[node], slots[node], value_of(node))
+    return rebuilt.finish(tuple(_returned(rebuilt, result) for result in step.result_nodes))
+
+
+def _returned(rebuilt: Rebuild, result: Any) -> Any:
+    """What the program returns for a result of the step graph: a clone of what may view memory written again."""
+    if not isinstance(result, fx.Node):
+        return result
+    value = rebuilt[result]
+    return rebuilt.graph.call_function(torch.clone, (value,)) if may_alias_argument(result) else value
 
 
 def _store(graph: fx.Graph, value: fx.Node, slot: fx.Node, layout: torch.Tensor) -> None:
     """Copy `value` into `slot`; for an expanded value, copy only the elements that exist in memory."""
-    for dim, (n, stride) in enumerate(zip(layout.shape, layout.stride(), strict=True)):
-        if stride == 0 and n > 1:
-            slot = graph.call_function(torch.narrow, (slot, dim, 0, 1))
-            value = graph.call_function(torch.narrow, (value, dim, 0, 1))
+    for dim in expanded_dims(layout):
+        slot = graph.call_function(torch.narrow, (slot, dim, 0, 1))
+        value = graph.call_function(torch.narrow, (value, dim, 0, 1))
     graph.call_method("copy_", (slot, value))
 
 
@@ -119,39 +117,17 @@ def _can_write_to_slot(node: fx.Node) -> bool:
     """
     if node.target is not torch.ops.aten.linear.default or len(node.args) < 3 or node.args[2] is None:
         return False
-    rows, weight, bias = (argument.meta["val"] for argument in node.args[:3])  # type: ignore[union-attr]
-    value = node.meta["val"]
+    rows, weight, bias = (value_of(argument) for argument in node.args[:3])  # type: ignore[arg-type]
+    value = value_of(node)
     if {rows.dtype, weight.dtype, bias.dtype} != {value.dtype}:
         return False
     return bool(rows.is_contiguous() and value.is_contiguous() and weight.dim() == 2)
 
 
-def _linear_into(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node], slot: fx.Node) -> fx.Node:
+def _linear_into(rebuilt: Rebuild, node: fx.Node, slot: fx.Node) -> fx.Node:
     """Add `linear` as it runs on contiguous rows, one `addmm`, but writing into the slot; return the slot."""
-    rows, weight, bias = (copies[argument] for argument in node.args)  # type: ignore[index]
-    flat = graph.call_method("view", (rows, -1, node.args[0].meta["val"].shape[-1]))  # type: ignore[union-attr]
-    out = graph.call_method("view", (slot, -1, node.meta["val"].shape[-1]))
+    graph, (rows, weight, bias) = rebuilt.graph, rebuilt.new(node.args)
+    flat = graph.call_method("view", (rows, -1, value_of(node.args[0]).shape[-1]))  # type: ignore[arg-type]
+    out = graph.call_method("view", (slot, -1, value_of(node).shape[-1]))
     graph.call_function(torch.ops.aten.addmm.out, (bias, flat, graph.call_method("t", (weight,))), {"out": out})
     return slot
-
-
-def _may_alias_argument(node: fx.Node) -> bool:
-    """Whether a value may share memory with a slot, an input or a weight, by the operators' schemas."""
-    pending, seen = [node], set()
-    while pending:
-        current = pending.pop()
-        if current.op != "call_function":
-            return True
-        if current not in seen and _returns_alias(current.target):
-            pending.extend(current.all_input_nodes)
-        seen.add(current)
-    return False
-
-
-def _returns_alias(target: Any) -> bool:
-    if not isinstance(target, torch._ops.OpOverload):
-        return True  # getitem and the like: assume the worst
-    if any(argument.alias_info is not None for argument in target._schema.arguments):
-        return True
-    # reshape, to, contiguous and other composites return their input or a copy, which their schema does not say
-    return bool(target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd))

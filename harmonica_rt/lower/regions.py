@@ -16,15 +16,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 from torch._subclasses import FakeTensor
 
-from harmonica_rt.capture.capture import CapturedGraph
-from harmonica_rt.plan.specialise import StepGraph, check_step_graph
+from harmonica_rt.capture.captured_graph import CapturedGraph
+from harmonica_rt.graph.facts import is_item, is_view, value_of
+from harmonica_rt.graph.layout import expanded_dims
+from harmonica_rt.graph.rebuild import Rebuild
+from harmonica_rt.lower.graph_states import BodyGraph, DividedGraph
+from harmonica_rt.plan.step_graph import ProgramGraph
 
 aten = torch.ops.aten
 
@@ -41,13 +44,13 @@ class Region:
         graph: placeholders, operators, and one flat tuple as output; named by position.
         inputs: a fake tensor for each placeholder.
         key: the region as text, including the layouts of its inputs; equal for equal regions.
-        place: where it was cut out, for messages.
+        origin: where it was cut out, for messages.
     """
 
     graph: fx.Graph
     inputs: tuple[torch.Tensor, ...]
     key: str
-    place: str
+    origin: str
 
 
 def sections(captured: CapturedGraph) -> dict[str, int]:
@@ -62,44 +65,35 @@ def sections(captured: CapturedGraph) -> dict[str, int]:
 
 
 def divide(
-    step: StepGraph, sections: Mapping[str, int], compiled: Callable[[Region], Callable[..., Sequence[torch.Tensor]]]
-) -> StepGraph:
-    """The step graph with a call of `compiled(region)` in place of each region.
+    step: BodyGraph, sections: Mapping[str, int], compiled: Callable[[Region], Callable[..., Sequence[torch.Tensor]]]
+) -> DividedGraph:
+    """The body with a call of `compiled(region)` in place of each region.
 
     Args:
-        step: the step graph; it is not changed.
+        step: the body; it is not changed.
         sections: from the function of that name.
         compiled: returns a callable for a region, which maps its inputs to its results and has a `__name__`.
     """
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-
-    def copy(node: fx.Node) -> fx.Node:
-        """The node's copy in the new graph; views are copied when first needed."""
-        if node not in copies:
-            copies[node] = graph.node_copy(node, copy)
-        return copies[node]
-
-    for node in step.graph.find_nodes(op="placeholder"):
-        copy(node)
+    rebuilt = Rebuild()
+    for node in step.argument_nodes:
+        rebuilt.placeholder(node)
     for group in _groups(step.graph, sections):
         if sum(map(_is_work, group)) < LEAST_WORK:
             for node in group:
-                copy(node)
+                rebuilt.copy_with_inputs(node)
             continue
         inputs, results = _inputs(group), _results(group)
-        call = graph.call_function(compiled(_region(group, inputs, results)), tuple(map(copy, inputs)))
-        call.meta["val"] = tuple(node.meta["val"] for node in results)
+        taken = tuple(map(rebuilt.copy_with_inputs, inputs))
+        call = rebuilt.graph.call_function(compiled(_region(group, inputs, results)), taken)
+        call.meta["val"] = tuple(map(value_of, results))
         for index, node in enumerate(results):
-            copies[node] = graph.call_function(operator.getitem, (call, index))
-            copies[node].meta = dict(node.meta)
-    graph.output(fx.map_arg(step.graph.output_node().args[0], copy))
-    divided = replace(step, graph=graph)
-    check_step_graph(divided)
-    return divided
+            rebuilt[node] = rebuilt.graph.call_function(operator.getitem, (call, index))
+            rebuilt[node].meta = dict(node.meta)
+    outputs = fx.map_arg(step.graph.output_node().args[0], rebuilt.copy_with_inputs)
+    return step.become(DividedGraph, graph=rebuilt.finish(outputs))
 
 
-def whole(step: StepGraph, graph: fx.Graph) -> Region | None:
+def whole(step: ProgramGraph, graph: fx.Graph) -> Region | None:
     """All of a step graph as one region, or None where something in it cannot be compiled.
 
     Args:
@@ -107,20 +101,18 @@ def whole(step: StepGraph, graph: fx.Graph) -> Region | None:
         graph: the same, with one extra placeholder per stored value, which the value is copied into.
     """
     operators = [node for node in step.graph.nodes if node.op not in ("placeholder", "output")]
-    outputs: Any = step.graph.output_node().args[0]
-    results, stored = outputs
-    if not all(map(_can_compile_within, operators)) or not all(isinstance(node, fx.Node) for node in results):
+    if not all(map(_can_compile_within, operators)) or not all(isinstance(node, fx.Node) for node in step.result_nodes):
         return None
-    arguments = step.graph.find_nodes(op="placeholder")
-    values = tuple(node.meta["val"] for node in (*arguments, *stored))
-    if any(stride == 0 and n > 1 for node in stored for n, stride in _dims(node)):
+    stored = step.stored_nodes
+    if any(expanded_dims(value_of(node)) for node in stored):
         return None  # memory that is written must have an address for each element
+    values = tuple(map(value_of, (*step.argument_nodes, *stored)))
     return Region(graph, values, str(graph), f"a step program of {len(operators)} operators")
 
 
-def operators(step: StepGraph) -> int:
+def operators(step: ProgramGraph) -> int:
     """Number of operators of a step graph; views do not count."""
-    return sum(_is_work(node) and not _is_view(node) for node in step.graph.nodes if node.op == "call_function")
+    return sum(_is_work(node) and not is_view(node) for node in step.graph.nodes if node.op == "call_function")
 
 
 def _groups(graph: fx.Graph, sections: Mapping[str, int]) -> Iterator[list[fx.Node]]:
@@ -128,7 +120,7 @@ def _groups(graph: fx.Graph, sections: Mapping[str, int]) -> Iterator[list[fx.No
     group: list[fx.Node] = []
     section = 0
     for node in graph.nodes:
-        if node.op != "call_function" or node.target is operator.getitem or _is_view(node):
+        if node.op != "call_function" or is_item(node) or is_view(node):
             continue
         here = sections.get(node.meta.get("captured_name", ""), section)
         together = here == section and _can_compile(node)
@@ -137,7 +129,7 @@ def _groups(graph: fx.Graph, sections: Mapping[str, int]) -> Iterator[list[fx.No
             group = []
         section = here
         # a tuple is unpacked at once: only tensors go in and out of regions
-        parts = [node, *(user for user in node.users if user.target is operator.getitem)]
+        parts = [node, *(user for user in node.users if is_item(user))]
         if _can_compile(node):
             group += parts
         else:
@@ -163,22 +155,9 @@ def _can_compile_within(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     target = node.target
-    if target is operator.getitem or (isinstance(target, torch._ops.OpOverload) and target.namespace == "harmonica"):
+    if is_item(node) or (isinstance(target, torch._ops.OpOverload) and target.namespace == "harmonica"):
         return True
     return _can_compile(node)
-
-
-def _dims(node: fx.Node) -> Iterator[tuple[int, int]]:
-    value = node.meta["val"]
-    return zip(value.shape, value.stride(), strict=True)
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Whether a node is a view by its operator's schema, or taken out of a list of views."""
-    if node.target is operator.getitem:
-        return _is_view(node.args[0])  # type: ignore[arg-type]
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and any(r.alias_info is not None for r in target._schema.returns)
 
 
 def _is_work(node: fx.Node) -> bool:
@@ -192,7 +171,7 @@ def _inputs(group: list[fx.Node]) -> list[fx.Node]:
 
     def visit(node: fx.Node) -> None:
         for source in node.all_input_nodes:
-            if _is_view(source):
+            if is_view(source):
                 visit(source)
             elif source not in inside:
                 found[source] = None
@@ -207,31 +186,33 @@ def _results(group: list[fx.Node]) -> list[fx.Node]:
     inside = set(group)
 
     def leaves(node: fx.Node) -> bool:
-        return any(leaves(user) if _is_view(user) else user not in inside for user in node.users)
+        return any(leaves(user) if is_view(user) else user not in inside for user in node.users)
 
     return [node for node in group if isinstance(node.meta["val"], torch.Tensor) and leaves(node)]
 
 
 def _region(group: list[fx.Node], inputs: list[fx.Node], results: list[fx.Node]) -> Region:
-    graph = fx.Graph()
-    copies = {node: graph.placeholder(f"input_{index}") for index, node in enumerate(inputs)}
+    rebuilt = Rebuild()
+    for index, node in enumerate(inputs):
+        rebuilt.placeholder(node, f"input_{index}")
 
     def copy(node: fx.Node) -> fx.Node:
-        if node not in copies:
+        """Copy a node under a name that tells only its position, and first the views that it takes."""
+        if node not in rebuilt:
             args, kwargs = fx.map_arg((node.args, node.kwargs), copy)
-            copies[node] = graph.create_node(node.op, node.target, args, kwargs, name=f"value_{len(copies)}")
-        return copies[node]
+            name = f"value_{len(rebuilt)}"
+            rebuilt[node] = rebuilt.graph.create_node(node.op, node.target, args, kwargs, name=name)
+        return rebuilt[node]
 
     for node in group:
         copy(node)
-    graph.output(tuple(copies[node] for node in results))
-    graph.lint()
-    values = tuple(node.meta["val"] for node in inputs)
+    graph = rebuilt.finish(rebuilt.new(tuple(results)))
+    values = tuple(map(value_of, inputs))
     layouts = [f"{v.dtype} {tuple(v.shape)} {tuple(v.stride())} {v.device}" for v in values]
-    return Region(graph, values, "\n".join((*layouts, str(graph))), _place(group))
+    return Region(graph, values, "\n".join((*layouts, str(graph))), _origin(group))
 
 
-def _place(group: list[fx.Node]) -> str:
+def _origin(group: list[fx.Node]) -> str:
     stack = group[0].meta.get("nn_module_stack") or {}
     module = next((path for path, _ in reversed(stack.values())), "")
     return f"{group[0].name} to {group[-1].name}" + (f" (from {module})" if module else "")

@@ -22,7 +22,7 @@ from harmonica_rt.indices import SlotId
 from harmonica_rt.plan.liveness import sources
 from harmonica_rt.plan.plan import Plan
 from harmonica_rt.plan.slots import ALIGNMENT, Slot
-from harmonica_rt.plan.specialise import check_step_graph
+from harmonica_rt.plan.step_graph import check_step_graph
 
 
 def check_plan(plan: Plan) -> None:

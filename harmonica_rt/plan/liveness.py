@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from harmonica_rt.capture.capture import CapturedGraph
+from harmonica_rt.capture.captured_graph import CapturedGraph
 from harmonica_rt.indices import SiteIndex, SiteOutput, StepIndex
 from harmonica_rt.plan.specialise import Pattern, live_reads
 

@@ -7,13 +7,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from harmonica_rt.capture.capture import CapturedGraph
+from harmonica_rt.capture.captured_graph import CapturedGraph
 from harmonica_rt.errors import ScheduleMismatchError
 from harmonica_rt.graph import flops
 from harmonica_rt.indices import ProgramId, SlotId, StepIndex
 from harmonica_rt.plan.liveness import Lifetime, analyse
 from harmonica_rt.plan.slots import SlotTable, Value, place, placed
-from harmonica_rt.plan.specialise import Pattern, StepGraph, specialise
+from harmonica_rt.plan.specialise import Pattern, specialise
+from harmonica_rt.plan.step_graph import StepGraph
 from harmonica_rt.schedule import Schedule
 
 

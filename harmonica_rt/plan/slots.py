@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from harmonica_rt.errors import InvariantError
+from harmonica_rt.graph.layout import extent
 from harmonica_rt.indices import SiteOutput, SlotId, StepIndex
 
 ALIGNMENT = 64  # bytes; a cache line, and more than any vector load needs
@@ -40,10 +41,7 @@ class Value:
     @property
     def extent(self) -> int:
         """Bytes from its first to its last element, gaps between strides included."""
-        if 0 in self.shape:
-            return 0
-        last = sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
-        return (1 + last) * self.dtype.itemsize
+        return extent(self.shape, self.stride) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from harmonica_rt.call.call import Signature
-from harmonica_rt.capture.capture import CapturedGraph
+from harmonica_rt.capture.captured_graph import CapturedGraph
 from harmonica_rt.capture.sites import find_site_outputs, site_columns, without_call_suffix
 from harmonica_rt.errors import CaptureError, PlanFileError
 from harmonica_rt.graph.layout import laid_out
@@ -74,7 +74,7 @@ def encode(captured: CapturedGraph, facts: ModelFacts) -> dict[str, Any]:
         PlanFileError: it holds something that cannot be saved: a nested region, an operator that is not on the
             allow-list, a large constant, or values of the request that the model reads.
     """
-    if captured.reads is not None:
+    if captured.request_values is not None:
         raise PlanFileError(
             "the model reads values of its request (the length of a prompt, say), and this plan holds for those of "
             "one: it cannot be saved"

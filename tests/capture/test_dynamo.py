@@ -11,7 +11,8 @@ from torch import fx, nn
 
 from harmonica_rt import find_sites
 from harmonica_rt.call.call import CallConvention
-from harmonica_rt.capture.capture import CapturedGraph, capture
+from harmonica_rt.capture.capture import capture
+from harmonica_rt.capture.captured_graph import CapturedGraph
 from harmonica_rt.capture.dynamo import DynamoGraph, GraphCall, traced_frame
 from harmonica_rt.errors import CaptureError, Obstacle
 from harmonica_rt.graph.functionalise import is_mutating

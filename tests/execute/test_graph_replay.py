@@ -111,7 +111,7 @@ def test_a_graph_that_does_not_pay_is_dropped(model: Stack, graph_seconds: float
     assert len(runtime.graphs[0]) == kept
     assert (not runtime.graphs[0].refusals) == kept
     if not kept:
-        assert "does not pay" in next(iter(runtime.graphs[0].refusals.values()))
+        assert "does not pay" in str(next(iter(runtime.graphs[0].refusals.values())))
 
 
 def test_what_cannot_be_recorded_runs_without_and_says_why(model: Stack) -> None:
@@ -120,7 +120,7 @@ def test_what_cannot_be_recorded_runs_without_and_says_why(model: Stack) -> None
     for seed in range(2):
         assert close(outputs(compiled, seed), outputs(truth, seed))
     (runtime,) = compiled._planned.plans.values()
-    reasons = set(runtime.graphs[0].refusals.values())
+    reasons = set(map(str, runtime.graphs[0].refusals.values()))
     assert compiled.report().graphs.refusals.keys() == reasons
     assert reasons == {"it cannot be recorded: operation not permitted when stream is capturing"}
 
@@ -151,7 +151,7 @@ def test_the_node_that_a_graph_cannot_hold_is_named(kind: type[Stack], reason: s
     (runtime,) = compiled._planned.plans.values()
     assert pool.warmed == pool.recorded == 0
     for found in runtime.graphs[0].refusals.values():
-        assert re.search(reason, found)
+        assert re.search(reason, str(found))
 
 
 def test_weights_are_cast_anew_in_every_replay(model: Stack) -> None:
@@ -180,7 +180,7 @@ def test_weights_that_move_in_every_run_are_recorded_no_more(model: Stack) -> No
         weight.data = weight.data.clone()
     assert close(outputs(compiled), outputs(truth))
     assert pool.recorded == recorded
-    assert set(compiled.report().graphs.refusals) == {graph_replay.RESTLESS}
+    assert set(compiled.report().graphs.refusals) == {str(graph_replay.RESTLESS)}
     assert close(outputs(compiled), outputs(truth))  # they stayed
     assert pool.recorded > recorded
     assert not compiled.report().graphs.refusals
@@ -213,7 +213,7 @@ def test_a_number_that_was_read_in_recording_is_read_anew_where_it_changed() -> 
     node = next(node for node in step.graph.nodes if node.name in step.constants)
     other = next(node for node in step.graph.nodes if node.op == "call_function")
     other.meta["val"] = other.meta["val"].to("meta")  # another device
-    assert obstacle(step) != f"{node.name} ({node.target}) lies on the CPU, other values do not"
+    assert str(obstacle(step)) != f"{node.name} ({node.target}) lies on the CPU, other values do not"
 
 
 def test_weights_made_of_other_tensors_are_not_recorded() -> None:

@@ -18,11 +18,13 @@ from torch.utils import _pytree as pytree
 
 from harmonica_rt import find_sites
 from harmonica_rt.call.call import Call, CallConvention
-from harmonica_rt.capture.capture import CapturedGraph, capture
+from harmonica_rt.capture.capture import capture
+from harmonica_rt.capture.captured_graph import CapturedGraph
 from harmonica_rt.indices import SiteIndex, SiteOutput
 from harmonica_rt.lower.fuse import FusedStep, fuse
 from harmonica_rt.parity.tolerance import Error, limit_from, same_bits
-from harmonica_rt.plan.specialise import Pattern, StepGraph, check_step_graph, specialise
+from harmonica_rt.plan.specialise import Pattern, specialise
+from harmonica_rt.plan.step_graph import StepGraph, check_step_graph
 from tests.tiny import families, randomised
 
 TOKENS, WIDTH = 65, 24  # enough values that the largest error of two roundings is about the same

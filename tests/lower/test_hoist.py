@@ -11,13 +11,14 @@ from torch import nn
 
 from harmonica_rt.call.call import CallConvention
 from harmonica_rt.call.roles import Role, roles
-from harmonica_rt.capture.capture import CapturedGraph, capture
+from harmonica_rt.capture.capture import capture
+from harmonica_rt.capture.captured_graph import CapturedGraph
 from harmonica_rt.execute.prologue import ForecastKey, LoweredPrologue, StreamPrologue
 from harmonica_rt.lower.hoist import Prologue, cut, plan_prologue
 from harmonica_rt.lower.plain import Program
 from harmonica_rt.plan.binding_time import Binding, bindings
 from harmonica_rt.plan.plan import Plan, build_plan
-from harmonica_rt.plan.specialise import StepGraph
+from harmonica_rt.plan.step_graph import StepGraph
 from harmonica_rt.schedule import Schedule
 
 SITES = ("attn", "cross", "time")

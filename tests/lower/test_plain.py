@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from harmonica_rt.call.call import CallConvention
-from harmonica_rt.capture.capture import CapturedGraph, capture
+from harmonica_rt.capture.capture import capture
+from harmonica_rt.capture.captured_graph import CapturedGraph
 from harmonica_rt.indices import SiteIndex, SiteOutput
 from harmonica_rt.lower.plain import Program
 from harmonica_rt.plan.specialise import Pattern, specialise

@@ -20,7 +20,7 @@ from harmonica_rt.lower.hoist import cut, plan_prologue
 from harmonica_rt.lower.plain import with_stores
 from harmonica_rt.lower.regions import Region, divide, sections, whole
 from harmonica_rt.plan.plan import Plan, build_plan
-from harmonica_rt.plan.specialise import StepGraph
+from harmonica_rt.plan.step_graph import StepGraph
 from tests import tiny
 from tests.models import stack, stack_call
 

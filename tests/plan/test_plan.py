@@ -12,7 +12,8 @@ from torch import nn
 
 from harmonica_rt import Schedule, find_sites
 from harmonica_rt.call.call import CallConvention
-from harmonica_rt.capture.capture import CapturedGraph, capture
+from harmonica_rt.capture.capture import capture
+from harmonica_rt.capture.captured_graph import CapturedGraph
 from harmonica_rt.errors import InvariantError, ScheduleMismatchError
 from harmonica_rt.indices import SlotId, StepIndex
 from harmonica_rt.plan.invariants import check_plan

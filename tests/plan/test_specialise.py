@@ -5,10 +5,12 @@ import torch
 
 from harmonica_rt import find_sites
 from harmonica_rt.call.call import CallConvention
-from harmonica_rt.capture.capture import CapturedGraph, capture
+from harmonica_rt.capture.capture import capture
+from harmonica_rt.capture.captured_graph import CapturedGraph
 from harmonica_rt.errors import InvariantError
 from harmonica_rt.indices import SiteIndex, SiteOutput
-from harmonica_rt.plan.specialise import Pattern, check_step_graph, specialise
+from harmonica_rt.plan.specialise import Pattern, specialise
+from harmonica_rt.plan.step_graph import check_step_graph
 from tests.models import stack, stack_call
 
 MODEL = stack(depth=1)

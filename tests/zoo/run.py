@@ -16,7 +16,7 @@ from torch import nn
 import harmonica_rt as hrt
 from harmonica_rt.call.call import Call, Signature
 from harmonica_rt.capture import capture as graph
-from harmonica_rt.capture.capture import CapturedGraph
+from harmonica_rt.capture.captured_graph import CapturedGraph
 from harmonica_rt.errors import PlanFileError
 from harmonica_rt.execute import planned_engine as planned
 from harmonica_rt.parity.report import ParityReport
