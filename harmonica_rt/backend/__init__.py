@@ -17,7 +17,8 @@ from torch import fx, nn
 
 from harmonica_rt.arguments import check_subject
 from harmonica_rt.backend.session import NAME, BackendOptions, GraphSession
-from harmonica_rt.capture.dynamo import SEE_THE_BREAK, DynamoGraph, traced_frame
+from harmonica_rt.capture.dynamo import DynamoGraph
+from harmonica_rt.capture.dynamo_frame import SEE_THE_BREAK, traced_frame
 from harmonica_rt.errors import HarmonicaError, ScheduleMismatchError
 from harmonica_rt.model.refusals import check_capturable
 from harmonica_rt.pipelines.fit import check_fit, warn_about_sampler

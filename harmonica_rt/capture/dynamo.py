@@ -14,91 +14,25 @@ from __future__ import annotations
 import hashlib
 import inspect
 import itertools
-import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import CodeType
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch._dynamo.guards import GuardBuilder, get_verbose_code_parts, install_guard
-from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._guards import Guard
-from torch.nn.modules import module as every_module
+from torch import fx
 
 from harmonica_rt.call.call import Call, CallConvention
 from harmonica_rt.capture.captured_graph import CapturedGraph, Placeholders
+from harmonica_rt.capture.dynamo_frame import SEE_THE_BREAK, Frame, module_path, path_steps, source_name
+from harmonica_rt.capture.dynamo_replay import Replay
 from harmonica_rt.capture.export import export_functional
 from harmonica_rt.capture.sites import find_site_outputs, site_columns, site_of
 from harmonica_rt.errors import CaptureError, CaptureFailure, Obstacle
-from harmonica_rt.model.facts import Facts
-from harmonica_rt.model.identity import contents, first_change
 from harmonica_rt.model.training_mode import check_draws_nothing, modes_of
 
-SEE_THE_BREAK = "torch.compile(..., fullgraph=True) shows where dynamo breaks the graph, and why"
-
 _GRAPH = "torch.compile graph"  # the leaf that tells calls of one graph from those of another
-_STEP = re.compile(r"\[['\"](.*?)['\"]\]|\[(\d+)\]|\.(\w+)")
-_TABLES = frozenset(("__dict__", "_modules", "_parameters", "_buffers"))
 _unique = itertools.count()
-
-
-@dataclass(frozen=True)
-class Frame:
-    """The frame that dynamo traced.
-
-    Attributes:
-        model: the module whose weights the graph uses.
-        source: dynamo's source of the module; `name` is its expression.
-        code: the traced function: the model's forward, a wrapper of it, or the remainder of it after a graph break.
-    """
-
-    model: nn.Module
-    source: Any
-    name: str
-    code: CodeType
-
-    def guard(self) -> None:
-        """Let the graph run only for this very model, with the same code and hooks. Called while dynamo compiles."""
-        install_guard(self.source.make_guard(GuardBuilder.ID_MATCH))
-        install_guard(self.source.make_guard(_same_code))
-
-
-def _same_code(builder: GuardBuilder, guard: Guard) -> None:
-    """Guard what dynamo itself assumes constant about a model: above all methods of classes, and hooks.
-
-    The guard holds no reference to the model, which dynamo does not keep alive.
-    """
-    model = builder.get(guard)
-    held: list[Any] = [h for module in model.modules() for h in (module._forward_hooks, module._forward_pre_hooks)]
-    held += [every_module._global_forward_hooks, every_module._global_forward_pre_hooks]
-    held += [(cls, "forward") for cls in dict.fromkeys(map(type, model.modules()))]
-    held += Facts(model).code()
-    noted = list(map(contents, held))
-    code = get_verbose_code_parts(f"___same_code({guard.name})", guard)
-    builder.get_guard_manager(guard).add_lambda_guard(lambda _: first_change(held, noted) < 0, code, guard.user_stack)
-
-
-def traced_frame(module: fx.GraphModule) -> Frame:
-    """The frame that dynamo is compiling `module` for. Called while dynamo compiles.
-
-    Raises:
-        CaptureError: the graph uses no module.
-    """
-    traced = InstructionTranslator.current_tx().output.root_tx
-    scope = {"L": traced.f_locals, "G": traced.f_globals}
-    for node in module.graph.find_nodes(op="placeholder"):
-        for source in _from_root(node.meta["grapharg"].source):
-            value = _value(_name(source), scope)
-            if isinstance(value, nn.Module):
-                return Frame(value, source, _name(source), traced.f_code)
-    detail = (
-        f"a graph of {traced.f_code.co_name} uses no weights: it is a forward hook on the model, or code around it; "
-        f"compile the model itself, without hooks. {SEE_THE_BREAK}"
-    )
-    raise CaptureError(CaptureFailure(Obstacle.EXPORT, detail))
 
 
 @dataclass(frozen=True)
@@ -143,12 +77,12 @@ class DynamoGraph:
         self._arguments = _GraphArguments(frame)
         arguments = module.graph.find_nodes(op="placeholder")
         for index, node in enumerate(arguments):
-            source = _name(node.meta["grapharg"].source)
+            source = source_name(node.meta["grapharg"].source)
             if _is_number(node):
                 if node.users:  # a view's storage offset may be passed without being used
                     self.numbers[index] = self._arguments.path(source) or source
             elif source.startswith(frame.name):
-                self.weights[index] = _module_path(source, frame.name)
+                self.weights[index] = module_path(source, frame.name)
             elif (path := self._arguments.path(source)) is not None:
                 self.inputs[index] = path
             else:
@@ -171,7 +105,7 @@ class DynamoGraph:
         """
         started = time.perf_counter()
         values = [_as_number(value) if index in self.numbers else value for index, value in enumerate(call.values)]
-        program = export_functional(_Replay(self.module), tuple(values), {})
+        program = export_functional(Replay(self.module), tuple(values), {})
         check_draws_nothing(program.graph, self._modes)
         placeholders = Placeholders.of(program, len(call.values))
         arguments = placeholders.inputs
@@ -189,7 +123,7 @@ class DynamoGraph:
         )
 
     def _site_at(self, path: str) -> int | None:
-        return self._columns.get(_module_path(path, self._prefix)) if path.startswith(self._prefix) else None
+        return self._columns.get(module_path(path, self._prefix)) if path.startswith(self._prefix) else None
 
     def _check_whole(self, frame: Frame) -> None:
         if next(self.module.parameters(), None) is not None:
@@ -222,7 +156,7 @@ class _GraphArguments(CallConvention):
         """Dotted path of the argument at `source`; None if it is not an argument of the traced call."""
         if not source.startswith("L["):
             return None
-        head, *rest = _steps(source)
+        head, *rest = path_steps(source)
         if head == self._varkw and rest:
             return ".".join(rest)
         if head == self._varargs and rest:
@@ -232,39 +166,6 @@ class _GraphArguments(CallConvention):
         elif head not in self._locals:
             return None  # a local of an enclosing function
         return ".".join((head, *rest))
-
-
-class _Replay(nn.Module):
-    """Runs a dynamo graph node by node, so that a trace of it keeps the module of each node."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__()
-        self._interpreter = _Interpreter(module)
-
-    def forward(self, *values: Any) -> Any:
-        """The graph's outputs."""
-        with fx.traceback.preserve_node_meta():
-            return self._interpreter.run(*values)
-
-
-class _Interpreter(fx.Interpreter):
-    """Runs a dynamo graph in the form that a plan needs: for inference, with the numbers of one call.
-
-    Changes of grad mode are left out: they would become nested regions. Dynamo passes a symbolic float as a tensor, and
-    the graph calls its `item()`; here it is a float.
-    """
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """See `fx.Interpreter.call_function`."""
-        if target is torch._C._set_grad_enabled:
-            return None
-        return super().call_function(target, args, kwargs)
-
-    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """See `fx.Interpreter.call_method`."""
-        if target == "item" and isinstance(args[0], (int, float)):
-            return args[0]
-        return super().call_method(target, args, kwargs)
 
 
 def _is_number(argument: fx.Node) -> bool:
@@ -277,37 +178,6 @@ def _is_number(argument: fx.Node) -> bool:
 
 def _as_number(value: Any) -> Any:
     return value.item() if isinstance(value, torch.Tensor) else value
-
-
-def _from_root(source: Any) -> Iterator[Any]:
-    """The chain of sources that a source is built on, from the local or global variable to the source itself."""
-    base = getattr(source, "base", None)
-    if base is not None:
-        yield from _from_root(base)
-    yield source
-
-
-def _name(source: Any) -> str:
-    """The expression of a source; its `name` is a method in older releases of torch, a property in newer ones."""
-    name = source.name
-    return str(name() if callable(name) else name)
-
-
-def _value(expression: str, scope: dict[str, Any]) -> Any:
-    """The value of a source's expression; None if it cannot be evaluated (it may use functions only guards have)."""
-    try:
-        return eval(expression, dict(scope))
-    except (NameError, AttributeError, LookupError, TypeError, SyntaxError):
-        return None
-
-
-def _steps(expression: str) -> list[str]:
-    return ["".join(step) for step in _STEP.findall(expression)]
-
-
-def _module_path(expression: str, model: str) -> str:
-    """The dotted path in the model: `blocks.0` for `L['self']._modules['blocks'].0`."""
-    return ".".join(step for step in _steps(expression[len(model) :]) if step not in _TABLES)
 
 
 def _digest(graph: fx.Graph, weights: Sequence[fx.Node]) -> str:

@@ -28,7 +28,7 @@ from harmonica_rt.model.watch import ModelState, ModelWatch
 from harmonica_rt.options import CompileOptions
 from harmonica_rt.plan.plan import build_plan
 from harmonica_rt.planfile import plan_record
-from harmonica_rt.planfile.graph_record import ModelFacts
+from harmonica_rt.planfile.model_facts import ModelFacts
 from harmonica_rt.reference_engine import ReferenceEngine
 from harmonica_rt.schedule import Schedule
 from harmonica_rt.schedule.sites import check_sites

@@ -6,9 +6,9 @@ everything computed before the steps.
 Hazard: fused operators round differently. Only `plain` can equal the reference bit for bit; the others are held to a
 measured tolerance.
 
-Reading order: `plain`, then `fused` with `hoist` (what does not depend on the latents), `patterns` and `fuse`;
-`inductor` with `regions`, `compiled_region` and `faster_of_two`; `cuda_graph_rules` says what a CUDA graph cannot
-hold.
+Reading order: `graph_states`, `plain`, then `fused` with `hoist` (what does not depend on the latents),
+`residual_pattern`, `norm_pattern` and `fuse`; `inductor` with `regions`, `compiled_region` and `faster_of_two`;
+`cuda_graph_rules` says what a CUDA graph cannot hold.
 """
 
 from __future__ import annotations

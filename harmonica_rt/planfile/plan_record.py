@@ -17,9 +17,10 @@ from harmonica_rt.errors import InvariantError, PlanFileError, SignatureError
 from harmonica_rt.graph.layout_inference import Inference, Layout
 from harmonica_rt.plan.invariants import check_plan
 from harmonica_rt.plan.plan import Plan, build_plan
-from harmonica_rt.planfile import graph_record as saved_graph
-from harmonica_rt.planfile.graph_record import ModelFacts
+from harmonica_rt.planfile.graph_decoding import decode_graph
+from harmonica_rt.planfile.graph_encoding import encode_graph
 from harmonica_rt.planfile.json_fields import fields_of, integers_of, items_of, refused, text_of
+from harmonica_rt.planfile.model_facts import ModelFacts
 from harmonica_rt.planfile.trees import decode_tree, encode_tree
 from harmonica_rt.planfile.values import decode_layout, decode_value, encode_layout, encode_value
 from harmonica_rt.schedule import Schedule
@@ -40,7 +41,7 @@ def encode(plan: Plan, signature: Signature, leaf_roles: tuple[Role, ...], facts
             "autocast": [[device, encode_value(dtype, facts.devices)] for device, dtype in signature.autocast],
         },
         "roles": [role.value for role in leaf_roles],
-        "graph": saved_graph.encode(plan.captured, facts),
+        "graph": encode_graph(plan.captured, facts),
         "slot_offsets": [slot.offset for slot in plan.table.slots],
     }
     try:
@@ -69,7 +70,7 @@ def decode(
     leaf_roles = roles(call)
     if [role.value for role in leaf_roles] != entry["roles"]:
         raise refused(f"{place}.roles", str([role.value for role in leaf_roles]), entry["roles"])
-    captured = saved_graph.decode(entry["graph"], facts, call.signature, schedule.sites, f"{place}.graph")
+    captured = decode_graph(entry["graph"], facts, call.signature, schedule.sites, f"{place}.graph")
     offsets = integers_of(entry["slot_offsets"], f"{place}.slot_offsets")
     try:
         plan = build_plan(captured, schedule, offsets=offsets)

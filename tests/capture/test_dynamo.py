@@ -13,7 +13,8 @@ from harmonica_rt import find_sites
 from harmonica_rt.call.call import CallConvention
 from harmonica_rt.capture.capture import capture
 from harmonica_rt.capture.captured_graph import CapturedGraph
-from harmonica_rt.capture.dynamo import DynamoGraph, GraphCall, traced_frame
+from harmonica_rt.capture.dynamo import DynamoGraph, GraphCall
+from harmonica_rt.capture.dynamo_frame import traced_frame
 from harmonica_rt.errors import CaptureError, Obstacle
 from harmonica_rt.graph.functionalise import is_mutating
 from tests.models import stack, stack_call

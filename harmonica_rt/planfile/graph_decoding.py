@@ -1,16 +1,13 @@
-"""A captured graph as JSON, without weights.
+"""JSON values -> a captured graph.
 
-The record holds the operators by their registered names, their arguments, what each placeholder stands for, and the
-layouts of values. None of it is trusted: operators are looked up in an allow-list and their arguments checked against
-their schemas; nodes get new names; placeholders are checked against the model and the signature; layouts are inferred
-again and compared. So text from a file never becomes code, and no layout makes code read beyond a tensor.
+Hazard: anyone may have written the file. So operators are looked up in an allow-list and their arguments checked
+against their schemas; nodes get new names; placeholders are checked against the model and the signature; layouts are
+inferred again and compared. Text from a file never becomes code, and no layout makes code read beyond a tensor.
 """
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,94 +18,32 @@ from harmonica_rt.call.call import Signature
 from harmonica_rt.capture.captured_graph import CapturedGraph
 from harmonica_rt.capture.sites import find_site_outputs, site_columns, without_call_suffix
 from harmonica_rt.errors import CaptureError, PlanFileError
-from harmonica_rt.graph.layout import laid_out
 from harmonica_rt.graph.layout_inference import Inference, Layout, layout_of, layouts_of
-from harmonica_rt.model.tensors import named_tensors, plain_tensors
+from harmonica_rt.planfile.constants import decode_constant
 from harmonica_rt.planfile.json_fields import fields_of, integer_of, items_of, refused, text_of
-from harmonica_rt.planfile.operators import check_arguments, check_node, name_of, operator_of
-from harmonica_rt.planfile.trees import decode_tree, encode_tree
-from harmonica_rt.planfile.values import Devices, decode_layout, decode_value, encode_layout, encode_value
+from harmonica_rt.planfile.model_facts import ModelFacts
+from harmonica_rt.planfile.operators import check_arguments, check_node, operator_of
+from harmonica_rt.planfile.trees import decode_tree
+from harmonica_rt.planfile.values import decode_layout, decode_value
 from harmonica_rt.untrusted.text import one_line, quoted
-
-LARGEST_CONSTANT = 2**20  # bytes; larger tensors created by tracing are not saved in a graph's record
 
 _PLACEHOLDERS = ("weight", "constant", "input")
 
 
-@dataclass(frozen=True)
-class ModelFacts:
-    """The properties of a model that a saved graph is checked against.
-
-    Attributes:
-        model: the model.
-        tensors: its parameters and buffers by name.
-        attributes: its plain tensors (neither parameters nor buffers) by name.
-        modules: the paths of its modules, including every path of a module that appears in several places.
-        devices: the devices of its tensors.
-    """
-
-    model: nn.Module
-    tensors: Mapping[str, torch.Tensor]
-    attributes: Mapping[str, torch.Tensor]
-    modules: frozenset[str]
-    devices: Devices
-
-    @classmethod
-    def of(cls, model: nn.Module) -> ModelFacts:
-        """These properties of a model as it is now.
-
-        Raises:
-            PlanFileError: its tensors lie on several devices of one type.
-        """
-        tensors = named_tensors(model)
-        modules = frozenset(path for path, _ in model.named_modules(remove_duplicate=False))
-        return cls(model, tensors, plain_tensors(model), modules, Devices(tensors.values()))
-
-
-def encode(captured: CapturedGraph, facts: ModelFacts) -> dict[str, Any]:
-    """The graph as plain JSON values.
-
-    Constants that are plain tensors of the model are saved by name, all other constants by value.
-
-    Raises:
-        PlanFileError: it holds something that cannot be saved: a nested region, an operator that is not on the
-            allow-list, a large constant, or values of the request that the model reads.
-    """
-    if captured.request_values is not None:
-        raise PlanFileError(
-            "the model reads values of its request (the length of a prompt, say), and this plan holds for those of "
-            "one: it cannot be saved"
-        )
-    numbers: dict[fx.Node, int] = {}
-    nodes = []
-    for node in captured.graph.nodes:
-        if node.op == "output" or (node.op == "placeholder" and not node.users):
-            continue
-        nodes.append(_encode_node(node, captured, facts, numbers))
-        numbers[node] = len(numbers)
-    results: Any = captured.output.args[0]
-    return {
-        "nodes": nodes,
-        "outputs": [encode_value(result, facts.devices, numbers) for result in results],
-        "out_spec": encode_tree(captured.out_spec),
-        "site_outputs": [[numbers[node] for node in outputs] for outputs in captured.site_outputs],
-    }
-
-
-def decode(
+def decode_graph(
     record: Any, facts: ModelFacts, signature: Signature, sites: tuple[str, ...], place: str = "graph"
 ) -> CapturedGraph:
-    """The graph that `encode` encoded.
+    """The graph that `encode_graph` encoded.
 
     Args:
-        record: from `encode`, or from a file that anyone may have written.
+        record: from `encode_graph`, or from a file that anyone may have written.
         facts: from `ModelFacts.of`, for the model that the graph is to run on.
         signature: the signature of its calls.
         sites: the sites of the schedule that it runs under.
         place: where the record stands in the file, for messages.
 
     Raises:
-        PlanFileError: the record is not one that `encode` writes for this model, signature and sites.
+        PlanFileError: the record is not one that `encode_graph` writes for this model, signature and sites.
     """
     entry = fields_of(record, place, ("nodes", "outputs", "out_spec", "site_outputs"))
     decoder = _Decoder(facts, signature)
@@ -188,7 +123,7 @@ class _Decoder:
             name = text_of(fields_of(record, place, ("attribute",))["attribute"], f"{place}.attribute")
             _own_layout(self._facts.attributes, name, f"{place}.attribute")
             return self._facts.attributes[name]
-        return _decode_constant(fields_of(record, place, ("data",))["data"], layout, place)
+        return decode_constant(fields_of(record, place, ("data",))["data"], layout, place)
 
     def _call(self, record: Any, place: str) -> fx.Node:
         entry = fields_of(record, place, ("call", "args", "value"), ("kwargs", "modules"))
@@ -221,71 +156,6 @@ class _Decoder:
                 raise refused(f"{place}.modules", "paths of modules of the model", path)
         node.meta["nn_module_stack"] = {path: (path, "") for path in modules}
         return node
-
-
-def _encode_node(
-    node: fx.Node, captured: CapturedGraph, facts: ModelFacts, numbers: Mapping[fx.Node, int]
-) -> dict[str, Any]:
-    if node.op not in ("placeholder", "call_function"):
-        raise PlanFileError(f"{node.name}: a graph with nested regions ({node.op}) cannot be saved")
-    try:
-        layouts = layouts_of(node.meta.get("val"))
-    except PlanFileError as error:
-        raise PlanFileError(f"{node.name}: {error}") from error
-    value = (
-        encode_layout(layouts, facts.devices)
-        if isinstance(layouts, Layout)
-        else [encode_layout(layout, facts.devices) for layout in layouts]
-    )
-    if node.op == "placeholder":
-        return {**_encode_placeholder(node, captured, facts), "value": value}
-    entry: dict[str, Any] = {"call": name_of(node)}
-    entry["args"] = [encode_value(argument, facts.devices, numbers) for argument in node.args]
-    if node.kwargs:
-        entry["kwargs"] = {name: encode_value(item, facts.devices, numbers) for name, item in node.kwargs.items()}
-    modules = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    if modules:
-        entry["modules"] = modules
-    return {**entry, "value": value}
-
-
-def _encode_placeholder(node: fx.Node, captured: CapturedGraph, facts: ModelFacts) -> dict[str, Any]:
-    if node.name in captured.weights:
-        return {"weight": captured.weights[node.name]}
-    if node.name in captured.inputs:
-        return {"input": captured.inputs[node.name]}
-    tensor = captured.constants[node.name]
-    names = [name for name, attribute in facts.attributes.items() if attribute is tensor]
-    return {"constant": {"attribute": names[0]} if names else _encode_constant(node.name, tensor)}
-
-
-def _encode_constant(name: str, tensor: torch.Tensor) -> dict[str, Any]:
-    if layout_of(tensor).nbytes > LARGEST_CONSTANT or tensor.nbytes > LARGEST_CONSTANT:
-        raise PlanFileError(
-            f"{name}: tracing made a constant of {tensor.nbytes} bytes; at most {LARGEST_CONSTANT} are saved"
-        )
-    plain = tensor.detach().cpu().contiguous()
-    return {"data": base64.b64encode(plain.reshape(-1).view(torch.uint8).numpy().tobytes()).decode("ascii")}
-
-
-def _decode_constant(value: Any, layout: Layout, place: str) -> torch.Tensor:
-    elements = 1
-    for n in layout.shape:
-        elements *= n
-    nbytes = elements * layout.dtype.itemsize
-    if max(nbytes, layout.nbytes) > LARGEST_CONSTANT:
-        raise PlanFileError(f"{place}: a constant of {max(nbytes, layout.nbytes)} bytes; at most {LARGEST_CONSTANT}")
-    text = text_of(value, place)
-    try:
-        data = bytearray(base64.b64decode(text, validate=True))
-    except ValueError as error:  # binascii.Error is a subclass, and text that is not ASCII raises one
-        raise refused(place, "text in base64", value) from error
-    if len(data) != nbytes:
-        raise PlanFileError(f"{place}: expected {nbytes} bytes, got {len(data)}")
-    if layout.dtype is torch.bool and not set(data) <= {0, 1}:
-        raise PlanFileError(f"{place}: expected bytes of 0 and 1")
-    flat = torch.frombuffer(data, dtype=layout.dtype) if data else torch.empty(0, dtype=layout.dtype)
-    return laid_out(flat.view(layout.shape).to(layout.device), layout.stride)
 
 
 def _own_layout(tensors: Mapping[str, torch.Tensor], name: str, place: str) -> Layout:
