@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from harmonica_kernels._build import build_info
 from harmonica_kernels._cuda import implement_with_triton
 from harmonica_kernels._library import LIBRARY, TAGS, warn_once_without_extension
-from harmonica_kernels.residual_reuse_norm_modulate.reference import (
-    check_residual_reuse_norm_modulate,
-    residual_reuse_norm_modulate_reference,
-)
+from harmonica_kernels.residual_reuse_norm_modulate.operands import Operands
+from harmonica_kernels.residual_reuse_norm_modulate.reference import residual_reuse_norm_modulate_reference
 
 _SCHEMA = (
     "(Tensor x, Tensor[] caches, Tensor?[] gates, Tensor? weight=None, Tensor? bias=None, Tensor? scale=None, "
@@ -73,36 +72,14 @@ def residual_reuse_norm_modulate(
     return hidden, out
 
 
-def _fake(
-    x: torch.Tensor,
-    caches: Sequence[torch.Tensor],
-    gates: Sequence[torch.Tensor | None],
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    *,
-    rms: bool = False,
-    eps: float = 1e-5,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    check_residual_reuse_norm_modulate(x, caches, gates, weight, bias, scale, shift)
+def _fake(*given: Any, rms: bool = False, eps: float = 1e-5, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    x = Operands.checked(*given, **named).x
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-def _cpu_without_extension(
-    x: torch.Tensor,
-    caches: Sequence[torch.Tensor],
-    gates: Sequence[torch.Tensor | None],
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    *,
-    rms: bool = False,
-    eps: float = 1e-5,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _cpu_without_extension(*given: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     warn_once_without_extension()
-    return residual_reuse_norm_modulate_reference(x, caches, gates, weight, bias, scale, shift, rms=rms, eps=eps)
+    return residual_reuse_norm_modulate_reference(*given, **options)
 
 
 for _name in ("residual_reuse_norm_modulate", "_residual_reuse_norm_modulate_reference"):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -11,10 +11,8 @@ import triton.language as tl
 
 from harmonica_kernels._triton import as_rows, launch, load, takes
 from harmonica_kernels.residual_reuse.triton import load_sum, shorten
-from harmonica_kernels.residual_reuse_norm_modulate.reference import (
-    check_residual_reuse_norm_modulate,
-    residual_reuse_norm_modulate_reference,
-)
+from harmonica_kernels.residual_reuse_norm_modulate.operands import Operands
+from harmonica_kernels.residual_reuse_norm_modulate.reference import residual_reuse_norm_modulate_reference
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -59,29 +57,22 @@ def _kernel(
 
 
 def residual_reuse_norm_modulate_triton(
-    x: torch.Tensor,
-    caches: Sequence[torch.Tensor],
-    gates: Sequence[torch.Tensor | None],
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    *,
-    rms: bool = False,
-    eps: float = 1e-5,
+    *given: Any, rms: bool = False, eps: float = 1e-5, **named: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """hidden = x + sum_k gates[k] * caches[k]; out = (norm(hidden) * weight + bias) * (1 + scale) + shift.
 
     hidden equals the reference bit for bit. The statistics are those of the unrounded sum, for any number of caches.
-    Shapes, dtypes and errors are those of `harmonica_kernels.residual_reuse_norm_modulate`.
+    It takes the `Operands`, in order or by name; shapes, dtypes and errors are those of
+    `harmonica_kernels.residual_reuse_norm_modulate`.
     """
-    check_residual_reuse_norm_modulate(x, caches, gates, weight, bias, scale, shift)
+    operands = Operands.checked(*given, **named)
+    x, caches, gates, *others = operands
     if not takes(x, whole=True):
-        return residual_reuse_norm_modulate_reference(x, caches, gates, weight, bias, scale, shift, rms=rms, eps=eps)
+        return residual_reuse_norm_modulate_reference(*operands, rms=rms, eps=eps)
     hidden, out = x.new_empty(x.shape), x.new_empty(x.shape)
     x, caches, gates = shorten(x, caches, gates)
     terms = len(caches)
-    rows, (x_rows, *others) = as_rows(x.shape, [x, *caches, *gates, weight, bias, scale, shift])
-    summed, gated, modulation = tuple(others[:terms]), tuple(others[terms : 2 * terms]), others[2 * terms :]
+    rows, (x_rows, *tables) = as_rows(x.shape, [x, *caches, *gates, *others])
+    summed, gated, modulation = tuple(tables[:terms]), tuple(tables[terms : 2 * terms]), tables[2 * terms :]
     launch(_kernel, x, hidden, out, x_rows, summed, gated, *modulation, rows, eps, RMS=rms, whole=True)
     return hidden, out

@@ -1,0 +1,44 @@
+"""The tensors that `residual_reuse_norm_modulate` takes, as every implementation of it names them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from harmonica_kernels._checks import check_broadcasts, check_residual_sum, check_width
+
+_OP = "residual_reuse_norm_modulate"
+
+
+class Operands(NamedTuple):
+    """The tensors of one call, in the order of the op's schema; shapes are those of the op's docstring."""
+
+    x: torch.Tensor
+    caches: Sequence[torch.Tensor]
+    gates: Sequence[torch.Tensor | None]
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+
+    @classmethod
+    def checked(cls, *given: Any, **named: Any) -> Operands:
+        """The operands of a call with these arguments, which may be given in order or by name.
+
+        Raises:
+            TypeError: a dtype is not fp32, bf16, fp16 or fp64, or the dtypes differ.
+            ValueError: there are no caches, the number of gates differs from that of caches, the shapes do not fit, or
+                the tensors are on different devices.
+        """
+        operands = cls(*given, **named)
+        x = operands.x
+        check_residual_sum(_OP, x, operands.caches, operands.gates)
+        if x.ndim == 0:
+            raise ValueError(f"{_OP}: x is a single number, expected [..., D]")
+        check_width(_OP, x, "weight", operands.weight)
+        check_width(_OP, x, "bias", operands.bias)
+        check_broadcasts(_OP, x, "scale", operands.scale)
+        check_broadcasts(_OP, x, "shift", operands.shift)
+        return operands
