@@ -48,28 +48,28 @@ def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph
         keep_only_own_forward(model, changes)
         _check_results_of(model, sites, changes)
         traced = trace(model, call, sites, draws)
-    program, values = traced.program, traced.values
-    check_draws_nothing(program.graph, modes_of(model))
-    placeholders = Placeholders.of(program, len(call.leaves))
-    out_spec, found = program.call_spec.out_spec, None
+    exported, values = traced.exported, traced.values
+    check_draws_nothing(exported.graph, modes_of(model))
+    placeholders = Placeholders.of(exported, len(call.leaves))
+    out_spec, found = exported.call_spec.out_spec, None
     if values is not None:
         out_spec = out_spec.child(0)
-        read = _drop_outputs(program.graph, len(values))
-        found = request_values_of(program, read, values, placeholders.inputs, placeholders.constants)
+        read = _drop_outputs(exported.graph, len(values))
+        found = request_values_of(exported, read, values, placeholders.inputs, placeholders.constants)
         if found is not None and not found.hold(call.leaves):
             detail = "the values of its request that it asks for are others when they are computed again"
             raise CaptureError(CaptureFailure(Obstacle.EXPORT, detail))
-        program.graph.eliminate_dead_code()
+        exported.graph.eliminate_dead_code()
     columns = site_columns(model, sites)
     return CapturedGraph(
-        graph=program.graph,
-        root=program.graph_module,
+        graph=exported.graph,
+        root=exported.graph_module,
         weights=placeholders.weights,
         constants=placeholders.constants,
         inputs=placeholders.inputs,
         out_spec=out_spec,
         sites=tuple(sites),
-        site_outputs=find_site_outputs(program.graph, sites, lambda path: columns.get(without_call_suffix(path))),
+        site_outputs=find_site_outputs(exported.graph, sites, lambda path: columns.get(without_call_suffix(path))),
         seconds=time.perf_counter() - started,
         request_values=found,
     )

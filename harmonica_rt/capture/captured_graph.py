@@ -62,7 +62,7 @@ class Placeholders:
     inputs: dict[str, int]
 
     @classmethod
-    def of(cls, program: torch.export.ExportedProgram, leaves: int) -> Placeholders:
+    def of(cls, exported: torch.export.ExportedProgram, leaves: int) -> Placeholders:
         """The placeholders of a trace of a call with this number of leaves.
 
         Raises:
@@ -72,7 +72,7 @@ class Placeholders:
         constants: dict[str, torch.Tensor] = {}
         inputs: dict[str, int] = {}
         leaf = 0
-        for spec in program.graph_signature.input_specs:
+        for spec in exported.graph_signature.input_specs:
             if spec.kind is InputKind.USER_INPUT:
                 if isinstance(spec.arg, TensorArgument):
                     inputs[spec.arg.name] = leaf
@@ -80,7 +80,7 @@ class Placeholders:
             elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target is not None:
                 weights[spec.arg.name] = spec.target
             elif spec.kind is InputKind.CONSTANT_TENSOR and spec.target is not None:
-                constants[spec.arg.name] = program.constants[spec.target]
+                constants[spec.arg.name] = exported.constants[spec.target]
             else:
                 raise CaptureError(
                     CaptureFailure(Obstacle.EXPORT, f"the graph takes an input of kind {spec.kind.name}")

@@ -105,20 +105,20 @@ class DynamoGraph:
         """
         started = time.perf_counter()
         values = [_as_number(value) if index in self.numbers else value for index, value in enumerate(call.values)]
-        program = export_functional(Replay(self.module), tuple(values), {})
-        check_draws_nothing(program.graph, self._modes)
-        placeholders = Placeholders.of(program, len(call.values))
+        exported = export_functional(Replay(self.module), tuple(values), {})
+        check_draws_nothing(exported.graph, self._modes)
+        placeholders = Placeholders.of(exported, len(call.values))
         arguments = placeholders.inputs
         leaf = {path: index for index, path in enumerate(call.paths)}
         return CapturedGraph(
-            graph=program.graph,
-            root=program.graph_module,
+            graph=exported.graph,
+            root=exported.graph_module,
             weights={name: self.weights[index] for name, index in arguments.items() if index in self.weights},
             constants=placeholders.constants,
             inputs={name: leaf[self.inputs[index]] for name, index in arguments.items() if index in self.inputs},
-            out_spec=program.call_spec.out_spec,
+            out_spec=exported.call_spec.out_spec,
             sites=self._sites,
-            site_outputs=find_site_outputs(program.graph, self._sites, self._site_at),
+            site_outputs=find_site_outputs(exported.graph, self._sites, self._site_at),
             seconds=time.perf_counter() - started,
         )
 

@@ -44,10 +44,10 @@ def export_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         keep_torch_state(changes)
         keep_from_other_threads(changes)
         _silence_about_values(changes)
-        program = _exported(module, args, kwargs)
-    _check_functional_signature(program)
-    remove_identities(program.graph)
-    return program
+        exported = _exported(module, args, kwargs)
+    _check_functional_signature(exported)
+    remove_identities(exported.graph)
+    return exported
 
 
 def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
@@ -59,9 +59,9 @@ def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         warnings.filterwarnings("ignore", category=UserWarning, message=".*assigned during export")
         args, kwargs = pytree.tree_map_only(torch.Tensor, _as_ordinary, (args, kwargs))
         try:
-            program = torch.export.export(module, args, kwargs, strict=False)
-            _renew_users(program.graph)
-            return program if functionalise(program) else program.run_decompositions({})
+            exported = torch.export.export(module, args, kwargs, strict=False)
+            _renew_users(exported.graph)
+            return exported if functionalise(exported) else exported.run_decompositions({})
         except GivenUp as given_up:
             raise CaptureError(given_up.failure) from None
         except (CaptureError, MemoryError, torch.OutOfMemoryError):
@@ -95,8 +95,8 @@ def _as_ordinary(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor).copy_(tensor) if tensor.is_inference() else tensor.detach()
 
 
-def _check_functional_signature(program: torch.export.ExportedProgram) -> None:
-    for spec in program.graph_signature.output_specs:
+def _check_functional_signature(exported: torch.export.ExportedProgram) -> None:
+    for spec in exported.graph_signature.output_specs:
         if spec.kind in (
             OutputKind.BUFFER_MUTATION,
             OutputKind.USER_INPUT_MUTATION,
@@ -105,7 +105,7 @@ def _check_functional_signature(program: torch.export.ExportedProgram) -> None:
             raise CaptureError(CaptureFailure(Obstacle.MUTATION, f"it writes to {spec.target}"))
         if spec.kind is OutputKind.USER_OUTPUT and not isinstance(spec.arg, (TensorArgument, ConstantArgument)):
             raise CaptureError(CaptureFailure(Obstacle.OUTPUT, f"{type(spec.arg).__name__} among the outputs"))
-    for node in program.graph.nodes:
+    for node in exported.graph.nodes:
         if is_mutating(node):
             raise CaptureError(
                 CaptureFailure(Obstacle.MUTATION, f"{node.target}", node=node.name, stack=node.meta.get("stack_trace"))

@@ -25,19 +25,19 @@ class RequestValues:
     """What a captured graph took for granted about the values of its request.
 
     Attributes:
-        program: computes the values from leaves of a call.
+        compute: computes the values from leaves of a call.
         inputs: indices of the leaves that it takes.
         values: the values that it gave at capture.
     """
 
-    program: Callable[..., tuple[torch.Tensor, ...]]
+    compute: Callable[..., tuple[torch.Tensor, ...]]
     inputs: tuple[int, ...]
     values: tuple[torch.Tensor, ...]
 
     def hold(self, leaves: Sequence[Any]) -> bool:
         """Whether a call with these leaves has the values that the graph was made for. Waits for their device."""
-        read = self.program(*(leaves[index] for index in self.inputs))
-        return all(torch.equal(a.cpu(), b) for a, b in zip(read, self.values, strict=True))
+        found = self.compute(*(leaves[index] for index in self.inputs))
+        return all(torch.equal(a.cpu(), b) for a, b in zip(found, self.values, strict=True))
 
     @property
     def key(self) -> Values:
@@ -46,7 +46,7 @@ class RequestValues:
 
 
 def request_values_of(
-    program: torch.export.ExportedProgram,
+    exported: torch.export.ExportedProgram,
     read: Sequence[fx.Node],
     values: Sequence[torch.Tensor],
     inputs: Mapping[str, int],
@@ -55,7 +55,7 @@ def request_values_of(
     """The values of its request that a model asked for; None if it asked for none.
 
     Args:
-        program: the traced model.
+        exported: the traced model.
         read: the nodes whose values it asked for.
         values: those values.
         inputs: placeholder name -> index among the call's leaves.
@@ -66,11 +66,11 @@ def request_values_of(
     needed = needed_nodes(read)
     rebuilt, holder = Rebuild(), nn.Module()
     taken: list[int] = []
-    for node in program.graph.nodes:
+    for node in exported.graph.nodes:
         if node not in needed:
             continue
         if node.op == "get_attr" or node.name in constants:
-            constant = constants[node.name] if node.name in constants else getattr(program.graph_module, node.target)
+            constant = constants[node.name] if node.name in constants else getattr(exported.graph_module, node.target)
             name = f"constant_{len(rebuilt)}"
             if isinstance(constant, nn.Module):  # the graph of a nested region
                 holder.add_module(name, constant)

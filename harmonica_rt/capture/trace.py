@@ -32,12 +32,12 @@ class Traced:
     """A traced model.
 
     Attributes:
-        program: the trace.
+        exported: the trace.
         written: what the forward changed in the model or in objects reachable from it, in words.
-        values: the values of the request that it read, if the program returns what was read after its own outputs.
+        values: the values of the request that it read, if the exported returns what was read after its own outputs.
     """
 
-    program: torch.export.ExportedProgram
+    exported: torch.export.ExportedProgram
     written: tuple[str, ...]
     values: list[torch.Tensor] | None = None
 
@@ -84,11 +84,11 @@ def _trace_as_it_is(model: nn.Module, call: Call, sites: Sequence[str], draws: S
                 changes.undone_by(Facts(model).put_back)  # tracing leaves valueless tensors where a forward writes
                 noting = _noting_changes(draws.noting(forward), model, written)
                 changes.set(model.__dict__, "forward", Swapped(noting, own_forward(model)))
-                program = export_functional(model, (), call.kwargs)
-            check_sizes(program.graph, site_columns(model, sites))
+                exported = export_functional(model, (), call.kwargs)
+            check_sizes(exported.graph, site_columns(model, sites))
             if draws.drew_last:
                 written.append("it draws random numbers from Python or numpy")
-            return Traced(program, tuple(written))
+            return Traced(exported, tuple(written))
         except CaptureError as error:
             return error.failure  # not the error itself, which keeps the whole trace alive
 

@@ -20,10 +20,10 @@ from harmonica_rt.graph.facts import is_item, is_mutating
 from harmonica_rt.graph.layout import same_layout
 
 
-def functionalise(program: torch.export.ExportedProgram) -> bool:
-    """Replace the nodes of the program's graph that write in place, and return whether that was possible.
+def functionalise(exported: torch.export.ExportedProgram) -> bool:
+    """Replace the nodes of an exported graph that write in place, and return whether that was possible.
 
-    If not, those nodes are still there, and the whole program has to be traced again. This is so if a nested graph
+    If not, those nodes are still there, and the whole model has to be traced again. This is so if a nested graph
     writes, or returns several views of a written storage; if a value that is read would have another layout than in the
     trace; if the trace used `torch.vmap`, whose values have no storages; or if torch cannot functionalise the writing
     nodes alone.
@@ -31,11 +31,11 @@ def functionalise(program: torch.export.ExportedProgram) -> bool:
     Raises:
         CaptureError: an argument of the graph, or a weight, is written to.
     """
-    graph = program.graph
+    graph = exported.graph
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.detach_.default):
         node.replace_all_uses_with(node.args[0])  # it writes no values
         graph.erase_node(node)
-    _, *nested = (module for module in program.graph_module.modules() if isinstance(module, fx.GraphModule))
+    _, *nested = (module for module in exported.graph_module.modules() if isinstance(module, fx.GraphModule))
     if any(is_mutating(node) for module in nested for node in module.graph.nodes):
         return False
     if not any(map(is_mutating, graph.nodes)):
@@ -44,7 +44,7 @@ def functionalise(program: torch.export.ExportedProgram) -> bool:
         return False
     written = {storage for node in graph.nodes if is_mutating(node) for storage in written_storages(node)}
     region = _Region(graph, written)
-    targets = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs}
+    targets = {spec.arg.name: spec.target for spec in exported.graph_signature.input_specs}
     for argument in region.arguments:
         detail = f"it writes to {targets.get(argument.name) or argument.target}"
         raise CaptureError(CaptureFailure(Obstacle.MUTATION, detail))

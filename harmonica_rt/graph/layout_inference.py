@@ -82,19 +82,19 @@ class Inference:
         with torch.inference_mode(False), torch.no_grad():
             yield
 
-    def tensor(self, layout: Layout, place: str) -> FakeTensor:
+    def tensor(self, layout: Layout, where: str) -> FakeTensor:
         """A fake tensor of this layout.
 
         Raises:
             PlanFileError: no tensor can have this layout.
         """
-        _check_size(layout, place)
+        _check_size(layout, where)
         with self._mode:
             return _attempt(  # type: ignore[no-any-return]
-                place, torch.empty_strided, layout.shape, layout.stride, dtype=layout.dtype, device=layout.device
+                where, torch.empty_strided, layout.shape, layout.stride, dtype=layout.dtype, device=layout.device
             )
 
-    def run(self, node: fx.Node, place: str) -> Any:
+    def run(self, node: fx.Node, where: str) -> Any:
         """The result of a node for the values of its arguments.
 
         Raises:
@@ -103,15 +103,15 @@ class Inference:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
         target: Any = node.target
         with self._mode:
-            result = _attempt(place, target, *args, **kwargs)
+            result = _attempt(where, target, *args, **kwargs)
         found = layouts_of(result)
         for layout in pytree.tree_leaves(found, is_leaf=lambda value: isinstance(value, Layout)):
-            _check_size(layout, place)
+            _check_size(layout, where)
         if self._trial and isinstance(target, torch._ops.OpOverload):
-            self._try(target, args, kwargs, found, place)
+            self._try(target, args, kwargs, found, where)
         return result
 
-    def _try(self, target: Any, args: Any, kwargs: Any, expected: Any, place: str) -> None:
+    def _try(self, target: Any, args: Any, kwargs: Any, expected: Any, where: str) -> None:
         """Run an operator on real tensors, unless it has already run on tensors of these layouts."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         known = [layout_of(leaf) if isinstance(leaf, torch.Tensor) else (type(leaf), leaf) for leaf in leaves]
@@ -122,9 +122,9 @@ class Inference:
         try:
             result = _on_real(target, leaves, spec, 0)
         except Exception:  # zero itself may be refused, as a divisor: only what fails with ones too is an error
-            result = _attempt(place, _on_real, target, leaves, spec, 1)
+            result = _attempt(where, _on_real, target, leaves, spec, 1)
         if _without_strides(layouts_of(result)) != _without_strides(expected):
-            raise PlanFileError(f"{place}: {target} gives another shape or dtype than was inferred")
+            raise PlanFileError(f"{where}: {target} gives another shape or dtype than was inferred")
 
 
 def _on_real(target: Any, leaves: list[Any], spec: Any, value: int) -> Any:
@@ -147,11 +147,11 @@ def _without_strides(layouts: Any) -> Any:
     return [_without_strides(layout) for layout in layouts]
 
 
-def _check_size(layout: Layout, place: str) -> None:
+def _check_size(layout: Layout, where: str) -> None:
     """Raise PlanFileError if a value is larger than the memory of its device."""
     memory = _memory_of(layout.device)
     if layout.nbytes > memory:
-        raise PlanFileError(f"{place}: a value of {layout.nbytes} bytes; {layout.device} has {memory}")
+        raise PlanFileError(f"{where}: a value of {layout.nbytes} bytes; {layout.device} has {memory}")
 
 
 def _memory_of(device: torch.device) -> int:
@@ -160,7 +160,7 @@ def _memory_of(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _attempt(place: str, function: Any, *args: Any, **kwargs: Any) -> Any:
+def _attempt(where: str, function: Any, *args: Any, **kwargs: Any) -> Any:
     """Call `function`; whatever it raises becomes a PlanFileError, as torch has many error types for bad arguments."""
     try:
         return function(*args, **kwargs)
@@ -168,4 +168,4 @@ def _attempt(place: str, function: Any, *args: Any, **kwargs: Any) -> Any:
         raise
     except Exception as error:
         first = next((line for line in str(error).splitlines() if line.strip()), "no message")
-        raise PlanFileError(f"{place}: {type(error).__name__}: {first[:200]!r}") from error
+        raise PlanFileError(f"{where}: {type(error).__name__}: {first[:200]!r}") from error

@@ -179,19 +179,19 @@ def _erase(node: fx.Node) -> None:
         dead.graph.erase_node(dead)
 
 
-def _move_before(place: fx.Node, operands: Iterable[fx.Node]) -> bool:
-    """Move operands and what they need before `place`; if one needs `place` itself, move nothing and return False."""
+def _move_before(target: fx.Node, operands: Iterable[fx.Node]) -> bool:
+    """Move operands and what they need before `target`; if one needs `target` itself, move nothing and return False."""
     needed: set[fx.Node] = set()
     pending = list(operands)
     while pending:
         node = pending.pop()
-        if node is place:
+        if node is target:
             return False
-        if node not in needed and node > place:
+        if node not in needed and node > target:
             needed.add(node)
             pending.extend(node.all_input_nodes)
     for node in sorted(needed):
-        place.prepend(node)
+        target.prepend(node)
     return True
 
 

@@ -34,28 +34,28 @@ def encode_constant(name: str, tensor: torch.Tensor) -> dict[str, Any]:
     return {"data": base64.b64encode(plain.reshape(-1).view(torch.uint8).numpy().tobytes()).decode("ascii")}
 
 
-def decode_constant(value: Any, layout: Layout, place: str) -> torch.Tensor:
+def decode_constant(value: Any, layout: Layout, where: str) -> torch.Tensor:
     """The tensor of this layout that `encode_constant` encoded.
 
     Args:
         value: the text in base64, from a file that anyone may have written.
         layout: the tensor's layout.
-        place: where the value stands in the file, for messages.
+        where: where the value stands in the file, for messages.
 
     Raises:
         PlanFileError: the value is no text in base64, or not as long as the layout asks for.
     """
     nbytes = math.prod(layout.shape) * layout.dtype.itemsize
     if max(nbytes, layout.nbytes) > LARGEST_CONSTANT:
-        raise PlanFileError(f"{place}: a constant of {max(nbytes, layout.nbytes)} bytes; at most {LARGEST_CONSTANT}")
-    text = text_of(value, place)
+        raise PlanFileError(f"{where}: a constant of {max(nbytes, layout.nbytes)} bytes; at most {LARGEST_CONSTANT}")
+    text = text_of(value, where)
     try:
         data = bytearray(base64.b64decode(text, validate=True))
     except ValueError as error:  # binascii.Error is a subclass, and text that is not ASCII raises one
-        raise refused(place, "text in base64", value) from error
+        raise refused(where, "text in base64", value) from error
     if len(data) != nbytes:
-        raise PlanFileError(f"{place}: expected {nbytes} bytes, got {len(data)}")
+        raise PlanFileError(f"{where}: expected {nbytes} bytes, got {len(data)}")
     if layout.dtype is torch.bool and not set(data) <= {0, 1}:
-        raise PlanFileError(f"{place}: expected bytes of 0 and 1")
+        raise PlanFileError(f"{where}: expected bytes of 0 and 1")
     flat = torch.frombuffer(data, dtype=layout.dtype) if data else torch.empty(0, dtype=layout.dtype)
     return laid_out(flat.view(layout.shape).to(layout.device), layout.stride)

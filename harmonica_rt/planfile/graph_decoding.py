@@ -31,7 +31,7 @@ _PLACEHOLDERS = ("weight", "constant", "input")
 
 
 def decode_graph(
-    record: Any, facts: ModelFacts, signature: Signature, sites: tuple[str, ...], place: str = "graph"
+    record: Any, facts: ModelFacts, signature: Signature, sites: tuple[str, ...], where: str = "graph"
 ) -> CapturedGraph:
     """The graph that `encode_graph` encoded.
 
@@ -40,27 +40,27 @@ def decode_graph(
         facts: from `ModelFacts.of`, for the model that the graph is to run on.
         signature: the signature of its calls.
         sites: the sites of the schedule that it runs under.
-        place: where the record stands in the file, for messages.
+        where: where the record stands in the file, for messages.
 
     Raises:
         PlanFileError: the record is not one that `encode_graph` writes for this model, signature and sites.
     """
-    entry = fields_of(record, place, ("nodes", "outputs", "out_spec", "site_outputs"))
+    entry = fields_of(record, where, ("nodes", "outputs", "out_spec", "site_outputs"))
     decoder = _Decoder(facts, signature)
     with signature.in_its_autocast(), decoder.inference.active():
-        for number, node in enumerate(items_of(entry["nodes"], f"{place}.nodes")):
-            decoder.add(node, f"{place}.nodes[{number}]")
+        for number, node in enumerate(items_of(entry["nodes"], f"{where}.nodes")):
+            decoder.add(node, f"{where}.nodes[{number}]")
     nodes, graph = decoder.nodes, decoder.graph
-    outputs = items_of(entry["outputs"], f"{place}.outputs")
-    results = [_result(value, decoder, f"{place}.outputs[{i}]") for i, value in enumerate(outputs)]
+    outputs = items_of(entry["outputs"], f"{where}.outputs")
+    results = [_result(value, decoder, f"{where}.outputs[{i}]") for i, value in enumerate(outputs)]
     graph.output(tuple(results))
-    out_spec = decode_tree(entry["out_spec"], f"{place}.out_spec")
+    out_spec = decode_tree(entry["out_spec"], f"{where}.out_spec")
     if out_spec.num_leaves != len(results):
-        raise refused(f"{place}.outputs", f"{out_spec.num_leaves} values, as out_spec has", outputs)
-    found = _site_outputs(graph, facts, sites, f"{place}.site_outputs")
+        raise refused(f"{where}.outputs", f"{out_spec.num_leaves} values, as out_spec has", outputs)
+    found = _site_outputs(graph, facts, sites, f"{where}.site_outputs")
     numbers = {node: number for number, node in enumerate(nodes)}
     if [[numbers[node] for node in outputs] for outputs in found] != entry["site_outputs"]:
-        raise PlanFileError(f"{place}.site_outputs: not the values that leave the sites of the schedule in this graph")
+        raise PlanFileError(f"{where}.site_outputs: not the values that leave the sites of the schedule in this graph")
     return CapturedGraph(
         graph=graph,
         root=nn.Module(),
@@ -87,119 +87,119 @@ class _Decoder:
         self._facts = facts
         self._signature = signature
 
-    def add(self, record: Any, place: str) -> None:
+    def add(self, record: Any, where: str) -> None:
         """Decode one more node."""
         if isinstance(record, dict) and "call" in record:
-            node = self._call(record, place)
+            node = self._call(record, where)
         else:
-            node = self._placeholder(record, place)
+            node = self._placeholder(record, where)
         self.nodes.append(node)
 
-    def _placeholder(self, record: Any, place: str) -> fx.Node:
+    def _placeholder(self, record: Any, where: str) -> fx.Node:
         kind = next((kind for kind in _PLACEHOLDERS if isinstance(record, dict) and kind in record), "call")
-        entry = fields_of(record, place, (kind, "value"))
-        said = decode_layout(entry["value"], self._facts.devices, f"{place}.value")
+        entry = fields_of(record, where, (kind, "value"))
+        said = decode_layout(entry["value"], self._facts.devices, f"{where}.value")
         node = self.graph.placeholder(f"{kind}_{len(self.nodes)}")
         if kind == "weight":
-            name = text_of(entry[kind], f"{place}.weight")
-            found = _own_layout(self._facts.tensors, name, f"{place}.weight")
+            name = text_of(entry[kind], f"{where}.weight")
+            found = _own_layout(self._facts.tensors, name, f"{where}.weight")
             self.weights[node.name] = name
         elif kind == "constant":
-            tensor = self._constant(entry[kind], said, f"{place}.constant")
+            tensor = self._constant(entry[kind], said, f"{where}.constant")
             found = layout_of(tensor)
             self.constants[node.name] = tensor
         else:
-            index = integer_of(entry[kind], f"{place}.input", most=len(self._signature.leaves) - 1)
-            found = _leaf_layout(self._signature.leaves[index], said, f"{place}.input")
+            index = integer_of(entry[kind], f"{where}.input", most=len(self._signature.leaves) - 1)
+            found = _leaf_layout(self._signature.leaves[index], said, f"{where}.input")
             if index in self.inputs.values():
-                raise PlanFileError(f"{place}.input: another node stands for the argument {index} of the call")
+                raise PlanFileError(f"{where}.input: another node stands for the argument {index} of the call")
             self.inputs[node.name] = index
-        _check_same(found, said, f"{place}.value")
-        node.meta["val"] = self.inference.tensor(found, place)
+        _check_same(found, said, f"{where}.value")
+        node.meta["val"] = self.inference.tensor(found, where)
         return node
 
-    def _constant(self, record: Any, layout: Layout, place: str) -> torch.Tensor:
+    def _constant(self, record: Any, layout: Layout, where: str) -> torch.Tensor:
         if isinstance(record, dict) and "attribute" in record:
-            name = text_of(fields_of(record, place, ("attribute",))["attribute"], f"{place}.attribute")
-            _own_layout(self._facts.attributes, name, f"{place}.attribute")
+            name = text_of(fields_of(record, where, ("attribute",))["attribute"], f"{where}.attribute")
+            _own_layout(self._facts.attributes, name, f"{where}.attribute")
             return self._facts.attributes[name]
-        return decode_constant(fields_of(record, place, ("data",))["data"], layout, place)
+        return decode_constant(fields_of(record, where, ("data",))["data"], layout, where)
 
-    def _call(self, record: Any, place: str) -> fx.Node:
-        entry = fields_of(record, place, ("call", "args", "value"), ("kwargs", "modules"))
-        target = operator_of(text_of(entry["call"], f"{place}.call"), f"{place}.call")
+    def _call(self, record: Any, where: str) -> fx.Node:
+        entry = fields_of(record, where, ("call", "args", "value"), ("kwargs", "modules"))
+        target = operator_of(text_of(entry["call"], f"{where}.call"), f"{where}.call")
         devices = self._facts.devices
         args = tuple(
-            decode_value(value, devices, f"{place}.args[{i}]", self.nodes)
-            for i, value in enumerate(items_of(entry["args"], f"{place}.args"))
+            decode_value(value, devices, f"{where}.args[{i}]", self.nodes)
+            for i, value in enumerate(items_of(entry["args"], f"{where}.args"))
         )
         given = entry.get("kwargs", {})
         if not isinstance(given, dict):
-            raise refused(f"{place}.kwargs", "an object", given)
+            raise refused(f"{where}.kwargs", "an object", given)
         kwargs = {
-            name: decode_value(value, devices, f"{place}.kwargs[{quoted(name)}]", self.nodes)
+            name: decode_value(value, devices, f"{where}.kwargs[{quoted(name)}]", self.nodes)
             for name, value in given.items()
         }
-        check_arguments(target, args, kwargs, place)
+        check_arguments(target, args, kwargs, where)
         node = self.graph.call_function(target, args, kwargs)
-        check_node(node, place)
-        node.meta["val"] = self.inference.run(node, place)
+        check_node(node, where)
+        node.meta["val"] = self.inference.run(node, where)
         said = entry["value"]
         if isinstance(said, list):
-            layouts: Any = [decode_layout(item, devices, f"{place}.value[{i}]") for i, item in enumerate(said)]
+            layouts: Any = [decode_layout(item, devices, f"{where}.value[{i}]") for i, item in enumerate(said)]
         else:
-            layouts = decode_layout(said, devices, f"{place}.value")
-        _check_same(layouts_of(node.meta["val"]), layouts, f"{place}.value")
-        modules = items_of(entry.get("modules", []), f"{place}.modules")
+            layouts = decode_layout(said, devices, f"{where}.value")
+        _check_same(layouts_of(node.meta["val"]), layouts, f"{where}.value")
+        modules = items_of(entry.get("modules", []), f"{where}.modules")
         for path in modules:
-            if without_call_suffix(text_of(path, f"{place}.modules")) not in self._facts.modules:
-                raise refused(f"{place}.modules", "paths of modules of the model", path)
+            if without_call_suffix(text_of(path, f"{where}.modules")) not in self._facts.modules:
+                raise refused(f"{where}.modules", "paths of modules of the model", path)
         node.meta["nn_module_stack"] = {path: (path, "") for path in modules}
         return node
 
 
-def _own_layout(tensors: Mapping[str, torch.Tensor], name: str, place: str) -> Layout:
+def _own_layout(tensors: Mapping[str, torch.Tensor], name: str, where: str) -> Layout:
     if name not in tensors:
-        raise refused(place, "the name of a tensor of the model", name)
+        raise refused(where, "the name of a tensor of the model", name)
     if is_traceable_wrapper_subclass(tensors[name]):
         raise PlanFileError(
-            f"{place}: {name} is made of other tensors (quantised?): its plan cannot be saved or loaded"
+            f"{where}: {name} is made of other tensors (quantised?): its plan cannot be saved or loaded"
         )
     return layout_of(tensors[name])
 
 
-def _leaf_layout(leaf: Any, said: Layout, place: str) -> Layout:
+def _leaf_layout(leaf: Any, said: Layout, where: str) -> Layout:
     """The layout of a leaf; where signatures omit a stride (in dimensions of size 1), it is the file's."""
     if not isinstance(leaf, tuple):
-        raise refused(place, "the index of an argument that is a tensor", leaf)
+        raise refused(where, "the index of an argument that is a tensor", leaf)
     shape, stride, dtype, device = leaf
     if said.shape == shape:
         stride = tuple(other if n == 1 else s for n, s, other in zip(shape, stride, said.stride, strict=True))
     return Layout(shape, stride, dtype, device)
 
 
-def _check_same(found: Any, said: Any, place: str) -> None:
+def _check_same(found: Any, said: Any, where: str) -> None:
     if found != said:
         told = [one_line(", ".join(map(str, v)) if isinstance(v, list) else v) for v in (found, said)]
-        raise PlanFileError(f"{place}: expected {told[0]}, got {told[1]}")
+        raise PlanFileError(f"{where}: expected {told[0]}, got {told[1]}")
 
 
-def _result(value: Any, decoder: _Decoder, place: str) -> Any:
+def _result(value: Any, decoder: _Decoder, where: str) -> Any:
     """An output of the model: a tensor or a plain value."""
-    result = decode_value(value, decoder._facts.devices, place, decoder.nodes)
+    result = decode_value(value, decoder._facts.devices, where, decoder.nodes)
     if isinstance(result, fx.Node):
         if not isinstance(result.meta["val"], torch.Tensor):
-            raise refused(place, "one tensor", value)
+            raise refused(where, "one tensor", value)
     elif result is not None and not isinstance(result, (bool, int, float, str)):
-        raise refused(place, "a tensor or a plain value", value)
+        raise refused(where, "a tensor or a plain value", value)
     return result
 
 
 def _site_outputs(
-    graph: fx.Graph, facts: ModelFacts, sites: tuple[str, ...], place: str
+    graph: fx.Graph, facts: ModelFacts, sites: tuple[str, ...], where: str
 ) -> tuple[tuple[fx.Node, ...], ...]:
     columns = site_columns(facts.model, sites)
     try:
         return find_site_outputs(graph, sites, lambda path: columns.get(without_call_suffix(path)))
     except CaptureError as error:
-        raise PlanFileError(f"{place}: {error}") from error
+        raise PlanFileError(f"{where}: {error}") from error

@@ -108,7 +108,7 @@ def name_of(node: fx.Node) -> str:
     return name
 
 
-def operator_of(name: str, place: str) -> Any:
+def operator_of(name: str, where: str) -> Any:
     """The operator of this name, if a saved graph may hold it.
 
     Raises:
@@ -119,7 +119,7 @@ def operator_of(name: str, place: str) -> Any:
     try:
         return _operator(name)
     except PlanFileError as error:
-        raise PlanFileError(f"{place}: {error}") from error
+        raise PlanFileError(f"{where}: {error}") from error
 
 
 @functools.lru_cache(maxsize=2048)
@@ -147,51 +147,51 @@ def _computes_only(target: torch._ops.OpOverload) -> bool:
     return all(str(result.type) in ("Tensor", "List[Tensor]") for result in schema.returns)
 
 
-def check_arguments(target: Any, args: Sequence[Any], kwargs: dict[str, Any], place: str) -> None:
+def check_arguments(target: Any, args: Sequence[Any], kwargs: dict[str, Any], where: str) -> None:
     """Raise PlanFileError if the arguments do not fit the operator's schema in number, order, name or type.
 
     They have to be in the form that tracing writes, in which every argument that can be positional is. Nodes among them
     carry their values in `meta["val"]`.
     """
     if target is operator.getitem:
-        _check_getitem(args, kwargs, place)
+        _check_getitem(args, kwargs, where)
         return
     by_position = [argument for argument in target._schema.arguments if not argument.kwarg_only]
     by_name = {argument.name for argument in target._schema.arguments if argument.kwarg_only}
     if len(args) > len(by_position):
-        raise PlanFileError(f"{place}: {target} takes {len(by_position)} arguments by position, got {len(args)}")
+        raise PlanFileError(f"{where}: {target} takes {len(by_position)} arguments by position, got {len(args)}")
     for name in kwargs:
         if name not in by_name:
-            raise PlanFileError(f"{place}: {target} takes no argument {quoted(name)} by name")
+            raise PlanFileError(f"{where}: {target} takes no argument {quoted(name)} by name")
     given = {**{argument.name: value for argument, value in zip(by_position, args, strict=False)}, **kwargs}
     for argument in target._schema.arguments:
         if argument.name not in given:
             if not argument.has_default_value():
-                raise PlanFileError(f"{place}: {target} needs the argument {argument.name!r}")
+                raise PlanFileError(f"{where}: {target} needs the argument {argument.name!r}")
         elif not _fits(given[argument.name], argument.real_type, argument.N):
             value = quoted(given[argument.name])
-            raise PlanFileError(f"{place}: {target}: {argument.name} is a {argument.real_type}, got {value}")
+            raise PlanFileError(f"{where}: {target}: {argument.name} is a {argument.real_type}, got {value}")
     if by_position and by_position[0].type.kind() == "TensorType" and not isinstance(args[0], fx.Node):
         between_two = torch.Tag.pointwise in target.tags and any(isinstance(value, fx.Node) for value in args)
         if not between_two:  # as `1 + x` is
-            raise PlanFileError(f"{place}: {target} takes a tensor first, got {quoted(args[0])}")
+            raise PlanFileError(f"{where}: {target} takes a tensor first, got {quoted(args[0])}")
 
 
-def check_node(node: fx.Node, place: str) -> None:
+def check_node(node: fx.Node, where: str) -> None:
     """Raise PlanFileError if a node draws random numbers, has a data-dependent size, or updates training statistics."""
     tags: Any = getattr(node.target, "tags", ())
     if torch.Tag.dynamic_output_shape in tags and node.target not in _SIZED:
-        raise PlanFileError(f"{place}: {node.target} gives a size that depends on values; no saved plan holds one")
+        raise PlanFileError(f"{where}: {node.target} gives a size that depends on values; no saved plan holds one")
     if node.target is torch.ops.aten.batch_norm.default and node.args[5] is not False:
-        raise PlanFileError(f"{place}: {node.target} writes to its statistics in training; no saved plan holds that")
+        raise PlanFileError(f"{where}: {node.target} writes to its statistics in training; no saved plan holds that")
     if draws_numbers(node):
-        raise PlanFileError(f"{place}: {node.target} draws random numbers; no saved plan holds any")
+        raise PlanFileError(f"{where}: {node.target} draws random numbers; no saved plan holds any")
 
 
-def _check_getitem(args: Sequence[Any], kwargs: dict[str, Any], place: str) -> None:
+def _check_getitem(args: Sequence[Any], kwargs: dict[str, Any], where: str) -> None:
     values = args[0].meta["val"] if len(args) == 2 and isinstance(args[0], fx.Node) else None
     if kwargs or not isinstance(values, (list, tuple)) or type(args[1]) is not int or not 0 <= args[1] < len(values):
-        raise PlanFileError(f"{place}: {GETITEM} takes a node of several values and the index of one of them")
+        raise PlanFileError(f"{where}: {GETITEM} takes a node of several values and the index of one of them")
 
 
 def _fits(value: Any, kind: Any, length: int | None) -> bool:

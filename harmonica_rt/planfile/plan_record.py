@@ -52,7 +52,7 @@ def encode(plan: Plan, signature: Signature, leaf_roles: tuple[Role, ...], facts
 
 
 def decode(
-    record: Any, schedule: Schedule, facts: ModelFacts, place: str = "plan"
+    record: Any, schedule: Schedule, facts: ModelFacts, where: str = "plan"
 ) -> tuple[Plan, Signature, tuple[Role, ...]]:
     """The plan, signature and roles that `encode` encoded; the schedule is stored elsewhere.
 
@@ -60,23 +60,23 @@ def decode(
         record: from `encode`, or from a file that anyone may have written.
         schedule: the plan's schedule.
         facts: from `ModelFacts.of`, for the model that the plan is to run on.
-        place: where the record stands in the file, for messages.
+        where: where the record stands in the file, for messages.
 
     Raises:
         PlanFileError: the record is not one that `encode` writes for this model and schedule.
     """
-    entry = fields_of(record, place, ("signature", "roles", "graph", "slot_offsets"))
-    call = _decode_signature(entry["signature"], facts, f"{place}.signature")
+    entry = fields_of(record, where, ("signature", "roles", "graph", "slot_offsets"))
+    call = _decode_signature(entry["signature"], facts, f"{where}.signature")
     leaf_roles = roles(call)
     if [role.value for role in leaf_roles] != entry["roles"]:
-        raise refused(f"{place}.roles", str([role.value for role in leaf_roles]), entry["roles"])
-    captured = decode_graph(entry["graph"], facts, call.signature, schedule.sites, f"{place}.graph")
-    offsets = integers_of(entry["slot_offsets"], f"{place}.slot_offsets")
+        raise refused(f"{where}.roles", str([role.value for role in leaf_roles]), entry["roles"])
+    captured = decode_graph(entry["graph"], facts, call.signature, schedule.sites, f"{where}.graph")
+    offsets = integers_of(entry["slot_offsets"], f"{where}.slot_offsets")
     try:
         plan = build_plan(captured, schedule, offsets=offsets)
         check_plan(plan)
     except InvariantError as error:
-        raise PlanFileError(f"{place}: {error}") from error
+        raise PlanFileError(f"{where}: {error}") from error
     return plan, call.signature, leaf_roles
 
 
@@ -86,54 +86,54 @@ def _encode_leaf(leaf: Any, facts: ModelFacts) -> dict[str, Any]:
     return encode_layout(Layout(*leaf), facts.devices)
 
 
-def _decode_leaf(value: Any, facts: ModelFacts, place: str) -> Any:
+def _decode_leaf(value: Any, facts: ModelFacts, where: str) -> Any:
     if not isinstance(value, dict) or "plain" not in value:
-        return tuple(decode_layout(value, facts.devices, place))
-    plain = decode_value(fields_of(value, place, ("plain",))["plain"], facts.devices, place)
+        return tuple(decode_layout(value, facts.devices, where))
+    plain = decode_value(fields_of(value, where, ("plain",))["plain"], facts.devices, where)
     if isinstance(plain, (list, tuple)):
-        raise refused(place, "a plain value", value)
+        raise refused(where, "a plain value", value)
     return PlainValue(type(plain), plain)
 
 
-def _decode_signature(value: Any, facts: ModelFacts, place: str) -> Call:
+def _decode_signature(value: Any, facts: ModelFacts, where: str) -> Call:
     """A call with the saved signature, normalised as calls of the model are; its tensors are fake."""
-    entry = fields_of(value, place, ("tree", "leaves", "autocast"))
-    spec = decode_tree(entry["tree"], f"{place}.tree")
-    leaves = items_of(entry["leaves"], f"{place}.leaves")
+    entry = fields_of(value, where, ("tree", "leaves", "autocast"))
+    spec = decode_tree(entry["tree"], f"{where}.tree")
+    leaves = items_of(entry["leaves"], f"{where}.leaves")
     signature = Signature(
         spec,
-        tuple(_decode_leaf(leaf, facts, f"{place}.leaves[{i}]") for i, leaf in enumerate(leaves)),
-        _decode_autocast(entry["autocast"], facts, f"{place}.autocast"),
+        tuple(_decode_leaf(leaf, facts, f"{where}.leaves[{i}]") for i, leaf in enumerate(leaves)),
+        _decode_autocast(entry["autocast"], facts, f"{where}.autocast"),
     )
     if spec.num_leaves != len(leaves):
-        raise refused(f"{place}.leaves", f"{spec.num_leaves} values, as the tree has", leaves)
+        raise refused(f"{where}.leaves", f"{spec.num_leaves} values, as the tree has", leaves)
     inference = Inference(trial=False)
     with inference.active():
         values = [
-            leaf.value if isinstance(leaf, PlainValue) else inference.tensor(Layout(*leaf), f"{place}.leaves[{i}]")
+            leaf.value if isinstance(leaf, PlainValue) else inference.tensor(Layout(*leaf), f"{where}.leaves[{i}]")
             for i, leaf in enumerate(signature.leaves)
         ]
     arguments = pytree.tree_unflatten(values, spec)
     if type(arguments) is not dict:
-        raise refused(f"{place}.tree", "a dict of arguments by name", entry["tree"])
+        raise refused(f"{where}.tree", "a dict of arguments by name", entry["tree"])
     try:
         with signature.in_its_autocast():
             call = CallConvention(facts.model).normalise((), arguments)
     except SignatureError as error:
-        raise PlanFileError(f"{place}: {error}") from error
+        raise PlanFileError(f"{where}: {error}") from error
     if call.signature != signature:
-        raise PlanFileError(f"{place}: not the form that calls of the model have")
+        raise PlanFileError(f"{where}: not the form that calls of the model have")
     return call
 
 
-def _decode_autocast(value: Any, facts: ModelFacts, place: str) -> tuple[tuple[str, torch.dtype], ...]:
+def _decode_autocast(value: Any, facts: ModelFacts, where: str) -> tuple[tuple[str, torch.dtype], ...]:
     found = []
-    for i, pair in enumerate(items_of(value, place)):
-        if len(items_of(pair, f"{place}[{i}]")) != 2:
-            raise refused(f"{place}[{i}]", "a device and a dtype", pair)
-        device = text_of(pair[0], f"{place}[{i}]")
-        dtype = decode_value(pair[1], facts.devices, f"{place}[{i}]")
+    for i, pair in enumerate(items_of(value, where)):
+        if len(items_of(pair, f"{where}[{i}]")) != 2:
+            raise refused(f"{where}[{i}]", "a device and a dtype", pair)
+        device = text_of(pair[0], f"{where}[{i}]")
+        dtype = decode_value(pair[1], facts.devices, f"{where}[{i}]")
         if dtype not in _AUTOCAST.get(device, ()) or (device == "cuda" and not torch.cuda.is_available()):
-            raise refused(f"{place}[{i}]", "a device and a dtype that autocast has here", pair)
+            raise refused(f"{where}[{i}]", "a device and a dtype that autocast has here", pair)
         found.append((device, dtype))
     return tuple(found)

@@ -28,16 +28,16 @@ def encode_tree(spec: pytree.TreeSpec) -> Any:
     return _encode(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))
 
 
-def decode_tree(value: Any, place: str = "tree") -> pytree.TreeSpec:
+def decode_tree(value: Any, where: str = "tree") -> pytree.TreeSpec:
     """The structure that `encode_tree` encoded.
 
     Raises:
         PlanFileError: the value is not in the form that `encode_tree` writes, or a class is not imported or not a
             container.
     """
-    leaves, spec = pytree.tree_flatten(_decode(value, place))
+    leaves, spec = pytree.tree_flatten(_decode(value, where))
     if leaves != list(range(len(leaves))):
-        raise refused(place, "leaves numbered in order", leaves)
+        raise refused(where, "leaves numbered in order", leaves)
     return spec
 
 
@@ -78,43 +78,43 @@ def _is_named_tuple(kind: type) -> bool:
     return kind.__bases__ == (tuple,) and isinstance(vars(kind).get("_fields"), tuple)
 
 
-def _decode(value: Any, place: str) -> Any:
+def _decode(value: Any, where: str) -> Any:
     if not isinstance(value, dict):
-        return integer_of(value, place)
+        return integer_of(value, where)
     if "class" in value:
-        entry = fields_of(value, place, ("class", "fields"))
-        kind = _container(entry["class"], place)
+        entry = fields_of(value, where, ("class", "fields"))
+        kind = _container(entry["class"], where)
         fields = entry["fields"]
         if not isinstance(fields, dict):
-            raise refused(f"{place}.fields", "an object", fields)
-        made = {key: _decode(item, f"{place}.{quoted(key)}") for key, item in fields.items()}
+            raise refused(f"{where}.fields", "an object", fields)
+        made = {key: _decode(item, f"{where}.{quoted(key)}") for key, item in fields.items()}
         try:
             return kind(**made)
         except (TypeError, ValueError) as error:
-            raise refused(place, f"the fields of a {kind.__qualname__}", list(made)) from error
+            raise refused(where, f"the fields of a {kind.__qualname__}", list(made)) from error
     if len(value) != 1:
-        raise refused(place, "an object of one entry", value)
+        raise refused(where, "an object of one entry", value)
     ((name, content),) = value.items()
     if name == "dict":
         if not isinstance(content, dict):
-            raise refused(place, "an object", content)
-        return {key: _decode(item, f"{place}.{quoted(key)}") for key, item in content.items()}
+            raise refused(where, "an object", content)
+        return {key: _decode(item, f"{where}.{quoted(key)}") for key, item in content.items()}
     if name not in ("list", "tuple"):
-        raise refused(place, "a list, tuple, dict or class", name)
-    items = [_decode(item, f"{place}[{i}]") for i, item in enumerate(items_of(content, place))]
+        raise refused(where, "a list, tuple, dict or class", name)
+    items = [_decode(item, f"{where}[{i}]") for i, item in enumerate(items_of(content, where))]
     return items if name == "list" else tuple(items)
 
 
-def _container(value: Any, place: str) -> Any:
-    names = [text_of(name, place) for name in items_of(value, place)]
+def _container(value: Any, where: str) -> Any:
+    names = [text_of(name, where) for name in items_of(value, where)]
     if len(names) != 2:
-        raise refused(place, "a module and the name of a class in it", value)
+        raise refused(where, "a module and the name of a class in it", value)
     found: Any = sys.modules.get(names[0])
     for name in names[1].split("."):
         # not getattr: a module may import others when asked for a name
         found = vars(found).get(name) if isinstance(found, (ModuleType, type)) else None
     if not isinstance(found, type) or not _is_container(found):
         raise PlanFileError(
-            f"{place}: {quoted('.'.join(names))} is no container that is imported here; import it before loading"
+            f"{where}: {quoted('.'.join(names))} is no container that is imported here; import it before loading"
         )
     return found

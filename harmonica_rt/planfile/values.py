@@ -69,14 +69,14 @@ class Devices:
             raise PlanFileError(f"the plan holds values on {device}, where the model does not lie: it cannot be saved")
         return device.type
 
-    def named(self, value: Any, place: str) -> torch.device:
+    def named(self, value: Any, where: str) -> torch.device:
         """The device of that name.
 
         Raises:
             PlanFileError: the value is not the name of one of the model's devices.
         """
         if not isinstance(value, str) or value not in self._by_type:
-            raise refused(place, f"a device that the model lies on ({', '.join(self._by_type)})", value)
+            raise refused(where, f"a device that the model lies on ({', '.join(self._by_type)})", value)
         return self._by_type[value]
 
 
@@ -113,7 +113,7 @@ def encode_value(value: Any, devices: Devices, numbers: Mapping[fx.Node, int] | 
     raise PlanFileError(f"a plan that holds a {type(value).__name__} cannot be saved")
 
 
-def decode_value(value: Any, devices: Devices, place: str, nodes: Sequence[fx.Node] = ()) -> Any:
+def decode_value(value: Any, devices: Devices, where: str, nodes: Sequence[fx.Node] = ()) -> Any:
     """The value that `encode_value` encoded; `nodes` are those that it may refer to.
 
     Raises:
@@ -122,38 +122,38 @@ def decode_value(value: Any, devices: Devices, place: str, nodes: Sequence[fx.No
     if value is None or isinstance(value, (bool, str, float)):
         return value
     if isinstance(value, int):
-        return integer_of(value, place, least=-LARGEST_INTEGER)
+        return integer_of(value, where, least=-LARGEST_INTEGER)
     if not isinstance(value, dict) or len(value) != 1:
-        raise refused(place, "a number, a string, or an object of one entry", value)
+        raise refused(where, "a number, a string, or an object of one entry", value)
     ((kind, content),) = value.items()
     if kind == "node":
-        return nodes[integer_of(content, place, most=len(nodes) - 1)]
+        return nodes[integer_of(content, where, most=len(nodes) - 1)]
     if kind in ("list", "tuple"):
-        items = [decode_value(item, devices, f"{place}[{i}]", nodes) for i, item in enumerate(items_of(content, place))]
+        items = [decode_value(item, devices, f"{where}[{i}]", nodes) for i, item in enumerate(items_of(content, where))]
         return items if kind == "list" else tuple(items)
     if kind == "device":
-        return devices.named(content, place)
+        return devices.named(content, where)
     if kind == "current_device":
-        return torch.device(devices.named(content, place).type)
+        return torch.device(devices.named(content, where).type)
     if kind == "float":
-        return _one_of(_FLOATS, content, place)
-    return named(kind, content, place)
+        return _one_of(_FLOATS, content, where)
+    return named(kind, content, where)
 
 
-def named(kind: str, name: Any, place: str) -> Any:
+def named(kind: str, name: Any, where: str) -> Any:
     """The torch constant of this kind and name, such as `torch.float32` for `("dtype", "float32")`.
 
     Raises:
         PlanFileError: there is no such constant.
     """
     if kind not in _NAMED:
-        raise refused(place, f"one of {', '.join(_NAMED)}", kind)
-    return _one_of(_NAMED[kind], name, place)
+        raise refused(where, f"one of {', '.join(_NAMED)}", kind)
+    return _one_of(_NAMED[kind], name, where)
 
 
-def _one_of(known: Mapping[str, Any], name: Any, place: str) -> Any:
-    if text_of(name, place) not in known:
-        raise refused(place, f"one of {', '.join(known)}", name)
+def _one_of(known: Mapping[str, Any], name: Any, where: str) -> Any:
+    if text_of(name, where) not in known:
+        raise refused(where, f"one of {', '.join(known)}", name)
     return known[name]
 
 
@@ -167,16 +167,16 @@ def encode_layout(layout: Layout, devices: Devices) -> dict[str, Any]:
     }
 
 
-def decode_layout(value: Any, devices: Devices, place: str) -> Layout:
+def decode_layout(value: Any, devices: Devices, where: str) -> Layout:
     """The layout that `encode_layout` encoded.
 
     Raises:
         PlanFileError: the value is not in the form that `encode_layout` writes.
     """
-    entry = fields_of(value, place, ("shape", "stride", "dtype", "device"))
-    shape = integers_of(entry["shape"], f"{place}.shape")
-    stride = integers_of(entry["stride"], f"{place}.stride")
+    entry = fields_of(value, where, ("shape", "stride", "dtype", "device"))
+    shape = integers_of(entry["shape"], f"{where}.shape")
+    stride = integers_of(entry["stride"], f"{where}.stride")
     if len(shape) != len(stride):
-        raise refused(f"{place}.stride", f"{len(shape)} numbers", entry["stride"])
-    dtype = named("dtype", entry["dtype"], f"{place}.dtype")
-    return Layout(shape, stride, dtype, devices.named(entry["device"], f"{place}.device"))
+        raise refused(f"{where}.stride", f"{len(shape)} numbers", entry["stride"])
+    dtype = named("dtype", entry["dtype"], f"{where}.dtype")
+    return Layout(shape, stride, dtype, devices.named(entry["device"], f"{where}.device"))
