@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Final
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Final
 
 import torch
 
@@ -18,8 +21,43 @@ LIBRARY: Final = torch.library.Library("harmonica", "FRAGMENT")
 TAGS: Final = (torch.Tag.pt2_compliant_tag,)
 
 
+def register(op: str, schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register an op with its implementations per device.
+
+    The reference runs on every device without an implementation of its own. On the CPU, the extension's runs if it was
+    built; on CUDA, the Triton kernel `<op>_triton` of the op's folder runs if Triton is installed.
+
+    Args:
+        op: name of the op, and of its folder.
+        schema: its arguments and results.
+        reference: its definition.
+        fake: makes the results for fake arguments, and raises the same errors.
+    """
+    # The C++ implementation calls the second op for arguments that it does not support, so that both raise the same
+    # errors.
+    for name in (op, f"_{op}_reference"):
+        LIBRARY.define(f"{name}{schema}", tags=TAGS)
+        LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"harmonica::{name}", fake, lib=LIBRARY)
+    if not build_info().extension:
+        LIBRARY.impl(op, functools.partial(_without_extension, reference), "CPU")
+    if find_spec("triton") is not None:
+        LIBRARY.impl(op, functools.partial(_with_triton, op), "CUDA")
+
+
+def _with_triton(op: str, *arguments: Any, **options: Any) -> Any:
+    """Run the Triton kernel of an op; it is imported at the first call, so that importing the ops stays light."""
+    return getattr(import_module(f"harmonica_kernels.{op}.triton"), f"{op}_triton")(*arguments, **options)
+
+
+def _without_extension(reference: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Run the reference on the CPU, after a warning that the extension is missing."""
+    _warn_once_without_extension()
+    return reference(*arguments, **options)
+
+
 @functools.cache
-def warn_once_without_extension() -> None:
+def _warn_once_without_extension() -> None:
     """Warn, the first time that a CPU op runs as eager PyTorch, and say why; silent if the build was told so."""
     info = build_info()
     if not info.chosen:

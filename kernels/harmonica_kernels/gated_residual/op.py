@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from harmonica_kernels._build import build_info
-from harmonica_kernels._cuda import implement_with_triton
-from harmonica_kernels._library import LIBRARY, TAGS, warn_once_without_extension
+from harmonica_kernels._library import register
 from harmonica_kernels.gated_residual.reference import check_gated_residual, gated_residual_reference
-
-LIBRARY.define("gated_residual(Tensor x, Tensor y, Tensor? gate=None) -> Tensor", tags=TAGS)
-# The C++ implementation calls this for arguments that it does not support, so that both paths raise the same errors.
-LIBRARY.define("_gated_residual_reference(Tensor x, Tensor y, Tensor? gate=None) -> Tensor", tags=TAGS)
 
 
 def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
@@ -45,15 +39,9 @@ def _fake(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None = None) ->
     return x.new_empty(x.shape)
 
 
-def _cpu_without_extension(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
-    warn_once_without_extension()
-    return gated_residual_reference(x, y, gate)
-
-
-for _name in ("gated_residual", "_gated_residual_reference"):
-    # For every device without its own implementation.
-    LIBRARY.impl(_name, gated_residual_reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"harmonica::{_name}", _fake, lib=LIBRARY)
-if not build_info().extension:
-    LIBRARY.impl("gated_residual", _cpu_without_extension, "CPU")
-implement_with_triton("gated_residual")
+register(
+    "gated_residual",
+    "(Tensor x, Tensor y, Tensor? gate=None) -> Tensor",
+    reference=gated_residual_reference,
+    fake=_fake,
+)

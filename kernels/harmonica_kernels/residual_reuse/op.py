@@ -6,16 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from harmonica_kernels._build import build_info
 from harmonica_kernels._checks import check_residual_sum
-from harmonica_kernels._cuda import implement_with_triton
-from harmonica_kernels._library import LIBRARY, TAGS, warn_once_without_extension
+from harmonica_kernels._library import register
 from harmonica_kernels.residual_reuse.reference import residual_reuse_reference
-
-_SCHEMA = "(Tensor x, Tensor[] caches, Tensor?[] gates) -> Tensor"
-LIBRARY.define(f"residual_reuse{_SCHEMA}", tags=TAGS)
-# The C++ implementation calls this for arguments that it does not support, so that both paths raise the same errors.
-LIBRARY.define(f"_residual_reuse_reference{_SCHEMA}", tags=TAGS)
 
 
 def residual_reuse(
@@ -53,17 +46,9 @@ def _fake(x: torch.Tensor, caches: Sequence[torch.Tensor], gates: Sequence[torch
     return x.new_empty(x.shape)
 
 
-def _cpu_without_extension(
-    x: torch.Tensor, caches: Sequence[torch.Tensor], gates: Sequence[torch.Tensor | None]
-) -> torch.Tensor:
-    warn_once_without_extension()
-    return residual_reuse_reference(x, caches, gates)
-
-
-for _name in ("residual_reuse", "_residual_reuse_reference"):
-    # For every device without its own implementation.
-    LIBRARY.impl(_name, residual_reuse_reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"harmonica::{_name}", _fake, lib=LIBRARY)
-if not build_info().extension:
-    LIBRARY.impl("residual_reuse", _cpu_without_extension, "CPU")
-implement_with_triton("residual_reuse")
+register(
+    "residual_reuse",
+    "(Tensor x, Tensor[] caches, Tensor?[] gates) -> Tensor",
+    reference=residual_reuse_reference,
+    fake=_fake,
+)

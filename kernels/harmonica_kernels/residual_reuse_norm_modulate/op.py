@@ -7,19 +7,9 @@ from typing import Any
 
 import torch
 
-from harmonica_kernels._build import build_info
-from harmonica_kernels._cuda import implement_with_triton
-from harmonica_kernels._library import LIBRARY, TAGS, warn_once_without_extension
+from harmonica_kernels._library import register
 from harmonica_kernels.residual_reuse_norm_modulate.operands import Operands
 from harmonica_kernels.residual_reuse_norm_modulate.reference import residual_reuse_norm_modulate_reference
-
-_SCHEMA = (
-    "(Tensor x, Tensor[] caches, Tensor?[] gates, Tensor? weight=None, Tensor? bias=None, Tensor? scale=None, "
-    "Tensor? shift=None, *, bool rms=False, float eps=1e-5) -> (Tensor, Tensor)"
-)
-LIBRARY.define(f"residual_reuse_norm_modulate{_SCHEMA}", tags=TAGS)
-# The C++ implementation calls this for arguments that it does not support, so that both paths raise the same errors.
-LIBRARY.define(f"_residual_reuse_norm_modulate_reference{_SCHEMA}", tags=TAGS)
 
 
 def residual_reuse_norm_modulate(
@@ -77,15 +67,10 @@ def _fake(*given: Any, rms: bool = False, eps: float = 1e-5, **named: Any) -> tu
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-def _cpu_without_extension(*given: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    warn_once_without_extension()
-    return residual_reuse_norm_modulate_reference(*given, **options)
-
-
-for _name in ("residual_reuse_norm_modulate", "_residual_reuse_norm_modulate_reference"):
-    # For every device without its own implementation.
-    LIBRARY.impl(_name, residual_reuse_norm_modulate_reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"harmonica::{_name}", _fake, lib=LIBRARY)
-if not build_info().extension:
-    LIBRARY.impl("residual_reuse_norm_modulate", _cpu_without_extension, "CPU")
-implement_with_triton("residual_reuse_norm_modulate")
+register(
+    "residual_reuse_norm_modulate",
+    "(Tensor x, Tensor[] caches, Tensor?[] gates, Tensor? weight=None, Tensor? bias=None, Tensor? scale=None, "
+    "Tensor? shift=None, *, bool rms=False, float eps=1e-5) -> (Tensor, Tensor)",
+    reference=residual_reuse_norm_modulate_reference,
+    fake=_fake,
+)
