@@ -22,6 +22,8 @@ from harmonica_rt.arguments import (
     checked_calls,
 )
 from harmonica_rt.errors import ArgumentError, HarmonicaError, InvariantError, PlanFileError
+from harmonica_rt.execute.plan_cache import PlanKey
+from harmonica_rt.execute.plan_runtime import PlanRuntime
 from harmonica_rt.execute.planned_engine import PlannedEngine
 from harmonica_rt.options import DEFAULT_LOWERING, CompileKeywords, CompileOptions, LoadKeywords, check_flags
 from harmonica_rt.parity.lockstep import LockstepEngine, Tolerance
@@ -94,6 +96,11 @@ class CompiledModel(PipelineDenoiser):
                     "harmonica_rt.uncompile(pipe), or pipe.transformer = pipe.transformer._orig_mod"
                 )
         super()._look_who_calls(callers)
+
+    @property
+    def plans(self) -> dict[PlanKey, PlanRuntime]:
+        """The plans in memory, from the least to the most recently used, for inspection."""
+        return self._planned.plans
 
     def report(self) -> Report:
         """What is computed, reused, stored and saved; prints as a table."""

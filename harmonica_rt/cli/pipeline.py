@@ -240,9 +240,9 @@ def _print_demo(result: DemoResult) -> None:
     rows = {
         "parity": str(result.parity),
         "CUR": f"{result.report.last_cur or 0:.1%} of all entries reused in the last run",
-        "cache": f"{plan.arena_bytes / 2**20:.2f} MiB in {plan.slots} slots (lower bound "
-        f"{plan.lower_bound_bytes / 2**20:.2f} MiB)",
-        "compile": f"{plan.compile_seconds:.1f} s, {plan.programs} step programs",
+        "cache": f"{plan.memory.arena_bytes / 2**20:.2f} MiB in {plan.memory.slots} slots (lower bound "
+        f"{plan.memory.lower_bound_bytes / 2**20:.2f} MiB)",
+        "compile": f"{plan.times.total:.1f} s, {plan.programs} step programs",
         "images": f"{len(result.labels)} at guidance {result.guidance:g}; cached against uncached: {psnr}",
         "picture": str(result.picture),
     }

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from harmonica_rt.execute.cuda_graphs import Body, Graph, Pool, copies
-from harmonica_rt.execute.prologue import LoweredPrologue
+from harmonica_rt.execute.lowered_prologue import LoweredPrologue
 from harmonica_rt.execute.static_tensors import StaticTensors
 from harmonica_rt.lower.cuda_graph_rules import GraphRefusal, obstacle
 from harmonica_rt.lower.plain import Program
@@ -42,7 +42,7 @@ class GraphedPrograms:
         self._pool = pool
         self._measured = measured
         self._warm = _Warm()
-        self._graphs: dict[Hashable, Graph] = {}  # by place, or by prologue
+        self._graphs: dict[Hashable, Graph] = {}  # by number of the program with its slots, or by prologue
         self._moves = 0  # consecutive runs, up to this one, in which something had moved
         self._leaves = StaticTensors()
         self._request = StaticTensors()
@@ -71,7 +71,7 @@ class GraphedPrograms:
 
     def run(
         self,
-        place: int,
+        number: int,
         program: Program,
         bound: tuple[Any, ...],
         leaves: Sequence[Any],
@@ -81,7 +81,7 @@ class GraphedPrograms:
         """Run one step as `Program.__call__` does; the outputs are the caller's to keep.
 
         Args:
-            place: number of the pair of this program and the addresses of its slots.
+            number: the number of this program with these slots; see `Plan.addressed_programs`.
             program: the program.
             bound: its weights and constants.
             leaves: leaves of the call; those it takes are copied to where graphs read them.
@@ -89,13 +89,13 @@ class GraphedPrograms:
             hoisted: values at fixed addresses.
         """
         self._leaves.put({str(index): leaves[index] for index in program.step.inputs})
-        graph = self._graphs.get(place)
+        graph = self._graphs.get(number)
         if graph is not None:
             return copies(graph.replay())
         fixed = [self._leaves.tensors.get(str(index)) for index in range(len(leaves))]
         given = [hoisted[name] for name in program.step.hoisted]
         body = functools.partial(program, bound, fixed, *slots, given)
-        return self._warm_up_or_record(place, program, body, lambda: obstacle(program.step, self._pool.device))
+        return self._warm_up_or_record(number, program, body, lambda: obstacle(program.step, self._pool.device))
 
     def run_prologue(
         self,

@@ -14,7 +14,9 @@ from harmonica_rt.call.roles import Role
 from harmonica_rt.engine import RunKey
 from harmonica_rt.execute.cuda_graphs import Graphs
 from harmonica_rt.execute.launch_order import has_streams
-from harmonica_rt.execute.plan_stream import PlanRuntime, Weights
+from harmonica_rt.execute.lowered_plan import LoweredPlan
+from harmonica_rt.execute.parameter_binding import Parameters
+from harmonica_rt.execute.plan_runtime import PlanRuntime
 from harmonica_rt.model.facts import Facts
 from harmonica_rt.options import CompileOptions
 from harmonica_rt.plan.invariants import check_plan
@@ -101,7 +103,7 @@ class Plans:
         self,
         key: PlanKey,
         plan: Plan,
-        weights: Weights,
+        parameters: Parameters,
         roles: tuple[Role, ...],
         *,
         started: float,
@@ -112,7 +114,7 @@ class Plans:
         Args:
             key: what it is kept under.
             plan: the plan.
-            weights: see `PlanRuntime`.
+            parameters: see `ParameterBinding`.
             roles: roles of the leaves of its calls.
             started: `time.perf_counter()` when its making began.
             loaded: whether it comes from a file.
@@ -123,15 +125,8 @@ class Plans:
         check_plan(plan)
         signature = key.signature
         with signature.in_its_autocast():
-            runtime = PlanRuntime(
-                plan,
-                weights,
-                roles,
-                lowering=self.options.lowering,
-                debug=self.options.debug,
-                pool=self._graphs.make_pool(signature.device) if self._graphs is not None else None,
-                measured=self._graphs is not None and self._graphs.measured,
-            )
+            lowered = LoweredPlan(plan, roles, self.options.lowering)
+            runtime = PlanRuntime(lowered, parameters, signature.device, graphs=self._graphs, debug=self.options.debug)
         runtime.begin_run(self._key)
         runtime.compile_seconds = time.perf_counter() - started
         self._held[key] = runtime

@@ -14,15 +14,14 @@ from torch import nn
 from harmonica_rt.call.call import Call
 from harmonica_rt.call.roles import roles
 from harmonica_rt.capture.capture import capture
-from harmonica_rt.capture.request_values import RequestValues
 from harmonica_rt.changes import Changes
 from harmonica_rt.engine import RunKey, Stream
 from harmonica_rt.errors import CaptureError, CaptureFailure, Obstacle, PlanFileError
 from harmonica_rt.execute.cuda_graphs import Graphs, graphs_of
+from harmonica_rt.execute.new_states import NewStates
 from harmonica_rt.execute.plan_cache import PlanKey, Plans
-from harmonica_rt.execute.plan_stream import PlanRuntime
-from harmonica_rt.indices import StepIndex
-from harmonica_rt.model.facts import Facts
+from harmonica_rt.execute.plan_runtime import PlanRuntime
+from harmonica_rt.execute.request_value_stream import HeldStream, RequestValueStream
 from harmonica_rt.model.refusals import check_capturable
 from harmonica_rt.model.watch import ModelState, ModelWatch
 from harmonica_rt.options import CompileOptions
@@ -39,54 +38,6 @@ log = logging.getLogger(__name__)
 
 class FallbackWarning(UserWarning):
     """A model could not be captured and runs eagerly with the same schedule: same images, less speed."""
-
-
-NEW_STATES = 4  # new states of the model per run that plans are made for; in further ones it runs eagerly
-
-
-class ReadingStream:
-    """A stream over plans that hold only for requests with the values that the model read when they were made."""
-
-    def __init__(self, engine: PlannedEngine, stream: Stream, reads: RequestValues) -> None:
-        self._engine = engine
-        self._held: list[tuple[Stream, RequestValues | None]] = [(stream, reads)]  # the one in use first
-        self._asked = True  # whether the stream in use is known to hold for the current request
-        self._begun = False
-
-    @property
-    def in_use(self) -> Stream:
-        """The stream of the current request."""
-        return self._held[0][0]
-
-    def begin(self) -> None:
-        """See `Stream.begin`."""
-        self.in_use.begin()
-        self._asked = not self._begun  # the first request is the one that the stream was made for
-        self._begun = True
-
-    def end(self) -> None:
-        """See `Stream.end`."""
-        self.in_use.end()
-
-    def run(self, step: StepIndex, call: Call, *, catch_up: bool) -> Any:
-        """See `Stream.run`."""
-        if not self._asked:
-            self._choose(call)
-        return self.in_use.run(step, call, catch_up=catch_up)
-
-    def _choose(self, call: Call) -> None:
-        """Switch to the stream that holds for what the model reads of this request."""
-        self._asked = True
-        fitting = next((one for one in self._held if one[1] is None or one[1].hold(call.leaves)), None)
-        if fitting is self._held[0]:
-            return
-        self.end()
-        if fitting is None:
-            self._held.insert(0, self._engine.stream_for(call))
-        else:
-            self._held.remove(fitting)
-            self._held.insert(0, fitting)
-            fitting[0].begin()
 
 
 class PlannedEngine:
@@ -113,9 +64,7 @@ class PlannedEngine:
         self._schedule = schedule
         self.watch = ModelWatch(model)
         self._state: ModelState | None = None  # the model's state as the last call found it
-        self._change: str | None = None  # the model's last change, if no plan was made for it yet
-        self._new: list[Facts] = []  # states of the model first seen in this run
-        self._said_restless = False  # in this run
+        self._new_states = NewStates(type(model).__name__)
         self._ran_eagerly = False  # in this run
         self._reference = ReferenceEngine(model, schedule, self.watch)
 
@@ -139,40 +88,40 @@ class PlannedEngine:
         """See `Engine.state`; plans are made for a state, and kept in case it comes back."""
         before, self._state = self._state, self.watch.look()
         if before is not None and self._state.facts is not before.facts:
-            self._change = self.watch.difference
+            self._new_states.change = self.watch.difference
         return self._state
 
     def begin_run(self, key: RunKey | None = None) -> None:
         """All streams are over; weights are fetched anew."""
         self.watch.begin_run()
-        self._new.clear()
-        self._said_restless = self._ran_eagerly = False
+        self._new_states.begin_run()
+        self._ran_eagerly = False
         self.cache.begin_run(key)
 
     def new_stream(self, call: Call) -> Stream:
         """A stream over the plan for the signature of `call`, captured now if there is none."""
-        stream, reads = self.stream_for(call)
-        return stream if reads is None else ReadingStream(self, stream, reads)
+        stream, values = self.stream_for(call)
+        return stream if values is None else RequestValueStream(self.stream_for, stream, values)
 
-    def stream_for(self, call: Call) -> tuple[Stream, RequestValues | None]:
+    def stream_for(self, call: Call) -> HeldStream:
         """A stream for `call`, and the request values that it holds for; None if it holds for all."""
         found = self._planned_for(call)
-        if found is None and self._key(call) not in self.failures and not self._is_restless(self._key(call).model):
+        if found is None and self._key(call) not in self.failures and self._may_plan(self._key(call)):
             found = self._add_plan(call)
         if found is None:
             self._ran_eagerly = True
             return self._reference.new_stream(call), None
-        return found.new_stream(), found.plan.captured.request_values
+        return found.new_stream(), found.lowered.plan.captured.request_values
 
     def _planned_for(self, call: Call) -> PlanRuntime | None:
-        """The plan for the signature of `call` and for what the model reads of its request, or None."""
+        """The plan for the signature of `call` and for the values of its request, or None."""
         key = self._key(call)
         if key in self.cache:
             return self.cache[key]
         for held, runtime in self.plans.items():
             if held.signature.read and held.without_reads() == key:
-                reads = runtime.plan.captured.request_values
-                if reads is not None and reads.hold(call.leaves):
+                values = runtime.lowered.plan.captured.request_values
+                if values is not None and values.hold(call.leaves):
                     return self.cache[held]
         return None
 
@@ -192,7 +141,7 @@ class PlannedEngine:
         with changes, changes:
             keep_torch_state(changes)
             return [
-                plan_record.encode(runtime.plan, key.signature, runtime.roles, model)
+                plan_record.encode(runtime.lowered.plan, key.signature, runtime.lowered.roles, model)
                 for key, runtime in fitting.items()
             ]
 
@@ -211,13 +160,13 @@ class PlannedEngine:
         facts = self.watch.look().facts
         model = ModelFacts.of(self._model)
         for number, record in enumerate(records):
-            started, place, changes = time.perf_counter(), f"plans[{number}]", Changes()
+            started, where, changes = time.perf_counter(), f"plans[{number}]", Changes()
             with changes, changes:
                 keep_torch_state(changes)
-                plan, signature, leaf_roles = plan_record.decode(record, self._schedule, model, place)
+                plan, signature, leaf_roles = plan_record.decode(record, self._schedule, model, where)
             key = PlanKey(signature, facts)
             if key in self.cache:
-                raise PlanFileError(f"{place}: a second plan for calls of {signature}")
+                raise PlanFileError(f"{where}: a second plan for calls of {signature}")
             self.cache.add(key, plan, self.watch.live_tensors, leaf_roles, started=started, loaded=True)
 
     def _add_plan(self, call: Call) -> PlanRuntime | None:
@@ -248,24 +197,9 @@ class PlannedEngine:
         state = self._state or self.state(call)
         return PlanKey(call.signature, state.facts)
 
-    def _is_restless(self, facts: Facts | None) -> bool:
-        """Whether the model changed so often in this run that a plan for its current state would not pay."""
-        if facts is None or facts in self._new or any(key.model is facts for key in self.plans):
-            return False
-        name, change = type(self._model).__name__, self._change
-        self._change = None
-        if len(self._new) == NEW_STATES:
-            said, self._said_restless = self._said_restless, True
-            if said:
-                return True
-            log.warning(
-                "%s changed more than %d times in this run (last: %s): where it is what no plan was made for, it runs "
-                "eagerly and reuses nothing. Keep what changes in every step out of the model, or pass it as a "
-                "tensor argument",
-                *(name, NEW_STATES - 1, change),
-            )
+    def _may_plan(self, key: PlanKey) -> bool:
+        """Whether a plan for the model's current state pays; False where the model keeps changing in this run."""
+        facts = key.model
+        if facts is None or any(held.model is facts for held in self.plans):
             return True
-        self._new.append(facts)
-        if change is not None:
-            log.warning("%s was captured again: %s", name, change)
-        return False
+        return not self._new_states.is_one_too_many(facts)

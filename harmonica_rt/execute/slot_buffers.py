@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from harmonica_rt.graph.layout import distinct
 from harmonica_rt.indices import StepIndex
 from harmonica_rt.plan.plan import Plan
 
@@ -50,10 +51,7 @@ class SlotBuffers:
 
 def _poison(slot: torch.Tensor) -> None:
     with torch.inference_mode(False), torch.no_grad():
-        core = slot
-        for dim, (n, stride) in enumerate(zip(slot.shape, slot.stride(), strict=True)):
-            if stride == 0 and n > 1:
-                core = core.narrow(dim, 0, 1)
+        core = distinct(slot)
         if slot.dtype.is_floating_point or slot.dtype.is_complex:
             core.fill_(float("nan"))
         elif slot.dtype is torch.bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from harmonica_rt.graph.layout import distinct, extent
 from harmonica_rt.indices import StepIndex
 
 ALIGNMENT = 64  # bytes
@@ -54,7 +55,7 @@ class StaticRows:
         for (kind, _), names in owners.items():
             start, unit = sizes.get(kind, 0), ALIGNMENT // kind[0].itemsize
             first = min(int(examples[name].storage_offset()) for name in names)
-            last = max(int(examples[name].storage_offset()) + _extent(examples[name]) for name in names)
+            last = max(_end(examples[name]) for name in names)
             for name in names:
                 self._places[name] = (kind, start + int(examples[name].storage_offset()) - first)
             sizes[kind] = start + -(-(last - first) // unit) * unit
@@ -153,15 +154,6 @@ class HoistedMemory:
         return self._each
 
 
-def distinct(tensor: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
-    """The tensor without repetitions along the dimensions that are expanded in `like` (default: in itself)."""
-    layout = tensor if like is None else like
-    for dim, (n, stride) in enumerate(zip(layout.shape, layout.stride(), strict=True)):
-        if stride == 0 and n > 1:
-            tensor = tensor.narrow(dim, 0, 1)
-    return tensor
-
-
 def _kind(value: torch.Tensor) -> _Kind:
     return value.dtype, value.device
 
@@ -171,6 +163,6 @@ def _empty(value: torch.Tensor) -> torch.Tensor:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
-def _extent(value: torch.Tensor) -> int:
-    """Number of elements from the first to the last, gaps included."""
-    return 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) if value.numel() else 0
+def _end(value: torch.Tensor) -> int:
+    """The element of its storage behind the last one of the tensor."""
+    return int(value.storage_offset()) + extent(value.shape, value.stride())

@@ -21,6 +21,7 @@ from harmonica_rt.lower.fused import FusedLowering
 from harmonica_rt.lower.hoist import Prologue
 from harmonica_rt.lower.inductor import InductorLowering
 from harmonica_rt.lower.plain import PlainLowering, Program
+from harmonica_rt.lower.report import LoweringReport
 from harmonica_rt.options import HOISTED
 from harmonica_rt.plan.plan import Plan
 from harmonica_rt.plan.step_graph import StepGraph
@@ -32,18 +33,16 @@ class Lowering(Protocol):
     Attributes:
         prologue: what is computed before the programs run; None where nothing is.
         programs: one for each of the plan's step graphs.
-        fusions: per program, the number of fused calls by operator, and of residuals and norms left unfused; empty
-            where nothing is fused.
-        reasons: why residuals and norms were left, with counts, over all programs.
     """
 
     prologue: Prologue | None
-    fusions: tuple[dict[str, int], ...]
-    reasons: dict[str, int]
     programs: list[Program]
 
     def program(self, step: StepGraph) -> Program:
         """The program of a step graph that is not one of the plan's."""
+
+    def report(self) -> LoweringReport:
+        """What it did to the plan."""
 
 
 def lower(name: str, plan: Plan, roles: Sequence[Role]) -> Lowering:

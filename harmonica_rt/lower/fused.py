@@ -14,6 +14,7 @@ from harmonica_rt.lower.fuse import fuse
 from harmonica_rt.lower.graph_states import FusedGraph
 from harmonica_rt.lower.hoist import Prologue, cut, plan_prologue
 from harmonica_rt.lower.plain import Program
+from harmonica_rt.lower.report import FusionReport, HoistingReport, LoweringReport
 from harmonica_rt.plan.plan import Plan
 from harmonica_rt.plan.step_graph import StepGraph
 
@@ -35,12 +36,20 @@ class FusedLowering:
         self.prologue: Prologue | None = plan_prologue(plan.captured, steps, roles, len(plan.steps))
         self._hoisted = frozenset(self.prologue.names)
         self.programs = [self._program(step) for step in steps]
-        self.fusions = tuple(each.counts for each in fused)
-        self.reasons: dict[str, int] = dict(sum((Counter(each.reasons) for each in fused), Counter()))
+        self._fusion: FusionReport | None = None
+        if ops:
+            reasons: Counter[str] = sum((Counter(each.reasons) for each in fused), Counter())
+            self._fusion = FusionReport(tuple(each.counts for each in fused), dict(reasons))
 
     def program(self, step: StepGraph) -> Program:
         """See `Lowering.program`."""
         return self._program(fuse(step).step if self._ops else step)
+
+    def report(self) -> LoweringReport:
+        """See `Lowering.report`."""
+        prologue = self.prologue
+        hoisting = HoistingReport(len(prologue.names), prologue.nbytes) if prologue is not None else HoistingReport()
+        return LoweringReport(hoisting, self._fusion)
 
     def _program(self, step: StepGraph | FusedGraph) -> Program:
         return Program(cut(step, self._hoisted), self._root, direct=True)

@@ -11,6 +11,7 @@ the faster one stays.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from harmonica_rt.lower.graph_states import BodyGraph, DividedGraph, FusedGraph
 from harmonica_rt.lower.hoist import cut
 from harmonica_rt.lower.plain import Program
 from harmonica_rt.lower.regions import Region, divide, operators, sections, whole
+from harmonica_rt.lower.report import LoweringReport, RegionReport
 from harmonica_rt.plan.plan import Plan
 from harmonica_rt.plan.step_graph import ProgramGraph, StepGraph
 
@@ -51,26 +53,23 @@ class InductorLowering(FusedLowering):
     def __init__(self, plan: Plan, roles: Sequence[Role]) -> None:
         self._sections = sections(plan.captured)
         self._compiled: dict[str, CompiledRegion] = {}
-        self.seconds = 0.0  # spent compiling
+        self._seconds = 0.0  # spent compiling
         super().__init__(plan, roles)
         if _compile_whole([operators(program.step) for program in self.programs]):
             self.programs = [self._or_whole(program) for program in self.programs]
 
-    @property
-    def regions(self) -> int:
-        """Number of unique regions, each compiled once."""
-        return len(self._compiled)
-
-    @property
-    def region_calls(self) -> tuple[int, ...]:
-        """Number of calls of regions in each program."""
-        programs = (program.first if isinstance(program, Faster) else program for program in self.programs)
-        return tuple(program.calls for program in programs if isinstance(program, RegionProgram))
-
-    @property
-    def choices(self) -> tuple[Faster, ...]:
-        """The programs that were also compiled whole."""
-        return tuple(program for program in self.programs if isinstance(program, Faster))
+    def report(self) -> LoweringReport:
+        """See `Lowering.report`."""
+        choices = [program for program in self.programs if isinstance(program, Faster)]
+        in_regions = (program.first if isinstance(program, Faster) else program for program in self.programs)
+        regions = RegionReport(
+            unique=len(self._compiled),
+            calls=tuple(program.calls for program in in_regions if isinstance(program, RegionProgram)),
+            seconds=self._seconds,
+            whole=len(choices),
+            whole_faster=sum(choice.chosen is choice.second for choice in choices),
+        )
+        return dataclasses.replace(super().report(), regions=regions)
 
     def _program(self, step: StepGraph | FusedGraph) -> Program:
         body = cut(step, self._hoisted)
@@ -87,14 +86,14 @@ class InductorLowering(FusedLowering):
             log.info("a step program stays in regions: %s", error)
             return program
         finally:
-            self.seconds += time.perf_counter() - started
+            self._seconds += time.perf_counter() - started
         return Faster(program, compiled)
 
     def _compile(self, region: Region) -> CompiledRegion:
         if region.key not in self._compiled:
             started = time.perf_counter()
             self._compiled[region.key] = CompiledRegion(region, f"region_{len(self._compiled)}")
-            self.seconds += time.perf_counter() - started
+            self._seconds += time.perf_counter() - started
         return self._compiled[region.key]
 
 

@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 from harmonica_rt.call.call import Call
 from harmonica_rt.engine import RunKey, Stream
 from harmonica_rt.execute.plan_stream import PlanStream
-from harmonica_rt.execute.planned_engine import PlannedEngine, ReadingStream
+from harmonica_rt.execute.planned_engine import PlannedEngine
+from harmonica_rt.execute.request_value_stream import RequestValueStream
 from harmonica_rt.indices import SiteIndex, SiteOutput, StepIndex
 from harmonica_rt.lower.plain import Program
 from harmonica_rt.options import EXACT
@@ -105,7 +106,7 @@ class _LockstepStream:
         truth = self._higher.run(step, call, catch_up=catch_up) if self._higher is not None else None
         higher = _tensors(truth) if truth is not None else None
         parity = _compare(step, _tensors(expected), _tensors(got), higher, self._allowances)
-        planned = self._planned.in_use if isinstance(self._planned, ReadingStream) else self._planned
+        planned = self._planned.in_use if isinstance(self._planned, RequestValueStream) else self._planned
         if not parity.ok and isinstance(planned, PlanStream):
             site = _first_divergent_site(planned, self._reference, self._higher, step, call, catch_up)
             parity = dataclasses.replace(parity, site=site)
@@ -145,7 +146,7 @@ def _first_divergent_site(
     catch_up: bool,
 ) -> str | None:
     """The first divergent site of a step, in execution order; reads reused sites from slots, recomputes the others."""
-    plan = planned.runtime.plan
+    plan = planned.lowered.plan
     captured, entry = plan.captured, plan.steps[step]
     reuse = frozenset[SiteIndex]() if catch_up else plan.patterns[entry.program].reuse
     computed = frozenset(
@@ -160,7 +161,7 @@ def _first_divergent_site(
     program = Program(graph, captured.root)
     writes = [_empty_like(node.meta["val"]) for node in graph.stored_nodes]
     reads = [slots[alive[output]] for output in graph.reads]
-    program(planned.runtime.bound(program), call.leaves, reads, writes)
+    program(planned.parameters.of(program), call.leaves, reads, writes)
     values = {**dict(zip(graph.reads, reads, strict=True)), **dict(zip(graph.stores, writes, strict=True))}
     for site, name in enumerate(captured.sites):
         mine = [value for output, value in sorted(values.items()) if output.site == site]

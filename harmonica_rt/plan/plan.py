@@ -59,13 +59,18 @@ class Plan:
         graph = specialise(self.captured, Pattern(frozenset(), frozenset(alive)))
         return graph, tuple(alive[output] for output in graph.stores)
 
+    @functools.cached_property
+    def addressed_programs(self) -> tuple[int, ...]:
+        """For each step, the number of its (program, slot addresses) pair, in the order in which they first occur."""
+        slots = self.table.slots
+        pairs = [(step.program, *(slots[slot].offset for slot in (*step.reads, *step.writes))) for step in self.steps]
+        numbers = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
+        return tuple(numbers[pair] for pair in pairs)
+
     @property
     def programs_with_addresses(self) -> int:
-        """Number of distinct (program, slot addresses) pairs: what a backend that bakes addresses in would compile."""
-        slots = self.table.slots
-        return len(
-            {(step.program, tuple(slots[slot].offset for slot in (*step.reads, *step.writes))) for step in self.steps}
-        )
+        """Number of (program, slot addresses) pairs: what a backend that bakes addresses in would compile."""
+        return len(set(self.addressed_programs))
 
     @functools.cached_property
     def node_flops(self) -> dict[str, int]:

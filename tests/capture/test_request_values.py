@@ -224,7 +224,7 @@ def test_a_plan_that_holds_is_used_whatever_else_cannot_be_captured() -> None:
             got = run(compiled, [length] * STEPS)
         assert [one.category for one in caught] == ([hrt.FallbackWarning] if length == 3 else [])
         assert all(map(torch.equal, got, run(truth, [length] * STEPS)))
-    assert len(compiled._planned.plans) == 1
+    assert len(compiled.plans) == 1
     assert compiled._planned.stream_for(_normal(model, 2))[1] is not None  # by the plan
     assert compiled._planned.stream_for(_normal(model, 3))[1] is None  # eagerly
 
@@ -241,7 +241,7 @@ def test_requests_that_take_turns_share_their_streams() -> None:
     for step in range(steps):
         output = compiled(**call(step, 3 + step % 2))
         assert torch.equal(output, model(**call(step, 3 + step % 2)))  # each change computes in full
-    assert [len(runtime._lent) for runtime in compiled._planned.plans.values()] == [1, 1]
+    assert [runtime.arenas.lent for runtime in compiled.plans.values()] == [1, 1]
 
 
 def test_fused_holds_for_models_that_read() -> None:

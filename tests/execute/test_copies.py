@@ -149,7 +149,7 @@ class TestMemory:
         model: Stack | None = stack()
         compiled: Any = hrt.compile(model, random_schedule(model, STEPS, seed=1), strict=True)
         outputs(compiled)
-        held = [weakref.ref(compiled), weakref.ref(model), weakref.ref(*compiled._planned.plans.values())]
+        held = [weakref.ref(compiled), weakref.ref(model), weakref.ref(*compiled.plans.values())]
         del model, compiled
         gc.collect()
         assert [one() for one in held] == [None] * 3

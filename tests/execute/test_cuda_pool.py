@@ -219,8 +219,8 @@ def test_runs_on_other_streams_wait_for_those_before(
             got.append(run(compiled, seed))
     cuda.synchronize()
     assert all(map(close, got, expected))
-    (runtime,) = compiled._planned.plans.values()
-    (memory,) = (*runtime._lent, *runtime._free)
+    (runtime,) = compiled.plans.values()
+    (memory,) = runtime.arenas._held
     arenas = [arena.data_ptr() for arena in memory.buffers.arenas.values()]
     assert arenas
     assert all((arena, stream) in cuda.recorded_on for arena in arenas for stream in streams[1:])
@@ -234,7 +234,9 @@ def test_each_plan_has_a_pool_that_goes_with_it(cuda: CudaDouble, model: Stack) 
     report = compiled.report()
     assert report.graphs is not None
     assert report.graphs.pool_bytes == cuda.memory_reserved() > 0
-    assert report.plans[0].held_bytes == report.cache_bytes + report.graphs.static_bytes + report.graphs.pool_bytes
+    assert (
+        report.plans[0].memory.held_bytes == report.cache_bytes + report.graphs.static_bytes + report.graphs.pool_bytes
+    )
     compiled.reset()
     compiled(**stack_call(0, tokens=6))
     cuda.empty_cache()
@@ -259,11 +261,11 @@ def test_a_recording_that_fails_is_one_program_less(
     monkeypatch.setattr(CudaPool, "record", fail_once)
     for seed in range(4):
         assert close(run(compiled, seed), run(truth, seed))
-    (runtime,) = compiled._planned.plans.values()
-    assert [str(refusal) for refusal in runtime.graphs[0].refusals.values()] == [
+    (runtime,) = compiled.plans.values()
+    assert [str(refusal) for refusal in runtime.arenas.graphs[0].refusals.values()] == [
         "it cannot be recorded: operation not permitted when stream is capturing"
     ]
-    assert len(runtime.graphs[0]) > 0
+    assert len(runtime.arenas.graphs[0]) > 0
 
 
 def test_verify_records_and_replays(cuda: CudaDouble, model: Stack) -> None:

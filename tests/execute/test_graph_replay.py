@@ -16,6 +16,7 @@ from harmonica_rt.api import CompiledModel
 from harmonica_rt.errors import RunError
 from harmonica_rt.execute import graph_replay
 from harmonica_rt.execute.planned_engine import PlannedEngine
+from harmonica_rt.indices import StepIndex
 from harmonica_rt.lower.cuda_graph_rules import obstacle
 from harmonica_rt.options import CompileOptions
 from harmonica_rt.schedule import Schedule
@@ -58,8 +59,8 @@ def test_replayed_runs_equal_the_reference_and_their_outputs_stay(model: Stack, 
     kept = [(outputs(compiled, seed), outputs(truth, seed)) for seed in range(3)]
     assert all(close(got, expected) for got, expected in kept)
     assert pool.replayed > 0
-    (runtime,) = compiled._planned.plans.values()
-    assert pool.recorded == len(runtime.graphs[0]) == runtime.plan.programs_with_addresses
+    (runtime,) = compiled.plans.values()
+    assert pool.recorded == len(runtime.arenas.graphs[0]) == runtime.lowered.plan.programs_with_addresses
     assert f"{pool.recorded} CUDA graphs" in str(compiled.report())
 
 
@@ -69,8 +70,8 @@ def test_a_program_is_recorded_once_and_replayed_from_then_on(model: Stack) -> N
     compiled = compiled_with(model, schedule, pool)
     for _ in range(3):
         outputs(compiled)
-    (runtime,) = compiled._planned.plans.values()
-    graphs = runtime.plan.programs_with_addresses
+    (runtime,) = compiled.plans.values()
+    graphs = runtime.lowered.plan.programs_with_addresses
     assert (pool.warmed, pool.recorded, pool.replayed) == (graphs, graphs, 3 * STEPS - graphs)
 
 
@@ -97,8 +98,8 @@ def test_two_streams_have_graphs_of_their_own(model: Stack) -> None:
     for calls in (small, large, small, large):
         compiled.reset(), truth.reset()
         assert close([compiled(**c) for c in calls], [truth(**c) for c in calls])
-    first, second = compiled._planned.plans.values()
-    assert len(first.graphs[0]) == len(second.graphs[0]) == pool.recorded / 2
+    first, second = compiled.plans.values()
+    assert len(first.arenas.graphs[0]) == len(second.arenas.graphs[0]) == pool.recorded / 2
 
 
 @pytest.mark.parametrize(("graph_seconds", "kept"), [(0.5, True), (0.99, False), (2.0, False)])
@@ -107,11 +108,11 @@ def test_a_graph_that_does_not_pay_is_dropped(model: Stack, graph_seconds: float
     pool = StandInPool([1.2, 1.0, 1.1, 3.0, graph_seconds, 3.0])
     compiled, truth = compiled_with(model, schedule, pool, measured=True), hrt.reference(model, schedule)
     assert close(outputs(compiled), outputs(truth))
-    (runtime,) = compiled._planned.plans.values()
-    assert len(runtime.graphs[0]) == kept
-    assert (not runtime.graphs[0].refusals) == kept
+    (runtime,) = compiled.plans.values()
+    assert len(runtime.arenas.graphs[0]) == kept
+    assert (not runtime.arenas.graphs[0].refusals) == kept
     if not kept:
-        assert "does not pay" in str(next(iter(runtime.graphs[0].refusals.values())))
+        assert "does not pay" in str(next(iter(runtime.arenas.graphs[0].refusals.values())))
 
 
 def test_what_cannot_be_recorded_runs_without_and_says_why(model: Stack) -> None:
@@ -119,8 +120,8 @@ def test_what_cannot_be_recorded_runs_without_and_says_why(model: Stack) -> None
     compiled, truth = compiled_with(model, schedule, StandInPool(refuse=True)), hrt.reference(model, schedule)
     for seed in range(2):
         assert close(outputs(compiled, seed), outputs(truth, seed))
-    (runtime,) = compiled._planned.plans.values()
-    reasons = set(map(str, runtime.graphs[0].refusals.values()))
+    (runtime,) = compiled.plans.values()
+    reasons = set(map(str, runtime.arenas.graphs[0].refusals.values()))
     assert compiled.report().graphs.refusals.keys() == reasons
     assert reasons == {"it cannot be recorded: operation not permitted when stream is capturing"}
 
@@ -148,9 +149,9 @@ def test_the_node_that_a_graph_cannot_hold_is_named(kind: type[Stack], reason: s
     pool = StandInPool()
     compiled = compiled_with(model, Schedule.every(2, steps=STEPS, sites=hrt.find_sites(model)), pool)
     outputs(compiled)
-    (runtime,) = compiled._planned.plans.values()
+    (runtime,) = compiled.plans.values()
     assert pool.warmed == pool.recorded == 0
-    for found in runtime.graphs[0].refusals.values():
+    for found in runtime.arenas.graphs[0].refusals.values():
         assert re.search(reason, str(found))
 
 
@@ -208,8 +209,8 @@ def test_a_number_that_was_read_in_recording_is_read_anew_where_it_changed() -> 
     model.factor.mul_(3.0)
     assert close(outputs(compiled), outputs(truth))
     assert pool.recorded == 2 * recorded
-    (runtime,) = compiled._planned.plans.values()
-    step = runtime.program(runtime.plan.steps[0].program).step
+    (runtime,) = compiled.plans.values()
+    step = runtime.lowered.program(StepIndex(0)).step
     node = next(node for node in step.graph.nodes if node.name in step.constants)
     other = next(node for node in step.graph.nodes if node.op == "call_function")
     other.meta["val"] = other.meta["val"].to("meta")  # another device
@@ -230,7 +231,7 @@ def test_weights_made_of_other_tensors_are_not_recorded() -> None:
 def test_streams_find_their_own_memory_again(model: Stack) -> None:
     compiled = compiled_with(model, random_schedule(model, STEPS, seed=1), StandInPool())
     outputs(compiled)
-    (runtime,) = compiled._planned.plans.values()
+    (runtime,) = compiled.plans.values()
     runtime.begin_run()
     first, second, third = (runtime.new_stream().buffers for _ in range(3))
     for _ in range(2):
@@ -243,7 +244,7 @@ def test_streams_find_their_own_memory_again(model: Stack) -> None:
 def test_a_compiled_model_is_freed_with_its_memory(model: Stack) -> None:
     compiled = hrt.compile(model, random_schedule(model, STEPS, seed=1), strict=True)
     outputs(compiled)
-    (runtime,) = compiled._planned.plans.values()
+    (runtime,) = compiled.plans.values()
     held = weakref.ref(runtime)
     gc.disable()
     try:

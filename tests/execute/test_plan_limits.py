@@ -31,7 +31,7 @@ def run(compiled: Any, *batches: int) -> None:
 
 
 def batches(compiled: Any) -> list[int]:
-    return [key.signature.leaves[0][0][0] for key in compiled._planned.plans]
+    return [key.signature.leaves[0][0][0] for key in compiled.plans]
 
 
 def compile_with(model: Stack, **limits: Any) -> Any:
@@ -42,7 +42,7 @@ def test_the_one_unused_longest_goes_until_the_bytes_suffice(model: Stack, caplo
     whole = compile_with(model)
     for batch in (1, 2, 3):
         run(whole, batch)
-    held = {batch: plan.held_bytes for batch, plan in zip(batches(whole), whole.report().plans, strict=True)}
+    held = {batch: plan.memory.held_bytes for batch, plan in zip(batches(whole), whole.report().plans, strict=True)}
     assert 0 < held[1] < held[2] < held[3]
     compiled = compile_with(model, max_plan_bytes=held[2] + held[3])
     with caplog.at_level(logging.INFO, logger="harmonica_rt"):
@@ -80,7 +80,7 @@ def test_without_a_limit_a_share_of_the_gpu_is_kept(model: Stack, cuda: CudaDoub
         for step in range(STEPS):
             compiled(**stack_call(step, tokens=tokens))
         cuda.synchronize()
-    assert 1 <= len(compiled._planned.plans) < 4
+    assert 1 <= len(compiled.plans) < 4
     assert compiled._planned.cache.nbytes <= SHARE * total
 
 

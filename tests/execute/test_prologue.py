@@ -13,8 +13,11 @@ from harmonica_rt.api import CompiledModel
 from harmonica_rt.call.call import CallConvention
 from harmonica_rt.engine import RunKey
 from harmonica_rt.errors import RunError
-from harmonica_rt.execute.prologue import ForecastKey, LoweredPrologue, StreamPrologue
+from harmonica_rt.execute.forecast import Forecast, ForecastKey
+from harmonica_rt.execute.lowered_prologue import LoweredPrologue
+from harmonica_rt.execute.plan_runtime import PlanRuntime
 from harmonica_rt.execute.static_tensors import StaticRows
+from harmonica_rt.execute.stream_prologue import StreamPrologue
 from harmonica_rt.indices import StepIndex
 from harmonica_rt.sampling import conditioning
 from tests.lower.test_hoist import SITES, STEPS, Conditioned, call_of
@@ -143,65 +146,64 @@ def test_in_inference_mode(model: Conditioned) -> None:
         check_run(compiled, CALLS)
 
 
-def foreseen(model: Conditioned) -> tuple[LoweredPrologue, Any]:
-    """The prologue of a plan that has seen a run of `CALLS`, and how it binds weights."""
+def foreseen(model: Conditioned) -> PlanRuntime:
+    """A plan that has seen a run of `CALLS`."""
     compiled = compiled_for(model)
     check_run(compiled, CALLS)
-    (runtime,) = compiled._planned.plans.values()
-    assert runtime._prologue is not None
-    known = runtime._prologue.forecast(ForecastKey(None, 0))
+    (runtime,) = compiled.plans.values()
+    known = runtime.forecasts.get(ForecastKey(None, 0))
     assert known is not None
-    runtime._prologue.learn(KEY, known)
-    return runtime._prologue, runtime.bound
+    runtime.forecasts.learn(KEY, known)
+    return runtime
 
 
 KEY = ForecastKey(RunKey((3.0, 2.0, 1.0, 0.0)), 0)
 LATE = ForecastKey(RunKey((3.0, 2.0, 1.0, 0.0), StepIndex(2)), 0)
 
 
-def hoisted_at(
-    step: int, given: dict[str, torch.Tensor], lowered: LoweredPrologue, bind: Any, key: ForecastKey = KEY
-) -> Any:
+def hoisted_at(step: int, given: dict[str, torch.Tensor], runtime: PlanRuntime, key: ForecastKey = KEY) -> Any:
     """Hoisted values of a stream whose first call this is, where nobody compares."""
-    stream = StreamPrologue(lowered, bind, key=key, comparable=False)
+    assert runtime.lowered.prologue is not None
+    forecast = Forecast(runtime.forecasts, key, comparable=False)
+    stream = StreamPrologue(runtime.lowered.prologue, runtime.parameters.of, forecast)
     model = Conditioned()
     return stream, stream.at(StepIndex(step), CallConvention(model).normalise((), given))
 
 
 def test_a_stream_that_does_not_begin_with_the_run_is_not_foreseen(model: Conditioned) -> None:
-    lowered, bind = foreseen(model)
+    runtime = foreseen(model)
     late = {**CALLS[2], "timestep": CALLS[2]["timestep"] + 7.0}
-    _, at_first = hoisted_at(0, {**CALLS[0], "timestep": CALLS[0]["timestep"] + 7.0}, lowered, bind)
-    _, as_foreseen = hoisted_at(0, CALLS[0], lowered, bind)
+    _, at_first = hoisted_at(0, {**CALLS[0], "timestep": CALLS[0]["timestep"] + 7.0}, runtime)
+    _, as_foreseen = hoisted_at(0, CALLS[0], runtime)
     assert all(torch.equal(at_first[name], as_foreseen[name]) for name in as_foreseen)  # trusted: raised at the end
-    _, own = hoisted_at(2, late, lowered, bind)
-    _, usual = hoisted_at(2, CALLS[2], lowered, bind)
+    _, own = hoisted_at(2, late, runtime)
+    _, usual = hoisted_at(2, CALLS[2], runtime)
     assert any(not torch.equal(own[name], usual[name]) for name in usual)
 
 
 def test_a_run_that_leaves_out_its_first_steps_is_foreseen_by_others_that_do(model: Conditioned) -> None:
-    lowered, bind = foreseen(model)
-    stream, own = hoisted_at(2, CALLS[2], lowered, bind, LATE)
+    runtime = foreseen(model)
+    stream, own = hoisted_at(2, CALLS[2], runtime, LATE)
     stream.at(StepIndex(3), CallConvention(Conditioned()).normalise((), CALLS[3]))
-    assert lowered.forecast(LATE) is None
+    assert runtime.forecasts.get(LATE) is None
     stream.end()
-    assert lowered.forecast(LATE) is not None
+    assert runtime.forecasts.get(LATE) is not None
     wrong = {**CALLS[2], "timestep": CALLS[2]["timestep"] + 7.0}
-    stream, as_foreseen = hoisted_at(2, wrong, lowered, bind, LATE)
+    stream, as_foreseen = hoisted_at(2, wrong, runtime, LATE)
     for name in own:
         torch.testing.assert_close(own[name], as_foreseen[name])
     with pytest.raises(RunError, match="the next run will be right"):
         stream.end()
-    assert lowered.forecast(KEY) is not None
+    assert runtime.forecasts.get(KEY) is not None
 
 
 def test_a_forecast_that_was_wrong_is_forgotten(model: Conditioned) -> None:
-    lowered, bind = foreseen(model)
-    stream, _ = hoisted_at(0, {**CALLS[0], "timestep": CALLS[0]["timestep"] + 7.0}, lowered, bind)
+    runtime = foreseen(model)
+    stream, _ = hoisted_at(0, {**CALLS[0], "timestep": CALLS[0]["timestep"] + 7.0}, runtime)
     with pytest.raises(RunError, match="the next run will be right"):
         stream.end()
-    assert lowered.forecast(KEY) is None
-    assert lowered.forecast(ForecastKey(None, 0)) is not None  # another one
+    assert runtime.forecasts.get(KEY) is None
+    assert runtime.forecasts.get(ForecastKey(None, 0)) is not None  # another one
 
 
 def test_in_inference_mode_a_buffer_that_is_written_in_every_step(

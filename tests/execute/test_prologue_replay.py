@@ -63,8 +63,8 @@ class Case:
 
     @property
     def steps_recorded(self) -> int:
-        (runtime,) = self.compiled._planned.plans.values()
-        return runtime.plan.programs_with_addresses
+        (runtime,) = self.compiled.plans.values()
+        return runtime.lowered.plan.programs_with_addresses
 
 
 @pytest.fixture
@@ -136,8 +136,8 @@ def test_a_part_that_lies_on_the_cpu_is_not_recorded_for_another_device() -> Non
     schedule = Schedule.every(2, steps=STEPS, sites=hrt.find_sites(model))
     compiled = compiled_with(model, schedule, StandInPool(), lowering="fused")
     run(compiled, [stack_call(step) for step in range(STEPS)])
-    (runtime,) = compiled._planned.plans.values()
-    part = runtime._prologue.each.part
+    (runtime,) = compiled.plans.values()
+    part = runtime.lowered.prologue.each.part
     assert obstacle(part, torch.device("cpu")) is None
     assert "lies on the CPU, other values do not" in str(obstacle(part, torch.device("cuda")))
 
@@ -156,8 +156,8 @@ def test_a_failure_after_a_pass_that_was_batched_is_no_missing_rule(
         with pytest.raises(RuntimeError, match="not permitted"):
             run(case.compiled, dit_calls(2))
     assert case.agree(dit_calls(3))  # batched again
-    (runtime,) = case.compiled._planned.plans.values()
-    assert runtime._prologue.batches
+    (runtime,) = case.compiled.plans.values()
+    assert runtime.lowered.prologue.batches
 
 
 def test_a_refused_recording_runs_plainly_and_says_so() -> None:
@@ -167,5 +167,5 @@ def test_a_refused_recording_runs_plainly_and_says_so() -> None:
     truth, calls = hrt.reference(model, schedule), [stack_call(step) for step in range(STEPS)]
     for _ in range(4):
         assert close(run(compiled, calls), run(truth, calls))
-    (runtime,) = compiled._planned.plans.values()
-    assert runtime._prologue in runtime.graphs[0].refusals
+    (runtime,) = compiled.plans.values()
+    assert runtime.lowered.prologue in runtime.arenas.graphs[0].refusals

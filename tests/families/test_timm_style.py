@@ -123,11 +123,11 @@ def test_every_norm_is_fused_with_its_residuals_and_adaln_is_hoisted() -> None:
     for call in calls:
         compiled(**call)
     plan = compiled.report().plans[0]
-    full, idle = plan.fusions
+    full, idle = plan.fusion.programs
     # the first norm follows no residual; the last one does, and takes all six of a step that reuses everything
     assert full["residual_reuse_norm_modulate"] == 2 * DEPTH
     assert full["norms left"] == 1
     assert idle["residual_reuse_norm_modulate"] == 1
     assert idle["norms left"] == 0
-    assert plan.hoisted > 0
+    assert plan.hoisting.values > 0
     assert compiled.report().last_cur == pytest.approx(0.5)

@@ -13,7 +13,9 @@ from harmonica_rt.call.call import CallConvention
 from harmonica_rt.call.roles import Role, roles
 from harmonica_rt.capture.capture import capture
 from harmonica_rt.capture.captured_graph import CapturedGraph
-from harmonica_rt.execute.prologue import ForecastKey, LoweredPrologue, StreamPrologue
+from harmonica_rt.execute.forecast import Forecast, ForecastKey, Forecasts
+from harmonica_rt.execute.lowered_prologue import LoweredPrologue
+from harmonica_rt.execute.stream_prologue import StreamPrologue
 from harmonica_rt.lower.hoist import Prologue, cut, plan_prologue
 from harmonica_rt.lower.plain import Program
 from harmonica_rt.plan.binding_time import Binding, bindings
@@ -110,10 +112,9 @@ def test_the_body_keeps_what_sees_the_latents() -> None:
 
 def values(prologue: Prologue, model: nn.Module, captured: CapturedGraph, call: dict[str, torch.Tensor]) -> Any:
     weights = dict(model.named_parameters())
-    lowered = LoweredPrologue(prologue, captured.root, STEPS)
-    stream = StreamPrologue(
-        lowered, lambda part: part.bind(weights, captured.constants), key=ForecastKey(None, 0), comparable=True
-    )
+    forecast = Forecast(Forecasts(STEPS), ForecastKey(None, 0), comparable=True)
+    lowered = LoweredPrologue(prologue, captured.root)
+    stream = StreamPrologue(lowered, lambda part: part.bind(weights, captured.constants), forecast)
     return stream.at(0, CallConvention(model).normalise((), call))  # type: ignore[arg-type]
 
 

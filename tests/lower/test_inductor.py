@@ -24,6 +24,7 @@ from harmonica_rt.lower.faster_of_two import ROUNDS, Faster
 from harmonica_rt.lower.inductor import InductorLowering
 from harmonica_rt.lower.plain import Program
 from harmonica_rt.lower.regions import Region, operators
+from harmonica_rt.lower.report import RegionReport
 from harmonica_rt.plan.plan import build_plan
 from tests import tiny
 from tests.lower.test_regions import dit, dit_call, random_schedule
@@ -51,6 +52,19 @@ def lowered(model: nn.Module, call: dict[str, Any], schedule: Schedule) -> Induc
     return InductorLowering(build_plan(capture(model, normal, schedule.sites), schedule), roles(normal))
 
 
+def regions_of(lowering: InductorLowering) -> RegionReport:
+    found = lowering.report().regions
+    assert found is not None
+    return found
+
+
+def whole_programs(compiled: hrt.api.CompiledModel) -> tuple[int, int]:
+    """Number of step programs that were also compiled whole, and of those that measured faster that way."""
+    regions = compiled.report().plans[0].regions
+    assert regions is not None
+    return regions.whole, regions.whole_faster
+
+
 def test_compilations_grow_neither_with_blocks_nor_with_patterns(compilations: list[fx.GraphModule]) -> None:
     counts, calls = set(), []
     for layers, patterns in ((4, 8), (8, 8), (8, 3)):
@@ -58,8 +72,8 @@ def test_compilations_grow_neither_with_blocks_nor_with_patterns(compilations: l
         model = dit(layers)
         lowering = lowered(model, dit_call(), random_schedule(find_sites(model), patterns))
         counts.add(len(compilations))
-        assert lowering.regions == len(compilations) <= 8
-        calls.append(sum(lowering.region_calls))
+        assert regions_of(lowering).unique == len(compilations) <= 8
+        calls.append(sum(regions_of(lowering).calls))
     assert counts == {5}  # patch embedding with and without the first attention, attention, feed-forward, the tail
     assert calls[1] > calls[0] > 5
 
@@ -68,15 +82,15 @@ def test_few_patterns_that_cost_little_are_compiled_whole_too(compilations: list
     model = dit(4)
     sites = find_sites(model)
     lowering = lowered(model, dit_call(), Schedule.every(2, steps=STEPS, sites=sites))
-    assert len(lowering.choices) == len(lowering.programs) == 2
-    assert len(compilations) == lowering.regions + 2
+    assert regions_of(lowering).whole == len(lowering.programs) == 2
+    assert len(compilations) == regions_of(lowering).unique + 2
     stored = [len(program.step.stored_nodes) for program in lowering.programs]
     copies = [len(graph.graph.find_nodes(op="call_method", target="copy_")) for graph in compilations[-2:]]
     assert copies == stored == [len(sites), 0]
     compilations.clear()
     half = np.arange(len(sites)) % 2 == 0
     mixed = Schedule.from_array(np.stack([half | True, half, ~half, half]), sites=sites)
-    assert not lowered(model, dit_call(), mixed).choices  # together they are more than one and a quarter
+    assert not regions_of(lowered(model, dit_call(), mixed)).whole  # together they are more than one and a quarter
 
 
 def test_large_programs_are_not_compiled_whole(
@@ -86,9 +100,9 @@ def test_large_programs_are_not_compiled_whole(
     schedule = Schedule.every(2, steps=STEPS, sites=find_sites(model))
     sizes = [operators(program.step) for program in lowered(model, dit_call(), schedule).programs]
     monkeypatch.setattr(inductor, "MOST_OPERATORS", sum(sizes))
-    assert lowered(model, dit_call(), schedule).choices
+    assert regions_of(lowered(model, dit_call(), schedule)).whole
     monkeypatch.setattr(inductor, "MOST_OPERATORS", sum(sizes) - 1)
-    assert not lowered(model, dit_call(), schedule).choices
+    assert not regions_of(lowered(model, dit_call(), schedule)).whole
 
 
 def test_the_first_call_measures_and_the_faster_program_stays() -> None:
@@ -122,7 +136,7 @@ def test_what_cannot_be_compiled_whole_stays_in_regions(monkeypatch: pytest.Monk
     schedule = Schedule.every(2, steps=STEPS, sites=find_sites(model))
     compiled = hrt.compile(model, schedule, lowering="inductor", strict=True)
     torch.testing.assert_close(run(compiled), run(hrt.reference(model, schedule)))
-    assert compiled.report().plans[0].whole == (0, 0)
+    assert whole_programs(compiled) == (0, 0)
 
 
 @pytest.mark.parametrize("which", ["first", "second"], ids=["regions", "whole"])
@@ -132,7 +146,7 @@ def test_both_give_what_the_model_gives(monkeypatch: pytest.MonkeyPatch, which: 
     schedule = Schedule.every(2, steps=STEPS, sites=find_sites(model))
     compiled = hrt.compile(model, schedule, lowering="inductor", strict=True, debug=True)
     torch.testing.assert_close(run(compiled), run(hrt.reference(model, schedule)))
-    assert compiled.report().plans[0].whole == (2, 2 if which == "second" else 0)
+    assert whole_programs(compiled) == (2, 2 if which == "second" else 0)
 
 
 def test_catching_up_compiles_nothing_new(compilations: list[fx.GraphModule]) -> None:
@@ -144,7 +158,7 @@ def test_catching_up_compiles_nothing_new(compilations: list[fx.GraphModule]) ->
     for step in range(2, 5):
         graph, _ = plan.catch_up_graph(StepIndex(step))
         lowering.program(graph)
-    assert len(compilations) == lowering.regions == before
+    assert len(compilations) == regions_of(lowering).unique == before
 
 
 def run(compiled: Any, steps: int = STEPS) -> list[Tensor]:
@@ -165,13 +179,14 @@ def test_compiled_regions_give_what_the_model_gives_and_see_its_weights() -> Non
 
     agree()
     plan = compiled.report().plans[0]
-    assert plan.whole is not None
-    total = plan.regions + plan.whole[0]
-    assert total == counters["aot_autograd"]["total"] > plan.regions > 0
-    assert f"{plan.regions} unique regions compiled in" in str(compiled.report())
+    regions = plan.regions
+    assert regions is not None
+    total = regions.unique + regions.whole
+    assert total == counters["aot_autograd"]["total"] > regions.unique > 0
+    assert f"{regions.unique} unique regions compiled in" in str(compiled.report())
     assert "2 of the programs compiled whole as well" in str(compiled.report())
-    assert sum(plan.region_calls) > plan.regions
-    assert 0 < plan.region_seconds < plan.lower_seconds
+    assert sum(regions.calls) > regions.unique
+    assert 0 < regions.seconds < plan.times.lower
     with torch.no_grad():
         model.blocks[1].mlp[0].weight.mul_(3)  # type: ignore[index,union-attr]
     agree()

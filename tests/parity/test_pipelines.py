@@ -44,7 +44,7 @@ def test_a_corrupted_slot_of_a_pipeline_is_named(
     def corrupting(self: PlanStream, now: Any, call: Any, *, catch_up: bool) -> Any:
         output = original(self, now, call, catch_up=catch_up)
         if now == step - 1:
-            slots = {s.value.output.site: s.id for s in self.runtime.plan.table.slots if s.value.first == now}
+            slots = {s.value.output.site: s.id for s in self.lowered.plan.table.slots if s.value.first == now}
             self.buffers.slots[SlotId(slots[site])].mul_(1 + 1e-3)
         return output
 

@@ -57,8 +57,8 @@ def test_a_loaded_pipeline_gives_the_same_images(
     assert hrt.load(tmp_path / "plan.json", again, strict=True) is again
     assert (sample(again, STEPS, **family.guided) == expected).all()
     restored = hrt.get_compiled(again).report()
-    assert [plan.arena_bytes for plan in restored.plans] == [plan.arena_bytes for plan in report.plans]
-    assert [plan.fusions for plan in restored.plans] == [plan.fusions for plan in report.plans]
+    assert [plan.memory.arena_bytes for plan in restored.plans] == [plan.memory.arena_bytes for plan in report.plans]
+    assert [plan.fusion for plan in restored.plans] == [plan.fusion for plan in report.plans]
     assert [plan.steps for plan in restored.plans] == [plan.steps for plan in report.plans]
 
 
@@ -361,8 +361,8 @@ def test_memory_that_nobody_wrote_is_saved_as_zeros(tmp_path: Path) -> None:
 
 def captured(compiled: Any) -> Any:
     """The graph of the only plan of a compiled model."""
-    (runtime,) = compiled._planned.plans.values()
-    return runtime.plan.captured
+    (runtime,) = compiled.plans.values()
+    return runtime.lowered.plan.captured
 
 
 class Windowed(Stack):

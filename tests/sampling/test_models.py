@@ -73,7 +73,7 @@ def test_a_failed_step_poisons_its_run_and_no_other(model: Stack) -> None:
     compiled.reset()
     compiled(**stack_call(0))
     runtime = next(iter(compiled.engine.plans.values()))
-    programs, index = runtime.lowered.programs, runtime.plan.steps[1].program
+    programs, index = runtime.lowered.lowering.programs, runtime.lowered.plan.steps[1].program
     program, programs[index] = programs[index], None
     with pytest.raises(AttributeError):
         compiled(**stack_call(1))
@@ -423,8 +423,8 @@ def test_report_before_and_after_a_run(model: Stack) -> None:
     plan = report.plans[0]
     assert [(s.computed, s.reused, s.stored) for s in plan.steps] == [(6, 0, 6), (0, 6, 0)] * 2
     assert plan.steps[1].flops < plan.steps[0].flops == plan.full_flops
-    assert plan.arena_bytes == plan.lower_bound_bytes == 6 * 2 * 4 * 8 * 4
-    assert report.cache_bytes == plan.arena_bytes
+    assert plan.memory.arena_bytes == plan.memory.lower_bound_bytes == 6 * 2 * 4 * 8 * 4
+    assert report.cache_bytes == plan.memory.arena_bytes
     assert "last run: 4 calls, 50.00% of entries reused" in str(report)
 
 

@@ -1,0 +1,83 @@
+"""The memory of a plan's streams: lent to a stream for one run, and taken back when the next run begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from harmonica_rt.execute.graph_replay import GraphedPrograms
+from harmonica_rt.execute.slot_buffers import SlotBuffers
+from harmonica_rt.execute.static_tensors import HoistedMemory
+
+
+@dataclass(frozen=True, eq=False)
+class StreamMemory:
+    """What belongs to one stream and outlives it: its slots, the graphs that hold addresses, and what they read."""
+
+    buffers: SlotBuffers
+    graphs: GraphedPrograms | None
+    hoisted: HoistedMemory | None
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """The tensors that are written again and again, each storage at least once."""
+        yield from self.buffers.arenas.values()
+        if self.graphs is not None:
+            yield from self.graphs.tensors
+        if self.hoisted is not None:
+            yield from self.hoisted.owned
+
+
+class ArenaPool:
+    """Arenas with what belongs to them: as many as the plan ever had streams at the same time.
+
+    Args:
+        make: makes one more.
+    """
+
+    def __init__(self, make: Callable[[], StreamMemory]) -> None:
+        self._make = make
+        self._free: list[StreamMemory] = []
+        self._lent: list[StreamMemory] = []
+
+    def begin_run(self) -> None:
+        """Take back all arenas, to be lent in the same order again."""
+        self._free, self._lent = [*self._free, *reversed(self._lent)], []
+
+    def lend(self) -> StreamMemory:
+        """Arenas for one stream; free ones are lent in the order of the last run."""
+        memory = self._free.pop() if self._free else self._make()
+        self._lent.append(memory)
+        return memory
+
+    def begin_run_of_graphs(self, moved: bool) -> None:
+        """The run first uses its parameters; where they have moved, graphs that hold their addresses are dropped."""
+        for graphs in self.graphs:
+            graphs.begin_run(moved=moved)
+
+    @property
+    def lent(self) -> int:
+        """The number of streams of the current run."""
+        return len(self._lent)
+
+    @property
+    def graphs(self) -> tuple[GraphedPrograms, ...]:
+        """The graphs of all arenas."""
+        return tuple(memory.graphs for memory in self._held if memory.graphs is not None)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of all arenas."""
+        return sum(memory.buffers.nbytes for memory in self._held)
+
+    @property
+    def static_bytes(self) -> int:
+        """Bytes of the tensors that graphs read their inputs from."""
+        return sum(
+            m.graphs.nbytes + m.hoisted.nbytes for m in self._held if m.graphs is not None and m.hoisted is not None
+        )
+
+    @property
+    def _held(self) -> tuple[StreamMemory, ...]:
+        return (*self._free, *self._lent)

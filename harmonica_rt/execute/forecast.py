@@ -1,0 +1,139 @@
+"""Forecasts of the timesteps that a model will be given in a run, so that the prologue can run for all steps at once.
+
+The timesteps that a model is given are known only when it is called: pipelines scale, shift and round those of their
+scheduler. So every run records the timesteps it is given, as the forecast for later runs with the same scheduler
+timesteps.
+
+Hazard: a forecast may be wrong. Where a comparison is free (on a CPU), each step compares. Elsewhere, reading a value
+would make the host wait for the device, so a stream that begins with the run uses its forecast unseen and compares when
+it ends, where a difference is an error; any other stream goes without.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from harmonica_rt.engine import RunKey
+from harmonica_rt.errors import RunError
+from harmonica_rt.indices import StepIndex
+
+MAX_FORECASTS = 16  # kept; the least recently learned one is dropped first
+
+Timesteps = tuple[torch.Tensor, ...]  # one for each timestep argument
+
+
+class ForecastKey(NamedTuple):
+    """What a forecast is kept under; streams with equal keys share it.
+
+    Attributes:
+        run: key of the run; None where no scheduler drives it.
+        order: index of the stream among those of its plan: a model may be called twice per step with other timesteps.
+    """
+
+    run: RunKey | None
+    order: int
+
+
+class Forecasts:
+    """The forecasts of a plan.
+
+    Args:
+        steps: number of steps of a run.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self._known: OrderedDict[ForecastKey, Timesteps] = OrderedDict()
+
+    def get(self, key: ForecastKey) -> Timesteps | None:
+        """The model's timesteps in a stream with this key, `[steps, ...]` each; None where not known."""
+        return self._known.get(key)
+
+    def forget(self, key: ForecastKey) -> None:
+        """Drop a forecast that was wrong."""
+        self._known.pop(key, None)
+
+    def learn(self, key: ForecastKey, timesteps: Timesteps) -> None:
+        """Keep the timesteps of a stream as the forecast for the next."""
+        self._known[key] = timesteps
+        self._known.move_to_end(key)
+        while len(self._known) > MAX_FORECASTS:
+            self._known.popitem(last=False)
+
+
+class Forecast:
+    """The forecast that one stream runs with in one run, and the timesteps that it is given.
+
+    Args:
+        forecasts: the forecasts of its plan.
+        key: what its own is kept under.
+        comparable: whether timesteps can be compared at every step without waiting. Where they cannot, a run without
+            scheduler timesteps has no forecast.
+
+    Attributes:
+        comparable: as given.
+        trusted: True if some step took its values from the forecast without comparing.
+    """
+
+    def __init__(self, forecasts: Forecasts, key: ForecastKey, *, comparable: bool) -> None:
+        self.comparable = comparable
+        self.trusted = False
+        self._forecasts = forecasts
+        self._key = key
+        self._first = key.run.first if key.run is not None else StepIndex(0)
+        self._foreseen = forecasts.get(key) if comparable or key.run is not None else None
+        self._given: Timesteps | None = None
+        self._visited: list[int] = []
+
+    def usable_at(self, step: StepIndex) -> Timesteps | None:
+        """The forecast for values that are computed in `step`; None if there is none that may be used there."""
+        return self._foreseen if step == self._first or self.comparable else None
+
+    def agrees(self, step: StepIndex, timesteps: Timesteps) -> bool:
+        """Whether these are the timesteps that were foreseen for `step`. Waits for their device."""
+        foreseen = self._foreseen
+        return foreseen is not None and all(torch.equal(a[step], b) for a, b in zip(foreseen, timesteps, strict=True))
+
+    def record(self, step: StepIndex, timesteps: Timesteps) -> None:
+        """Write down what the model was given in `step`."""
+        if self._given is None:
+            with torch.inference_mode(False):
+                self._given = tuple(t.new_empty((self._forecasts.steps, *t.shape)) for t in timesteps)
+            for log, timestep in zip(self._given, timesteps, strict=True):
+                log[:step] = timestep  # skipped steps are computed too, with any timestep that the model takes
+        for log, timestep in zip(self._given, timesteps, strict=True):
+            log[step].copy_(timestep)
+        self._visited.append(step)
+
+    def end(self) -> None:
+        """The run is over: learn its timesteps.
+
+        Raises:
+            RunError: they are not those that it was computed with.
+        """
+        given, foreseen = self._given, self._foreseen
+        if given is None:
+            return
+        wrong = False
+        if self.trusted and foreseen is not None:
+            rows = self._visited
+            wrong = not all(torch.equal(a[rows], b[rows]) for a, b in zip(foreseen, given, strict=True))
+        if wrong:
+            self._forecasts.forget(self._key)
+        if len(self._visited) == self._forecasts.steps - self._first:
+            self._forecasts.learn(self._key, given)
+        if wrong:
+            raise RunError(
+                "this run came with other timesteps than the last one of the same scheduler timesteps, and was "
+                "computed with those: its result is wrong, the next run will be right. A step was left out or "
+                "repeated, or the pipeline changes timesteps from run to run"
+            )
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """The tensors that it holds."""
+        yield from self._foreseen or ()
+        yield from self._given or ()

@@ -1,0 +1,71 @@
+"""A lowered plan: the plan, and everything that compiling made of it, ready to run with any parameters."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from harmonica_rt.call.roles import Role
+from harmonica_rt.execute.lowered_prologue import LoweredPrologue
+from harmonica_rt.graph.facts import device_of
+from harmonica_rt.indices import SlotId, StepIndex
+from harmonica_rt.lower import Lowering, lower
+from harmonica_rt.lower.plain import Program
+from harmonica_rt.plan.plan import Plan
+
+
+class LoweredPlan:
+    """A plan, lowered.
+
+    Args:
+        plan: the plan.
+        roles: roles of the leaves of its calls.
+        lowering: one of `harmonica_rt.options.LOWERINGS`.
+
+    Attributes:
+        plan, roles: as given.
+        lowering: the programs of the plan's step graphs, and what they say of themselves.
+        prologue: what is computed before the steps; None where nothing is.
+        seconds: wall time of lowering.
+    """
+
+    def __init__(self, plan: Plan, roles: Sequence[Role], lowering: str) -> None:
+        started = time.perf_counter()
+        self.plan = plan
+        self.roles = tuple(roles)
+        self.lowering: Lowering = lower(lowering, plan, roles)
+        prologue = self.lowering.prologue
+        self.prologue = LoweredPrologue(prologue, plan.captured.root) if prologue is not None else None
+        self.seconds = time.perf_counter() - started
+        self._catch_up: dict[StepIndex, tuple[Program, tuple[SlotId, ...]]] = {}
+
+    def program(self, step: StepIndex) -> Program:
+        """The program of a step."""
+        return self.lowering.programs[self.plan.steps[step].program]
+
+    def catch_up(self, step: StepIndex) -> tuple[Program, tuple[SlotId, ...]]:
+        """The program that computes `step` in full, and the slots it fills."""
+        if step not in self._catch_up:
+            graph, slots = self.plan.catch_up_graph(step)
+            self._catch_up[step] = self.lowering.program(graph), slots
+        return self._catch_up[step]
+
+    def devices(self) -> set[torch.device]:
+        """Where its inputs, parameters and slots lie."""
+        found = map(device_of, self._placeholders())
+        return {*self.plan.table.arena_bytes, *(device for device in found if device is not None)}
+
+    @functools.cached_property
+    def takes_inputs_on_cpu(self) -> bool:
+        """Whether all inputs of a call are on the CPU, where the host can read them."""
+        inputs = [node for node in self._placeholders() if node.name in self.plan.captured.inputs]
+        return all(node.meta["val"].device.type == "cpu" for node in inputs)
+
+    def _placeholders(self) -> list[Any]:
+        nodes: list[fx.Node] = self.plan.captured.graph.find_nodes(op="placeholder")
+        return nodes

@@ -1,0 +1,78 @@
+"""The prologue as code that runs: the values of a request, and timestep-only values for one step or for all at once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from harmonica_rt.lower.hoist import Part, Prologue
+
+log = logging.getLogger(__name__)
+
+Values = list[torch.Tensor]
+
+
+class LoweredPart:
+    """A part of the prologue, ready to run."""
+
+    def __init__(self, part: Part, root: nn.Module) -> None:
+        self.part = part
+        self.run: Callable[..., tuple[torch.Tensor, ...]] = fx.GraphModule(root, part.graph, "Prologue").forward
+
+    def bind(self, weights: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
+        """See `TabledGraph.bind`."""
+        return self.part.bind(weights, constants)
+
+
+class LoweredPrologue:
+    """A prologue, ready to run for one step or for all steps at once.
+
+    Args:
+        prologue: what to hoist.
+        root: module that `get_attr` nodes refer to.
+    """
+
+    def __init__(self, prologue: Prologue, root: nn.Module) -> None:
+        self.prologue = prologue
+        self.once = LoweredPart(prologue.once, root)
+        self.each = LoweredPart(prologue.each, root)
+        self.batches = True  # until an operator turns out to have no batching rule
+        self._has_batched = False
+
+    def of_request(self, bound: tuple[Any, ...], leaves: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """The values of a request by name."""
+        inputs = [leaves[index] for index in self.once.part.inputs]
+        return dict(zip(self.once.part.results, self.once.run(*bound, *inputs), strict=True))
+
+    def given(self, of_request: Mapping[str, torch.Tensor]) -> Values:
+        """Those values of a request that the timestep part takes."""
+        return [of_request[name] for name in self.each.part.given]
+
+    def in_steps(
+        self, foreseen: Sequence[torch.Tensor], bound: tuple[Any, ...], leaves: Sequence[Any], given: Values
+    ) -> tuple[torch.Tensor, ...] | None:
+        """The values of every step of a forecast, `[steps, ...]` each; None where the graph cannot be batched."""
+        if not self.batches:
+            return None
+        part = self.each.part
+        stacked = dict(zip(self.prologue.timesteps, foreseen, strict=True))
+        inputs = [stacked.get(index, leaves[index]) for index in part.inputs]
+        dims = (
+            *(None for _ in bound),
+            *(0 if index in stacked else None for index in part.inputs),
+            *(None for _ in given),
+        )
+        try:
+            values = tuple(torch.vmap(self.each.run, in_dims=dims)(*bound, *inputs, *given))
+        except (RuntimeError, NotImplementedError) as error:  # as an operator without a batching rule raises
+            if self._has_batched or isinstance(error, torch.OutOfMemoryError):
+                raise
+            log.info("timestep-only values are computed step by step: %s", str(error).partition("\n")[0])
+            self.batches = False
+            return None
+        self._has_batched = True
+        return values

@@ -1,0 +1,121 @@
+"""A plan at work: lowered programs, the parameters of the current run, and memory for its streams."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from harmonica_rt.engine import RunKey
+from harmonica_rt.execute.arena_pool import ArenaPool, StreamMemory
+from harmonica_rt.execute.cuda_graphs import Graphs, Pool
+from harmonica_rt.execute.forecast import Forecast, ForecastKey, Forecasts
+from harmonica_rt.execute.graph_replay import GraphedPrograms
+from harmonica_rt.execute.launch_order import LaunchOrder
+from harmonica_rt.execute.lowered_plan import LoweredPlan
+from harmonica_rt.execute.parameter_binding import ParameterBinding, Parameters
+from harmonica_rt.execute.plan_stream import PlanStream
+from harmonica_rt.execute.slot_buffers import SlotBuffers
+from harmonica_rt.execute.static_tensors import HoistedMemory
+from harmonica_rt.execute.stream_prologue import StreamPrologue
+
+log = logging.getLogger(__name__)
+
+
+class PlanRuntime:
+    """A lowered plan with the parameters of the current run and the arenas of its streams.
+
+    Args:
+        lowered: the plan.
+        parameters: see `ParameterBinding`.
+        device: where its calls run.
+        graphs: how step programs become graphs, in a pool for this plan alone; None runs them launch by launch.
+        debug: fill slots with NaN before they are written and after their last read.
+
+    Attributes:
+        lowered: as given.
+        parameters: what programs are bound to in this run.
+        arenas: the memory of its streams.
+        launches: the order of launches on that memory.
+        forecasts: the timesteps that its streams are expected to be given.
+        pool: records step programs as graphs; None where none are recorded.
+        compile_seconds: from the call to the plan, checks included; set by whoever made the plan.
+    """
+
+    def __init__(
+        self,
+        lowered: LoweredPlan,
+        parameters: Parameters,
+        device: torch.device,
+        *,
+        graphs: Graphs | None,
+        debug: bool,
+    ) -> None:
+        self.lowered = lowered
+        self.pool = _pool(graphs, device, parameters)
+        self.arenas = ArenaPool(_memory(lowered, self.pool, measured=graphs is not None and graphs.measured))
+        tell_graphs = self.arenas.begin_run_of_graphs if self.pool is not None else None
+        self.parameters = ParameterBinding(parameters, lowered.plan.captured.constants, tell_graphs)
+        self.launches = LaunchOrder(lowered.devices())
+        self.forecasts = Forecasts(len(lowered.plan.steps))
+        self.compile_seconds = 0.0
+        self._run: RunKey | None = None
+        self._debug = debug
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds now: arenas, the inputs of graphs, and what graphs reserved."""
+        reserved = self.pool.nbytes if self.pool is not None else 0
+        return self.arenas.slot_bytes + self.arenas.static_bytes + reserved
+
+    @property
+    def in_use(self) -> bool:
+        """Whether the current run has a stream of this plan."""
+        return self.arenas.lent > 0
+
+    def begin_run(self, key: RunKey | None = None) -> None:
+        """Take back all arenas, to be lent in the same order again; fetch the parameters anew at their first use."""
+        self._run = key
+        self.arenas.begin_run()
+        self.parameters.begin_run()
+
+    def new_stream(self) -> PlanStream:
+        """A stream with arenas of its own."""
+        order = self.arenas.lent
+        memory = self.arenas.lend()
+        if self._debug:
+            with self.launches.turn(memory.tensors):
+                memory.buffers.poison_all()
+        prologue = None
+        if self.lowered.prologue is not None:
+            comparable = self.pool is None and self.lowered.takes_inputs_on_cpu
+            prologue = StreamPrologue(
+                self.lowered.prologue,
+                self.parameters.of,
+                Forecast(self.forecasts, ForecastKey(self._run, order), comparable=comparable),
+                memory=memory.hoisted,
+                graphs=memory.graphs,
+            )
+        return PlanStream(self.lowered, self.parameters, self.launches, memory, prologue, debug=self._debug)
+
+
+def _pool(graphs: Graphs | None, device: torch.device, parameters: Parameters) -> Pool | None:
+    """The pool of a plan for calls on `device`; None where no graphs are recorded."""
+    pool = graphs.make_pool(device) if graphs is not None else None
+    if pool is not None and any(map(is_traceable_wrapper_subclass, parameters().values())):
+        log.info("no graphs: weights are tensors made of others (quantised?), which are not seen to be replaced")
+        return None
+    return pool
+
+
+def _memory(lowered: LoweredPlan, pool: Pool | None, *, measured: bool) -> Callable[[], StreamMemory]:
+    """Makes the memory of one stream."""
+
+    def make() -> StreamMemory:
+        if pool is None:
+            return StreamMemory(SlotBuffers(lowered.plan), None, None)
+        return StreamMemory(SlotBuffers(lowered.plan), GraphedPrograms(pool, measured=measured), HoistedMemory())
+
+    return make
