@@ -1,13 +1,15 @@
-"""What compiling costs: seconds and peak memory at DiT-XL/2 geometry, 20 steps with 10 distinct patterns.
+"""What compiling costs: seconds and peak memory at DiT-XL/2 geometry, for 20 steps with 10 distinct patterns.
 
-Also what the `inductor` lowering compiles of it, and what a saved plan takes to load.
+Also what the `inductor` lowering compiles, and how long a saved plan takes to load.
 """
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,8 +20,8 @@ from benchmarks.rows import Row
 
 
 def run(*, repeats: int, quick: bool) -> list[Row]:
-    """Load, run once, compile, run a few steps; memory is the process's resident size, sampled all the while."""
-    del repeats  # one compile: its memory can only be seen once per process
+    """Load, run once, compile and run a few steps, while the resident size of the process is sampled."""
+    del repeats  # one compile: its memory can be measured only once per process
     case = models.dit_xl_2(2, 20) if not quick else models.dit_12x384(2, 20)
     sites = hrt.find_sites(case.model)
     schedule = schedules.ten_patterns(sites, 20)
@@ -30,30 +32,26 @@ def run(*, repeats: int, quick: bool) -> list[Row]:
         for call in case.calls[:4]:
             model(**call)
     report = model.report().plans[0]
-    name = f"10 patterns ({schedule.patterns} rows)"
+    row = functools.partial(_row, case.name, f"10 patterns ({schedule.patterns} rows)")
     return [
-        Row("compile_cost", case.name, name, "compile", report.compile_seconds, "s", target="at most 25"),
-        Row("compile_cost", case.name, name, "capture", report.capture_seconds, "s"),
-        Row("compile_cost", case.name, name, "plan", report.plan_seconds, "s"),
-        Row("compile_cost", case.name, name, "lower", report.lower_seconds, "s"),
-        Row("compile_cost", case.name, name, "step programs", report.programs, "count"),
-        Row("compile_cost", case.name, name, "model + one forward, peak", loaded.peak, "bytes"),
-        Row("compile_cost", case.name, name, "compile + run, peak", compiled.peak, "bytes"),
-        Row(
-            "compile_cost",
-            case.name,
-            name,
-            "peak / (model + one forward)",
-            compiled.peak / loaded.peak,
-            "ratio",
-            target="at most 1.15",
-        ),
-        *_load_rows(case, name, model),
-        *_inductor_rows(case, name, schedule),
+        row("compile", report.compile_seconds, "s", "at most 25"),
+        row("capture", report.capture_seconds, "s"),
+        row("plan", report.plan_seconds, "s"),
+        row("lower", report.lower_seconds, "s"),
+        row("step programs", report.programs, "count"),
+        row("model + one forward, peak", loaded.peak, "bytes"),
+        row("compile + run, peak", compiled.peak, "bytes"),
+        row("peak / (model + one forward)", compiled.peak / loaded.peak, "ratio", "at most 1.15"),
+        *_load_rows(case, row, model),
+        *_inductor_rows(case, row, schedule),
     ]
 
 
-def _load_rows(case: models.Case, name: str, model: hrt.CompiledModel) -> list[Row]:
+def _row(case: str, schedule: str, metric: str, value: float, unit: str, target: str | None = None) -> Row:
+    return Row("compile_cost", case, schedule, metric, value, unit, target=target)
+
+
+def _load_rows(case: models.Case, row: Callable[..., Row], model: hrt.CompiledModel) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plan.json"
         model.save(path)
@@ -64,40 +62,29 @@ def _load_rows(case: models.Case, name: str, model: hrt.CompiledModel) -> list[R
     if len(loaded.report().plans) != 1:
         raise ValueError(f"one plan was saved, {len(loaded.report().plans)} came back")
     return [
-        Row("compile_cost", case.name, name, "load of the saved plan", seconds, "s"),
-        Row("compile_cost", case.name, name, "saved plan", size, "bytes"),
+        row("load of the saved plan", seconds, "s"),
+        row("saved plan", size, "bytes"),
     ]
 
 
-def _inductor_rows(case: models.Case, name: str, schedule: hrt.Schedule) -> list[Row]:
+def _inductor_rows(case: models.Case, row: Callable[..., Row], schedule: hrt.Schedule) -> list[Row]:
     model = hrt.compile(case.model, schedule, lowering="inductor", strict=True)
     model(**case.calls[0])
     report = model.report().plans[0]
     return [
-        Row("compile_cost", case.name, name, "inductor: compile", report.compile_seconds, "s"),
-        Row("compile_cost", case.name, name, "inductor: of that, Inductor's", report.region_seconds, "s"),
-        Row(
-            "compile_cost",
-            case.name,
-            name,
-            "inductor: regions compiled",
-            report.regions,
-            "count",
-            target="at most 8",
-        ),
-        Row(
-            "compile_cost",
-            case.name,
-            name,
-            "inductor: calls of regions",
-            sum(report.region_calls),
-            "count",
-        ),
+        row("inductor: compile", report.compile_seconds, "s"),
+        row("inductor: of that, Inductor's", report.region_seconds, "s"),
+        row("inductor: regions compiled", report.regions, "count", "at most 8"),
+        row("inductor: calls of regions", sum(report.region_calls), "count"),
     ]
 
 
 class PeakMemory:
-    """Largest resident size of this process within a `with` block, in bytes, sampled every 5 ms."""
+    """Largest resident size of this process within a `with` block.
+
+    Attributes:
+        peak: bytes, sampled every 5 ms.
+    """
 
     def __init__(self) -> None:
         self.peak = 0
@@ -125,4 +112,4 @@ def resident_bytes() -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
-    raise OSError("this system does not tell the resident size of a process")
+    raise OSError("this system does not report the resident size of a process")

@@ -1,13 +1,14 @@
-"""What training costs: time and memory of an iteration, against the work that the released trainer does.
+"""What training costs: time and memory of an iteration, compared with the work that the released trainer does.
 
-The released trainer (ModelTC/HarmoniCa) differs in this: the model's weights are not frozen, so that their gradients
-are computed and thrown away; the teacher runs with gradients on, and the loss is differentiated through it too; lambda
-costs a whole run from noise for every step. Its router, sampler, batch and loss are the same. Counted in forwards a
-step, at 20 steps and a renewal every 500: one for the student, one for the teacher, two or four for the gradients, 0.8
-for lambda; here it is one, one, one and 0.4. Optimisers are left out: a step of AdamW takes 2 ms, a walk many seconds.
+The released trainer (ModelTC/HarmoniCa) differs in three ways: the model's parameters are not frozen, so that their
+gradients are computed and discarded; the teacher runs with gradients enabled, and the loss is differentiated through it
+too; lambda costs a whole run from noise for every step. Router, sampler, batch and loss are the same. In forwards per
+step, at 20 steps and a renewal every 500, it needs one for the student, one for the teacher, two or four for the
+gradients and 0.8 for lambda; ours needs one, one, one and 0.4. Optimisers are left out: a step of AdamW takes 2 ms, a
+walk many seconds.
 
-`ours` is the same training done at less cost. `ours, by default` is what `train` does unless told otherwise: it renews
-lambda far more often and measures schedules on samples apart, so that its iterations cost more and fewer are needed.
+`ours` is the same training at less cost. `ours, by default` is what `train` does by default: it renews lambda far more
+often and measures schedules on separate samples, so that its iterations cost more and fewer are needed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from benchmarks import models
 from benchmarks.compile_cost import PeakMemory, resident_bytes
-from benchmarks.rows import Row
+from benchmarks.rows import Row, spread_row
 from benchmarks.timing import Spread, interleaved
 from harmonica_rt import find_sites
 from harmonica_rt.demo import bundled_model
@@ -46,7 +47,15 @@ Kind = Literal["ours", "released", "released, teacher detached"]
 
 @dataclass(frozen=True)
 class Case:
-    """A pipeline with a batch."""
+    """A pipeline with a batch.
+
+    Attributes:
+        name: model, steps and batch.
+        walker: runs the pipeline's steps.
+        cached: the denoiser with its sites' outputs cached.
+        inputs: arguments of the pipeline's call.
+        samples: number of samples in the batch.
+    """
 
     name: str
     walker: Walker
@@ -62,7 +71,7 @@ class Case:
         return scores
 
     def generators(self) -> list[torch.Generator]:
-        """The same each time."""
+        """New generators with the same seeds each time, one per sample."""
         return [torch.Generator().manual_seed(index) for index in range(self.samples)]
 
 
@@ -87,7 +96,7 @@ def dit_xl_2(steps: int) -> Case:
 
 
 def iteration(case: Case) -> Tensor:
-    """One iteration of ours but for lambda; the gradient by the scores."""
+    """One iteration of ours without lambda; returns the gradient with respect to the scores `[steps, sites]`."""
     with frozen(case.walker.denoiser):
         return step_losses(
             case.walker,
@@ -102,9 +111,9 @@ def iteration(case: Case) -> Tensor:
 
 
 def released_iteration(case: Case, *, through_teacher: bool) -> Tensor:
-    """The same gradient with the released trainer's work.
+    """The same gradient `[steps, sites]`, with the work of the released trainer.
 
-    `through_teacher=False` spares it the gradient through the teacher, which changes the weights' gradients alone.
+    `through_teacher=False` omits the gradient through the teacher, which changes only the parameters' gradients.
     """
     model, scores = case.walker.denoiser.eval(), case.scores.requires_grad_()
     caches: dict[StreamKey, Cache] = {}
@@ -114,14 +123,14 @@ def released_iteration(case: Case, *, through_teacher: bool) -> Tensor:
             output, caches[call.stream] = case.cached.compute(call.forward)
             return output
         with torch.enable_grad():
-            teacher = first_tensor(call.forward())  # its graph lives until the end of the step, used or not
+            teacher = first_tensor(call.forward())  # its graph is kept until the end of the step, used or not
             computes = (scores[call.step] > 0.1).tolist()
             output, caches[call.stream] = case.cached.blend(
                 call.forward, scores[call.step], computes, caches[call.stream], "computed"
             )
             target = teacher if through_teacher else teacher.detach()
             loss = (first_tensor(output) - target).square().mean()
-        model.zero_grad()  # only now: the weights' gradients of the step before are held until here
+        model.zero_grad()  # only now: the parameters' gradients of the previous step are held until here
         loss.backward()
         return detached(output)
 
@@ -135,7 +144,7 @@ def released_iteration(case: Case, *, through_teacher: bool) -> Tensor:
 
 
 def renewal(case: Case, *, share_prefixes: bool) -> Tensor:
-    """lambda, once."""
+    """Compute lambda once; returns one weight per step."""
     errors = ImageErrors(
         case.walker,
         case.cached,
@@ -150,9 +159,9 @@ def renewal(case: Case, *, share_prefixes: bool) -> Tensor:
 
 
 def by_default(case: Case) -> float:
-    """Mean seconds of an iteration of `train`, all included, over one period of what it does now and then.
+    """Mean seconds of an iteration of `train` with its defaults, over one period of its less frequent work.
 
-    On the bundled model with as many samples and steps as `case`.
+    It trains the bundled model with as many samples and steps as `case`.
     """
     config = TrainConfig(steps=case.walker.steps, batch=case.samples, target_speedup=1.5, guidance=2.0)
     period = math.lcm(config.renew_every, LOOK_EVERY)
@@ -161,7 +170,7 @@ def by_default(case: Case) -> float:
 
 
 def run(*, repeats: int, quick: bool) -> list[Row]:
-    """Time in this process, interleaved; memory in a fresh process for each."""
+    """Measure time in this process, interleaved, and memory in a new process for each kind."""
     case = bundled(2 if quick else 8, 4 if quick else 20)
     seconds = interleaved(
         {
@@ -176,27 +185,27 @@ def run(*, repeats: int, quick: bool) -> list[Row]:
             "ours": lambda: renewal(case, share_prefixes=True),
             "released": lambda: renewal(case, share_prefixes=False),
         },
-        1,  # a renewal is as long as many iterations, and the ratio is one of counts
+        1,  # a renewal takes as long as many iterations, and the ratio is known from the number of forwards
     )
     share = case.walker.steps / RENEW_EVERY
     ours = _sums(seconds["ours"], renewals["ours"], share)
     default = by_default(case)
-    rows = [_row(case, "ours", "iteration, lambda amortised", Spread.of(ours), "s", repeats)]
-    rows += [_row(case, kind, "walk alone", Spread.of(seconds[kind]), "s", repeats) for kind in seconds]
-    rows.append(_row(case, "ours, by default", "iteration, all included", _one(default), "s", 1))
-    rows.append(_row(case, "ours", "lambda, once", Spread.of(renewals["ours"]), "s", 1))
-    rows.append(_row(case, "released", "lambda, once", Spread.of(renewals["released"]), "s", 1))
+    rows = [_row(case, "ours", "iteration, lambda amortised", ours, "s")]
+    rows += [_row(case, kind, "walk alone", seconds[kind], "s") for kind in seconds]
+    rows.append(_row(case, "ours, by default", "iteration, all included", [default], "s"))
+    rows.append(_row(case, "ours", "lambda, once", renewals["ours"], "s"))
+    rows.append(_row(case, "released", "lambda, once", renewals["released"], "s"))
     peaks = {kind: _in_fresh_process(kind, quick) for kind in seconds}
-    rows.append(_row(case, "ours", "memory of an iteration", _one(peaks["ours"]), "bytes", 1))
+    rows.append(_row(case, "ours", "memory of an iteration", [peaks["ours"]], "bytes"))
     for kind in ("released", "released, teacher detached"):
         theirs = _sums(seconds[kind], renewals["released"], share)
         ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
         rows += [
-            _row(case, kind, "iteration, lambda amortised", Spread.of(theirs), "s", repeats),
-            _row(case, kind, "time, ours / theirs", Spread.of(ratios), "ratio", repeats, "at most 0.75"),
-            _row(case, kind, "time, ours by default / theirs", _one(default / Spread.of(theirs).p50), "ratio", 1),
-            _row(case, kind, "memory of an iteration", _one(peaks[kind]), "bytes", 1),
-            _row(case, kind, "memory, ours / theirs", _one(peaks["ours"] / peaks[kind]), "ratio", 1, "at most 0.6"),
+            _row(case, kind, "iteration, lambda amortised", theirs, "s"),
+            _row(case, kind, "time, ours / theirs", ratios, "ratio", "at most 0.75"),
+            _row(case, kind, "time, ours by default / theirs", [default / Spread.of(theirs).p50], "ratio"),
+            _row(case, kind, "memory of an iteration", [peaks[kind]], "bytes"),
+            _row(case, kind, "memory, ours / theirs", [peaks["ours"] / peaks[kind]], "ratio", "at most 0.6"),
         ]
     if not quick:
         rows += _in_process(_dit_xl_rows)
@@ -207,16 +216,16 @@ def _dit_xl_rows() -> list[Row]:
     with PeakMemory() as peak:
         case = dit_xl_2(3)
         seconds = interleaved({"ours": lambda: iteration(case)}, 1)["ours"]
-    steps = case.walker.steps - 1
+    steps, peak_metric = case.walker.steps - 1, "peak of the process, weights and all"
     return [
-        _row(case, "ours", "step of SDT", _one(seconds[0] / steps), "s", 1),
-        _row(case, "ours", "peak of the process, weights and all", _one(peak.peak), "bytes", 1, f"at most {12 * GIB}"),
+        _row(case, "ours", "step of SDT", [seconds[0] / steps], "s"),
+        Row("training_cost", case.name, "ours", peak_metric, peak.peak, "bytes", target=f"at most {12 * GIB}"),
     ]
 
 
 def _peak(kind: Kind, quick: bool) -> int:
-    """Growth of the resident size in one iteration."""
-    case = bundled(2 if quick else 8, 3)  # a step holds the same however many there are
+    """Growth of the resident size in one iteration, in bytes."""
+    case = bundled(2 if quick else 8, 3)  # what a step holds does not depend on the number of steps
     plain = case.walker.walk(case.inputs, case.generators(), lambda call: call.forward())
     del plain
     before = resident_bytes()
@@ -241,10 +250,5 @@ def _sums(iterations: list[float], renewals: list[float], share: float) -> list[
     return [seconds + renewals[0] * share for seconds in iterations]
 
 
-def _one(value: float) -> Spread:
-    return Spread(value, value, value)
-
-
-def _row(case: Case, kind: str, metric: str, spread: Spread, unit: str, repeats: int, target: str | None = None) -> Row:
-    low, high = (spread.p20, spread.p80) if repeats > 1 else (None, None)
-    return Row("training_cost", case.name, kind, metric, spread.p50, unit, low, high, repeats, target)
+def _row(case: Case, kind: str, metric: str, samples: list[float], unit: str, target: str | None = None) -> Row:
+    return spread_row("training_cost", case.name, kind, metric, samples, unit, target)

@@ -2,8 +2,8 @@
 
 The rule: a call of the denoiser belongs to a stream. A stream holds the calls of one run, one per step, that have equal
 arguments (tree, shapes, strides, dtypes, plain values), equal conditioning values and the same state of the model; the
-k-th such call of a step belongs to the k-th such stream. Where the schedule reuses sites in a step, the stream's
-stored outputs stand in for them, provided that the stream stored each one in the step that the schedule names or later.
+k-th such call of a step belongs to the k-th such stream. Where the schedule reuses sites in a step, the stream's stored
+outputs stand in for them, provided that the stream stored each one in the step that the schedule names or later.
 Otherwise the call is computed in full, and all its site outputs are stored.
 
 This file imports nothing from the package; it reads the schedule's tables through attributes.
