@@ -76,7 +76,7 @@ def machine() -> dict[str, object]:
 def save(name: str, rows: Iterable[Row]) -> Path:
     """Write rows to `results/NAME.json`, where they replace all rows of the same cases; returns the path."""
     path = RESULTS / f"{name}.json"
-    merge(path, [short(row) for row in rows], ("case",))
+    merge(path, [short(dataclasses.asdict(row)) for row in rows], ("case",))
     return path
 
 
@@ -119,9 +119,9 @@ def show(rows: Iterable[Row]) -> None:
     Console(width=150).print(table)
 
 
-def short(row: Any) -> dict[str, Any]:
-    """The fields of a dataclass that are not None, rounded as by `rounded`."""
-    return rounded({name: value for name, value in dataclasses.asdict(row).items() if value is not None})
+def short(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that are not None, rounded as by `rounded`."""
+    return rounded({name: value for name, value in fields.items() if value is not None})
 
 
 def rounded(figures: Mapping[str, Any]) -> dict[str, Any]:
