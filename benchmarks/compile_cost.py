@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 import harmonica_rt as hrt
 from benchmarks import models, schedules
+from benchmarks.memory import PeakMemory
 from benchmarks.rows import Row
 
 
@@ -77,39 +77,3 @@ def _inductor_rows(case: models.Case, row: Callable[..., Row], schedule: hrt.Sch
         row("inductor: regions compiled", report.regions, "count", "at most 8"),
         row("inductor: calls of regions", sum(report.region_calls), "count"),
     ]
-
-
-class PeakMemory:
-    """Largest resident size of this process within a `with` block.
-
-    Attributes:
-        peak: bytes, sampled every 5 ms.
-    """
-
-    def __init__(self) -> None:
-        self.peak = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-
-    def __enter__(self) -> PeakMemory:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        while True:
-            self.peak = max(self.peak, resident_bytes())
-            if self._done.is_set():
-                return
-            time.sleep(0.005)
-
-
-def resident_bytes() -> int:
-    """Resident size of this process, bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("this system does not report the resident size of a process")
