@@ -44,7 +44,7 @@ class Counts(NamedTuple):
     Attributes:
         calls: number of calls of the denoiser.
         reused: number of reused entries, over all calls.
-        in_full: the step of each call that was computed in full against the schedule.
+        in_full: the step of each call that was computed in full because its stream lacked outputs, or on demand.
     """
 
     calls: int
