@@ -39,7 +39,7 @@ def faults_of_separate_pipelines(pairs: Sequence[Pair], runs: Sequence[Run]) -> 
     """Run once in each pair, all compiled sides at the same time; returns what is wrong with each."""
     expected = [pair.expected(run) for pair, run in zip(pairs, runs, strict=True)]
     got = in_threads([partial(pair.got, run) for pair, run in zip(pairs, runs, strict=True)])
-    return [pair.judged(*given) for pair, *given in zip(pairs, expected, got, runs, strict=True)]
+    return [pair.judged(*judged) for pair, judged in zip(pairs, zip(expected, got, runs, strict=True), strict=True)]
 
 
 def faults_of_shared_denoiser(
@@ -63,7 +63,7 @@ def faults_of_shared_denoiser(
         tasks = [
             partial(_sampled, loop, run, pair, pause) for loop, run, pause in zip(loops, runs, pauses, strict=True)
         ]
-        got = in_threads(tasks)
+        got: Sequence[Callable[[], Outcome]] = in_threads(tasks)
     else:
         got = _interleaved([_Coroutine(loop, run, pair) for loop, run in zip(loops, runs, strict=True)], draw)
     return [_fault(pair, *given) for given in zip(expected, got, runs, strict=True)]

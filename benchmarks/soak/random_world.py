@@ -66,13 +66,13 @@ def _random_runs(draw: random.Random, world: World, subject: Subject, names: Seq
     shapes = draw.sample([(1, 0), (1, 0), (2, 0), (1, 1)], 2)
     late = subject.starts_late(world.sampler) and world.interface != "model"
     state: dict[str, int] = {}
-    weights, made = 0, []
+    parameters, made = 0, []
     for _ in range(count):
         for name in few:
             if draw.random() < 0.1:
                 state[name] = draw.randrange(subject.changes[name].values)
         if draw.random() < 0.1:
-            weights = draw.randrange(3)
+            parameters = draw.randrange(3)
         guided = subject.guidance and draw.random() < 0.5
         first = draw.randrange(1, steps) if late and draw.random() < 0.15 else 0
         batch, size = draw.choice(shapes)
@@ -87,7 +87,7 @@ def _random_runs(draw: random.Random, world: World, subject: Subject, names: Seq
             ),
             interrupted_at=int(10 ** draw.uniform(0, 3.5)) if draw.random() < 0.03 else 0,
             state=tuple(sorted((name, value) for name, value in state.items() if value)),
-            weights=weights,
+            parameters=parameters,
             before=tuple(kind for kind, share in subject.before.items() if draw.random() < share),
             events=_random_events(draw, subject, few, state, steps - first, guided=guided),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from benchmarks.soak.drive import Fault
 from benchmarks.soak.pair import Pair
@@ -54,6 +55,7 @@ def _simpler(run: Run) -> Iterator[Run]:
             yield replace(run, **{name: parts[:index] + parts[index + 1 :]})
     for name, least in (("guided", False), ("batch", 1), ("size", 0), ("first", 0), ("prompt", 0)):
         if getattr(run.request, name) != least:
-            yield replace(run, request=replace(run.request, **{name: least}))
-    if run.weights:
-        yield replace(run, weights=0)
+            simpler: dict[str, Any] = {name: least}
+            yield replace(run, request=replace(run.request, **simpler))
+    if run.parameters:
+        yield replace(run, parameters=0)

@@ -34,7 +34,7 @@ class Side:
             for value in (*range(1, change.values), 0):
                 change.set(self.pipeline, value)
         self._parameters = {name: p.detach().clone() for name, p in self.pipeline.transformer.named_parameters()}
-        self._weights = 0
+        self._scale = 0
 
     def state(self) -> Hashable:
         """What the forward of the denoiser depends on, besides the values of its parameters."""
@@ -53,12 +53,12 @@ class Side:
         wanted = dict(run.state)
         for name in sorted({*self._values, *wanted, *self._shared}):
             self.set(name, wanted.get(name, 0))
-        if run.weights != self._weights:
-            self._weights = run.weights
+        if run.parameters != self._scale:
+            self._scale = run.parameters
             with torch.no_grad():
                 for name, parameter in self.pipeline.transformer.named_parameters():
                     if name in self._parameters:
-                        parameter.copy_(self._parameters[name] * (1.0, 0.8, 1.1)[run.weights])
+                        parameter.copy_(self._parameters[name] * (1.0, 0.8, 1.1)[run.parameters])
 
     def restore(self) -> None:
         """Undo every change, also to classes and modules."""

@@ -51,7 +51,7 @@ class Run:
         request: what the pipeline is asked for.
         interrupted_at: Ctrl-C comes when this many lines of the package have run; 0 for never.
         state: changes in force when the run starts, as (name, value).
-        weights: index of the parameters' values.
+        parameters: index of the values of the parameters.
         before: what happens right before the run: "save and load", "compile again", "another scheduler", "collect",
             "outside" or "gradient".
         events: what happens during the run.
@@ -60,7 +60,7 @@ class Run:
     request: Request
     interrupted_at: int = 0
     state: tuple[tuple[str, int], ...] = ()
-    weights: int = 0
+    parameters: int = 0
     before: tuple[str, ...] = ()
     events: tuple[Event, ...] = ()
 
