@@ -19,6 +19,8 @@ from torch.utils import _pytree as pytree
 
 pytest.importorskip("diffusers", reason="the models are diffusers'")
 
+from diffusers import FluxTransformer2DModel
+
 from benchmarks import models
 from benchmarks import rows as benchmark_rows
 from benchmarks.latency import alone, figures, floor, gate, measure, nvml, results, show
@@ -31,13 +33,27 @@ from benchmarks.latency.settings import Settings
 from harmonica_rt.call.roles import roles
 from harmonica_rt.lower import lower
 from harmonica_rt.options import HOISTED
-from tests import tiny
 
 STEPS = 4
 CPU = torch.device("cpu")
 PUBLISHED = benchmark_rows.RESULTS / "latency-cpu.json"
 TINY = Geometry("tiny DiT", lambda: models.dit_on_meta(2, 2, 8, 8), geometries()["dit-xl-256"].calls)
 SETTINGS = Settings(STEPS, 2, CPU, torch.float32, floor=True)
+
+
+def tiny_flux() -> nn.Module:
+    with torch.device("meta"):
+        return FluxTransformer2DModel(
+            in_channels=4,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=12,
+            pooled_projection_dim=10,
+            axes_dims_rope=(4, 4, 8),
+            guidance_embeds=True,
+        ).eval()
 
 
 def task_of(geometry: Geometry) -> Task:
@@ -53,11 +69,7 @@ def dit() -> Task:
 @pytest.fixture(scope="module")
 def flux() -> Task:
     return task_of(
-        Geometry(
-            "tiny Flux",
-            lambda: tiny.flux().transformer,
-            lambda model, images, steps: models.flux_calls(model, images, steps, side=4, text_tokens=5),
-        )
+        Geometry("tiny Flux", tiny_flux, lambda m, n, steps: models.flux_calls(m, n, steps, side=4, text_tokens=5))
     )
 
 
