@@ -1,1 +1,12 @@
-"""Benchmarks: one module each, one command for all (`python -m benchmarks`), rows kept as data in `results/`."""
+"""Benchmarks: whatever is claimed about speed, memory, quality and robustness, with one command (`python -m
+benchmarks`).
+
+In: the name of a benchmark and options. Out: a table of rows, and with `--save` the same rows in `results/`, each with
+the machine that it was measured on. Hazard: a fast wrong output is worthless, so outputs are compared with the
+reference before they are timed; baselines run interleaved in the same process, because machines drift.
+
+Reading order: `rows` and `timing` (figures and how they are kept), `models` and `schedules` (what is measured), one
+module per benchmark (`kernels`, `speedup`, `end_to_end`, `host_path`, `compile_cost`, `slot_memory`, `zoo`,
+`training_cost`, `time_to_quality`), and four folders with commands of their own: `latency` (side by side with other
+caches), `quality` (images at equal cost), `fuzz` (damaged files), `soak` (random runs against an oracle).
+"""

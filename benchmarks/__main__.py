@@ -22,24 +22,24 @@ BENCHMARKS = (
     "training_cost",
     "time_to_quality",
 )
-OWN_COMMANDS = ("latency", "quality", "fuzz", "soak")  # with options of their own; all but the first take long
+OWN_COMMANDS = ("latency", "quality", "fuzz", "soak")  # with their own options; all but latency take long
 
 
 def main() -> None:
-    """Run the named benchmarks, all by default; print their rows and with --save keep them in results/."""
+    """Run the named benchmarks (default: all) and print their rows; with --save, keep the rows in results/."""
     if sys.argv[1:] and sys.argv[1] in OWN_COMMANDS and not set(sys.argv[2:]) & set(BENCHMARKS):
         importlib.import_module(f"benchmarks.{sys.argv[1]}.__main__").main(sys.argv[2:])
         return
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=main.__doc__,
-        epilog=f"{', '.join(OWN_COMMANDS)}: python -m benchmarks NAME --help",
+        epilog=f"{', '.join(OWN_COMMANDS)} have their own options: python -m benchmarks NAME --help",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)} (default: all)")
-    parser.add_argument("--repeats", type=int, default=7, help="interleaved rounds of each timing (default: 7)")
-    parser.add_argument("--quick", action="store_true", help="smaller models and fewer steps: does it run at all?")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"benchmarks: {', '.join(BENCHMARKS)} (default: all)")
+    parser.add_argument("--repeats", type=int, default=7, help="interleaved rounds per timing (default: 7)")
+    parser.add_argument("--quick", action="store_true", help="a trial: smaller models and fewer steps")
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="of end_to_end or zoo, the cases with this name or text"
+        "--only", default="", metavar="TEXT", help="only the cases of end_to_end or zoo whose names contain TEXT"
     )
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/NAME.json")
     options = parser.parse_args()
@@ -50,7 +50,7 @@ def main() -> None:
         parser.error("--repeats must be at least 1")
     names = options.names or list(BENCHMARKS)
     if options.only and names not in (["end_to_end"], ["zoo"]):
-        parser.error("--only goes with end_to_end or zoo alone")
+        parser.error("--only needs exactly one benchmark, end_to_end or zoo")
     shared = [argument for argument in sys.argv[1:] if argument not in BENCHMARKS]
     if len(names) > 1:
         sys.exit(_each(([name] for name in names), shared))
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def _each(runs: Iterable[list[str]], shared: list[str]) -> int:
-    """Run each in a process of its own, so that none measures another's memory or caches; 1 if any failed, else 0."""
+    """Run each in its own process, so that none measures another's memory or caches; 1 if any failed, else 0."""
     codes = [subprocess.call([sys.executable, "-m", "benchmarks", *run, *shared]) for run in runs]
     return int(any(codes))
 

@@ -1,13 +1,14 @@
-"""Whole runs of the `fused` lowering against the uncached eager model, and what each part of it brings.
+"""Whole runs of the `fused` lowering compared with the uncached eager model, and what each part of it gains.
 
-Theoretical: FLOPs of the uncached model / FLOPs that the schedule leaves; what is computed before the steps is not
-taken off, so that a ratio above 1 is what a static plan gains beyond the schedule. Providers run in turn; each is a
-whole run, its prologue included, with timesteps that an earlier run told it. A schedule counts only after the outputs
-of its first steps were held against the reference.
+The theoretical speed-up is FLOPs of the uncached model / FLOPs that the schedule leaves. What the prologue computes is
+not subtracted, so a realised / theoretical ratio above 1 is what a static plan gains beyond the schedule. Providers
+take turns; each runs all steps, its prologue included, with timesteps known from an earlier run. A schedule is timed
+only after the outputs of its first steps were compared with the reference.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 
@@ -17,22 +18,22 @@ from numpy.typing import NDArray
 
 import harmonica_rt as hrt
 from benchmarks import models, schedules
-from benchmarks.rows import Row
-from benchmarks.timing import Spread, interleaved
+from benchmarks.rows import Row, spread_row
+from benchmarks.timing import interleaved
 from harmonica_rt.api import CompiledModel
 from harmonica_rt.execute.planned_engine import PlannedEngine
 from harmonica_rt.options import HOISTED, CompileOptions
 
 STEPS = 20
-CHECKED = 4  # steps held against the reference
+CHECKED = 4  # steps compared with the reference
 LOWERINGS = ("plain", HOISTED, "fused")  # each adds one thing: graphs, the prologue, fused ops
 
 
 def run(*, repeats: int, quick: bool, only: str = "") -> list[Row]:
-    """The bundled model at batch 1 and 8, and PixArt-XL and DiT-XL/2 geometry; those whose name holds `only`."""
+    """The bundled model at batch 1 and 8, and PixArt-XL and DiT-XL/2 geometry; the cases whose names contain `only`."""
     if quick:
         return _case(models.bundled(1, 4), repeats, "at least 1.35")
-    few = min(repeats, 3)  # minutes each
+    few = min(repeats, 3)  # a round takes minutes
     cases: dict[str, tuple[Callable[[], models.Case], int, str]] = {
         "bundled, batch 1": (lambda: models.bundled(1, STEPS), repeats, "at least 1.35"),
         "bundled, batch 8": (lambda: models.bundled(8, STEPS), repeats, "at least 1.10"),
@@ -41,7 +42,7 @@ def run(*, repeats: int, quick: bool, only: str = "") -> list[Row]:
     }
     chosen = [case for name, case in cases.items() if only in name]
     if not chosen:
-        raise ValueError(f"no case's name holds {only!r}; there are {', '.join(cases)}")
+        raise ValueError(f"no case's name contains {only!r}; the cases are {', '.join(cases)}")
     return [row for build, rounds, target in chosen for row in _case(build(), rounds, target)]
 
 
@@ -51,10 +52,10 @@ def _case(case: models.Case, repeats: int, target: str) -> list[Row]:
     for name, schedule in schedules.released(sites, len(case.calls)).items():
         _check(case, schedule)
         compiled = {lowering: _compile(case, schedule, lowering) for lowering in LOWERINGS}
-        providers: dict[str, Callable[[], object]] = {"uncached": lambda: _uncached(case)}
+        providers: dict[str, Callable[[], object]] = {"uncached": case.run_uncached}
         for lowering, model in compiled.items():
-            providers[lowering] = lambda model=model: _run(model, case)  # type: ignore[misc]
-            _run(model, case)  # the run that tells the timesteps
+            providers[lowering] = functools.partial(case.run_compiled, model)
+            case.run_compiled(model)  # the run that the timesteps become known from
         seconds = interleaved(providers, repeats)
         theory = compiled["fused"].report().plans[0].theoretical_speedup
         rows.append(Row("end_to_end", case.name, name, "theoretical speed-up", theory, "ratio"))
@@ -69,7 +70,7 @@ def _case(case: models.Case, repeats: int, target: str) -> list[Row]:
 
 
 def _step_rows(case: models.Case, name: str, model: CompiledModel, repeats: int) -> list[Row]:
-    """What a step that reuses every site takes, as a share of one that computes every site; first steps left out."""
+    """Time of a step that reuses all sites / time of one that computes all sites; the first step is left out."""
     computed = model.schedule.compute[1:]
     full, idle = computed.all(axis=1), ~computed.any(axis=1)
     if not full.any() or not idle.any():
@@ -93,7 +94,7 @@ def _step_seconds(model: CompiledModel, case: models.Case) -> NDArray[np.float64
 
 
 def _check(case: models.Case, schedule: hrt.Schedule) -> None:
-    """Hold the first steps against the reference (one precision up, so they take a while).
+    """Compare the first steps with the reference; the reference one precision up makes this slow.
 
     Raises:
         ParityError: outputs are off.
@@ -110,18 +111,4 @@ def _compile(case: models.Case, schedule: hrt.Schedule, lowering: str) -> Compil
 def _row(
     case: models.Case, schedule: str, metric: str, values: list[float], unit: str, target: str | None = None
 ) -> Row:
-    spread = Spread.of(values)
-    return Row("end_to_end", case.name, schedule, metric, spread.p50, unit, spread.p20, spread.p80, len(values), target)
-
-
-@torch.no_grad()
-def _uncached(case: models.Case) -> None:
-    for call in case.calls:
-        case.model(**call)
-
-
-@torch.no_grad()
-def _run(model: CompiledModel, case: models.Case) -> None:
-    model.reset()
-    for call in case.calls:
-        model(**call)
+    return spread_row("end_to_end", case.name, schedule, metric, values, unit, target)

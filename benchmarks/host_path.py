@@ -1,12 +1,12 @@
-"""What the host does for a step whose work is one graph: seconds from the call of the model to its return.
+"""Host time of a step whose work is one graph: seconds from the call of the model to its return.
 
-On a GPU that time is hidden while the device is busy, and is what is waited for where it is not. Here graphs launch
-nothing: a stand-in hands out what it recorded. The model has DiT-XL/2's 28 blocks and 56 sites at a width of 16, so
-that copies of inputs and outputs, which a GPU makes by itself, take next to nothing. Beside it stands the least that
-any host path must do, in C++ or not: copy the latents to their fixed place, replay, copy the output for the caller.
+On a GPU this time is hidden while the device is busy; otherwise it adds to the step. Here graphs launch nothing: a
+stand-in returns what it recorded. The model has DiT-XL/2's 28 blocks and 56 sites at a width of 16, so that copies of
+inputs and outputs, which a GPU makes on its own, take almost no time. The baseline is the least that any host path must
+do, in C++ or not: copy the latents to their fixed address, replay, copy the output for the caller.
 
-Part of a step is the look at the model, whether it is still what it was. It is timed by itself as well, and so is
-reading the model anew, which a change costs.
+Each step checks whether the model has changed. That check is also timed alone, and so is walking the model again after
+a change.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from torch import nn
 
 import harmonica_rt as hrt
 from benchmarks import models, schedules
-from benchmarks.rows import Row
-from benchmarks.timing import Spread
+from benchmarks.rows import Row, spread_row
 from harmonica_rt.api import CompiledModel
 from harmonica_rt.execute.cuda_graphs import Body, Graphs, copies
 from harmonica_rt.execute.planned_engine import PlannedEngine
@@ -29,7 +28,7 @@ from harmonica_rt.model.watch import ModelWatch
 from harmonica_rt.options import CompileOptions
 
 STEPS = 20
-RUNS = 50  # in each repeat
+RUNS = 50  # per repeat
 LOOK = "the look at the model alone"
 TARGETS = {LOOK: "<= 3e-4"}
 
@@ -41,31 +40,31 @@ class IdleGraph:
         self._outputs = outputs
 
     def replay(self) -> tuple[Any, ...]:
-        """What was recorded."""
+        """Return what was recorded."""
         return self._outputs
 
 
 class IdlePool:
-    """Records by running once."""
+    """A pool whose graphs are recorded by running once."""
 
     nbytes = 0
     device = torch.device("cpu")
 
     def warm_up(self, body: Body) -> tuple[Any, ...]:
-        """Run it."""
+        """Run the body."""
         return body()
 
     def record(self, body: Body) -> IdleGraph:
-        """Run it, and keep what it gave."""
+        """Run the body and keep its outputs."""
         return IdleGraph(body())
 
     def seconds(self, run: Callable[[], object]) -> float:
-        """Only asked where graphs are kept by measurement."""
+        """Seconds of one run; called only if graphs are kept by measurement."""
         return _seconds(run)
 
 
 def run(*, repeats: int, quick: bool) -> list[Row]:
-    """Seconds per step, of the compiled model and of the least there is."""
+    """Seconds per step of the compiled model, and of the least that a host path must do."""
     runs, layers = (2, 4) if quick else (RUNS, 28)
     model = models.dit(layers=layers, heads=2, head_dim=8)
     calls = models.dit_calls(model, 2, STEPS)
@@ -86,7 +85,7 @@ def run(*, repeats: int, quick: bool) -> list[Row]:
         return [_seconds(lambda call=call: _least(latents, call, graph)) for call in calls]  # type: ignore[misc]
 
     with torch.no_grad():
-        for _ in range(4):  # forecasts are made, graphs recorded
+        for _ in range(4):  # forecasts are made and graphs recorded
             ours()
         found: dict[str, list[float]] = {"compiled model": [], "copies and replay alone": []}
         for _ in range(repeats):
@@ -94,27 +93,15 @@ def run(*, repeats: int, quick: bool) -> list[Row]:
                 samples = sorted(second for _ in range(runs) for second in provider()[1:])
                 found[name].append(samples[len(samples) // 2])
         found |= _looks(model, repeats=repeats, looks=runs * STEPS)
-    spreads = {name: Spread.of(samples) for name, samples in found.items()}
     case = f"DiT, {layers} blocks of width 16, batch 2"
     return [
-        Row(
-            "host_path",
-            case,
-            "10 patterns",
-            f"host, a step: {name}",
-            s.p50,
-            "s",
-            s.p20,
-            s.p80,
-            repeats,
-            TARGETS.get(name),
-        )
-        for name, s in spreads.items()
+        spread_row("host_path", case, "10 patterns", f"host, a step: {name}", samples, "s", TARGETS.get(name))
+        for name, samples in found.items()
     ]
 
 
 def _looks(model: nn.Module, *, repeats: int, looks: int) -> dict[str, list[float]]:
-    """Seconds of a look at a model that did not change, and of reading it anew."""
+    """Seconds of a check of a model that did not change, and of walking it again after a change."""
     watch = ModelWatch(model)
     watch.look()
     found: dict[str, list[float]] = {LOOK: [], "a change seen, the model read anew": []}

@@ -1,4 +1,7 @@
-"""The models that are measured, and the calls of one run. Weights are random (never zero, adaLN gates included)."""
+"""The models that are measured, and the calls of one run.
+
+Parameters are random and not zero, adaLN gates included, except in the bundled model, which is trained.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,41 @@ import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel
 from torch import nn
 
+from harmonica_rt import CompiledModel
+
 NULL_CLASS = 1000
 
 
 @dataclass(frozen=True)
 class Case:
-    """A denoiser and its calls, one per step."""
+    """A denoiser and the calls of one run.
+
+    Attributes:
+        name: model, geometry and batch.
+        model: the denoiser.
+        calls: keyword arguments of each step's call.
+    """
 
     name: str
     model: nn.Module
     calls: list[dict[str, Any]]
 
+    @torch.no_grad()
+    def run_uncached(self) -> None:
+        """Run all steps with the model itself."""
+        for call in self.calls:
+            self.model(**call)
+
+    @torch.no_grad()
+    def run_compiled(self, compiled: CompiledModel) -> None:
+        """Run all steps with the compiled model."""
+        compiled.reset()
+        for call in self.calls:
+            compiled(**call)
+
 
 def bundled(batch: int, steps: int) -> Case:
-    """The bundled digits model, with trained weights; guidance doubles the batch."""
+    """The bundled digits model, which is trained; guidance doubles the batch."""
     path = resources.files("harmonica_rt") / "demo" / "digits-dit"
     model = DiTTransformer2DModel.from_pretrained(str(path), subfolder="transformer").eval()
     return Case(f"bundled, batch {batch} (guidance: {2 * batch})", model, dit_calls(model, 2 * batch, steps))
@@ -42,12 +66,12 @@ def dit_xl_2(batch: int, steps: int) -> Case:
 
 
 def dit(layers: int, heads: int, head_dim: int) -> nn.Module:
-    """A DiT of diffusers' class with 32 x 32 latents and patches of 2."""
+    """A DiT of diffusers' class with 32 x 32 latents and patches of 2 x 2."""
     return randomised(dit_on_meta(layers, heads, head_dim, sample_size=32))
 
 
 def dit_on_meta(layers: int, heads: int, head_dim: int, sample_size: int) -> nn.Module:
-    """A DiT with patches of 2, without memory for its weights."""
+    """A DiT with patches of 2 x 2, on the meta device."""
     with torch.device("meta"):
         model: nn.Module = DiTTransformer2DModel(
             num_attention_heads=heads,
@@ -72,7 +96,7 @@ def pixart_xl(batch: int, steps: int) -> Case:
 
 
 def pixart_on_meta(sample_size: int, *, sized: bool = False) -> nn.Module:
-    """PixArt-XL/2, 28 blocks of width 1152, without memory for its weights; `sized`: told its size (alpha 1024)."""
+    """PixArt-XL/2, 28 blocks of width 1152, on the meta device; if `sized`, it takes the image size (alpha 1024)."""
     with torch.device("meta"):
         model: nn.Module = PixArtTransformer2DModel(
             num_attention_heads=16,
@@ -90,7 +114,7 @@ def pixart_on_meta(sample_size: int, *, sized: bool = False) -> nn.Module:
 
 
 def pixart_calls(model: nn.Module, rows: int, steps: int, text_tokens: int) -> list[dict[str, Any]]:
-    """One call for each DDIM step, `rows` latents each."""
+    """Keyword arguments of the call of each DDIM step, with a batch of `rows`."""
     config: Any = model.config
     side = config.sample_size
     generator = torch.Generator().manual_seed(0)
@@ -115,11 +139,11 @@ def pixart_calls(model: nn.Module, rows: int, steps: int, text_tokens: int) -> l
 
 
 def flux_on_meta(double: int = 19, single: int = 38) -> nn.Module:
-    """FLUX.1-dev's geometry (width 3072, guidance embedded), without memory for its weights.
+    """Flux at the geometry of FLUX.1-dev (width 3072, guidance embedded), on the meta device.
 
     Args:
-        double: blocks of joint attention.
-        single: blocks of one stream.
+        double: number of double-stream blocks.
+        single: number of single-stream blocks.
     """
     with torch.device("meta"):
         model: nn.Module = FluxTransformer2DModel(num_layers=double, num_single_layers=single, guidance_embeds=True)
@@ -127,7 +151,7 @@ def flux_on_meta(double: int = 19, single: int = 38) -> nn.Module:
 
 
 def flux_small_on_meta() -> nn.Module:
-    """Flux with an eighth of its width and few blocks, for a CPU."""
+    """Flux with an eighth of its width and few blocks, on the meta device; small enough to run on a CPU."""
     with torch.device("meta"):
         model: nn.Module = FluxTransformer2DModel(
             num_layers=3,
@@ -143,7 +167,7 @@ def flux_small_on_meta() -> nn.Module:
 
 
 def flux_calls(model: nn.Module, rows: int, steps: int, *, side: int, text_tokens: int) -> list[dict[str, Any]]:
-    """One call for each step of flow matching, `side` x `side` image tokens."""
+    """Keyword arguments of the call of each step of flow matching, with `side` x `side` image tokens."""
     config: Any = model.config
     generator = torch.Generator().manual_seed(0)
     place = torch.zeros(side, side, 3)
@@ -166,7 +190,7 @@ def flux_calls(model: nn.Module, rows: int, steps: int, *, side: int, text_token
 
 
 def flux_like() -> nn.Module:
-    """Flux's 19 + 38 blocks at a narrow width: its pattern of sites and sizes, not its cost."""
+    """Flux with 19 + 38 blocks at a narrow width: the same sites and relative sizes, at little cost."""
     with torch.device("meta"):
         model = FluxTransformer2DModel(
             in_channels=4,
@@ -183,7 +207,7 @@ def flux_like() -> nn.Module:
 
 
 def flux_call(image_tokens: int, text_tokens: int) -> dict[str, Any]:
-    """One call of the Flux-like model, batch 1."""
+    """Keyword arguments of one call of the Flux-like model, batch 1."""
     return {
         "hidden_states": torch.randn(1, image_tokens, 4),
         "encoder_hidden_states": torch.randn(1, text_tokens, 16),
@@ -196,9 +220,9 @@ def flux_call(image_tokens: int, text_tokens: int) -> dict[str, Any]:
 
 
 def randomised(model: nn.Module, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
-    """Materialise a model with normal weights of deviation 0.02; `dtype` None keeps that of its description."""
+    """Materialise a meta model with normal parameters and buffers (deviation 0.02); `dtype` None keeps its dtype."""
     if dtype is not None:
-        nn.Module.to(model, dtype=dtype)  # first: on the meta device it costs no memory
+        nn.Module.to(model, dtype=dtype)  # before it is materialised: this costs no memory
     model = model.to_empty(device=device).eval()
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
@@ -208,7 +232,7 @@ def randomised(model: nn.Module, device: str | torch.device = "cpu", dtype: torc
 
 
 def dit_calls(model: nn.Module, rows: int, steps: int) -> list[dict[str, Any]]:
-    """One call for each DDIM step, `rows` latents each."""
+    """Keyword arguments of the call of each DDIM step, with a batch of `rows`."""
     config: Any = model.config
     generator = torch.Generator().manual_seed(0)
     scheduler = DDIMScheduler()

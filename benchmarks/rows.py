@@ -1,4 +1,4 @@
-"""A measured figure with everything needed to judge it, and the file it goes to."""
+"""Rows: measured figures with all that is needed to judge them, printed as tables and kept in `results/`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.timing import Spread
 from harmonica_rt.schedule.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,11 +30,12 @@ class Row:
         case: model, geometry and batch.
         schedule: name of the schedule.
         metric: what was measured.
-        value: the figure; the median where there are repeats.
-        unit: `s`, `ratio`, `bytes`, `count`.
-        p20, p80: spread over the repeats; None where there is one.
-        repeats: how many.
-        target: what the project asks of this figure, None where it asks nothing.
+        value: the figure; the median if it was measured more than once.
+        unit: `s`, `ratio`, `bytes`, `count` or `dB`.
+        p20: 20th percentile over the repeats; None if there is one.
+        p80: 80th percentile over the repeats; None if there is one.
+        repeats: how often it was measured.
+        target: what the project asks of this figure; None if nothing.
     """
 
     benchmark: str
@@ -48,8 +50,17 @@ class Row:
     target: str | None = None
 
 
+def spread_row(
+    benchmark: str, case: str, schedule: str, metric: str, samples: list[float], unit: str, target: str | None = None
+) -> Row:
+    """The row of a figure that was measured `len(samples)` times: their median and spread."""
+    spread = Spread.of(samples)
+    low, high = (spread.p20, spread.p80) if len(samples) > 1 else (None, None)
+    return Row(benchmark, case, schedule, metric, spread.p50, unit, low, high, len(samples), target)
+
+
 def machine() -> dict[str, object]:
-    """Device, threads, versions and commit."""
+    """Device, cores, threads, versions and commit."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_initialized() else _cpu_name(),
         "cores": os.cpu_count(),
@@ -63,21 +74,21 @@ def machine() -> dict[str, object]:
 
 
 def save(name: str, rows: Iterable[Row]) -> Path:
-    """Write `results/NAME.json`, in the place of earlier rows of the same cases."""
+    """Write rows to `results/NAME.json`, where they replace all rows of the same cases; returns the path."""
     path = RESULTS / f"{name}.json"
-    merge(path, [short(row) for row in rows], ("case",))
+    merge(path, [short(dataclasses.asdict(row)) for row in rows], ("case",))
     return path
 
 
 def merge(path: Path, new: Sequence[Mapping[str, Any]], key: Sequence[str]) -> None:
-    """Write rows, one a line so that two runs can be diffed, beside those that the file has of others.
+    """Add rows to a file, one per line so that two runs can be diffed.
 
-    The file lists machines; each row has the number of the one that it was measured on.
+    The file lists machines; each row has the index of the one that it was measured on.
 
     Args:
-        path: of the file.
-        new: the rows, measured here and now.
-        key: fields; a row that is there is replaced where a new one has the same values in all of them.
+        path: the file.
+        new: rows that were measured now, on this machine.
+        key: names of fields; rows of the file whose values in all of them equal those of a new row are removed.
     """
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"machines": [], "rows": []}
     replaced = {tuple(row[name] for name in key) for row in new}
@@ -88,6 +99,12 @@ def merge(path: Path, new: Sequence[Mapping[str, Any]], key: Sequence[str]) -> N
     parts = (",\n    ".join(map(json.dumps, part)) for part in (listed, rows))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, '{{\n  "machines": [\n    {}\n  ],\n  "rows": [\n    {}\n  ]\n}}\n'.format(*parts))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, with the index of each one's machine; none if there is no file."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    return rows
 
 
 def show(rows: Iterable[Row]) -> None:
@@ -102,10 +119,14 @@ def show(rows: Iterable[Row]) -> None:
     Console(width=150).print(table)
 
 
-def short(row: Any) -> dict[str, Any]:
-    """The fields of a dataclass that are not None; numbers with six digits."""
-    fields = {name: value for name, value in dataclasses.asdict(row).items() if value is not None}
-    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in fields.items()}
+def short(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that are not None, rounded as by `rounded`."""
+    return rounded({name: value for name, value in fields.items() if value is not None})
+
+
+def rounded(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures with floats rounded to six significant digits."""
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in figures.items()}
 
 
 def _is_installed(package: str) -> bool:

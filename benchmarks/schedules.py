@@ -1,4 +1,4 @@
-"""The schedules that are measured."""
+"""The schedules that several benchmarks measure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from harmonica_rt import Schedule
 
 
 def standard(sites: list[str], steps: int) -> dict[str, Schedule]:
-    """every(2), every(3), and a random one that reuses half of all entries."""
+    """every(2), every(3), and a random schedule that reuses half of all entries."""
     return {
         "every(2)": Schedule.every(2, steps=steps, sites=sites),
         "every(3)": Schedule.every(3, steps=steps, sites=sites),
@@ -19,16 +19,18 @@ def standard(sites: list[str], steps: int) -> dict[str, Schedule]:
 
 
 def released(sites: list[str], steps: int) -> dict[str, Schedule]:
-    """every(2), and Learning-to-Cache's released one for 20 DDIM steps of DiT-XL/2 where it is for these sites."""
+    """every(2), and the released Learning-to-Cache schedule (DiT-XL/2, 20 DDIM steps) if it fits sites and steps."""
     found = {"every(2)": Schedule.every(2, steps=steps, sites=sites)}
     theirs = Schedule.known("dit-xl-2-256-ddim20-l2c")
     if list(theirs.sites) == sites and theirs.steps == steps:
-        found["released Learning-to-Cache"] = dataclasses.replace(theirs, model=None)  # random weights, its own config
+        found["released Learning-to-Cache"] = dataclasses.replace(
+            theirs, model=None
+        )  # the model here has random parameters and another config
     return found
 
 
 def ten_patterns(sites: list[str], steps: int) -> Schedule:
-    """Ten distinct rows (the first computes all), then the last nine of them in turn."""
+    """Ten distinct rows, of which the first computes all, then the last nine of them in turn."""
     generator = np.random.default_rng(0)
     rows = generator.random((10, len(sites))) < 0.5
     rows[0] = True

@@ -1,4 +1,4 @@
-"""Planned cache bytes against the bound that no plan can beat, for sites of one size and of several."""
+"""Planned slot memory compared with a lower bound for any plan, for models whose sites have one size or several."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from harmonica_rt.plan.plan import Plan, build_plan
 
 
 def run(*, repeats: int, quick: bool) -> list[Row]:
-    """Plan DiT (one size) and Flux-like (text and image tokens: several) models with many schedules."""
-    del repeats  # a plan is the same every time
+    """Plan a DiT (sites of one size) and a Flux-like model (text and image sites differ) with many schedules."""
+    del repeats  # a plan is deterministic
     steps = 10 if quick else 20
     dit = models.dit(layers=28, heads=2, head_dim=8)
     rows = _rows("DiT, 28 blocks (sites of one size)", dit, models.dit_calls(dit, 2, 1)[0], steps, "1")

@@ -1,19 +1,18 @@
-"""Realised against theoretical speed-up of whole runs, compiled (`plain`) against the uncached eager model.
+"""Realised and theoretical speed-up of whole runs, compiled with `plain`, over the uncached eager model.
 
-Theoretical: FLOPs of an uncached run / FLOPs of the step programs. A run counts only after its compiled outputs were
-equal to the reference's, bit for bit.
+The theoretical speed-up is FLOPs of an uncached run / FLOPs of the step programs. A schedule is timed only after the
+compiled outputs equalled the reference's bit for bit.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-
-import torch
 
 import harmonica_rt as hrt
 from benchmarks import models, schedules
-from benchmarks.rows import Row
-from benchmarks.timing import Spread, interleaved
+from benchmarks.rows import Row, spread_row
+from benchmarks.timing import interleaved
 
 STEPS = 20
 
@@ -29,57 +28,23 @@ def run(*, repeats: int, quick: bool) -> list[Row]:
 def _case(case: models.Case, repeats: int, target: str) -> list[Row]:
     sites = hrt.find_sites(case.model)
     chosen = schedules.standard(sites, len(case.calls))
-    providers: dict[str, Callable[[], object]] = {"uncached": lambda: _uncached(case)}
+    providers: dict[str, Callable[[], object]] = {"uncached": case.run_uncached}
     compiled: dict[str, hrt.CompiledModel] = {}
     for name, schedule in chosen.items():
         hrt.verify(case.model, schedule, calls=case.calls)  # raises unless equal bit for bit
         compiled[name] = hrt.compile(case.model, schedule, strict=True)
-        providers[name] = lambda model=compiled[name]: _compiled(model, case)  # type: ignore[misc]
+        providers[name] = functools.partial(case.run_compiled, compiled[name])
     seconds = interleaved(providers, repeats)
-    base = Spread.of(seconds["uncached"])
-    rows = [Row("speedup", case.name, "none", "uncached eager run", base.p50, "s", base.p20, base.p80, repeats)]
+    uncached = seconds["uncached"]
+    rows = [spread_row("speedup", case.name, "none", "uncached eager run", uncached, "s")]
     for name, model in compiled.items():
-        took = Spread.of(seconds[name])
-        ratio = Spread.of([a / b for a, b in zip(seconds["uncached"], seconds[name], strict=True)])
+        ratios = [a / b for a, b in zip(uncached, seconds[name], strict=True)]
         theory = model.report().plans[0].theoretical_speedup
+        shares = [ratio / theory for ratio in ratios]
         rows += [
-            Row("speedup", case.name, name, "compiled run", took.p50, "s", took.p20, took.p80, repeats),
+            spread_row("speedup", case.name, name, "compiled run", seconds[name], "s"),
             Row("speedup", case.name, name, "theoretical speed-up", theory, "ratio"),
-            Row(
-                "speedup",
-                case.name,
-                name,
-                "realised speed-up",
-                ratio.p50,
-                "ratio",
-                ratio.p20,
-                ratio.p80,
-                repeats,
-            ),
-            Row(
-                "speedup",
-                case.name,
-                name,
-                "realised / theoretical",
-                ratio.p50 / theory,
-                "ratio",
-                ratio.p20 / theory,
-                ratio.p80 / theory,
-                repeats,
-                target,
-            ),
+            spread_row("speedup", case.name, name, "realised speed-up", ratios, "ratio"),
+            spread_row("speedup", case.name, name, "realised / theoretical", shares, "ratio", target),
         ]
     return rows
-
-
-@torch.no_grad()
-def _uncached(case: models.Case) -> None:
-    for call in case.calls:
-        case.model(**call)
-
-
-@torch.no_grad()
-def _compiled(model: hrt.CompiledModel, case: models.Case) -> None:
-    model.reset()
-    for call in case.calls:
-        model(**call)

@@ -1,23 +1,21 @@
-"""How long training takes to the quality that Learning-to-Cache ends with, at the same speed-up on the bundled model.
+"""How long training takes to reach the final quality of Learning-to-Cache, at equal speed-up on the bundled model.
 
-Each method is trained from the beginning with growing budgets, once a seed: theirs with all, ours until one is good
-enough. The methods take turns, so that a machine that drifts drifts for both. The quality of a schedule is the PSNR of
-its images to the uncached ones of the same noise.
+Each method is trained from the start with growing budgets, once per seed: Learning-to-Cache with all of them, ours
+until one is good enough. The methods take turns, so that a drift of the machine affects both. The quality of a schedule
+is the PSNR between its images and the uncached images of the same noise.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 from torch import Tensor
 
 from benchmarks.quality import images
 from benchmarks.quality.cost import costs_of
 from benchmarks.quality.metrics import psnr
 from benchmarks.quality.producers import FULL, PRODUCERS, QUICK, Budget, Point
-from benchmarks.rows import Row
-from benchmarks.timing import Spread
+from benchmarks.rows import Row, spread_row
 from harmonica_rt.demo import bundled_model
 from harmonica_rt.schedule import Schedule
 from harmonica_training.digits import load_pipeline
@@ -25,13 +23,13 @@ from harmonica_training.digits import load_pipeline
 POINT = Point(20, 1.5)
 THEIRS = "l2c"
 OURS = ("harmonica", "harmonica-rt")  # the paper's method, and what `train` does unless told otherwise
-SHARES = (0.125, 0.25, 0.5, 1.0)  # of the quality benchmark's budget
+SHARES = (0.125, 0.25, 0.5, 1.0)  # of the iterations in the quality benchmark's budget
 SEEDS = 3
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training took and gave."""
+    """What one training took, in seconds, and the PSNR that it reached, in dB."""
 
     seconds: float
     psnr: float
@@ -42,7 +40,7 @@ def run(*, repeats: int, quick: bool) -> list[Row]:
     seeds = range(1 if quick else min(repeats, SEEDS))
     point, budget, count = (Point(4, 1.5), QUICK, 4) if quick else (POINT, FULL, 64)
     shares = (1.0,) if quick else SHARES
-    for method in (THEIRS, *OURS):  # what is loaded once is no part of a training
+    for method in (THEIRS, *OURS):  # warm up: loading is not part of a training
         trained(method, Point(4, point.speedup), 0, QUICK, uncached(Point(4, point.speedup), 0, 2))
     results: dict[tuple[str, float], list[Trained]] = {}
     ratios: dict[str, list[float | None]] = {method: [] for method in OURS}
@@ -56,7 +54,7 @@ def run(*, repeats: int, quick: bool) -> list[Row]:
                 results.setdefault((method, share), []).append(found)
                 (theirs if method == THEIRS else ours).append(found)
                 if ours and time_ratio(ours, theirs) is not None:
-                    break  # good enough: what takes longer is not asked for
+                    break  # good enough: larger budgets are not needed
             if method != THEIRS:
                 ratios[method].append(time_ratio(ours, theirs))
     case = f"bundled, {point}, {count} images"
@@ -77,21 +75,21 @@ def run(*, repeats: int, quick: bool) -> list[Row]:
 
 
 def part(budget: Budget, share: float) -> Budget:
-    """A share of the iterations of a budget, at least one; all else stays."""
+    """The budget with a share of its iterations, at least one; all else is unchanged."""
     return replace(
         budget, iterations=max(1, round(budget.iterations * share)), settling=max(2, round(budget.settling * share))
     )
 
 
 def uncached(point: Point, seed: int, count: int) -> Tensor:
-    """The images of `count` seeds without a cache, uint8 `[count, 1, H, W]`."""
+    """`count` images without a cache, uint8 `[count, 1, H, W]`."""
     pipeline = load_pipeline(bundled_model())
     everything = Schedule.all_compute(steps=point.steps, sites=costs_of(pipeline.transformer).sites)
     return images.generate(pipeline, everything, count=count, seed=seed)
 
 
 def trained(method: str, point: Point, seed: int, budget: Budget, truth: Tensor) -> Trained:
-    """Train, sample as many images as `truth` has, and compare."""
+    """Train a schedule, sample as many images as `truth` has, and compare them with it."""
     pipeline = load_pipeline(bundled_model())
     produced = PRODUCERS[method](pipeline, point, seed, budget)
     found = images.generate(pipeline, produced.schedule, count=len(truth), seed=seed)
@@ -99,13 +97,11 @@ def trained(method: str, point: Point, seed: int, budget: Budget, truth: Tensor)
 
 
 def time_ratio(ours: list[Trained], theirs: list[Trained]) -> float | None:
-    """Shortest of our trainings that is as good as their best / the shortest of theirs that is; None if none is."""
+    """Seconds of our shortest training that is as good as their best one / seconds of that one; None if none is."""
     best = max(theirs, key=lambda result: result.psnr)
     enough = [result.seconds for result in ours if result.psnr >= best.psnr]
     return min(enough) / best.seconds if enough else None
 
 
 def _row(case: str, name: str, metric: str, values: list[float], unit: str, target: str | None = None) -> Row:
-    spread = Spread.of([float(value) for value in np.asarray(values)])
-    low, high = (spread.p20, spread.p80) if len(values) > 1 else (None, None)
-    return Row("time_to_quality", case, name, metric, spread.p50, unit, low, high, len(values), target)
+    return spread_row("time_to_quality", case, name, metric, values, unit, target)

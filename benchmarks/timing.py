@@ -1,4 +1,4 @@
-"""Interleaved timing: every provider once per round, so that a machine that drifts drifts for all of them."""
+"""Interleaved timing: every provider runs once per round, so that a drift of the machine affects all alike."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Spread:
-    """Median with the 20th and 80th percentile."""
+    """Median, 20th and 80th percentile of a list of samples."""
 
     p50: float
     p20: float
@@ -25,7 +25,7 @@ class Spread:
 
 
 def interleaved(providers: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each provider in each round, after one warm-up round."""
+    """Seconds of each provider in each of `repeats` rounds, after one warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in providers}
     for run in providers.values():
         run()

@@ -1,15 +1,14 @@
-"""Seconds to compile every transformer class of diffusers at its published geometry, lowering `fused`, without weights.
+"""Seconds to compile every transformer class of diffusers with `fused` at its published geometry, without parameters.
 
-Models and calls lie on the meta device: compiling looks at no value. A class that reads values of its call (lengths in
-masks) cannot be traced there, nor one with flex attention: it is compiled on the CPU, its weights one number each that
-stands for all, so that they take no memory. `python -m benchmarks.zoo` writes docs/zoo.md: what works, at tiny sizes,
-with the seconds of the last saved benchmark.
+Models and calls are on the meta device, since compiling uses no values. A class that reads values of its call (lengths
+in masks) or has flex attention cannot be traced there: it is compiled on the CPU, with parameters that are one number
+expanded to their shape, so that they take no memory. `python -m benchmarks.zoo` writes docs/zoo.md: which classes work
+at tiny sizes, with the seconds of the last saved benchmark.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import time
 import warnings
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import harmonica_rt as hrt
-from benchmarks.rows import RESULTS, Row
+from benchmarks.rows import RESULTS, Row, read
 from harmonica_rt.call.call import CallConvention
 from harmonica_rt.call.roles import roles
 from harmonica_rt.capture.capture import capture
@@ -40,12 +39,12 @@ QUICK = ("DiTTransformer2DModel", "FluxTransformer2DModel")
 
 
 def cases(*, quick: bool) -> list[str]:
-    """The classes that can be compiled. Each has a process of its own: a second compile finds torch's caches warm."""
+    """The classes that can be compiled. Each gets its own process, since a second compile finds torch's caches warm."""
     return [name for name, entry in ZOO.items() if entry.failure is None and (name in QUICK or not quick)]
 
 
 def run(*, repeats: int, quick: bool, only: str) -> list[Row]:
-    """One compile of the class with this name, or of each whose name holds this text."""
+    """Compile the class named `only`, or each class whose name contains it, once."""
     del repeats
     names = [only] if only in cases(quick=quick) else [name for name in cases(quick=quick) if only in name]
     return [row for name in names for row in _rows(name, ZOO[name])]
@@ -68,7 +67,7 @@ def _rows(name: str, entry: Entry) -> list[Row]:
 
 
 def without_memory(name: str, entry: Entry) -> nn.Module:
-    """The model with its buffers, and weights of one number each."""
+    """The model with its buffers, and with each parameter expanded from one number."""
     with accelerate.init_empty_weights(include_buffers=False):
         model: nn.Module = model_of(name, entry.real)
     for module in model.modules():
@@ -82,7 +81,7 @@ def compile_seconds(model: nn.Module, entry: Entry, device: str) -> dict[str, fl
     """Seconds of each part of a compile, for 20 steps of which every second one reuses all sites.
 
     Raises:
-        CaptureError: the model cannot be captured there.
+        CaptureError: the model cannot be captured on this device.
     """
     kwargs: dict[str, Any] = calls_of(entry, model, entry.size, 1)[0]
     call = CallConvention(model).normalise((), pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), kwargs))
@@ -99,8 +98,8 @@ def compile_seconds(model: nn.Module, entry: Entry, device: str) -> dict[str, fl
     return dict(zip(("capture", "plan", "lower"), spans, strict=True))
 
 
-def line(name: str, entry: Entry, seconds: str) -> str:
-    """The line of one class in the table, from running it at its tiny size."""
+def table_row(name: str, entry: Entry, seconds: str) -> str:
+    """The table row of one class, which is run at its tiny size."""
     if entry.failure is not None:
         return f"| `{name}` | | no: {entry.failure.why}. Upstream: {entry.failure.upstream} | | | |"
     outcome = run_tiny(name, entry)
@@ -136,13 +135,9 @@ Not counted, because they denoise nothing:
 
 
 def _saved_seconds() -> dict[str, str]:
-    path = RESULTS / "zoo.json"
-    if not path.exists():
-        return {}
-    rows = json.loads(path.read_text())["rows"]
     return {
         row["case"].partition(",")[0]: f"{row['value']:.0f}" + "*" * row["case"].endswith("CPU")
-        for row in rows
+        for row in read(RESULTS / "zoo.json")
         if row["metric"] == "compile"
     }
 
@@ -150,11 +145,11 @@ def _saved_seconds() -> dict[str, str]:
 def main() -> None:
     """Write docs/zoo.md."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of diffusers' own names
+        warnings.simplefilter("ignore")  # diffusers warns about its own names
         seconds = _saved_seconds()
         lines = []
         for name, entry in ZOO.items():
-            lines.append(line(name, entry, seconds.get(name, "")))
+            lines.append(table_row(name, entry, seconds.get(name, "")))
             print(lines[-1], flush=True)
         PAGE.write_text(page(lines))
 

@@ -1,8 +1,11 @@
-"""Files that somebody damaged or forged, given to every reader of this project: each must be read or refused in words.
+"""Gives damaged and forged files to every reader of this project, which must read or refuse each of them.
 
-`python -m benchmarks fuzz --seconds 600` runs for a while, `tests/benchmarks/test_fuzz.py` a fixed few of its files.
-One module per format says how valid files are made, how they are damaged with their structure in mind, how they are
-read through the public door, and which errors that door documents. `run.py` counts what happens; whatever is neither a
-result nor a documented error that names the file, in printable words, is a finding. To add a format, write such a
-module and name it in `formats.py`.
+`python -m benchmarks fuzz --seconds 600` runs for ten minutes; `tests/benchmarks/test_fuzz.py` runs a few fixed files.
+
+In: a seed. Out: rows that count files and findings, and each finding's file. A finding is neither a result nor a
+documented error that names the file in printable words.
+
+Reading order: `format` (what the fuzzer knows about a format), `json_damage` and `safetensors_damage` (damage that
+knows the structure of a file), one module per format (valid files, damage, public reader, documented errors), `formats`
+(all of them), `run`. To add a format, write such a module and name it in `formats`.
 """

@@ -18,18 +18,20 @@ from benchmarks.fuzz.run import Outcome, run
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Give damaged and forged files to every reader; each must be read, or refused with a documented error."""
+    """Give damaged and forged files to every reader, which must read each or refuse it with a documented error."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks fuzz", description=main.__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0, help="for all formats together (default: 60)")
-    parser.add_argument("--format", action="append", choices=sorted(FORMATS), help="may be repeated (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random (default: 0)")
-    parser.add_argument("--file", type=int, metavar="N", help="only file N, to see a finding again")
+    parser.add_argument("--seconds", type=float, default=60.0, help="seconds for all formats together (default: 60)")
     parser.add_argument(
-        "--found", type=Path, default=Path("fuzz-found"), help="where findings go (default: fuzz-found)"
+        "--format", action="append", choices=sorted(FORMATS), help="format to fuzz; may be repeated (default: all)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: 0)")
+    parser.add_argument("--file", type=int, metavar="N", help="only file N, to reproduce a finding")
+    parser.add_argument(
+        "--found", type=Path, default=Path("fuzz-found"), help="folder for the files of findings (default: fuzz-found)"
     )
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/fuzz.json")
     options = parser.parse_args(arguments)
-    logging.disable(logging.CRITICAL)  # readers say there what they pass over
+    logging.disable(logging.CRITICAL)  # readers log what they ignore
     chosen = [FORMATS[name] for name in options.format or FORMATS]
     outcomes: dict[str, Outcome] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -47,12 +49,12 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _keep(format: Format, outcome: Outcome, seed: int, folder: Path) -> None:
-    """Print the findings of a format and keep their files."""
+    """Print the findings of a format and save their files."""
     for finding in outcome.findings:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{format.name}-{seed}-{finding.number}-{format.file}"
         path.write_bytes(finding.data)
-        print(f"--- {path}, again with --format {format.name} --seed {seed} --file {finding.number}\n{finding.why}")
+        print(f"--- {path}, reproduced by --format {format.name} --seed {seed} --file {finding.number}\n{finding.why}")
 
 
 def _rows(name: str, outcome: Outcome, seed: int) -> list[rows.Row]:

@@ -1,4 +1,4 @@
-"""Checkpoints of a training, read as a training that goes on reads them."""
+"""Training checkpoints, read by a training that resumes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STEPS, FILE = 4, "iteration-000002.safetensors"
 
 @functools.cache
 def _training() -> _Training:
-    """A training that never takes a step, only goes on from one checkpoint after the other."""
+    """A training that never takes a step; it only resumes from one checkpoint after the other."""
     setting = Setting(dit(), TrainConfig(steps=STEPS, batch=2, guidance=1.0, target_cur=0.3), None)
     return _Training(setting, HarmoniCa(setting), None)
 
@@ -59,13 +59,13 @@ def _metadata(record: str) -> dict[str, str]:
 
 
 def valid(rng: Random) -> bytes:
-    """A checkpoint that the training may go on from."""
+    """A checkpoint that the training can resume from."""
     tensors, record = content(rng)
     return safetensors.torch.save(_like(tensors), _metadata(json.dumps(record)))
 
 
 def damaged(rng: Random) -> bytes:
-    """A checkpoint with another record, or damaged as a file of safetensors."""
+    """A checkpoint with a changed record, or damaged as a safetensors file."""
     tensors, record = content(rng)
     if rng.random() < 0.4:
         values = record["values"]
@@ -83,13 +83,13 @@ def damaged(rng: Random) -> bytes:
 
 
 def _like(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in the types that the training has."""
+    """The tensors in the dtypes that the training uses."""
     here = _training()._tensors()
     return {name: tensor.to(here[name].dtype) if name in here else tensor for name, tensor in tensors.items()}
 
 
 def read(path: Path) -> object:
-    """Go on from the checkpoint."""
+    """Resume from the checkpoint."""
     training = _training()
     training._optimizer.state.clear()
     training._settling.best = None
@@ -98,7 +98,7 @@ def read(path: Path) -> object:
 
 
 def check(result: object, path: Path) -> None:
-    """Whatever was taken over is finite, and gives a schedule whose first step computes."""
+    """All loaded tensors are finite, and give a schedule whose first step computes."""
     assert isinstance(result, _Training)
     assert all(bool(tensor.isfinite().all()) for tensor in result._tensors().values())
     assert result.result(()).schedule.compute[0].all()

@@ -1,4 +1,4 @@
-"""What a training generates: files of embeddings, and of prompts."""
+"""Files of embeddings and of prompts, which say what a training generates."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def tensors(rng: Random) -> dict[str, Tensor]:
 
 
 def check_embeddings(result: object, path: Path) -> None:
-    """Entries can be drawn, and the file can be told from others."""
+    """Entries can be drawn, and the file is described by its count."""
     assert isinstance(result, Embeddings)
     assert result.describe()["count"] == len(result) >= 1
     assert all(len(values) == 1 for values in result.arguments([0]).values() if values is not None)
 
 
 def prompts(rng: Random) -> bytes:
-    """A few prompts with blank lines between them."""
+    """A few prompts, with blank lines among them."""
     return "\n".join(rng.choice(("a cat", "ein Hund", "\u732b", "", "  x ")) for _ in range(5)).encode() + b"\na\n"
 
 
@@ -51,7 +51,7 @@ def damaged_prompts(rng: Random) -> bytes:
 
 
 def check_prompts(result: object, path: Path) -> None:
-    """There are some, and none is blank."""
+    """There is at least one prompt, and none is blank."""
     assert isinstance(result, list)
     assert result
     assert all(prompt.strip() for prompt in result)

@@ -1,4 +1,4 @@
-"""What the fuzzer needs to know of a format, and the damage that suits every format: bytes changed at random."""
+"""What the fuzzer knows about a format, and damage that fits every format: bytes changed at random."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from random import Random
 
 
 def _anything(result: object, path: Path) -> None:
-    """Accept whatever was read."""
+    """Accept any result."""
 
 
 @dataclass(frozen=True)
@@ -17,14 +17,14 @@ class Format:
     """A kind of file and its reader.
 
     Attributes:
-        name: of the format, as `--format` takes it.
+        name: name of the format, as `--format` takes it.
         file: name of the file that is written.
-        errors: what the reader documents that it raises.
-        valid: the bytes of a file that must be read, from a random generator.
-        damaged: the bytes of a file derived from a valid one, which may be read or refused.
-        read: the public reader. Everything it needs beside the file (a model, sites) is its own.
-        check: raises where a result that was read is not fit for use: it does not survive being saved, prints control
-            characters, or is not what the file said.
+        errors: the errors that the reader documents.
+        valid: makes the bytes of a file that must be read.
+        damaged: makes the bytes of a file derived from a valid one, which may be read or refused.
+        read: the public reader, with everything that it needs besides the file (a model, sites).
+        check: raises if a result is unfit for use: it does not survive being saved, prints control characters, or
+            differs from what the file says.
     """
 
     name: str

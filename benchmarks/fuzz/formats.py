@@ -1,4 +1,4 @@
-"""All formats, by name."""
+"""All formats by name."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""JSON documents damaged with their structure in mind: values of other meaning, type or size, fields lost or doubled.
+"""Damages JSON documents according to their structure: values change in meaning, type or size, fields are lost or
+doubled.
 
-`damaged_json` is all that a format of JSON needs; `changed` makes another document, for formats that wrap one.
+A JSON format needs only `damaged_json`; `changed` returns another document, for formats that contain one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from benchmarks.fuzz.format import garbled
 
-_RAW = "@raw@"  # stands in a document for text that no value is written as
+_RAW = "@raw@"  # placeholder for text that no value is serialised as
 
 ODD_TEXT = (
     "", " ", "0", "a\x00b", "\x1b[2J\x1b]0;title\x07", "[/b]", "[bold red]x", "$\\frac{1}{0}$", "%s{0}{x!r}",
@@ -33,7 +34,7 @@ ODD_TOKENS = (
 
 
 def damaged_json(rng: Random, document: Any) -> bytes:
-    """The text of a document changed in one or a few places, and now and then its bytes."""
+    """The text of a document that is changed in one or a few places; sometimes its bytes are changed too."""
     if rng.random() < 0.15:
         return garbled(rng, json.dumps(document, indent=rng.choice((None, 1))).encode())
     document = changed(rng, document, times=rng.choice((1, 1, 1, 2, 3, 8)))
@@ -105,7 +106,7 @@ def _change(rng: Random, document: Any) -> Any:
 
 
 def _near(rng: Random, value: Any) -> Any:
-    """A value of the same type, a little different."""
+    """A slightly different value, mostly of the same type."""
     match value:
         case bool():
             return not value
@@ -125,7 +126,7 @@ def _near(rng: Random, value: Any) -> Any:
 
 
 def _replaced(rng: Random, document: Any, value: Any) -> Any:
-    """`document` with one of its values replaced; the whole of it now and then."""
+    """`document` with one of its values replaced; sometimes the whole document is replaced."""
     holders = _containers(document)
     if not holders or rng.random() < 0.05:
         return value
@@ -140,7 +141,7 @@ def _replaced(rng: Random, document: Any, value: Any) -> Any:
 
 
 def _containers(document: Any) -> list[Any]:
-    """Every list and object in a document, itself included."""
+    """Every list and object in a document, including itself."""
     found, rest = [], [document]
     while rest:
         value = rest.pop()

@@ -1,7 +1,7 @@
-"""Plan files, read by `harmonica_rt.load`; what is read has to run.
+"""Plan files, read by `harmonica_rt.load`; a plan that was read must run.
 
-Most of the damage here is done by somebody who knows the format: the JSON is sound and the digest fits, so that what
-lies behind both is reached. A loaded plan is run for a whole schedule: it may make a wrong image, and nothing else.
+Most of the damage here knows the format: the JSON is valid and the digest matches, so that the checks behind both are
+reached. A loaded plan is run for a whole schedule; it may make a wrong image, but do no other harm.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _call(step: int, batch: int = 2) -> dict[str, torch.Tensor]:
 
 @functools.cache
 def _text(number: int) -> str:
-    """A valid file; `number` chooses the lowering and how many plans are in it."""
+    """A valid file; `number` selects the lowering and the number of plans."""
     schedule = hrt.Schedule.from_array([[True, True], [False, True], [True, False]], sites=["blocks.0.1", "blocks.1.1"])
     compiled = hrt.compile(_model(), schedule, lowering=LOWERINGS[number % 2], strict=True)
     for batch in (2, 1)[: 1 + number // 2]:
@@ -88,12 +88,12 @@ def _text(number: int) -> str:
 
 
 def valid(rng: Random) -> bytes:
-    """A file as it is saved."""
+    """A valid file."""
     return _text(rng.randrange(4)).encode()
 
 
 def damaged(rng: Random) -> bytes:
-    """A file that is damaged anyhow, or one that is forged: its digest fits."""
+    """A damaged file, or a forged one, whose digest matches."""
     document: dict[str, Any] = json.loads(_text(rng.randrange(4)))
     if rng.random() < 0.2:
         return damaged_json(rng, document)
@@ -104,7 +104,7 @@ def damaged(rng: Random) -> bytes:
 
 
 def _forged(rng: Random, document: dict[str, Any]) -> dict[str, Any]:
-    """The document with one change of meaning."""
+    """The document with one change that keeps the JSON valid."""
     plan = rng.choice(document["plans"])
     if rng.random() < 0.25:
         part = rng.choice(("signature", "roles", "graph", "slot_offsets"))
@@ -169,7 +169,7 @@ def _change_schedule(rng: Random, document: dict[str, Any]) -> None:
 
 
 def _change_numbers(rng: Random, plan: dict[str, Any]) -> None:
-    """Other offsets, site outputs, leaf indices or shapes of arguments."""
+    """Change a slot offset or the shape of an argument."""
     offsets, leaves = plan.get("slot_offsets"), plan.get("signature", {})
     if rng.random() < 0.5 and isinstance(offsets, list) and offsets:
         offsets[rng.randrange(len(offsets))] = rng.choice((*_NUMBERS, -64, 128, 192))
@@ -185,11 +185,11 @@ def read(path: Path) -> object:
 
 
 def check(result: object, path: Path) -> None:
-    """What was read runs, for both sizes of calls that there may be plans for, and the model is as it was."""
+    """The plan runs for both batch sizes that the file may have plans for, and leaves the model unchanged."""
     assert isinstance(result, hrt.CompiledModel)
     before = [tensor.clone() for tensor in _model().state_dict().values()]
     for batch in (2, 1):
-        with suppress(HarmonicaError):  # one that is documented: a schedule may have become one that no run can follow
+        with suppress(HarmonicaError):  # documented: no run may be able to follow the changed schedule
             result.reset()
             for step in range(result.schedule.steps):
                 output = result(**_call(step, batch))

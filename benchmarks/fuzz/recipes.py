@@ -24,7 +24,7 @@ def document(rng: Random) -> dict[str, Any]:
 
 
 def check(result: object, path: Path) -> None:
-    """Every option is something that a command line could have said, and the recipe says what the file says."""
+    """Every option is a value that a command line can give, and the recipe equals the file."""
     assert isinstance(result, Recipe)
     for value in [*result.options.values(), *result.train.values()]:
         for one in value if isinstance(value, list) else [value]:

@@ -1,7 +1,7 @@
 """Router checkpoints, read by `Schedule.from_router`.
 
-They are damaged on three levels: other tensors than rows of logits, other numbers and names in the pickle, and another
-archive around it.
+They are damaged on three levels: tensors that are not rows of logits, changed numbers and names in the pickle, and a
+changed archive around it.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def content(rng: Random) -> dict[str, Any]:
 
 
 def saved(value: object, **options: Any) -> bytes:
-    """What `torch.save` writes."""
+    """The bytes that `torch.save` writes."""
     file = io.BytesIO()
     torch.save(value, file, **options)
     return file.getvalue()
 
 
 class _Payload:
-    """Asks whoever unpickles it to make a folder."""
+    """A value that makes a folder when it is unpickled."""
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.mkdir, ("harmonica-fuzz-was-here",)
@@ -50,7 +50,7 @@ class _Payload:
 
 @cache
 def _odd_tensors() -> tuple[Any, ...]:
-    """Values that are no rows of logits."""
+    """Values that are not rows of logits."""
     one = torch.ones(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # sparse, nested and quantised tensors come with advice
@@ -132,7 +132,7 @@ _NAMES = (
 
 
 def _edited_pickle(rng: Random, data: bytes) -> dict[str, bytes]:
-    """The entries of an archive whose pickle has other numbers, texts, names or opcodes at a few places."""
+    """The entries of an archive whose pickle has changed numbers, texts, names or opcodes in a few places."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
     name = next(name for name in entries if name.endswith("/data.pkl"))
@@ -163,7 +163,7 @@ def _edited_pickle(rng: Random, data: bytes) -> dict[str, bytes]:
 def _opcodes(pickled: bytes) -> list[Any]:
     try:
         return list(pickletools.genops(pickled))
-    except ValueError:  # what an earlier edit made of it
+    except ValueError:  # an earlier edit made it unreadable
         return []
 
 
@@ -174,12 +174,12 @@ def _pickled_number(rng: Random) -> bytes:
 
 
 def _archive(rng: Random, entries: dict[str, bytes]) -> bytes:
-    """A zip file of the entries, now and then compressed, with an entry twice, or under other names."""
+    """A zip file of the entries; sometimes it is compressed or has an entry twice."""
     kind = rng.choice((zipfile.ZIP_STORED,) * 8 + (zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA))
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", kind) as archive:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of an entry that stands twice
+            warnings.simplefilter("ignore")  # about an entry that occurs twice
             for name, data in entries.items():
                 archive.writestr(name, data)
                 if rng.random() < 0.01:

@@ -1,6 +1,6 @@
-"""Read files of a format, one after the other, and count what becomes of them.
+"""Reads files of a format, one after the other, and counts the results.
 
-File number `n` depends on the format, the seed and `n` alone: a finding is made again from these three.
+File number `n` depends only on the format, the seed and `n`, which therefore reproduce a finding.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from random import Random
 
 from benchmarks.fuzz.format import Format
 
-VALID_EVERY = 8  # one file in so many is a valid one, which must be read
+VALID_EVERY = 8  # every eighth file is valid and must be read
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Finding:
     """A file that was neither read nor refused as documented.
 
     Attributes:
-        number: of the file.
-        why: what happened, with the traceback where there is one.
-        data: the file.
+        number: number of the file.
+        why: what happened, with the traceback if there is one.
+        data: bytes of the file.
     """
 
     number: int
@@ -36,15 +36,15 @@ class Finding:
 
 @dataclass
 class Outcome:
-    """What became of the files of a format.
+    """What happened to the files of a format.
 
     Attributes:
-        files: how many there were.
-        accepted: how many were read.
-        refused: how many met a documented error.
-        findings: the others.
-        slowest: seconds that the slowest file took.
-        grown: bytes by which the process outgrew what it had ever used before.
+        files: number of files.
+        accepted: number of files that were read.
+        refused: number of files that were refused with a documented error.
+        findings: files with any other result.
+        slowest: seconds of the slowest file.
+        grown: growth of the process's peak memory, in bytes.
     """
 
     files: int = 0
@@ -56,20 +56,20 @@ class Outcome:
 
 
 def bytes_of(format: Format, seed: int, number: int) -> bytes:
-    """File `number` of a format."""
+    """Bytes of file `number` of a format."""
     rng = Random(f"{format.name} {seed} {number}")
     return format.valid(rng) if number % VALID_EVERY == 0 else format.damaged(rng)
 
 
 def run(format: Format, numbers: Iterable[int], seed: int, folder: Path, until: float | None = None) -> Outcome:
-    """Read the numbered files, until they or the time (of `time.monotonic`) are used up.
+    """Read the numbered files until the time is up.
 
     Args:
-        format: what to read.
-        numbers: of the files.
-        seed: of all that is random.
-        folder: where each file is written in turn.
-        until: when to stop; None for never.
+        format: the format.
+        numbers: numbers of the files.
+        seed: seed of all random choices.
+        folder: folder in which each file is written in turn.
+        until: when to stop, in the time of `time.monotonic`; None for never.
     """
     outcome, before = Outcome(), _peak()
     path = folder / format.file
@@ -91,7 +91,7 @@ def run(format: Format, numbers: Iterable[int], seed: int, folder: Path, until: 
 
 
 def _read(format: Format, path: Path, *, valid: bool, outcome: Outcome) -> str | None:
-    """Read a file and count it; what is wrong with that, or None."""
+    """Read a file and count the result; returns what is wrong, or None."""
     try:
         result = format.read(path)
     except format.errors as error:
@@ -99,18 +99,18 @@ def _read(format: Format, path: Path, *, valid: bool, outcome: Outcome) -> str |
         if valid:
             return f"a valid file was refused: {error}"
         return _unfit(str(error), path)
-    except Exception:  # this is what is looked for: an error that nobody documented
+    except Exception:  # the fuzzer looks for this: an undocumented error
         return traceback.format_exc()
     outcome.accepted += 1
     try:
         format.check(result, path)
-    except Exception:  # likewise: whatever a result that was read cannot do
+    except Exception:  # likewise: any failure of a result that was read
         return f"read, but unfit for use: {traceback.format_exc()}"
     return None
 
 
 def _unfit(message: str, path: Path) -> str | None:
-    """What is wrong with the message of an error, or None."""
+    """What is wrong with an error message, or None."""
     if str(path) not in message:
         return f"the error does not name the file: {message[:500]}"
     if not all(c.isprintable() or c in "\n\t" for c in message):
@@ -121,5 +121,5 @@ def _unfit(message: str, path: Path) -> str | None:
 
 
 def _peak() -> int:
-    """The most memory that this process ever used, bytes."""
+    """Peak memory of this process, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""Files of safetensors damaged with their structure in mind: header, metadata and numbers."""
+"""Damages safetensors files according to their structure: header, metadata and numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SIZES = (0, 1, -1, 2, 2**31, 2**62, 2**63, 2**64 - 1, 2**64, 1.5, "4", None)
 
 
 def damaged_safetensors(rng: Random, tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """The file with other tensors, another header, or other bytes."""
+    """A file of the tensors and metadata, with changed tensors, header or bytes."""
     tensors = dict(tensors)
     match rng.randrange(5):
         case 0 | 1:
@@ -35,7 +35,7 @@ def damaged_safetensors(rng: Random, tensors: dict[str, Tensor], metadata: dict[
 
 
 def _change(rng: Random, tensors: dict[str, Tensor]) -> None:
-    """Take a tensor out, give it another name, shape, dtype, or numbers that are not finite."""
+    """Remove a tensor, or change its name, shape, dtype or one of its numbers."""
     if not tensors:
         return
     name = rng.choice(list(tensors))

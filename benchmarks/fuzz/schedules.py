@@ -16,7 +16,7 @@ from harmonica_rt.schedule.format import parse, to_text
 
 
 def document(rng: Random) -> dict[str, Any]:
-    """A valid schedule file as plain JSON, with each optional field now and then."""
+    """A valid schedule file as plain JSON; each optional field is sometimes left out."""
     steps, blocks = rng.randint(1, 6), rng.randint(1, 3)
     sites = [f"blocks.{block}.{kind}" for block in range(blocks) for kind in ("attn1", "ff")]
     rows = ["1" * len(sites), *("".join(rng.choice("01") for _ in sites) for _ in range(steps - 1))]
@@ -38,7 +38,7 @@ def document(rng: Random) -> dict[str, Any]:
 
 
 def check(result: object, path: Path) -> None:
-    """What was read survives saving, and shows nothing that a terminal would obey."""
+    """The schedule survives being saved, and its text has no control characters."""
     assert isinstance(result, Schedule)
     again = Schedule(**parse(to_text(result).encode()))
     assert again == result

@@ -1,4 +1,4 @@
-"""Schedules of SmoothCache, read by `Schedule.from_smoothcache`."""
+"""SmoothCache schedules, read by `Schedule.from_smoothcache`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SITES = tuple(f"blocks.{block}.{kind}" for block in range(2) for kind in ("attn"
 
 
 def document(rng: Random) -> dict[str, Any]:
-    """A valid file: a list for each component, or for each component and block."""
+    """A valid file: one list per component, or per component and block."""
     steps = rng.randint(1, 6)
     names = rng.choice((["attn", "mlp"], ["attn-0", "attn-1", "mlp"]))
     return {name: [1, *(rng.randrange(2) for _ in range(steps - 1))] for name in names}

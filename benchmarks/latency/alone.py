@@ -1,8 +1,8 @@
-"""One provider in a process of its own: seconds to compile, cold and warm, and the peak of GPU memory.
+"""One provider in a process of its own: seconds to compile, cold and warm, and peak GPU memory.
 
-`python -m benchmarks.latency.alone JSON` prints a line of JSON. Compiling is the first run, its preparation included,
-less what a later run takes. Cold: nothing in the caches of Inductor and Triton on disk; warm: the same again, in a new
-process, with what the first one left there.
+`python -m benchmarks.latency.alone JSON` prints a line of JSON. The compile time is preparation and first run, less the
+median of later runs. Cold means that the caches of Inductor and Triton on disk are empty; warm is the same again in a
+new process, with the caches that the first one left.
 """
 
 from __future__ import annotations
@@ -23,12 +23,24 @@ from benchmarks.latency.cases import Task, case_of, geometries, schedules_of
 from benchmarks.latency.measure import clock_of, seconds_of, use
 from benchmarks.latency.providers import PROVIDERS
 
-RECOMPILES = 256  # of one function: no peer is stopped by torch.compile's limit
+RECOMPILES = 256  # per function, so that torch.compile's limit stops no peer
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What to run, in words and numbers."""
+    """What to run, as values that JSON can hold.
+
+    Attributes:
+        model: name of a geometry.
+        images: images per run.
+        steps: steps per run.
+        schedule: name of a schedule.
+        provider: name of a provider.
+        device: torch's name of the device.
+        dtype: name of a dtype in `torch`.
+        flux_blocks: number of double-stream and of single-stream blocks of Flux.
+        computes: the step mask of a peer. It is given because the time to choose it is not compile time.
+    """
 
     model: str
     images: int
@@ -38,7 +50,7 @@ class Spec:
     device: str
     dtype: str
     flux_blocks: tuple[int, int]
-    computes: tuple[bool, ...]  # the steps that a peer computes: to choose them takes time that is not for compiling
+    computes: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -46,8 +58,9 @@ class Alone:
     """What it took.
 
     Attributes:
-        compile_seconds: the first run less a later one.
-        allocated, reserved: peak bytes of GPU memory, weights included; None on a CPU.
+        compile_seconds: preparation and first run, less the median of later runs.
+        allocated: peak bytes of GPU memory in use, parameters included; None on a CPU.
+        reserved: peak bytes of GPU memory that the allocator held; None on a CPU.
     """
 
     compile_seconds: float
@@ -56,7 +69,7 @@ class Alone:
 
 
 def measure_here(spec: Spec) -> Alone:
-    """Measure in this process."""
+    """Measure one provider in this process."""
     torch._dynamo.config.recompile_limit = RECOMPILES
     device = torch.device(spec.device)
     use(device)
@@ -78,10 +91,10 @@ def measure_here(spec: Spec) -> Alone:
 
 
 def measure_apart(spec: Spec) -> tuple[Alone, Alone]:
-    """Cold, then warm, each in a fresh process over one fresh cache folder.
+    """Measure cold, then warm, each in a new process; both use one new cache folder.
 
     Raises:
-        RuntimeError: a process failed; with the end of what it wrote.
+        RuntimeError: a process failed; the message has the end of its stderr.
     """
     with tempfile.TemporaryDirectory() as folder:
         places = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
@@ -97,7 +110,7 @@ def _apart(spec: Spec, places: dict[str, str]) -> Alone:
 
 
 def main() -> None:
-    """Measure what the argument says."""
+    """Measure what the argument describes, and print the result as JSON."""
     given = json.loads(sys.argv[1])
     tuples = {name: tuple(given[name]) for name in ("flux_blocks", "computes")}
     print(json.dumps(dataclasses.asdict(measure_here(Spec(**{**given, **tuples})))))

@@ -1,7 +1,7 @@
 """What is measured: a model at one batch with the calls of one run, and the schedules that it runs under.
 
-Every provider gets a module tree of its own over the same weights, so that what one hangs on its modules is never seen
-by another and all can run in turn.
+Every provider gets its own module tree over the same parameters. Hooks and patches of one are therefore invisible to
+the others, and all can take turns.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ class Geometry:
     """A model by name.
 
     Attributes:
-        title: for people.
-        build: the module; on the meta device where its weights are to be random.
-        calls: of the module, for a number of images and of steps; guidance included.
+        title: name to print.
+        build: builds the model; on the meta device if its parameters are to be random.
+        calls: keyword arguments of each step's call, for the model, a number of images and a number of steps; guidance
+            is included.
     """
 
     title: str
@@ -48,10 +49,10 @@ class Case:
     """A model, its batch, and the calls of one run, one per step.
 
     Attributes:
-        name: model, geometry, images.
-        model: nobody changes it; `tree` gives one to work with.
+        name: model, geometry and images.
+        model: the model, which stays unchanged; `tree` makes a module tree to work with.
         calls: keyword arguments of each step's call, on the model's device.
-        images: that one run makes.
+        images: images per run.
     """
 
     name: str
@@ -61,29 +62,29 @@ class Case:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
+        """The device of the parameters."""
         return next(self.model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
+        """The dtype of the parameters."""
         return next(self.model.parameters()).dtype
 
     @property
     def steps(self) -> int:
-        """Calls of a run."""
+        """Steps per run."""
         return len(self.calls)
 
     def tree(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """Modules of one's own over the same weights; with `dtype` over copies of them, each made once."""
-        weights: dict[int, torch.Tensor] = {}
+        """A new module tree over the same parameters and buffers; with `dtype`, over converted copies of them."""
+        memo: dict[int, torch.Tensor] = {}
         for tensor in (*self.model.parameters(), *self.model.buffers()):
-            weights[id(tensor)] = tensor if dtype is None else _converted(tensor, dtype)
-        return copy.deepcopy(self.model, weights)
+            memo[id(tensor)] = tensor if dtype is None else _converted(tensor, dtype)
+        return copy.deepcopy(self.model, memo)
 
     @contextmanager
     def in_precision(self, dtype: torch.dtype) -> Iterator[None]:
-        """Within this block the weights are in a higher precision, in the place of their own and not beside them."""
+        """Within this block the parameters themselves are in a higher precision, so that there is no second copy."""
         tensors = [t for t in (*self.model.parameters(), *self.model.buffers()) if t.is_floating_point()]
         before = [tensor.dtype for tensor in tensors]
         try:
@@ -92,7 +93,7 @@ class Case:
             yield
         finally:
             for tensor, own in zip(tensors, before, strict=True):
-                tensor.data = tensor.data.to(own)  # exact: it was of this precision
+                tensor.data = tensor.data.to(own)  # exact: the values came from this precision
 
     def call(self) -> Call:
         """The first call, normalised."""
@@ -105,9 +106,9 @@ class Task:
 
     Attributes:
         case: the case.
-        schedule_name: for people.
-        schedule: what to reuse when.
-        peer_mask: the step mask that a peer is to follow, where it has been chosen already.
+        schedule_name: name to print.
+        schedule: the schedule.
+        peer_mask: step mask for a peer to follow, True for a step that it computes; None if the peer is to choose.
     """
 
     case: Case
@@ -117,18 +118,18 @@ class Task:
 
     @functools.cached_property
     def plan(self) -> Plan:
-        """The plan, for its FLOPs."""
+        """The plan, from which FLOPs are taken."""
         captured = capture(self.case.model, self.case.call(), self.schedule.sites)
         return build_plan(captured, self.schedule)
 
     @property
     def theory(self) -> float:
-        """FLOPs of an uncached run / FLOPs that the schedule leaves."""
+        """Theoretical speed-up: FLOPs of an uncached run / FLOPs that the schedule leaves."""
         return self.plan.theoretical_speedup
 
 
 def geometries(flux_blocks: tuple[int, int] = (19, 38)) -> dict[str, Geometry]:
-    """Every model by name; of Flux with so many blocks, double and single."""
+    """Every model by name; `flux_blocks` are Flux's numbers of double-stream and of single-stream blocks."""
     double, single = flux_blocks
 
     def of_dit(title: str, layers: int, heads: int, head_dim: int, pixels: int) -> Geometry:
@@ -164,7 +165,7 @@ def geometries(flux_blocks: tuple[int, int] = (19, 38)) -> dict[str, Geometry]:
 
 
 def case_of(geometry: Geometry, images: int, steps: int, device: torch.device, dtype: torch.dtype) -> Case:
-    """Build a model on a device, and the calls of one run."""
+    """Build a model on a device, and make the calls of one run."""
     model = geometry.build()
     if next(model.parameters()).is_meta:
         model = models.randomised(model, device, dtype)
@@ -176,7 +177,7 @@ def case_of(geometry: Geometry, images: int, steps: int, device: torch.device, d
 
 
 def schedules_of(model: nn.Module, steps: int) -> dict[str, Schedule]:
-    """every(2), and where they are made for these sites and steps the released and the learned one."""
+    """every(2), and the released and the learned schedule if they fit this model and number of steps."""
     sites = find_sites(model)
     found = {"every(2)": Schedule.every(2, steps=steps, sites=sites)}
     released, learned = Schedule.known(RELEASED), Schedule.load(bundled_model() / "schedule.json")
@@ -188,7 +189,7 @@ def schedules_of(model: nn.Module, steps: int) -> dict[str, Schedule]:
 
 
 def along_one_path(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Latents that go from noise to one picture, as a sampler's do: what a cache decides depends on how they change."""
+    """The calls with latents on a path from noise to one image, since caches decide by how latents change."""
     noise, picture = calls[0]["hidden_states"], calls[-1]["hidden_states"]
     angles = [math.pi / 2 * (1 - step / len(calls)) for step in range(len(calls))]
     return [
@@ -210,5 +211,5 @@ def _moved(calls: Any, device: torch.device, dtype: torch.dtype) -> Any:
     def move(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
-    moved: dict[int, torch.Tensor] = {}  # what all steps share stays one tensor
+    moved: dict[int, torch.Tensor] = {}  # a tensor that all steps share stays one tensor
     return pytree.tree_map_only(torch.Tensor, lambda t: moved.setdefault(id(t), move(t)), calls)

@@ -1,9 +1,9 @@
-"""The time that no step can take less than: its products alone, and the bytes that must move besides.
+"""The floor of a step: a time that it cannot go below, made of its products and of the other bytes that it must move.
 
-Products are the matmuls, convolutions and attentions left in a step once what does not see the latents is taken out.
-Each distinct one is timed alone, over and over, as the library does it. The other bytes are the features read from
-slots, the call's tensors and the outputs, over the bandwidth of a large copy; all else could in principle be fused into
-the products. What is computed before the steps is not in it.
+Products are the matmuls, convolutions and attentions that remain in a step after everything that does not depend on the
+latents is hoisted. Each distinct one is timed alone, repeatedly, as the library computes it. The other bytes are the
+features loaded from slots, the call's tensors and the outputs; they take the time of a large copy of that size.
+Everything else could in principle be fused into the products. The prologue is not included.
 """
 
 from __future__ import annotations
@@ -36,16 +36,17 @@ PRODUCTS = {
     aten.convolution,
     aten.scaled_dot_product_attention,
 }
-ROUNDS = 5  # of a timing; the best counts
-CALLS = 10  # in a round
+ROUNDS = 5  # per timing; the best one counts
+CALLS = 10  # per round
 COPIED_BYTES = 256 << 20
 
-Product = tuple[Any, tuple[Any, ...]]  # operator, and its flattened arguments with a Layout for each tensor
+Product = tuple[Any, tuple[Any, ...]]
+"""An operator, and its flattened arguments with a `Layout` in place of each tensor."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What matters of a tensor to the time of a product."""
+    """The properties of a tensor that determine the time of a product."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -53,7 +54,7 @@ class Layout:
 
 
 def floors(task: Task) -> list[float]:
-    """Seconds below which no step can go, one per step."""
+    """The floor of each step, in seconds."""
     device = task.case.device
     programs = lower(HOISTED, task.plan, roles(task.case.call())).programs
     graphs = [program.step for program in programs]
@@ -67,7 +68,7 @@ def floors(task: Task) -> list[float]:
 
 
 def products(graph: fx.Graph) -> list[Product]:
-    """The products of a step graph, as often as they occur."""
+    """The products of a step graph, each as often as it occurs."""
     return [
         (node.target, _described(node))
         for node in graph.nodes
@@ -76,7 +77,7 @@ def products(graph: fx.Graph) -> list[Product]:
 
 
 def other_bytes(step: StepGraph) -> int:
-    """Bytes of the features that a step reads from slots, of the call's tensors, and of its outputs."""
+    """Bytes of the features that a step loads from slots, of the call's tensors and of the outputs."""
     placeholders = [node for node in step.graph.nodes if node.op == "placeholder"]
     before = len(step.weights) + len(step.constants)
     inputs = placeholders[before : before + len(step.inputs)]
@@ -86,7 +87,7 @@ def other_bytes(step: StepGraph) -> int:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written a second by a large copy."""
+    """Bytes per second, read plus written, of a large copy."""
     source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * COPIED_BYTES / _best(lambda: target.copy_(source), device)
@@ -105,7 +106,7 @@ def _value(leaf: Any) -> Any:
 
 
 def _alone(product: Product, device: torch.device) -> float:
-    """Best seconds of a product with random tensors of its shapes."""
+    """Best seconds of a product, with random tensors of its layouts."""
     target, (spec, described) = product
     leaves = [_tensor(leaf, device) if isinstance(leaf, Layout) else leaf for leaf in described]
     args, kwargs = pytree.tree_unflatten(leaves, spec)
@@ -119,7 +120,7 @@ def _tensor(layout: Layout, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def _best(function: Callable[[], object], device: torch.device) -> float:
-    """Best seconds of one call among rounds of several."""
+    """Seconds of one call, from the best of several rounds."""
     round_ = _recorded(function, device) if device.type == "cuda" else lambda: _repeat(function)
     clock = clock_of(device)
     return min(seconds_of(round_, clock) for _ in range(ROUNDS)) / CALLS
@@ -131,7 +132,7 @@ def _repeat(function: Callable[[], object]) -> None:
 
 
 def _recorded(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """A round as one CUDA graph, so that launches are not what is timed."""
+    """A round as one CUDA graph, so that launches are not timed."""
     side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     side.wait_stream(current)
     with torch.cuda.stream(side):

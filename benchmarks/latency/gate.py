@@ -1,8 +1,8 @@
-"""No figure before parity: what a runner gives is held against the reference of the same schedule.
+"""The gate: a runner gets figures only after its outputs were compared with the reference under the same schedule.
 
-The reference is eager, and a second one runs one precision up. A runner that follows the schedule exactly may be off by
-at most twice what the eager reference is off; hooks on a CPU must be equal bit for bit. Peers approximate otherwise and
-are not gated; how far they are from the uncached model is written down for all.
+The reference is eager; a second one runs one precision up. The error of a runner that follows the schedule exactly may
+be at most twice the error of the eager reference, and hooks on a CPU must be equal bit for bit. Peers use other
+approximations and are not gated. The difference from the uncached model is recorded for all.
 """
 
 from __future__ import annotations
@@ -22,25 +22,33 @@ from harmonica_rt.parity.tolerance import Allowance, Error, one_up, same_bits
 
 
 class GateError(HarmonicaError):
-    """A runner's output is not that of its schedule."""
+    """A runner's output is not what its schedule gives."""
 
 
 @dataclass(frozen=True)
 class Truth:
-    """The reference's outputs, and those of one a precision up, which say how far off a runner may be."""
+    """Outputs of the reference, one per step.
+
+    Attributes:
+        expected: outputs in the case's precision.
+        higher: outputs one precision up, from which the allowed error is derived.
+    """
 
     expected: list[Tensor]
     higher: list[Tensor]
 
     def check(self, outputs: list[Tensor], *, exact: bool) -> str:
-        """What held.
+        """Compare outputs with the reference.
 
         Args:
-            outputs: of all steps.
-            exact: demand equal bits.
+            outputs: one output per step.
+            exact: require equal bits.
+
+        Returns:
+            "bits equal" or "within tolerance".
 
         Raises:
-            GateError: which step is off, by how much.
+            GateError: a step is off; the message says which one, and by how much.
         """
         allowance = Allowance()
         for expected, higher in zip(self.expected, self.higher, strict=True):
@@ -59,7 +67,7 @@ class Truth:
 
 
 def truth_of(task: Task) -> Truth:
-    """Run the reference in the case's precision and one up."""
+    """Run the reference in the case's precision and one precision up."""
     case, raised = task.case, one_up(task.case.dtype)
     higher = pytree.tree_map_only(Tensor, lambda t: t.to(raised) if t.is_floating_point() else t, case.calls)
     expected = _reference(case.tree(), task.schedule, case.calls)
@@ -68,7 +76,14 @@ def truth_of(task: Task) -> Truth:
 
 
 def gate(role: Role, truth: Truth, outputs: list[Tensor], device: torch.device) -> str:
-    """Check a runner's outputs as its role demands; what held, in words."""
+    """Check a runner's outputs as its role requires.
+
+    Returns:
+        the result in words, as rows have it.
+
+    Raises:
+        GateError: an output is not finite, or is off.
+    """
     for step, output in enumerate(outputs):
         if not bool(output.isfinite().all()):
             raise GateError(f"step {step}: the output is not finite")
@@ -81,21 +96,25 @@ def gate(role: Role, truth: Truth, outputs: list[Tensor], device: torch.device) 
 
 @torch.no_grad()
 def outputs_of(runner: Runner) -> list[Tensor]:
-    """Outputs of the steps of a run."""
+    """The outputs of a run, one per step."""
     runner.reset()
     return [first_tensor(runner.step(index)).clone() for index in range(runner.task.case.steps)]
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The sample in what a denoiser returns."""
+    """The first tensor in what a denoiser returns.
+
+    Raises:
+        TypeError: there is none.
+    """
     found = next((leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)), None)
     if found is None:
-        raise TypeError(f"a denoiser returned no tensor but a {type(output).__name__}")
+        raise TypeError(f"expected a tensor in the denoiser's output, got {type(output).__name__}")
     return found
 
 
 def relative_rms(outputs: list[Tensor], truth: list[Tensor]) -> float:
-    """RMS of the difference over a run / RMS of the truth."""
+    """RMS of the difference over all steps / RMS of the truth."""
     off = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(outputs, truth, strict=True))
     size = sum(float(b.double().square().sum()) for b in truth)
     return float((off / size) ** 0.5)

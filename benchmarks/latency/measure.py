@@ -1,4 +1,4 @@
-"""The measuring itself: whole runs in turn, single steps, and how long the host is busy with a step."""
+"""Timing: whole runs in turn, single steps, and how long the host is busy with a step."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ import torch
 from benchmarks.latency.nvml import Conditions, Sensor
 from benchmarks.latency.providers.base import Runner
 
-Mark = Any  # a moment: a float on the CPU, an event on a GPU
+Mark = Any
+"""A point in time: a float on the CPU, an event on a GPU."""
 
 
 class CpuClock:
-    """Moments of the CPU, where a call returns when its work is done."""
+    """Points in time on the CPU, where a call returns when its work is done."""
 
     def mark(self) -> Mark:
-        """Now."""
+        """The current time."""
         return time.perf_counter()
 
     def wait(self) -> None:
-        """Until all work is done: it is."""
+        """Wait until all work is done; on the CPU it always is."""
 
     def between(self, first: Mark, second: Mark) -> float:
-        """Seconds; after `wait`."""
+        """Seconds between two marks; call `wait` first."""
         return float(second - first)
 
 
 class CudaClock:
-    """Moments in the current stream of a GPU.
+    """Points in time in the current stream of a GPU.
 
     Args:
         device: the GPU; None for the current one.
-        cuda: `torch.cuda` (or what stands in for it).
+        cuda: `torch.cuda`, or a stand-in for it.
     """
 
     def __init__(self, device: torch.device | None = None, cuda: Any = torch.cuda) -> None:
@@ -45,17 +46,17 @@ class CudaClock:
         self._cuda = cuda
 
     def mark(self) -> Mark:
-        """When the work given to the stream so far is done."""
+        """The time at which the work issued to the stream so far is done."""
         event = self._cuda.Event(enable_timing=True)
         event.record(self._cuda.current_stream(self._device))
         return event
 
     def wait(self) -> None:
-        """Until all work is done."""
+        """Wait until all work is done."""
         self._cuda.synchronize(self._device)
 
     def between(self, first: Mark, second: Mark) -> float:
-        """Seconds; after `wait`."""
+        """Seconds between two marks; call `wait` first."""
         return float(first.elapsed_time(second)) / 1000.0
 
 
@@ -63,7 +64,7 @@ Clock = CpuClock | CudaClock
 
 
 def use(device: torch.device) -> None:
-    """Make a GPU the current one: peers, and graphs of torch.compile, launch there without being told."""
+    """Make a GPU the current one, because peers and graphs of torch.compile launch on the current device."""
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
 
@@ -78,10 +79,10 @@ class Samples:
     """What was measured of one runner, one entry per round.
 
     Attributes:
-        seconds: of whole runs, from the first step's call to the end of its work; beginning a run is not in it.
-        conditions: of the GPU around each; empty without NVML.
+        seconds: seconds of whole runs, from the first step's call until all work is done; `reset` is not included.
+        conditions: state of the GPU around each run; empty without NVML.
         steps: seconds of each step, `[rounds][steps]`.
-        host: seconds until each step's call returned, its work under way or done, `[rounds][steps]`.
+        host: seconds until each step's call returned, its work in progress or done, `[rounds][steps]`.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -90,18 +91,25 @@ class Samples:
     host: list[list[float]] = field(default_factory=list)
 
     def step_median(self, chosen: tuple[bool, ...]) -> float | None:
-        """Median seconds of the chosen steps after the first (which computes ahead for the others); None if none."""
+        """Median seconds of the chosen steps without the first, which also runs the prologue; None for no steps."""
         return _median(self.steps, chosen)
 
     def host_median(self) -> float | None:
-        """Median seconds of a call of any step after the first."""
+        """Median seconds of a step's call on the host, without the first step; None if nothing was measured."""
         return _median(self.host, (True,) * len(self.host[0])) if self.host else None
 
 
 def interleave(
     runners: Mapping[str, Runner], repeats: int, clock: Clock, sensor: Sensor | None = None
 ) -> dict[str, Samples]:
-    """Time whole runs, every runner once per round, each round beginning with another one; then rounds of steps."""
+    """Time whole runs and then single steps, every runner once per round; rounds start with different runners.
+
+    Args:
+        runners: the runners by name.
+        repeats: rounds of whole runs; steps get at most three rounds.
+        clock: the clock of their device.
+        sensor: reads the state of the GPU around each run; None for no such readings.
+    """
     samples = {name: Samples() for name in runners}
     names = list(runners)
     for turn in range(repeats):
@@ -149,7 +157,7 @@ def _median(rounds: list[list[float]], chosen: tuple[bool, ...]) -> float | None
 
 
 def seconds_of(function: Callable[[], object], clock: Clock) -> float:
-    """Seconds of one call and its work."""
+    """Seconds of one call until its work is done."""
     clock.wait()
     started = time.perf_counter()
     function()

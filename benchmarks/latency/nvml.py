@@ -1,4 +1,4 @@
-"""What the GPU was doing around a run, told by NVML: clocks, temperature, throttle reasons, energy."""
+"""State of the GPU before and after a run, from NVML: clocks, temperature, throttle reasons, energy."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ MILLIJOULES = 1000.0
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One look at the device.
+    """The state of the device at one time.
+
+    Each attribute is None if NVML does not report it: a slice of a GPU has no clocks, older devices do not count
+    energy, and a container may lack the permission.
 
     Attributes:
-        sm_mhz, memory_mhz: clocks.
+        sm_mhz: clock of the multiprocessors, MHz.
+        memory_mhz: clock of the memory, MHz.
         celsius: temperature.
-        throttled: reasons for which the clocks are below what was asked, without idleness and clocks that were set.
-        joules: consumed since the driver was loaded.
-
-    Each is None where NVML does not tell it: a slice of a GPU has no clocks, older devices count no energy, and a
-    container may not be allowed to ask.
+        throttled: why clocks are reduced; being idle and clocks that a user set do not count.
+        joules: energy consumed since the driver was loaded.
     """
 
     sm_mhz: int | None
@@ -41,17 +42,17 @@ class Conditions:
 
     @property
     def throttled(self) -> tuple[str, ...]:
-        """Reasons seen at either end; a run with any is spoiled."""
+        """Throttle reasons before or after the run; a run with any is spoiled."""
         return tuple(dict.fromkeys((*(self.before.throttled or ()), *(self.after.throttled or ()))))
 
     @property
     def known(self) -> bool:
-        """Whether it is known at both ends if clocks were throttled."""
+        """True if throttle reasons are known both before and after the run."""
         return self.before.throttled is not None and self.after.throttled is not None
 
     @property
     def joules(self) -> float | None:
-        """Consumed in the run."""
+        """Energy consumed in the run, in joules; None if unknown."""
         if self.before.joules is None or self.after.joules is None:
             return None
         return self.after.joules - self.before.joules
@@ -61,7 +62,7 @@ class Sensor:
     """Reads one device.
 
     Args:
-        nvml: the `pynvml` module, initialised (or what stands in for it).
+        nvml: the initialised `pynvml` module, or a stand-in for it.
         handle: NVML's handle of the device.
     """
 
@@ -77,7 +78,7 @@ class Sensor:
         }
 
     def snapshot(self) -> Snapshot:
-        """Look now."""
+        """Read the current state."""
         nvml, handle = self._nvml, self._handle
         bits = self._asked(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle)
         millijoules = self._asked(nvml.nvmlDeviceGetTotalEnergyConsumption, handle)
@@ -90,7 +91,7 @@ class Sensor:
         )
 
     def _asked(self, question: Callable[..., int], *arguments: Any) -> int | None:
-        """What NVML answers; None where it does not."""
+        """NVML's answer; None if it refuses."""
         try:
             return question(*arguments)
         except self._nvml.NVMLError:
@@ -98,7 +99,7 @@ class Sensor:
 
 
 def open_sensor(device: torch.device) -> tuple[Sensor | None, str]:
-    """The sensor of a device, or None and why."""
+    """The sensor of a device and an empty reason, or None and the reason."""
     if device.type != "cuda":
         return None, "not a GPU"
     try:
@@ -113,24 +114,24 @@ def open_sensor(device: torch.device) -> tuple[Sensor | None, str]:
 
 
 def _handle_of(nvml: Any, uuid: str) -> Any:
-    """By UUID, because NVML numbers the GPUs of the machine and torch those that CUDA_VISIBLE_DEVICES leaves."""
+    """NVML's handle, by UUID: NVML numbers all GPUs of the machine, torch only those in CUDA_VISIBLE_DEVICES."""
     try:
         return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
     except nvml.NVMLError:
-        return nvml.nvmlDeviceGetHandleByUUID(f"MIG-{uuid}")  # a slice of one
+        return nvml.nvmlDeviceGetHandleByUUID(f"MIG-{uuid}")  # a slice of a GPU
 
 
 def summary(conditions: list[Conditions]) -> dict[str, Any]:
-    """Lowest clock and highest temperature at ends of runs, all reasons, how many runs were throttled; JSON-ready.
+    """Lowest clocks, highest temperature, all throttle reasons and the number of throttled runs, as values for JSON.
 
-    None for what NVML did not tell.
+    A value is None if NVML does not report it.
     """
-    looks = [look for one in conditions for look in (one.before, one.after)]
+    snapshots = [snapshot for one in conditions for snapshot in (one.before, one.after)]
     known = all(one.known for one in conditions)
     return {
-        "sm_mhz_min": min((look.sm_mhz for look in looks if look.sm_mhz is not None), default=None),
-        "memory_mhz_min": min((look.memory_mhz for look in looks if look.memory_mhz is not None), default=None),
-        "celsius_max": max((look.celsius for look in looks if look.celsius is not None), default=None),
+        "sm_mhz_min": min((one.sm_mhz for one in snapshots if one.sm_mhz is not None), default=None),
+        "memory_mhz_min": min((one.memory_mhz for one in snapshots if one.memory_mhz is not None), default=None),
+        "celsius_max": max((one.celsius for one in snapshots if one.celsius is not None), default=None),
         "throttled": sorted({reason for one in conditions for reason in one.throttled}) if known else None,
         "throttled_runs": sum(bool(one.throttled) for one in conditions) if known else None,
     }

@@ -1,4 +1,4 @@
-"""What the rows say: a Markdown table, and a plot of realised against theoretical speed-up."""
+"""How rows are shown: a Markdown table, and a plot of realised and theoretical speed-up."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ HEADINGS = (
     "realised / theory",
     "full step (floor)",
     "partial step (floor)",
-    "host, a step",
+    "host, per step",
     "compile cold, warm",
     "peak memory",
-    "energy, an image",
-    "off uncached",
+    "energy, per image",
+    "difference from uncached",
     "gate",
 )
 
 
 def table(rows: Sequence[LatencyRow]) -> str:
-    """One Markdown table a case and schedule, under a line that says where it was measured."""
+    """One Markdown table per case and schedule, under a line that says where it was measured."""
     parts = []
     for (case, schedule), group in _groups(rows):
         lines = [HEADINGS, ("---",) * len(HEADINGS), *(_cells(row) for row in group)]
-        title = f"{case}, {schedule}, {group[0].dtype}, {group[0].device}"
+        title = f"{case}, {schedule}, {group[0].measured.dtype}, {group[0].measured.device}"
         parts.append("\n".join([f"**{title}**", "", *(f"| {' | '.join(line)} |" for line in lines)]))
-    if all(row.device == "cpu" for row in rows):
+    if all(row.measured.device == "cpu" for row in rows):
         parts.insert(0, "Measured on a CPU; not measured on a GPU.")
     return "\n\n".join(parts)
 
 
 def draw(rows: Sequence[LatencyRow], path: Path) -> None:
-    """A panel for each case and schedule: bars for the speed-up reached, a mark where theory has it."""
+    """Draw one panel per case and schedule: bars for the realised speed-up, marks for the theoretical one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    groups = [(key, [row for row in group if row.vs_eager is not None]) for key, group in _groups(rows)]
+    groups = [(key, [row for row in group if row.speedups.vs_eager is not None]) for key, group in _groups(rows)]
     groups = [(key, group) for key, group in groups if group]
     if not groups:
         return
@@ -61,65 +61,72 @@ def draw(rows: Sequence[LatencyRow], path: Path) -> None:
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axis, ((case, schedule), group) in zip(axes, groups, strict=False):
         _panel(axis, group)
-        axis.set_title(f"{case}\n{schedule}, {group[0].dtype}, {group[0].device}", fontsize=9)
+        axis.set_title(f"{case}\n{schedule}, {group[0].measured.dtype}, {group[0].measured.device}", fontsize=9)
     for axis in axes[len(groups) :]:
         axis.set_axis_off()
-    figure.supxlabel("speed-up over the eager uncached model; | theoretical; whiskers: 20 and 80 %", fontsize=9)
+    figure.supxlabel(
+        "speed-up over the eager uncached model; | theoretical; whiskers: 20th and 80th percentile", fontsize=9
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path)
 
 
 def _panel(axis: Axes, rows: list[LatencyRow]) -> None:
     for place, row in enumerate(rows):
-        if row.vs_eager is None:
+        reached, speedups = row.speedups.vs_eager, row.speedups
+        if reached is None:
             continue
-        low, high = row.vs_eager_p20 or row.vs_eager, row.vs_eager_p80 or row.vs_eager
+        low, high = speedups.vs_eager_p20 or reached, speedups.vs_eager_p80 or reached
         axis.barh(
             place,
-            row.vs_eager,
-            color=COLOURS[row.role],
-            alpha=0.3 if row.spoiled else 1.0,
-            xerr=[[max(0.0, row.vs_eager - low)], [max(0.0, high - row.vs_eager)]],
+            reached,
+            color=COLOURS[row.measured.role],
+            alpha=0.3 if row.state.spoiled else 1.0,
+            xerr=[[max(0.0, reached - low)], [max(0.0, high - reached)]],
             error_kw={"elinewidth": 0.8},
         )
-        if row.theory is not None and row.role != "uncached":
-            axis.plot([row.theory] * 2, [place - 0.45, place + 0.45], color="black", linewidth=1.5)
-    axis.set_yticks(range(len(rows)), [row.provider + " (spoiled)" * row.spoiled for row in rows], fontsize=8)
+        theory = row.work.theory
+        if theory is not None and row.measured.role != "uncached":
+            axis.plot([theory] * 2, [place - 0.45, place + 0.45], color="black", linewidth=1.5)
+    axis.set_yticks(
+        range(len(rows)), [row.measured.provider + " (spoiled)" * row.state.spoiled for row in rows], fontsize=8
+    )
     axis.invert_yaxis()
     axis.grid(axis="x", alpha=0.3)
 
 
 def _cells(row: LatencyRow) -> tuple[str, ...]:
-    name = row.provider + (" **(spoiled: throttled)**" if row.spoiled else "")
+    name = row.measured.provider + (" **(spoiled: throttled)**" if row.state.spoiled else "")
     if row.reason is not None:
         return (name, row.reason, *[""] * (len(HEADINGS) - 2))
-    memory = "" if row.allocated is None or row.reserved is None else f"{_gib(row.allocated)} ({_gib(row.reserved)})"
-    compiling = "" if row.alone is None else "failed"
-    if row.compile_cold is not None:
-        compiling = f"{row.compile_cold:.1f}, {row.compile_warm:.1f} s"
+    work, times, speedups, own = row.work, row.times, row.speedups, row.own_process
+    memory = "" if own.allocated is None or own.reserved is None else f"{_gib(own.allocated)} ({_gib(own.reserved)})"
+    compiling = "" if own.alone is None else "failed"
+    if own.compile_cold is not None:
+        compiling = f"{own.compile_cold:.1f}, {own.compile_warm:.1f} s"
     return (
         name,
-        _ratio(row.theory),
-        f"{_seconds(row.run)} ({_seconds(row.run_p20)} - {_seconds(row.run_p80)})",
-        _ratio(row.vs_eager),
-        _ratio(row.vs_graphs),
-        _ratio(row.vs_best_peer),
-        "" if row.realised is None else f"{row.realised:.2f}",
-        _with_floor(row.full_step, row.floor_full),
-        _with_floor(row.partial_step, row.floor_partial),
-        _seconds(row.host_step),
+        _ratio(work.theory),
+        f"{_seconds(times.run)} ({_seconds(times.run_p20)} - {_seconds(times.run_p80)})",
+        _ratio(speedups.vs_eager),
+        _ratio(speedups.vs_graphs),
+        _ratio(speedups.vs_best_peer),
+        "" if speedups.realised is None else f"{speedups.realised:.2f}",
+        _with_floor(times.full_step, row.floors.floor_full),
+        _with_floor(times.partial_step, row.floors.floor_partial),
+        _seconds(times.host_step),
         compiling,
         memory,
-        "" if row.joules_image is None else f"{row.joules_image:.3g} J",
-        "" if row.difference is None else f"{row.difference:.2g}",
-        row.gate or "",
+        "" if row.state.joules_image is None else f"{row.state.joules_image:.3g} J",
+        "" if work.difference is None else f"{work.difference:.2g}",
+        work.gate or "",
     )
 
 
 def _groups(rows: Iterable[LatencyRow]) -> list[tuple[tuple[str, str], list[LatencyRow]]]:
     found: dict[tuple[str, str], list[LatencyRow]] = {}
     for row in rows:
-        found.setdefault((row.case, row.schedule), []).append(row)
+        found.setdefault((row.measured.case, row.measured.schedule), []).append(row)
     return list(found.items())
 
 

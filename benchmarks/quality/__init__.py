@@ -1,13 +1,16 @@
 """Which method's schedule gives the best images at equal cost?
 
-The bundled digits model (DDIM, guidance 2.0) is sampled under the schedules of several methods, each brought as near
-as it comes to a target speed-up. Cost is the theoretical speed-up: FLOPs of the uncached run / FLOPs of the cached one.
-The images of a cell (method, point, seed) are paired, noise by noise, with the uncached images of the same seed.
+The bundled digits model (DDIM, guidance 2.0) is sampled under the schedules of several methods, each as close as
+possible to a target speed-up. Cost is the theoretical speed-up: FLOPs of the uncached run / FLOPs of the cached one.
+The images of a cell (method, point, seed) are compared one by one with the uncached images of the same noise.
 
-`python -m benchmarks quality` goes on where the last one stopped: a finished cell is a row in
-`benchmarks/results/quality-DEVICE.json`, a schedule a file in `benchmarks/results/schedules/`, and uncached images lie
-in `.bench/quality/`. All three belong to the bundled model as it is; whoever trains it anew deletes them.
+In: cells. Out: one row per cell in `benchmarks/results/quality-DEVICE.json`, its schedule in
+`benchmarks/results/schedules/`, and the uncached images in `.bench/quality-DEVICE/`. A run continues where the last one
+stopped. All three files hold for the current bundled model; delete them after training it again.
 
-The Frechet distance here is taken in the features of the model's own digit classifier. It is not FID and compares with
-no published FID.
+Hazard: the Frechet distance is taken in the features of the model's own digit classifier. It is not FID and cannot be
+compared with any published FID.
+
+Reading order: `producers` (the methods), `cost`, `images` (sampling), `metrics`, `matrix` (the cells), `pareto` (table
+and plot).
 """

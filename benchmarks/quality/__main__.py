@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from benchmarks import rows
 from benchmarks.quality import matrix, pareto
 from benchmarks.quality.matrix import Settings
 from benchmarks.quality.producers import PRODUCERS
@@ -13,17 +14,32 @@ QUICK_IMAGES = 20
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Finish the chosen cells of the quality benchmark, then print and plot every row there is."""
+    """Finish the chosen cells of the quality benchmark, then print and plot all rows."""
     points = {str(point): point for point in matrix.SEEDS}
     seeds = sorted({seed for planned in matrix.SEEDS.values() for seed in planned})
     parser = argparse.ArgumentParser(prog="python -m benchmarks quality", description=main.__doc__)
-    parser.add_argument("--methods", nargs="+", choices=PRODUCERS, metavar="M", help=f"of {', '.join(PRODUCERS)}")
-    parser.add_argument("--points", nargs="+", choices=points, metavar="T@S", help=f"of {', '.join(points)}")
-    parser.add_argument("--seeds", nargs="+", type=int, choices=seeds, metavar="N", help=f"of {seeds}, where planned")
-    parser.add_argument("--images", type=int, help=f"of each cell (default: {matrix.IMAGES}, others are a trial)")
-    parser.add_argument("--device", choices=matrix.IMAGES, default="cpu", help="cpu, or cuda for the full matrix")
-    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each (default: 1, this one)")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_IMAGES} images, hardly any training: a trial")
+    parser.add_argument("--methods", nargs="+", choices=PRODUCERS, metavar="M", help=f"methods: {', '.join(PRODUCERS)}")
+    parser.add_argument(
+        "--points", nargs="+", choices=points, metavar="T@S", help=f"points, as STEPS@SPEEDUP: {', '.join(points)}"
+    )
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        choices=seeds,
+        metavar="N",
+        help=f"seeds, of {seeds}; only those planned for the point",
+    )
+    parser.add_argument(
+        "--images", type=int, help=f"images per cell (default: {matrix.IMAGES}; any other number is a trial)"
+    )
+    parser.add_argument(
+        "--device", choices=matrix.IMAGES, default="cpu", help="cpu, or cuda for the full matrix (default: cpu)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, help="worker processes of one thread each (default: 1, this process)"
+    )
+    parser.add_argument("--quick", action="store_true", help=f"a trial: {QUICK_IMAGES} images and hardly any training")
     options = parser.parse_args(arguments)
     count = options.images or (QUICK_IMAGES if options.quick else matrix.IMAGES[options.device])
     if count < 2:
@@ -38,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name = f"{row['method']} {row['steps']}@{row['target_speedup']} seed {row['seed']}"
         figures = [f"{metric} {row[metric]}" for metric in pareto.METRICS]
         print(f"{name}: speed-up {row['speedup']:.3f}, {', '.join(figures)}", flush=True)
-    summaries = pareto.summarise(matrix.read(settings.rows))
+    summaries = pareto.summarise(rows.read(settings.rows))
     print(pareto.table(summaries))
     pareto.draw(summaries, settings.picture)
     print(f"rows: {settings.rows}\nplot: {settings.picture}")

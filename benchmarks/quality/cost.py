@@ -1,4 +1,4 @@
-"""What a schedule costs in theory, as training counts it (tests hold it against the runtime's plan)."""
+"""The theoretical cost of a schedule, as training counts it; tests compare it with the runtime's plan."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harmonica_training.costs import SiteCosts, count_costs
 
 @functools.lru_cache(maxsize=1)
 def costs_of(model: nn.Module) -> SiteCosts:
-    """The costs of a DiT; those of the last one are kept."""
+    """FLOPs of a DiT and of its sites; the result for the last model is kept."""
     config: Any = model.config
     device = next(model.parameters()).device
     latents = torch.zeros(2, config.in_channels, config.sample_size, config.sample_size, device=device)

@@ -1,8 +1,8 @@
-"""The images of a run: one generator an image, so that image i of a seed has the same noise whatever the batch."""
+"""Samples images with one generator per image, so that the noise of image i does not depend on the batch."""
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 import harmonica_rt as hrt
+from harmonica_rt.schedule.files import write_atomically
 
-GUIDANCE = 2.0  # what the bundled model was evaluated with
+GUIDANCE = 2.0  # the bundled model was evaluated with it
 BATCH = 20
-SEED_STRIDE = 1_000_000  # between the generators of two seeds, more than any number of images
+SEED_STRIDE = 1_000_000  # between the generators of two seeds; more than any number of images
 
 
 def requested_labels(count: int) -> Tensor:
@@ -28,20 +29,22 @@ def generate(
     """Sample `count` images of `requested_labels` with as many steps as the schedule has.
 
     Args:
-        pipeline: a `DiTPipeline`; compiled for the schedule and given back plain, untouched where nothing is reused.
+        pipeline: a `DiTPipeline`. It is compiled if the schedule reuses anything, and uncompiled afterwards.
         schedule: what to compute in each step.
         count: number of images.
-        seed: image i starts from noise that only `seed` and i decide.
+        seed: with the index of an image, it determines the image's noise.
         guidance: guidance scale.
-        batch: images of one call. Changes speed and the last bits of floats, nothing else.
+        batch: images per call; it affects only speed and the last bits of floats.
 
     Returns:
-        uint8 `[count, 1, H, W]`, as an image file would hold them.
+        uint8 `[count, 1, H, W]`.
     """
     labels = requested_labels(count).tolist()
     parts = []
     if schedule.cur:
-        hrt.compile(pipeline, schedule, lowering="plain", strict=True)  # what the schedule costs, no rounding added
+        hrt.compile(
+            pipeline, schedule, lowering="plain", strict=True
+        )  # the effect of the schedule alone, without rounding
     try:
         for start in range(0, count, batch):
             chosen = range(start, min(start + batch, count))
@@ -60,17 +63,16 @@ def generate(
 
 
 def uncached_path(folder: Path, *, steps: int, seed: int, count: int) -> Path:
-    """Where `save` keeps the uncached images of a seed."""
+    """File of the uncached images of a seed."""
     return folder / f"uncached-t{steps}-seed{seed}-n{count}.npz"
 
 
 def save(images: Tensor, path: Path) -> None:
-    """Write uint8 images compressed, whole or not at all."""
+    """Write uint8 images `[N, 1, H, W]` compressed, completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with partial.open("wb") as file:
-        np.savez_compressed(file, images=images.numpy())
-    partial.replace(path)
+    file = io.BytesIO()
+    np.savez_compressed(file, images=images.numpy())
+    write_atomically(path, file.getvalue())
 
 
 def load(path: Path) -> Tensor:

@@ -1,4 +1,4 @@
-"""The cells of the comparison, and how they are worked off: resumable, each kept as soon as it is done."""
+"""The cells of the comparison, and the work on them, which can be resumed: each row is saved when it is done."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import multiprocessing
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -22,20 +21,22 @@ from benchmarks.quality.metrics import bundled_judge
 from benchmarks.quality.producers import FULL, PRODUCERS, QUICK, Budget, Point
 from harmonica_rt.demo import bundled_model
 from harmonica_rt.schedule import MadeBy, ModelInfo, SamplerInfo, Schedule
+from harmonica_rt.schedule.files import write_atomically
 from harmonica_training.digits import load_pipeline
 
-IMAGES = {"cpu": 1000, "cuda": 5000}  # of a published cell
+IMAGES = {"cpu": 1000, "cuda": 5000}  # per published cell
 SEEDS = {Point(20, 1.3): (0,), Point(20, 1.5): (0, 1, 2), Point(20, 2.0): (0,), Point(10, 1.3): (0,)}  # on a CPU
 ALL_SEEDS = (0, 1, 2)  # on a GPU, at every point
 UNCACHED = "uncached"
 _ROOT = Path(__file__).parents[2]
 
 Row = dict[str, Any]
+"""A row as it stands in the file."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One method at one point, with one seed of training and images."""
+    """One method at one point, with one seed for training and images."""
 
     method: str
     point: Point
@@ -46,22 +47,22 @@ class Cell:
 
     @property
     def uncached(self) -> Cell:
-        """The cell of the images that this one is compared with."""
+        """The cell of the uncached images that this one is compared with."""
         return Cell(UNCACHED, Point(self.point.steps, 1.0), self.seed)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is made of each cell, and where it is kept.
+    """How cells are computed, and where results are saved.
 
     Attributes:
         device: cpu or cuda.
-        count: images of each cell.
+        count: images per cell.
         budget: what training may spend.
-        rows: the JSON file of rows.
+        rows: JSON file of the rows.
         schedules: folder of the schedules.
         work: folder of the uncached images.
-        picture: the plot.
+        picture: file of the plot.
     """
 
     device: str
@@ -74,9 +75,9 @@ class Settings:
 
     @classmethod
     def of(cls, count: int, *, quick: bool, device: str = "cpu", root: Path = _ROOT) -> Settings:
-        """The published results for `IMAGES` images; all else is a trial, whose rows stay in the work folder.
+        """Settings of the published results for `IMAGES` images, else of a trial, whose rows stay in the work folder.
 
-        Schedules do not depend on the number of images, so only a quick run keeps its own apart.
+        Schedules do not depend on the number of images, so that only a quick run has its own.
         """
         work = root / ".bench" / f"quality-{device}"
         trial = work / ("quick" if quick else "trial") / str(count)
@@ -98,7 +99,7 @@ def cells(
     seeds: Collection[int] | None = None,
     device: str = "cpu",
 ) -> list[Cell]:
-    """The cells of the matrix that have one of the given methods, points and seeds; None allows all."""
+    """The cells of the matrix with one of the given methods, points and seeds; None stands for all."""
     return [
         Cell(method, point, seed)
         for point, planned in SEEDS.items()
@@ -111,30 +112,30 @@ def cells(
 
 
 def run(chosen: Iterable[Cell], settings: Settings, *, workers: int = 1) -> Iterator[Row]:
-    """Finish the cells that have no row yet, and give each new row once it is written.
+    """Finish the cells that have no row yet, and yield each new row after it was written.
 
-    Uncached images come first, their figures being rows as well.
+    Uncached images come first; their figures are rows too.
 
     Args:
-        chosen: the cells wanted.
-        settings: how much, and where.
-        workers: processes of one thread each; 1 works in this process, with its threads.
+        chosen: the cells.
+        settings: how they are computed and where they are saved.
+        workers: worker processes of one thread each; 1 works in this process, with all its threads.
     """
-    done = {_key(row) for row in read(settings.rows)}
+    done = {_key(row) for row in common.read(settings.rows)}
     todo = [cell for cell in chosen if _key(_head(cell)) not in done]
     truths = [
         truth
         for truth in dict.fromkeys(cell.uncached for cell in todo)
         if _key(_head(truth)) not in done or not _uncached_path(truth, settings).exists()
     ]
-    for stage in (truths, todo):  # a cell needs the images of its truth
+    for stage in (truths, todo):  # a cell needs the uncached images
         for row in _each(functools.partial(finish, settings=settings), stage, workers):
             _add(settings.rows, row)
             yield row
 
 
 def finish(cell: Cell, settings: Settings) -> Row:
-    """Make or load the cell's schedule, sample, measure: its row."""
+    """Make or load the cell's schedule, sample with it and measure the images; returns the row."""
     pipeline = _pipeline(settings.device)
     schedule = _schedule(cell, settings, pipeline)
     found = images.generate(pipeline, schedule, count=settings.count, seed=cell.seed)
@@ -151,17 +152,11 @@ def finish(cell: Cell, settings: Settings) -> Row:
         "training_seconds": made_by.hyper_parameters.get("seconds", 0.0) if made_by else 0.0,
         **dataclasses.asdict(measured),
     }
-    rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in figures.items()}
-    return {**_head(cell), **rounded, "machine": common.machine()}
-
-
-def read(path: Path) -> list[Row]:
-    """The rows of a file, none if there is no file."""
-    return json.loads(path.read_text())["rows"] if path.exists() else []
+    return {**_head(cell), **common.rounded(figures), "machine": common.machine()}
 
 
 def _schedule(cell: Cell, settings: Settings, pipeline: Any) -> Schedule:
-    """The cell's schedule from its file, else from its producer and into the file."""
+    """Load the cell's schedule, or make it with its producer and save it."""
     if cell.method == UNCACHED:
         return Schedule.all_compute(steps=cell.point.steps, sites=costs_of(pipeline.transformer).sites)
     path = settings.schedules / f"{cell}.json"
@@ -184,7 +179,7 @@ def _schedule(cell: Cell, settings: Settings, pipeline: Any) -> Schedule:
 
 
 def _each(function: Callable[[Cell], Row], jobs: list[Cell], workers: int) -> Iterator[Row]:
-    """The results of `function` as they come; the first failure drops the jobs that have not begun."""
+    """Yield the results of `function` as they come; the first failure cancels the jobs that have not begun."""
     if workers == 1:
         yield from map(function, jobs)
         return
@@ -198,13 +193,11 @@ def _each(function: Callable[[Cell], Row], jobs: list[Cell], workers: int) -> It
 
 
 def _add(path: Path, row: Row) -> None:
-    """Put a row in the file in the place of an older one, whole or not at all."""
-    kept = [other for other in read(path) if _key(other) != _key(row)]
+    """Add a row to the file, where it replaces an older row of the same cell."""
+    kept = [other for other in common.read(path) if _key(other) != _key(row)]
     lines = [json.dumps(other) for other in sorted([*kept, row], key=_key)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    partial.write_text('{\n  "rows": [\n    ' + ",\n    ".join(lines) + "\n  ]\n}\n")
-    partial.replace(path)
+    write_atomically(path, '{\n  "rows": [\n    ' + ",\n    ".join(lines) + "\n  ]\n}\n")
 
 
 def _head(cell: Cell) -> Row:
@@ -227,5 +220,5 @@ def _uncached_path(cell: Cell, settings: Settings) -> Path:
 
 @functools.cache
 def _pipeline(device: str) -> Any:
-    """The bundled pipeline, once for each process."""
+    """The bundled pipeline, loaded once per process."""
     return load_pipeline(bundled_model()).to(device)

@@ -1,4 +1,4 @@
-"""How good images are: against the uncached images of the same noise, and against real digits."""
+"""How good images are, compared with the uncached images of the same noise and with real digits."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Metrics:
     """Figures of one set of images.
 
     Attributes:
-        psnr: dB, mean over the images that differ from their uncached ones (the PSNR of equal images is infinite, and
-            one would drown all others); None where none differs. To be read together with `identical`.
+        psnr: mean over the images that differ from their uncached ones, in dB; None if none differs. Equal images have
+            infinite PSNR and are left out, so read it together with `identical`.
         identical: number of images equal to their uncached ones in all 8-bit pixels.
         ssim: mean over all images.
-        frechet_to_uncached: Frechet distance in classifier features to the uncached images of the same seed.
-        frechet_to_real: the same to all real digits.
-        accuracy: share recognised as the class asked for, in [0, 1].
+        frechet_to_uncached: Frechet distance to the uncached images of the same seed, in classifier features.
+        frechet_to_real: Frechet distance to all real digits, in classifier features.
+        accuracy: share of images that are classified as requested, in [0, 1].
     """
 
     psnr: float | None
@@ -46,7 +46,7 @@ class Judge:
     """Measures images.
 
     Args:
-        classifier: gives the features and the classes.
+        classifier: computes features and classes.
         real: real images, float32 `[M, 1, H, W]` in [0, 1].
     """
 
@@ -55,12 +55,12 @@ class Judge:
         self._real = penultimate_features(classifier, real)
 
     def measure(self, images: Tensor, uncached: Tensor, labels: Tensor) -> Metrics:
-        """Compare images with the uncached ones of the same noise.
+        """Compare images with the uncached images of the same noise.
 
         Args:
             images: uint8 `[N, 1, H, W]`, N at least 2.
-            uncached: the same shape and order.
-            labels: the classes asked for, int64 `[N]`.
+            uncached: uint8, in the same shape and order.
+            labels: the requested classes, int64 `[N]`.
 
         Raises:
             ValueError: the shapes do not fit.
@@ -92,11 +92,11 @@ def bundled_judge() -> Judge:
 
 
 def _frechet(first: Tensor, second: Tensor) -> float:
-    return max(0.0, frechet_distance(first, second))  # of equal features, rounding may leave a little below zero
+    return max(0.0, frechet_distance(first, second))  # for equal features, rounding may leave it slightly below zero
 
 
 def psnr(images: Tensor, truth: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image in [0, 1], dB `[N]`."""
+    """Peak signal-to-noise ratio of each image `[N, C, H, W]` in [0, 1]; dB, `[N]`."""
     return peak_signal_noise_ratio(images, truth, data_range=1.0, reduction="none", dim=(1, 2, 3))
 
 

@@ -1,4 +1,4 @@
-"""What the rows say: a table on the console, and a plot of quality against cost."""
+"""How rows are shown: a table, and a plot of quality against cost."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from harmonica_rt.schedule.files import save_figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-METRICS = {  # field of a row -> heading, and which way is better
+METRICS = {  # field of a row -> heading, with the direction that is better
     "psnr": "PSNR to uncached, dB (higher is better)",
     "ssim": "SSIM to uncached (higher is better)",
     "frechet_to_uncached": "Frechet distance to uncached, classifier features (lower is better)",
     "frechet_to_real": "Frechet distance to real digits, classifier features (lower is better)",
-    "accuracy": "recognised as the digit asked for (higher is better)",
+    "accuracy": "recognised as the requested digit (higher is better)",
 }
-PLOTTED = {"psnr": "linear", "frechet_to_uncached": "log"}  # and on which scale
+PLOTTED = {"psnr": "linear", "frechet_to_uncached": "log"}  # metric -> scale
 STYLES = {20: "-o", 10: ":s"}  # by steps of the uncached run
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Mean and extremes over the seeds."""
+class SeedRange:
+    """Mean, minimum and maximum over the seeds."""
 
     mean: float
     low: float
     high: float
 
     @classmethod
-    def of(cls, values: list[float]) -> Spread:
-        """Of at least one value."""
+    def of(cls, values: list[float]) -> SeedRange:
+        """Mean and extremes of at least one value."""
         return cls(statistics.fmean(values), min(values), max(values))
 
     def __str__(self) -> str:
@@ -48,22 +48,24 @@ class Summary:
     """One method at one point, over its seeds.
 
     Attributes:
-        method, steps, target: which.
+        method: name of the method.
+        steps: steps of the uncached run.
+        target: speed-up that was asked for.
         seeds: number of seeds.
-        speedup: reached, theoretical.
-        metrics: by the names of METRICS; without `psnr` where no image differs from its uncached one.
+        speedup: theoretical speed-up that was reached.
+        metrics: figures by the names of METRICS; without `psnr` if no image differs from its uncached one.
     """
 
     method: str
     steps: int
     target: float
     seeds: int
-    speedup: Spread
-    metrics: dict[str, Spread]
+    speedup: SeedRange
+    metrics: dict[str, SeedRange]
 
 
 def summarise(rows: Iterable[Row]) -> list[Summary]:
-    """One summary for each method and point, most steps first, then by target and by method."""
+    """One summary per method and point, sorted by steps (most first), target and method."""
     groups: dict[tuple[int, float, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((-row["steps"], row["target_speedup"], row["method"]), []).append(row)
@@ -73,9 +75,9 @@ def summarise(rows: Iterable[Row]) -> list[Summary]:
             -steps,
             target,
             len(group),
-            Spread.of([row["speedup"] for row in group]),
+            SeedRange.of([row["speedup"] for row in group]),
             {
-                name: Spread.of(values)
+                name: SeedRange.of(values)
                 for name in METRICS
                 if (values := [row[name] for row in group if row[name] is not None])
             },
@@ -85,7 +87,7 @@ def summarise(rows: Iterable[Row]) -> list[Summary]:
 
 
 def table(summaries: Iterable[Summary]) -> str:
-    """A Markdown table: mean (min - max) over seeds."""
+    """A Markdown table with mean (min - max) over the seeds."""
     names = ["method", "steps", "speed-up", "seeds", *METRICS]
     lines = [names, ["---"] * len(names)]
     for one in summaries:
@@ -95,7 +97,7 @@ def table(summaries: Iterable[Summary]) -> str:
 
 
 def draw(summaries: Iterable[Summary], path: Path) -> None:
-    """Plot PSNR and Frechet distance against the speed-up reached, one colour a method, one line style a step count."""
+    """Plot PSNR and Frechet distance against the speed-up, with one colour per method and one style per step count."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -108,7 +110,7 @@ def draw(summaries: Iterable[Summary], path: Path) -> None:
             for steps, style in STYLES.items():
                 _line(axis, [one for one in shown if (one.method, one.steps) == (method, steps)], metric, style, index)
         axis.set_yscale(scale)
-        axis.set_xlabel("theoretical speed-up (squares: of 10 steps, else of 20)")
+        axis.set_xlabel("theoretical speed-up (squares: over 10 steps, else over 20)")
         axis.set_title(METRICS[metric], fontsize=9)
         axis.grid(alpha=0.3)
     handles, labels = axis.get_legend_handles_labels()

@@ -1,4 +1,4 @@
-"""The methods: each makes a schedule as near to a point's speed-up as it can."""
+"""The methods: each makes a schedule whose speed-up is as close to a point's as it can."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from harmonica_training.setting import Setting
 
 @dataclass(frozen=True)
 class Point:
-    """One place of the comparison: steps of the uncached run, and the speed-up over it that is asked for."""
+    """One point of the comparison: steps of the uncached run, and the wanted speed-up over it."""
 
     steps: int
     speedup: float
@@ -36,13 +36,13 @@ class Budget:
     """What a method may spend on a schedule.
 
     Attributes:
-        iterations: training iterations, each one walk over all steps.
-        settling: iterations of trainings that measure schedules besides: fewer, for about the same work.
-        batch: samples of one walk.
-        learning_rate: of the routers.
+        iterations: training iterations, each of which walks over all steps.
+        settling: iterations if training also measures schedules; fewer, for about the same work.
+        batch: samples per walk.
+        learning_rate: learning rate of the routers.
         renew_every: iterations between renewals of lambda.
-        calibration: batches that SmoothCache is calibrated on.
-        validation: batches that those measure schedules on.
+        calibration: batches for the calibration of SmoothCache.
+        validation: batches on which schedules are measured.
     """
 
     iterations: int
@@ -54,19 +54,19 @@ class Budget:
     validation: int
 
 
-# An iteration at 20 steps and 1.5x, in forwards of a batch (a gradient counts as two): 80 to walk, 42 for lambda. Where
-# schedules are measured, 27 more for the one of the moment and 13 to 53 for each of 8 exchanges, most nearer to 13.
+# Forwards of a batch per iteration at 20 steps and 1.5x, a gradient counted as two: 80 to walk, 42 for lambda.
+# Measuring schedules takes 27 more for the current one and 13 to 53 for each of 8 exchanges, mostly close to 13.
 FULL = Budget(iterations=40, settling=16, batch=2, learning_rate=0.2, renew_every=5, calibration=8, validation=4)
 QUICK = Budget(iterations=2, settling=2, batch=2, learning_rate=0.2, renew_every=1, calibration=1, validation=1)
 
-PAIRS_A_STEP = 0.75  # a walk costs 3 forwards a step, a pair of Learning-to-Cache 4: the same work an iteration
+PAIRS_PER_STEP = 0.75  # a walk costs 3 forwards per step, a pair of Learning-to-Cache 4: equal work per iteration
 
 
 @dataclass(frozen=True)
 class Produced:
     """A schedule, and the seconds of its training or calibration.
 
-    A schedule of fewer steps than its point is sampled with that many, and compared with the point's uncached images.
+    A schedule with fewer steps than its point is sampled with its own steps; its images are compared with the point's.
     """
 
     schedule: Schedule
@@ -74,7 +74,7 @@ class Produced:
 
 
 Producer = Callable[[Any, Point, int, Budget], Produced]
-"""(pipeline, point, seed, budget) -> what was produced; the pipeline is left as it came."""
+"""(pipeline, point, seed, budget) -> what was produced; the pipeline is left unchanged."""
 
 
 def _random(pipeline: Any, point: Point, seed: int, budget: Budget) -> Produced:
@@ -107,7 +107,7 @@ def _learned(pipeline: Any, point: Point, seed: int, budget: Budget, **options: 
 def _learning_to_cache(pipeline: Any, point: Point, seed: int, budget: Budget) -> Produced:
     started = time.perf_counter()
     costs = costs_of(pipeline.transformer)
-    every_second = Schedule.every(2, steps=point.steps, sites=costs.sites).compute  # the steps it frees
+    every_second = Schedule.every(2, steps=point.steps, sites=costs.sites).compute  # the steps that it may reuse
     point = dataclasses.replace(point, speedup=min(point.speedup, costs.speedup(every_second)))
     data = load_split(pipeline.vae.config.sample_size)
     with torch.no_grad():
@@ -117,7 +117,7 @@ def _learning_to_cache(pipeline: Any, point: Point, seed: int, budget: Budget) -
         pipeline,
         _config(point, seed, budget, image_error=None, **_PAPER),
         conditions=ClassLabels(data.train_labels.tolist()),
-        objective=learning_to_cache(latents, pairs=round(point.steps * PAIRS_A_STEP)),
+        objective=learning_to_cache(latents, pairs=round(point.steps * PAIRS_PER_STEP)),
     )
     return Produced(result.schedule, time.perf_counter() - started)
 

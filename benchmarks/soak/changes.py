@@ -1,16 +1,8 @@
-"""What can be done to a model that changes what its forward computes. Each change can be undone.
-
-A change has values 0, 1, 2, ...; 0 is the state that the model was built in. Setting a value is idempotent, and setting
-one again brings the very objects back that were there before: the state is the same one.
-"""
+"""All changes that the soak makes to a model: each alters what its forward computes, and can be undone."""
 
 from __future__ import annotations
 
-import copy
-import functools
-import types
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,162 +11,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.soak import toy
-
-Set = Callable[[Any, int], None]
-
-
-@dataclass(frozen=True)
-class Change:
-    """One kind of change.
-
-    Attributes:
-        set: bring the denoiser of a pipeline into this value.
-        values: how many there are.
-        shared: it changes a class or a module, so every model of the process.
-        around: it changes what runs around the forward, not the forward: streams go on.
-    """
-
-    set: Set
-    values: int = 3
-    shared: bool = False
-    around: bool = False
-
-
-def attribute(owner: Callable[[Any], Any], name: Any, *values: Any) -> Change:
-    """An attribute or a key has one of these values."""
-
-    def put(pipeline: Any, value: int) -> None:
-        _put(owner(pipeline.transformer), name, values[value])
-
-    return Change(put, len(values))
-
-
-def _put(target: Any, name: Any, value: Any) -> None:
-    if isinstance(target, (dict, list)):
-        target[name] = value
-    else:
-        setattr(target, name, value)
-
-
-def of_the_process(owner: Any, name: str, *others: Any) -> Change:
-    """A name of a class or a module has its own value, or one of these."""
-    values = (owner.__dict__[name], *others)
-    return Change(lambda _, value: setattr(owner, name, values[value]), len(values), shared=True)
-
-
-def objects(owner: Callable[[Any], Any], name: str, make: Callable[[Any, int], Any], values: int = 3) -> Change:
-    """An attribute is replaced by other objects, made once per model and kept."""
-
-    def put(pipeline: Any, value: int) -> None:
-        target = owner(pipeline.transformer)
-        own = target[name] if isinstance(target, dict) else getattr(target, name)
-        kept = _kept(pipeline).setdefault((id(target), name), {0: own})
-        if value not in kept:
-            kept[value] = make(kept[0], value)
-        _put(target, name, kept[value])
-
-    return Change(put, values)
-
-
-def own_forward(owner: Callable[[Any], Any]) -> Change:
-    """An instance has a forward of its own."""
-
-    def put(pipeline: Any, value: int) -> None:
-        module = owner(pipeline.transformer)
-        kept = _kept(pipeline).setdefault((id(module), "forward"), {})
-        if value == 0:
-            module.__dict__.pop("forward", None)
-            return
-        if value not in kept:
-            kept[value] = types.MethodType(_of_its_class(type(module), FACTORS[value]), module)
-        module.forward = kept[value]
-
-    return Change(put)
-
-
-def hook(owner: Callable[[Any], Any], *, before: bool = False, around: bool = False) -> Change:
-    """A module has a forward hook, before it or after it."""
-
-    def scale_input(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = next((name for name in ("hidden_states", "x") if name in kwargs), None)
-        if name is not None:
-            return args, {**kwargs, name: kwargs[name] * 0.9}
-        return (args[0] * 0.9, *args[1:]), kwargs
-
-    def scale_output(_: Any, args: tuple[Any, ...], output: Any) -> Any:
-        return _times(output, 0.8)
-
-    def put(pipeline: Any, value: int) -> None:
-        module = owner(pipeline.transformer)
-        held = _kept(pipeline).setdefault((id(module), "hook", before), {})
-        if value == 0 and "handle" in held:
-            held.pop("handle").remove()
-        elif value == 1 and "handle" not in held:
-            held["handle"] = (
-                module.register_forward_pre_hook(scale_input, with_kwargs=True)
-                if before
-                else module.register_forward_hook(scale_output)
-            )
-
-    return Change(put, 2, around=around)
-
-
-FACTORS = (1.0, 0.7, 1.2)
-
-
-def _of_its_class(cls: type[nn.Module], factor: float) -> Callable[..., Any]:
-    """The forward that the class has when it is called, scaled."""
-
-    @functools.wraps(cls.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _times(cls.forward(self, *args, **kwargs), factor)
-
-    return forward
-
-
-def scaled(function: Callable[..., Any], factor: float) -> Callable[..., Any]:
-    """A function with its result scaled; signature and name are kept."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return _times(function(*args, **kwargs), factor)
-
-    return call
-
-
-def _times(output: Any, factor: float) -> Any:
-    """Scale the first tensor of an output, whatever holds it."""
-    if isinstance(output, torch.Tensor):
-        return output * factor
-    if isinstance(output, tuple):
-        return (output[0] * factor, *output[1:])
-    return type(output)(sample=output.sample * factor)
-
-
-class Scaled:
-    """An attention processor around another one."""
-
-    def __init__(self, processor: Any, factor: float) -> None:
-        self.processor, self.factor = processor, factor
-
-    def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
-        """The other one's result, scaled."""
-        return _times(self.processor(attn, *args, **kwargs), self.factor)
-
-
-def _kept(pipeline: Any) -> dict[Any, dict[Any, Any]]:
-    """What changes keep of a pipeline, so that it goes when the pipeline does."""
-    found: dict[Any, dict[Any, Any]] = pipeline.__dict__.setdefault("_soak_kept", {})
-    return found
-
-
-def other_weights(module: nn.Module, value: int) -> nn.Module:
-    """A copy with other weights."""
-    made = copy.deepcopy(module)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.mul_(FACTORS[value])
-    return made
+from benchmarks.soak.change import (
+    FACTORS,
+    Change,
+    Scaled,
+    attribute,
+    hook,
+    kept_objects,
+    objects,
+    of_the_process,
+    other_parameters,
+    own_forward,
+    scaled,
+)
 
 
 def _set_default(_: Any, value: int) -> None:
@@ -187,7 +36,7 @@ def _set_cell(pipeline: Any, value: int) -> None:
 
 def _set_buffer(pipeline: Any, value: int) -> None:
     model = pipeline.transformer
-    kept = _kept(pipeline).setdefault("table", {0: model.table})
+    kept = kept_objects(pipeline).setdefault("table", {0: model.table})
     model.table = kept.setdefault(value, kept[0] * FACTORS[value])
 
 
@@ -210,8 +59,8 @@ OF_TOY: Mapping[str, Change] = {
     "eps": attribute(lambda m: m.blocks[0].norm1, "eps", 1e-5, 0.1, 1.0),
     "closure": objects(lambda m: m, "shift", lambda _, value: toy.shifted([0.3 * value])),
     "closed-over value": Change(_set_cell),
-    "site replaced": objects(lambda m: m.blocks[1], "mlp", other_weights),
-    "module in a site replaced": objects(lambda m: m.blocks[1].attn, "out", other_weights),
+    "site replaced": objects(lambda m: m.blocks[1], "mlp", other_parameters),
+    "module in a site replaced": objects(lambda m: m.blocks[1].attn, "out", other_parameters),
     "forward of a site": own_forward(lambda m: m.blocks[0].mlp),
     "forward of the model": own_forward(lambda m: m),
     "hook": hook(lambda m: m.blocks[0].mlp),
@@ -248,7 +97,7 @@ def _set_lora(pipeline: Any, value: int) -> None:
 OF_DIFFUSERS: Mapping[str, Change] = {
     "eps": objects(_norm, "eps", lambda own, value: 0.3 * value),
     "processor": objects(_attention, "processor", lambda own, value: Scaled(own, FACTORS[value])),
-    "site replaced": objects(lambda m: m.transformer_blocks[1], "ff", other_weights),
+    "site replaced": objects(lambda m: m.transformer_blocks[1], "ff", other_parameters),
     "forward of a site": own_forward(lambda m: m.transformer_blocks[0].ff),
     "forward of the model": own_forward(lambda m: m),
     "hook": hook(lambda m: m.transformer_blocks[0].ff),
@@ -269,6 +118,6 @@ IP_ADAPTER: Mapping[str, Change] = {
 
 
 def of_the_class(cls: type[nn.Module]) -> Mapping[str, Change]:
-    """The change that puts another forward into the class of a denoiser."""
+    """The change that replaces the forward of a denoiser's class."""
     factors = FACTORS[1:]
     return {"forward of the model's class": of_the_process(cls, "forward", *(scaled(cls.forward, f) for f in factors))}

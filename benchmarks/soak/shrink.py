@@ -1,18 +1,19 @@
-"""Leave out of a faulty world what its fault does not need: earlier runs first, then what happens in each run."""
+"""Removes from a faulty world what its fault does not need: earlier runs first, then what happens in each run."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from benchmarks.soak.drive import Fault
-from benchmarks.soak.runs import Run, World
-from benchmarks.soak.world import Pair
+from benchmarks.soak.pair import Pair
+from benchmarks.soak.world import Run, World
 
 
 def shrunk(fault: Fault) -> World:
-    """The smallest world found whose last run has a fault of the same kind; of a world that runs by itself."""
+    """The smallest world found whose last run has a fault of the same kind; not for worlds of concurrent runs."""
     world = replace(fault.world, runs=fault.world.runs[: fault.run + 1])
     what = fault.what.partition(":")[0]
     last = world.runs[-1:]
@@ -26,7 +27,7 @@ def shrunk(fault: Fault) -> World:
 
 
 def _shows(world: World, what: str) -> bool:
-    """Whether the last run is wrong in this way, and none before it."""
+    """True if the last run has this kind of fault, and no earlier run has any."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pair = Pair(world)
@@ -52,6 +53,9 @@ def _simpler(run: Run) -> Iterator[Run]:
         parts = getattr(run, name)
         for index in range(len(parts)):
             yield replace(run, **{name: parts[:index] + parts[index + 1 :]})
-    for name, least in (("guided", False), ("batch", 1), ("size", 0), ("first", 0), ("prompt", 0), ("weights", 0)):
-        if getattr(run, name) != least:
-            yield replace(run, **{name: least})
+    for name, least in (("guided", False), ("batch", 1), ("size", 0), ("first", 0), ("prompt", 0)):
+        if getattr(run.request, name) != least:
+            simpler: dict[str, Any] = {name: least}
+            yield replace(run, request=replace(run.request, **simpler))
+    if run.parameters:
+        yield replace(run, parameters=0)

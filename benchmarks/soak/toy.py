@@ -1,10 +1,11 @@
-"""A small transformer whose forward reads every kind of Python state, and a sampling loop as people write them."""
+"""A small transformer whose forward reads every kind of Python state that a model may hold.
+
+Shapes: B images, N tokens, L prompt tokens, D = `WIDTH`.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,45 +13,45 @@ from torch import nn
 from torch.nn import functional as F
 
 WIDTH = 8
-BRIGHTNESS = 1.0  # a number that the forward reads by name
+BRIGHTNESS = 1.0  # a global that the forward reads by name
 
 
 def soften(x: torch.Tensor, by: float = 0.9) -> torch.Tensor:
-    """A function that another function calls by name, with a default."""
+    """Scale `x`: called by name from another function, with a default argument."""
     return x * by
 
 
 def blend(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """A function that the forward calls by name."""
+    """Add `x` and the softened `y`: called by name from the forward."""
     return x + soften(y)
 
 
 def shifted(amount: list[float]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A closure over a list, whose contents may change."""
+    """A function that adds `amount[0]`: a closure over a list whose contents may change."""
     return lambda x: x + amount[0]
 
 
 class Inner:
-    """An object within an object."""
+    """An object held by another object."""
 
     def __init__(self) -> None:
         self.bias = 0.1
         self.steps = [{"scale": 1.0}]
 
     def tone(self, x: torch.Tensor) -> torch.Tensor:
-        """A method of a class that is no module."""
+        """Scale and shift `x`: a method of a class that is not a module."""
         return x * self.steps[0]["scale"] + self.bias
 
 
 class Helper:
-    """An object that hangs on the model."""
+    """An object that is an attribute of the model."""
 
     def __init__(self) -> None:
         self.inner = Inner()
 
 
 class Processor:
-    """Attention as an object, which may be replaced."""
+    """Computes the attention of its module, and may be replaced."""
 
     def __init__(self, scale: float = 1.0) -> None:
         self.scale = scale
@@ -62,7 +63,7 @@ class Processor:
 
 
 class Attention(nn.Module):
-    """Attention over the tokens and the prompt; a site."""
+    """Attention over tokens and prompt; a site."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +77,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """A feed-forward; a site."""
+    """A feed-forward layer; a site."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +90,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each with a residual that is scaled by the timestep."""
+    """Attention and feed-forward, each added to the residual stream with a scale made from the timestep."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,9 +105,9 @@ class Block(nn.Module):
 
 
 class Toy(nn.Module):
-    """A denoiser. The prompt has one of several names, of which some say that they are conditioning."""
+    """A denoiser that takes its prompt under one of several names, some of which the package knows as conditioning."""
 
-    damping = 0.5  # of the class
+    damping = 0.5  # read from the class
 
     def __init__(self, depth: int = 2) -> None:
         super().__init__()
@@ -145,99 +146,10 @@ PROMPT_NAMES = ("encoder_hidden_states", "cap_feats", "extras")
 
 
 def toy(seed: int) -> Toy:
-    """In eval mode, with random weights."""
+    """A `Toy` in eval mode with random parameters."""
     generator = torch.Generator().manual_seed(seed)
     model = Toy().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3, generator=generator)
     return model
-
-
-@dataclass
-class Request:
-    """One run of a `Loop`. `prompt` and `negative` [B, L, D] and `guidance` may be changed while it runs."""
-
-    latents: torch.Tensor
-    prompt: torch.Tensor
-    negative: torch.Tensor
-    guidance: float  # 1 for none
-    asked: int
-    first: int
-    generator: torch.Generator
-
-
-class Loop:
-    """A pipeline of one's own: guidance in one call or in two, timesteps as the scheduler has them or scaled.
-
-    Args:
-        denoiser: what is called, in the place of `transformer`, for a model that is compiled by itself.
-    """
-
-    def __init__(
-        self, transformer: Toy, scheduler: Any, *, prompt_name: str, two_calls: bool, joined_once: bool
-    ) -> None:
-        self.transformer = transformer
-        self.scheduler = scheduler
-        self.denoiser: Any = None
-        self.request: Request
-        self._interrupt = False
-        self._prompt_name, self._two_calls, self._joined_once = prompt_name, two_calls, joined_once
-
-    def __call__(self, request: Request, on_step_end: Callable[[int, torch.Tensor], None]) -> torch.Tensor:
-        """The last latents [B, N, D]."""
-        for index, latents in self.steps(request):
-            on_step_end(index, latents)
-            if self._interrupt:
-                break
-        return latents
-
-    def steps(self, request: Request) -> Iterator[tuple[int, torch.Tensor]]:
-        """Each step's number and latents; a run that can be halted between steps."""
-        self.request, self._interrupt = request, False
-        if self.denoiser is not None:
-            self.denoiser.reset()
-        self.scheduler.set_timesteps(request.asked)
-        if request.first:
-            self.scheduler.set_begin_index(request.first)
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        extra = {"generator": request.generator} if takes_generator else {}
-        x = request.latents * float(getattr(self.scheduler, "init_noise_sigma", 1.0))
-        for index, t in enumerate(self.scheduler.timesteps[request.first :]):
-            with torch.no_grad():
-                scale = getattr(self.scheduler, "scale_model_input", lambda latents, _: latents)
-                noise = self._guided(scale(x, t), t)
-                x = self.scheduler.step(noise, t, x, **extra, return_dict=False)[0]
-            yield index, x
-
-    def _guided(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        request = self.request
-        if request.guidance == 1:
-            return self._denoised(x, t, request.prompt)
-        if self._two_calls:
-            negative, positive = self._denoised(x, t, request.negative), self._denoised(x, t, request.prompt)
-        else:
-            both = self._joined(request.negative, request.prompt)
-            negative, positive = self._denoised(torch.cat([x, x]), t, both).chunk(2)
-        return negative + request.guidance * (positive - negative)
-
-    def _joined(self, negative: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-        """Both prompts; the very tensor of the last step, or equal values in a new one."""
-        made_of = (negative, prompt, negative._version, prompt._version)
-        kept = self.__dict__.get("_kept")
-        if self._joined_once and kept is not None and all(a is b for a, b in zip(kept[0], made_of, strict=True)):
-            found: torch.Tensor = kept[1]
-            return found
-        joined = torch.cat([negative, prompt])
-        self._kept = (made_of, joined)
-        return joined
-
-    def _denoised(self, x: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-        call = self.denoiser if self.denoiser is not None else self.transformer
-        result: torch.Tensor = call(**self.arguments(x, t, prompt))
-        return result
-
-    def arguments(self, x: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor) -> dict[str, Any]:
-        """Those of one call of the denoiser."""
-        named = {"tokens": prompt} if self._prompt_name == "extras" else prompt
-        return {"hidden_states": x, "timestep": t.expand(len(x)), self._prompt_name: named}

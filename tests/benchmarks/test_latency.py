@@ -22,20 +22,23 @@ pytest.importorskip("diffusers", reason="the models are diffusers'")
 from diffusers import FluxTransformer2DModel
 
 from benchmarks import models
-from benchmarks.latency import alone, floor, gate, measure, nvml, results, show
+from benchmarks import rows as benchmark_rows
+from benchmarks.latency import alone, figures, floor, gate, measure, nvml, results, show
 from benchmarks.latency.cases import Case, Geometry, Task, case_of, geometries, schedules_of
 from benchmarks.latency.providers import PROVIDERS
 from benchmarks.latency.providers.base import Provider, Role, Runner, evenly, fewest_computed
 from benchmarks.latency.providers.cache_dit import CacheDit
-from benchmarks.latency.run import WARM_UPS, Settings, measure_task
+from benchmarks.latency.run import WARM_UPS, measure_task
+from benchmarks.latency.settings import Settings
 from harmonica_rt.call.roles import roles
 from harmonica_rt.lower import lower
 from harmonica_rt.options import HOISTED
 
 STEPS = 4
 CPU = torch.device("cpu")
+PUBLISHED = benchmark_rows.RESULTS / "latency-cpu.json"
 TINY = Geometry("tiny DiT", lambda: models.dit_on_meta(2, 2, 8, 8), geometries()["dit-xl-256"].calls)
-SETTINGS = Settings(("tiny",), (1,), ("every(2)",), (), STEPS, 2, CPU, torch.float32, floor=True)
+SETTINGS = Settings(STEPS, 2, CPU, torch.float32, floor=True)
 
 
 def tiny_flux() -> nn.Module:
@@ -88,18 +91,24 @@ def test_rows_table_and_plot(dit: Task, tmp_path: Path, monkeypatch: pytest.Monk
     }
     for name in ("eager", "hooks", "fused"):
         row = rows[name]
-        figures = (row.run, row.run_p20, row.run_p80, row.full_step, row.vs_eager, row.realised)
-        assert all(figure is not None and math.isfinite(figure) and figure > 0 for figure in figures)
-        assert (row.repeats, row.gpu, row.spoiled) == (2, "not a GPU", False)
-        assert row.host_step is row.allocated is row.compile_cold is None
-    assert (rows["eager"].difference, rows["eager"].theory, rows["eager"].computes) == (0.0, 1.0, "1" * STEPS)
-    assert rows["hooks"].gate == "bits equal"
-    assert rows["fused"].gate in ("bits equal", "within tolerance")
-    assert rows["hooks"].theory == pytest.approx(rows["fused"].theory, rel=1e-12)  # sites that nothing feeds but them
-    assert rows["hooks"].difference == pytest.approx(rows["fused"].difference, rel=1e-3)
-    assert rows["fused"].difference > 1e-6
-    assert rows["fused"].computes == "10" * (STEPS // 2)
-    assert rows["fused"].floor_full > rows["fused"].floor_partial > 0
+        times, speedups = row.times, row.speedups
+        positive = (times.run, times.run_p20, times.run_p80, times.full_step, speedups.vs_eager, speedups.realised)
+        assert all(figure is not None and math.isfinite(figure) and figure > 0 for figure in positive)
+        assert (times.repeats, row.state.gpu, row.state.spoiled) == (2, "not a GPU", False)
+        assert times.host_step is row.own_process.allocated is row.own_process.compile_cold is None
+    eager, hooks, fused = (rows[name].work for name in ("eager", "hooks", "fused"))
+    assert (eager.difference, eager.theory, eager.computes) == (0.0, 1.0, "1" * STEPS)
+    assert hooks.gate == "bits equal"
+    assert fused.gate in ("bits equal", "within tolerance")
+    assert hooks.theory == pytest.approx(fused.theory, rel=1e-12)  # nothing else feeds these sites
+    assert hooks.difference == pytest.approx(fused.difference, rel=1e-3)
+    assert fused.difference is not None
+    assert fused.difference > 1e-6
+    assert fused.computes == "10" * (STEPS // 2)
+    floors = rows["fused"].floors
+    assert floors.floor_full is not None
+    assert floors.floor_partial is not None
+    assert floors.floor_full > floors.floor_partial > 0
 
     text = show.table(list(rows.values()))
     assert "not measured on a GPU" in text
@@ -107,22 +116,35 @@ def test_rows_table_and_plot(dit: Task, tmp_path: Path, monkeypatch: pytest.Monk
     results.save(rows.values(), tmp_path / "latency.json")
     kept = json.loads((tmp_path / "latency.json").read_text())
     assert [row["provider"] for row in kept["rows"]] == [PROVIDERS[name].name for name in names]
-    assert kept["rows"][2]["vs_eager"] == pytest.approx(rows["hooks"].vs_eager, rel=1e-5)
-    assert results.read(tmp_path / "latency.json")[2].computes == rows["hooks"].computes
+    assert kept["rows"][2]["vs_eager"] == pytest.approx(rows["hooks"].speedups.vs_eager, rel=1e-5)
+    assert results.read(tmp_path / "latency.json")[2].work.computes == hooks.computes
     show.draw(list(rows.values()), tmp_path / "latency.png")
     assert (tmp_path / "latency.png").stat().st_size > 1000
 
 
+def test_published_rows_are_read_and_written_the_same() -> None:
+    published = [{k: v for k, v in row.items() if k != "machine"} for row in benchmark_rows.read(PUBLISHED)]
+    again = [benchmark_rows.short(results.flat(row)) for row in results.read(PUBLISHED)]
+    assert [json.dumps(row) for row in again] == [json.dumps(row) for row in published]
+    with pytest.raises(TypeError, match="unheard_of"):
+        results.row_of({**published[0], "unheard_of": 1})
+
+
 def test_rows_of_other_cases_stay_and_name_their_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def row(case: str, run: float) -> results.LatencyRow:
-        return results.LatencyRow(case, "every(2)", STEPS, "eager", "uncached", "cpu", "float32", run=run)
+        measured = results.Measured(case, "every(2)", STEPS, "eager", "uncached", "cpu", "float32")
+        return results.LatencyRow(measured, times=results.Times(run=run))
 
     path = tmp_path / "latency.json"
     monkeypatch.setattr(results.rows, "machine", lambda: {"device": "old"})
     results.save([row("a", 1.0), row("b", 1.0)], path)
     monkeypatch.setattr(results.rows, "machine", lambda: {"device": "new"})
     results.save([row("b", 2.0), row("c", 2.0)], path)
-    assert [(found.case, found.run) for found in results.read(path)] == [("a", 1.0), ("b", 2.0), ("c", 2.0)]
+    assert [(found.measured.case, found.times.run) for found in results.read(path)] == [
+        ("a", 1.0),
+        ("b", 2.0),
+        ("c", 2.0),
+    ]
     kept = json.loads(path.read_text())
     assert [kept["machines"][found["machine"]]["device"] for found in kept["rows"]] == ["old", "new", "new"]
     results.save([row("a", 3.0)], path)
@@ -147,7 +169,7 @@ def test_a_peer_that_fails_has_its_reason_and_the_others_go_on(dit: Task) -> Non
     settings = dataclasses.replace(SETTINGS, repeats=1, floor=False)
     rows = measure_task(dit, settings, {"broken": Broken(), **chosen("eager")})
     assert rows["broken"].reason == "AssertionError: not here"
-    assert rows["eager"].run is not None
+    assert rows["eager"].times.run is not None
 
 
 def test_a_chosen_mask_is_not_chosen_again(flux: Task, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,8 +226,8 @@ def test_a_spoiled_output_has_no_figures(dit: Task, name: str, from_run: int) ->
     rows = measure_task(dit, settings, {**chosen("eager"), "spoiled": Spoiled(PROVIDERS[name], from_run)})
     assert rows["spoiled"].reason is not None
     assert rows["spoiled"].reason.startswith("GateError: step 2: off by")
-    assert rows["spoiled"].run is rows["spoiled"].gate is rows["spoiled"].theory is None
-    assert rows["eager"].run is not None
+    assert rows["spoiled"].times.run is rows["spoiled"].work.gate is rows["spoiled"].work.theory is None
+    assert rows["eager"].times.run is not None
 
 
 def test_an_output_that_is_not_finite_stops_a_peer_too() -> None:
@@ -313,19 +335,24 @@ class FakeNvml:
         return 40 + self.looks
 
 
+def uncached_row_on_a_gpu() -> results.LatencyRow:
+    measured = results.Measured("case", "every(2)", STEPS, "eager", "uncached", "some GPU", "float32")
+    return results.LatencyRow(measured, work=results.Work(theory=1.0))
+
+
 def test_throttled_runs_spoil_a_row(dit: Task) -> None:
     runner = PROVIDERS["eager"].prepare(dit)
-    blank = results.LatencyRow("case", "every(2)", STEPS, "eager", "uncached", "some GPU", "float32", theory=1.0)
+    blank = uncached_row_on_a_gpu()
     clock = measure.CpuClock()
 
     def row(fake: FakeNvml) -> results.LatencyRow:
         samples = measure.interleave({"eager": runner}, 2, clock, nvml.Sensor(fake, "handle"))
-        return results.measured(blank, runner.computes, 1, samples, "eager", [], "")
+        return figures.with_figures(blank, runner.computes, 1, samples, "eager", [], "")
 
     spoiled = row(FakeNvml())
-    assert spoiled.spoiled
-    assert spoiled.joules_image == pytest.approx(5.0)
-    assert spoiled.gpu == {
+    assert spoiled.state.spoiled
+    assert spoiled.state.joules_image == pytest.approx(5.0)
+    assert spoiled.state.gpu == {
         "sm_mhz_min": 1976,
         "memory_mhz_min": 2619,
         "celsius_max": 44,
@@ -334,9 +361,9 @@ def test_throttled_runs_spoil_a_row(dit: Task) -> None:
     }
     assert "eager **(spoiled: throttled)**" in show.table([spoiled])
     clean = row(FakeNvml(counts_energy=False, throttles=False))
-    assert not clean.spoiled
-    assert clean.joules_image is None
-    assert clean.host_step is not None
+    assert not clean.state.spoiled
+    assert clean.state.joules_image is None
+    assert clean.times.host_step is not None
 
 
 class MuteNvml(FakeNvml):
@@ -354,11 +381,11 @@ class MuteNvml(FakeNvml):
 def test_what_nvml_does_not_tell_is_left_out(dit: Task) -> None:
     runner = PROVIDERS["eager"].prepare(dit)
     samples = measure.interleave({"eager": runner}, 1, measure.CpuClock(), nvml.Sensor(MuteNvml(), "handle"))
-    blank = results.LatencyRow("case", "every(2)", STEPS, "eager", "uncached", "some GPU", "float32", theory=1.0)
-    row = results.measured(blank, runner.computes, 1, samples, "eager", [], "")
-    assert isinstance(row.gpu, dict)
-    assert set(row.gpu.values()) == {None}
-    assert (row.spoiled, row.joules_image) == (False, None)
+    blank = uncached_row_on_a_gpu()
+    row = figures.with_figures(blank, runner.computes, 1, samples, "eager", [], "")
+    assert isinstance(row.state.gpu, dict)
+    assert set(row.state.gpu.values()) == {None}
+    assert (row.state.spoiled, row.state.joules_image) == (False, None)
 
 
 def test_one_provider_is_alive_at_a_time(dit: Task) -> None:
@@ -390,7 +417,7 @@ def test_one_provider_is_alive_at_a_time(dit: Task) -> None:
     providers = {**chosen("eager"), **{name: Counted(name) for name in ("one", "two", "three")}}
     rows = measure_task(dit, dataclasses.replace(SETTINGS, repeats=1, floor=False), providers)
     assert (most, alive) == (1, set())
-    assert all(row.vs_eager is not None for row in rows.values())
+    assert all(row.speedups.vs_eager is not None for row in rows.values())
 
 
 def test_the_gate_takes_one_copy_of_the_weights(dit: Task) -> None:

@@ -15,6 +15,7 @@ pytest.importorskip("diffusers", reason="the digits model is a diffusers pipelin
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 pytest.importorskip("torchmetrics", reason="PSNR and SSIM are torchmetrics'")
 
+from benchmarks import rows
 from benchmarks.quality import images, matrix, pareto
 from benchmarks.quality.cost import costs_of
 from benchmarks.quality.matrix import Cell, Settings
@@ -135,7 +136,7 @@ def test_matrix_is_finished_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     rest = {row["method"]: row for row in matrix.run(chosen, settings)}
     assert list(rest) == ["fora", "fewer-steps"]
-    kept = matrix.read(settings.rows)
+    kept = rows.read(settings.rows)
     assert {row["method"] for row in kept} == {"uncached", *rest}
     for row in rest.values():
         assert row in kept
@@ -174,7 +175,7 @@ def test_a_row_takes_the_place_of_its_older_self(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     for value, seed in ((1.0, 0), (2.0, 1), (3.0, 0)):
         matrix._add(path, row("fora", 1.5, seed=seed, psnr=value))
-    assert [(one["seed"], one["psnr"]) for one in matrix.read(path)] == [(0, 3.0), (1, 2.0)]
+    assert [(one["seed"], one["psnr"]) for one in rows.read(path)] == [(0, 3.0), (1, 2.0)]
     assert len(path.read_text().splitlines()) == 6  # one line per row
     assert list(tmp_path.iterdir()) == [path]
 
@@ -192,7 +193,7 @@ def test_summary_spreads_over_seeds_and_is_drawn(tmp_path: Path) -> None:
         ("fora", 1.3, 1),
         ("fora", 1.5, 2),
     ]
-    assert summaries[2].metrics["psnr"] == pareto.Spread(22.0, 20.0, 24.0)
+    assert summaries[2].metrics["psnr"] == pareto.SeedRange(22.0, 20.0, 24.0)
     lines = pareto.table(summaries).splitlines()
     assert lines[-1].startswith("| fora | 20 | 1.5 | 2 | 22 (20 - 24) |")
     assert lines[2].startswith("| uncached | 20 | 1 | 1 | - |")

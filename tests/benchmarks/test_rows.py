@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import host_path, rows, schedules, slot_memory
-from benchmarks.compile_cost import PeakMemory
+from benchmarks.memory import PeakMemory
 from benchmarks.rows import Row
 from benchmarks.timing import Spread, interleaved
 from tests.models import stack, stack_call

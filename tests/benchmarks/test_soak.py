@@ -15,11 +15,14 @@ from torch import nn
 
 from benchmarks.soak import toy
 from benchmarks.soak.drive import KINDS, PIECE, Kind, Tally, added_up, faults_of, pieces
-from benchmarks.soak.oracle import Oracle
-from benchmarks.soak.runs import Event, Run, World, random_world
+from benchmarks.soak.oracle import Counts, Oracle
+from benchmarks.soak.outcome import Outcome
+from benchmarks.soak.pair import Pair
+from benchmarks.soak.random_world import random_schedule, random_world
 from benchmarks.soak.shrink import shrunk
+from benchmarks.soak.side import Side
 from benchmarks.soak.subjects import SUBJECTS
-from benchmarks.soak.world import Outcome, Pair, Side, random_schedule
+from benchmarks.soak.world import Event, Request, Run, World
 from harmonica_rt import Schedule
 
 pytestmark = [
@@ -37,7 +40,7 @@ pytestmark = [
 def there_and_back(name: str) -> tuple[Run, ...]:
     """A run that is changed after step 0 and back after step 2, then one that begins with the change."""
     events = (Event(0, "change", name, 1), Event(2, "change", name, 0))
-    return Run(seed=1, events=events), Run(seed=2, state=((name, 1),))
+    return Run(Request(seed=1), events=events), Run(Request(seed=2), state=((name, 1),))
 
 
 def faults(world: World) -> list[str]:
@@ -50,9 +53,17 @@ def faults(world: World) -> list[str]:
     return [f"run {index}: {what}" for index, what in enumerate(found) if what is not None]
 
 
-def world_of(subject: str, change: str, door: str = "compile") -> World:
+def world_of(subject: str, change: str, interface: str = "compile") -> World:
     sampler = SUBJECTS[subject].samplers[0]
-    return World(seed=4, subject=subject, door=door, sampler=sampler, asked=5, variant=3, runs=there_and_back(change))
+    return World(
+        seed=4,
+        subject=subject,
+        interface=interface,
+        sampler=sampler,
+        inference_steps=5,
+        variant=3,
+        runs=there_and_back(change),
+    )
 
 
 def test_the_steps_after_a_change_reuse_some_sites() -> None:
@@ -72,9 +83,9 @@ OF_DIFFUSERS = [
 
 
 @pytest.mark.parametrize("change", SUBJECTS["loop"].changes)
-@pytest.mark.parametrize("door", ["compile", "reference"])
-def test_a_change_is_seen_at_the_next_call(change: str, door: str) -> None:
-    assert faults(world_of("loop", change, door)) == []
+@pytest.mark.parametrize("interface", ["compile", "reference"])
+def test_a_change_is_seen_at_the_next_call(change: str, interface: str) -> None:
+    assert faults(world_of("loop", change, interface)) == []
 
 
 @pytest.mark.parametrize(("subject", "change"), OF_DIFFUSERS)
@@ -177,7 +188,7 @@ def calls() -> Iterator[tuple[Oracle, list[str], Callable[..., list[float]]]]:
 def test_the_oracle_reuses_what_the_schedule_says(calls: Any) -> None:
     oracle, _, step = calls
     assert [step((x, 0.0)) for x in (1.0, 2.0, 3.0, 4.0, 5.0)] == [[2.0], [2.0], [2.0], [8.0], [8.0]]
-    assert (oracle.calls, oracle.reused, oracle.computed_in_full) == (5, 3, [])
+    assert oracle.counts == (5, 3, ())
 
 
 def test_the_oracle_keeps_streams_apart(calls: Any) -> None:
@@ -190,7 +201,7 @@ def test_the_oracle_keeps_streams_apart(calls: Any) -> None:
     assert step((5.0, 0.0)) == [10.0]
     state[0] = "changed"
     assert step((6.0, 0.0)) == [12.0]  # what this state stored is older than the schedule wants
-    assert oracle.computed_in_full == [2, 4]
+    assert oracle.counts.in_full == (2, 4)
 
 
 def test_the_oracle_tells_equal_calls_of_a_step_by_their_order(calls: Any) -> None:
@@ -205,7 +216,7 @@ def test_the_oracle_steps_aside(calls: Any) -> None:
     with oracle.aside():
         model_alone = step((2.0, 0.0))
     assert model_alone == [4.0]
-    assert oracle.calls == 1
+    assert oracle.counts.calls == 1
 
 
 def test_faults_are_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,30 +231,30 @@ def test_faults_are_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Pair, "__init__", deaf)
     noise = (Event(0, "collect"), Event(1, "prompt", value=1))
-    runs = (Run(seed=1), Run(seed=2, guided=True, state=(("attribute", 1), ("eps", 1)), events=noise))
-    world = World(seed=1, subject="loop", asked=3, door="reference", runs=runs)
+    runs = (Run(Request(seed=1)), Run(Request(seed=2, guided=True), state=(("attribute", 1), ("eps", 1)), events=noise))
+    world = World(seed=1, subject="loop", inference_steps=3, interface="reference", runs=runs)
     tally, kind = Tally(), Kind("some", "loop", 1.0)
     monkeypatch.setattr("benchmarks.soak.drive.random_world", lambda *args, **kwargs: world)
     [fault] = faults_of(kind, 1, tally)
     assert fault.run == 1
     assert fault.what.startswith("wrong image: after step 0")
     assert tally.runs == 2
-    assert shrunk(fault).runs == (Run(seed=2, state=(("attribute", 1),)),)
+    assert shrunk(fault).runs == (Run(Request(seed=2), state=(("attribute", 1),)),)
     [first, *rest] = Tally(2, [fault]).rows("some")
     assert (first.metric, first.value) == ("runs", 2)
     assert [row.value for row in rest] == [1, 0, 0, 0, 0, 0]
 
 
 def test_other_entries_reused_are_a_fault() -> None:
-    pair = Pair(World(seed=1, subject="loop", asked=3))
+    pair = Pair(World(seed=1, subject="loop", inference_steps=3))
     image = torch.ones(1)
-    expected, got = (Outcome(result=image, counts=counts) for counts in ((3, 4, ()), (3, 2, ())))
-    assert pair.difference(expected, expected, Run(seed=1)) is None
-    assert pair.difference(expected, got, Run(seed=1)) == (
-        "other entries reused: (calls, reused entries, steps in full) (3, 2, ()) in the place of (3, 4, ())"
+    expected, got = (Outcome(result=image, counts=counts) for counts in (Counts(3, 4, ()), Counts(3, 2, ())))
+    assert pair.difference(expected, expected, Run(Request(seed=1))) is None
+    assert pair.difference(expected, got, Run(Request(seed=1))) == (
+        "other entries reused: Counts(calls=3, reused=2, in_full=()) instead of Counts(calls=3, reused=4, in_full=())"
     )
 
 
 def test_the_toy_is_a_model_that_the_package_takes() -> None:
-    assert Pair(World(seed=1, subject="loop", asked=4)).fault(Run(seed=1)) is None
+    assert Pair(World(seed=1, subject="loop", inference_steps=4)).fault(Run(Request(seed=1))) is None
     assert toy.Toy.damping == 0.5

@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("sklearn", reason="the digits model's package needs it")
 
-from benchmarks.training_cost import Case, bundled, iteration, released_iteration, renewal
+from benchmarks.training_work import Case, bundled, iteration, released_iteration, renewal
 from harmonica_training.cached_forward import first_tensor
 
 

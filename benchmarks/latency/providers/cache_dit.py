@@ -1,7 +1,7 @@
 """cache-dit (optional): its static step mask, and DBCache, which decides in every step; eager and under torch.compile.
 
-One first block is always computed, as its own headlines have it. DBCache gets the same mask with a threshold that any
-difference stays below: it computes its decision in every step, and does as much work as the schedule leaves.
+One first block is always computed, as in cache-dit's published results. DBCache gets the same mask and a threshold that
+every difference stays below: it computes its decision in every step, and does as much work as the schedule leaves.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from benchmarks.latency.cases import Task
 from benchmarks.latency.providers.base import CountedRunner, Role, as_bits, mask_within, one_of, probe
 
 Policy = Literal["static", "dynamic"]
-ANY_DIFFERENCE = 1e9
+ANY_DIFFERENCE = 1e9  # a threshold above every difference
 
 
 @dataclass(frozen=True)
 class CacheDit:
-    """cache-dit by the policy of its cached steps."""
+    """cache-dit with one policy for its cached steps."""
 
     policy: Policy
     compiled: bool
@@ -32,22 +32,22 @@ class CacheDit:
 
     @property
     def name(self) -> str:
-        """What it is."""
+        """See `Provider.name`."""
         kind = {"static": "step mask", "dynamic": "DBCache"}[self.policy]
         return f"cache-dit, {kind}{', compiled' * self.compiled}"
 
     def applies(self, task: Task) -> str | None:
-        """Where it is installed."""
+        """None if cache-dit is installed."""
         installed = "cache_dit" in sys.modules or importlib.util.find_spec("cache_dit") is not None
         return None if installed else "not installed"
 
     def prepare(self, task: Task) -> CountedRunner:
-        """The model with cache-dit's context."""
+        """The model with cache-dit enabled."""
         return CacheDitRunner(task, self.policy, compiled=self.compiled)
 
 
 class CacheDitRunner(CountedRunner):
-    """A transformer by itself in cache-dit; each run begins with a fresh context, which it would not make by itself."""
+    """A transformer without a pipeline; `reset` renews cache-dit's context, which is not renewed on its own."""
 
     def __init__(self, task: Task, policy: Policy, *, compiled: bool) -> None:
         cache_dit = importlib.import_module("cache_dit")
@@ -58,7 +58,7 @@ class CacheDitRunner(CountedRunner):
         self.computes = one_of(task.case.steps)
         cache_dit.enable_cache(self._model, cache_config=self._config())
         self.computes = task.peer_mask or mask_within(task, probe(self))
-        # products that are compiled cannot be counted; with a mask given, they have been
+        # the FLOPs of compiled products cannot be counted; if a mask is given, they were counted before
         self._theory = math.nan if task.peer_mask else super().theory()
         if compiled:
             self._denoise = torch.compile(self._model, dynamic=False)
@@ -68,7 +68,7 @@ class CacheDitRunner(CountedRunner):
         self._cache_dit.refresh_context(self._model, cache_config=self._config())
 
     def theory(self) -> float:
-        """Counted before it was compiled."""
+        """See `Runner.theory`; counted before the model was compiled, NaN if a mask was given."""
         return self._theory
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
-"""Feature caches that diffusers brings: FirstBlockCache, TaylorSeer, Pyramid Attention Broadcast.
+"""Feature caches of diffusers: FirstBlockCache, TaylorSeer, Pyramid Attention Broadcast.
 
-All decide in every step, in Python. Each runs with its decision in place, and is led to as many computed steps as
-bring it closest to the schedule's theoretical speed-up, so that equal work is compared and not a threshold.
+All decide in every step, in Python. Each makes its decision, but is led to the number of computed steps that brings it
+closest to the schedule's theoretical speed-up, so that methods are compared at equal work and not by thresholds.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ LEADER = "fbc_leader_block_hook"  # name of the hook that decides
 
 @dataclass(frozen=True)
 class DiffusersCache:
-    """A cache of diffusers by the runner that leads it."""
+    """A cache of diffusers, with the runner that leads it."""
 
     name: str
     runner: Callable[[Task], CachedRunner]
     role: Role = "peer"
 
     def applies(self, task: Task) -> str | None:
-        """Where the model can enable caches."""
+        """None if the model can enable caches."""
         if hasattr(task.case.model, "enable_cache"):
             return None
         return f"{type(task.case.model).__name__} has no enable_cache (diffusers' CacheMixin)"
@@ -51,7 +51,7 @@ class DiffusersCache:
 
 
 class CachedRunner(CountedRunner):
-    """A model whose hooks keep state between steps, in a cache context as pipelines enter it."""
+    """A model whose hooks keep state between steps, called in a cache context as in pipelines."""
 
     def __init__(self, task: Task, config: Any) -> None:
         self._model = cast(Any, task.case.tree())
@@ -73,7 +73,7 @@ class CachedRunner(CountedRunner):
 
 
 class FirstBlockRunner(CachedRunner):
-    """FirstBlockCache: compares the first block's residual with the last one; its threshold makes it obey the mask."""
+    """FirstBlockCache: compares the first block's residual with the previous one; the threshold follows the mask."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task, FirstBlockCacheConfig(threshold=0.0))
@@ -89,7 +89,7 @@ class FirstBlockRunner(CachedRunner):
 
 
 class PyramidRunner(CachedRunner):
-    """Pyramid Attention Broadcast: reuses attention while the timestep is in its range; the timestep obeys the mask."""
+    """Pyramid Attention Broadcast: reuses attention while the timestep is in a range; the timestep follows the mask."""
 
     def __init__(self, task: Task) -> None:
         self._timestep = 0
@@ -109,7 +109,7 @@ class PyramidRunner(CachedRunner):
 
 
 class TaylorSeerRunner(CachedRunner):
-    """TaylorSeer in its lite mode: skips the blocks and extrapolates the last projection, at a fixed interval."""
+    """TaylorSeer in its lite mode: at a fixed interval, it skips the blocks and extrapolates the last projection."""
 
     def __init__(self, task: Task) -> None:
         steps = task.case.steps
@@ -141,7 +141,7 @@ def _taylor_computed(choice: tuple[int, int], steps: int) -> int:
 
 
 def _taylor_settings(needed: int, steps: int) -> tuple[int, int]:
-    """First steps and interval that compute at least `needed` steps, as few more as there are, the earliest start."""
+    """Number of first steps and interval that compute at least `needed` steps, as few as possible, starting early."""
     choices = [(before, interval) for before in range(1, steps + 1) for interval in range(1, steps + 1)]
     enough = [choice for choice in choices if _taylor_computed(choice, steps) >= needed]
     return min(enough, key=lambda choice: (_taylor_computed(choice, steps), choice))

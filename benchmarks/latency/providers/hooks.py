@@ -1,7 +1,7 @@
-"""The same schedule the way released codes run it: each site's forward replaced, a dict of outputs, Python deciding.
+"""The same schedule as released codes run it: each site's forward is replaced, and Python reuses outputs from a dict.
 
-Nothing but the sites is skipped: norm and modulate before a reused site still run, and so does what feeds a site that
-is the last of several layers.
+Only the sites are skipped: norm and modulate before a reused site still run, and so does what feeds a site that is the
+last of several layers.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from benchmarks.latency.providers.base import CountedRunner, Role
 
 @dataclass(frozen=True)
 class Hooks:
-    """The schedule, by patched forwards."""
+    """The schedule, run with patched forwards."""
 
     name: str = "hooks, eager"
     role: Role = "hooks"
 
     def applies(self, task: Task) -> str | None:
-        """Always."""
+        """None: it applies to every task."""
         return None
 
     def prepare(self, task: Task) -> HookedRunner:
-        """The model, patched."""
+        """The patched model."""
         return HookedRunner(task, task.case.tree())
 
 
 class HookedRunner(CountedRunner):
-    """Keeps the last output of every site."""
+    """Keeps the latest output of every site."""
 
     def __init__(self, task: Task, model: nn.Module) -> None:
         super().__init__(task, model)

@@ -1,4 +1,4 @@
-"""harmonica-rt: by its lowerings, and as a backend of torch.compile. Driven by a scheduler, as in a pipeline."""
+"""harmonica-rt with each of its lowerings and as a backend of torch.compile, driven by a scheduler as in a pipeline."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from harmonica_rt.options import LOWERINGS
 
 
 class StepCounter:
-    """A scheduler that does nothing but say where runs and steps begin."""
+    """A scheduler that only marks where runs and steps begin."""
 
     def __init__(self) -> None:
         self.timesteps = torch.empty(0)
 
     def set_timesteps(self, steps: int) -> None:
-        """A run of so many steps begins."""
+        """Begin a run of `steps` steps."""
         self.timesteps = torch.arange(steps, 0, -1)
 
     def step(self, output: Any, timestep: Any) -> Any:
-        """A step is over."""
+        """End a step."""
         return output
 
 
 class Loop:
-    """As much of a pipeline as it takes: a denoiser and the scheduler that drives it."""
+    """The least that harmonica-rt accepts as a pipeline: a denoiser and the scheduler that drives it."""
 
     def __init__(self, transformer: Any) -> None:
         self.transformer = transformer
         self.scheduler = StepCounter()
 
     def __call__(self) -> None:
-        """A runner calls the parts."""
+        """Always raise: `LoopRunner` calls denoiser and scheduler itself."""
         raise TypeError("this pipeline is run step by step; see LoopRunner")
 
 
 class LoopRunner(Runner):
-    """Runs the denoiser of a loop, and steps its scheduler."""
+    """Runs the denoiser of a loop and steps its scheduler."""
 
     def __init__(self, task: Task, loop: Loop) -> None:
         super().__init__(task, loop.transformer)
@@ -58,7 +58,7 @@ class LoopRunner(Runner):
         return scheduler.step(super().step(index), scheduler.timesteps[index])
 
     def theory(self) -> float:
-        """The theoretical speed-up of the plan; what is computed before the steps is not taken off."""
+        """The theoretical speed-up of the plan; the prologue is not subtracted."""
         return self.task.theory
 
     def close(self) -> None:
@@ -68,22 +68,22 @@ class LoopRunner(Runner):
 
 @dataclass(frozen=True)
 class Lowered:
-    """`hrt.compile` with one lowering."""
+    """`harmonica_rt.compile` with one lowering."""
 
     lowering: str
     role: Role = "ours"
 
     @property
     def name(self) -> str:
-        """Ours."""
+        """See `Provider.name`."""
         return f"harmonica-rt, {self.lowering}"
 
     def applies(self, task: Task) -> str | None:
-        """Where this lowering exists."""
+        """None if this lowering exists."""
         return None if self.lowering in LOWERINGS else f"there is no lowering {self.lowering!r}"
 
     def prepare(self, task: Task) -> Runner:
-        """The model compiled in its loop; without a graph it is an error, never the fallback."""
+        """The model compiled in its loop. If it cannot be captured, an error is raised; there is no fallback."""
         return LoopRunner(task, hrt.compile(Loop(task.case.tree()), task.schedule, lowering=self.lowering, strict=True))
 
 
@@ -95,13 +95,13 @@ class Backend:
     role: Role = "ours"
 
     def applies(self, task: Task) -> str | None:
-        """Where the backend is registered."""
+        """None if the backend is registered."""
         if "harmonica" not in torch._dynamo.list_backends() or not hasattr(hrt, "attach"):
             return "the backend is not registered (installing harmonica-rt does it)"
         return None
 
     def prepare(self, task: Task) -> Runner:
-        """The compiled model, its runs begun by a scheduler."""
+        """The model compiled in place, in a loop whose scheduler begins its runs."""
         model = task.case.tree()
         model.compile(backend="harmonica", options={"schedule": task.schedule})
         loop = Loop(model)
@@ -110,7 +110,7 @@ class Backend:
 
 
 class BackendRunner(LoopRunner):
-    """Its model was compiled in place by torch.compile."""
+    """A loop whose model was compiled in place by torch.compile."""
 
     def close(self) -> None:
         """See `Runner.close`."""

@@ -13,17 +13,17 @@ from benchmarks.latency.providers.base import Role, Runner
 
 @dataclass(frozen=True)
 class Eager:
-    """The model as it is; what all speed-ups are against."""
+    """The model itself, to which all speed-ups refer."""
 
     name: str = "eager"
     role: Role = "uncached"
 
     def applies(self, task: Task) -> str | None:
-        """Always."""
+        """None: it applies to every task."""
         return None
 
     def prepare(self, task: Task) -> Runner:
-        """The model."""
+        """The uncached model."""
         return Runner(task, task.case.tree())
 
 
@@ -36,7 +36,7 @@ class Compiled:
     role: Role = "uncached"
 
     def applies(self, task: Task) -> str | None:
-        """reduce-overhead is about CUDA graphs."""
+        """None, unless the mode needs CUDA graphs and there is no GPU."""
         if self.mode == "reduce-overhead" and task.case.device.type != "cuda":
             return "its CUDA graphs need CUDA"
         return None
@@ -47,7 +47,7 @@ class Compiled:
 
 
 class CompiledRunner(Runner):
-    """Tells CUDA graphs where a step begins: the output of the step before is then free to be overwritten."""
+    """Marks where each step begins, so that CUDA graphs may overwrite the output of the previous step."""
 
     def step(self, index: int) -> Any:
         """See `Runner.step`."""
