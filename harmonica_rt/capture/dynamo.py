@@ -26,7 +26,6 @@ from torch import fx, nn
 from torch._dynamo.guards import GuardBuilder, get_verbose_code_parts, install_guard
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import Guard
-from torch.nn.modules import module as every_module
 
 from harmonica_rt.call.call import Call, CallConvention
 from harmonica_rt.capture.capture import CapturedGraph, placeholders
@@ -34,6 +33,7 @@ from harmonica_rt.capture.export import export_functional
 from harmonica_rt.capture.sites import find_site_outputs, site_columns, site_of
 from harmonica_rt.errors import CaptureError, CaptureFailure, Obstacle
 from harmonica_rt.model.facts import Facts
+from harmonica_rt.model.hooks import forward_hooks, forward_hooks_of_every_module
 from harmonica_rt.model.identity import contents, first_change
 from harmonica_rt.model.training_mode import check_draws_nothing, modes_of
 
@@ -72,8 +72,8 @@ def _same_code(builder: GuardBuilder, guard: Guard) -> None:
     The guard holds no reference to the model, which dynamo does not keep alive.
     """
     model = builder.get(guard)
-    held: list[Any] = [h for module in model.modules() for h in (module._forward_hooks, module._forward_pre_hooks)]
-    held += [every_module._global_forward_hooks, every_module._global_forward_pre_hooks]
+    held: list[Any] = [hooks for module in model.modules() for hooks in forward_hooks(module)]
+    held += forward_hooks_of_every_module()
     held += [(cls, "forward") for cls in dict.fromkeys(map(type, model.modules()))]
     held += Facts(model).code()
     noted = list(map(contents, held))

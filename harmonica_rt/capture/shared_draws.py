@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 from harmonica_rt.changes import Changes
-from harmonica_rt.model.hidden_state import Told
-from harmonica_rt.model.walk import SHARED_GENERATOR
+from harmonica_rt.model.hidden_state import SHARED_GENERATOR, Told
 
 _ONLY_TELL = ("getstate", "__getstate__", "__reduce__")
 

@@ -23,8 +23,8 @@ from torch import nn
 
 from harmonica_rt.errors import PlanFileError
 from harmonica_rt.model.forward import own_forward
+from harmonica_rt.model.scope import own_attributes
 from harmonica_rt.model.tensors import named_tensors, shared_names
-from harmonica_rt.model.walk import own_attributes
 
 _SCALARS = (
     type(None), bool, int, float, complex, str, bytes, range, type(...), enum.Enum, np.generic,

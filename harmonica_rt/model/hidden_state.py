@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+SHARED_GENERATOR: random.Random = random.seed.__self__  # type: ignore[attr-defined]  # behind the functions of `random`
 LARGEST_ARRAY = 2**20  # bytes; the contents of larger arrays are not compared
 
 

@@ -18,8 +18,8 @@ from harmonica_rt.changes import Changes
 from harmonica_rt.model.facts import Facts
 from harmonica_rt.model.forward import own_forward
 from harmonica_rt.model.identity import contents, first_change
+from harmonica_rt.model.scope import UNUSED, UNUSED_OF_ROOT
 from harmonica_rt.model.tensors import TensorNote, named_tensors, same_objects
-from harmonica_rt.model.walk import UNREAD, UNREAD_OF_ROOT
 from harmonica_rt.torch_state import take_capture_lock
 
 KNOWN_STATES = 16  # kept to be recognised again; the least recently used is dropped
@@ -120,7 +120,7 @@ class ModelWatch:
             return False
         unread: frozenset[str] = frozenset()
         if isinstance(container, nn.Module):
-            unread = UNREAD_OF_ROOT if container is self._model else UNREAD
+            unread = UNUSED_OF_ROOT if container is self._model else UNUSED
         for place, (old, new) in enumerate(zip(before, now, strict=True)):
             if old is not new and not _equal(old, new) and (place == 0 or now[place - 1] not in unread):
                 return False

@@ -15,7 +15,7 @@ from torch import nn
 
 from harmonica_rt.changes import Changes
 from harmonica_rt.errors import HarmonicaError
-from harmonica_rt.model.hooks import call_with_hooks
+from harmonica_rt.model.hooked_call import call_with_hooks
 from harmonica_rt.sampling.denoiser import Denoiser
 from harmonica_rt.sampling.following import scheduler_in_use
 from harmonica_rt.sampling.scheduler import listener_of
