@@ -41,7 +41,7 @@ class PlanKey(NamedTuple):
 
     def without_reads(self) -> PlanKey:
         """The key of this plan's calls, without the values that the model reads of their request."""
-        return self._replace(signature=dataclasses.replace(self.signature, read=()))
+        return self._replace(signature=dataclasses.replace(self.signature, request_values=()))
 
 
 class Plans:

@@ -170,7 +170,7 @@ class PlannedEngine:
         if key in self.cache:
             return self.cache[key]
         for held, runtime in self.plans.items():
-            if held.signature.read and held.without_reads() == key:
+            if held.signature.request_values and held.without_reads() == key:
                 reads = runtime.plan.captured.reads
                 if reads is not None and reads.hold(call.leaves):
                     return self.cache[held]
@@ -239,7 +239,7 @@ class PlannedEngine:
         self.watch.accept()  # a model may build tables when it first runs
         key = self._key(call)
         if captured.reads is not None:
-            key = key._replace(signature=dataclasses.replace(key.signature, read=captured.reads.key))
+            key = key._replace(signature=dataclasses.replace(key.signature, request_values=captured.reads.key))
         plan = build_plan(captured, self._schedule)
         return self.cache.add(key, plan, self.watch.live_tensors, roles(call), started=started)
 

@@ -1,4 +1,4 @@
-"""Model: the user's module and everything attached to it. Not a stage: all stages that run or read a model use it.
+"""Model: the user's module and everything attached to it. Not a stage: all stages that run or inspect a model use it.
 
 In: an `nn.Module`. Out: its own forward beneath hooks and wrappers; a `Facts` snapshot of all that a trace takes for
 granted; a `ModelWatch` that tells before each call whether any of that changed; a fingerprint for files.

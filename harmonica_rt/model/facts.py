@@ -73,7 +73,7 @@ class Facts:
     def let_go(self) -> None:
         """Keep what can be compared with other facts, and release the objects that were inspected.
 
-        The containers and their contents hold weights, which the model may have dropped while a plan keeps its facts.
+        The containers and their contents hold tensors, which the model may have dropped while a plan keeps its facts.
         """
         self.containers, self.noted = [], []
         self.tensors, self.hidden, self._caches = (), (), []

@@ -1,4 +1,4 @@
-"""A fingerprint of what tracing reads from a model, except the weights' values. It is equal across processes.
+"""A fingerprint of what tracing bakes in of a model, equal across processes. Parameters count without their values.
 
 Hazard: anything left out can change unnoticed, and a saved plan then gives wrong images. So code is represented by the
 bytes of the files that define the classes and functions, and by the versions of their packages (for what those files
@@ -35,23 +35,23 @@ _CONFIG = "_internal_dict"  # where diffusers' models keep their config
 
 
 def digest(model: nn.Module) -> str:
-    """A digest of classes, code, module tree, attributes and the layout of weights: `sha256:` and 64 hex digits.
+    """A digest of classes, code, module tree, attributes and the layout of tensors: `sha256:` and 64 hex digits.
 
     Raises:
         PlanFileError: the value of an attribute, or the code of a class, cannot be determined.
     """
     text = hashlib.sha256()
-    for line in _Reader(model).lines():
+    for line in _Description(model).lines():
         text.update(line.encode())
         text.update(b"\n")
     return f"sha256:{text.hexdigest()}"
 
 
-class _Reader:
+class _Description:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._places = {id(module): path for path, module in model.named_modules()}
-        self._open: set[int] = set()  # containers being read, since some contain themselves
+        self._paths = {id(module): path for path, module in model.named_modules()}
+        self._open: set[int] = set()  # containers being described, since some contain themselves
         self._origins: set[str] = set()
 
     def lines(self) -> Iterator[str]:
@@ -82,8 +82,8 @@ class _Reader:
             return f"{type(value).__name__} {value!r}"
         if isinstance(value, torch.Tensor):
             return f"{_layout(value)} {_bytes_of(value)}"
-        if isinstance(value, nn.Module) and id(value) in self._places:
-            return f"module {self._places[id(value)]}"
+        if isinstance(value, nn.Module) and id(value) in self._paths:
+            return f"module {self._paths[id(value)]}"
         if isinstance(value, type):
             return self._name(value)
         if isinstance(value, (ModuleType, BuiltinFunctionType)):

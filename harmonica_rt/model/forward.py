@@ -72,7 +72,7 @@ def own_forward(model: nn.Module) -> Callable[..., Any]:
 def keep_only_own_forward(model: nn.Module, changes: Changes) -> None:
     """Make calls of `model` by this thread run only its own forward, until `changes` are undone.
 
-    Calls by other threads wait until then, since a trace takes weights out of the model and puts them back. Take the
+    Calls by other threads wait until then, since a trace takes parameters out of the model and puts them back. Take the
     capture lock first, or two threads may wait for each other.
     """
     held, over = model.__dict__, threading.Event()

@@ -1,7 +1,8 @@
 """Runs the hooks of a denoiser around a call that replaces its forward.
 
 Installing a call in a module (as `nn.Module.compile` does) bypasses the hooks that others attached to it: forward
-hooks, and accelerate's, which move weights to the device. The module's own code runs them here, around the replacement.
+hooks, and accelerate's, which move parameters to the device. The module's own code runs them here, around the
+replacement.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def call_with_hooks(
     registry = getattr(model, DIFFUSERS_HOOKS, None)  # a wrapper hands out the registry of the module inside
     if registry is not None and registry.hooks:
         raise HarmonicaError(
-            f"{type(model).__name__} carries the diffusers hooks {', '.join(registry.hooks)}, which take the place of "
-            "its forward. Disable them (disable_cache(), for a cache; for group offloading, let the pipeline move the "
+            f"{type(model).__name__} carries the diffusers hooks {', '.join(registry.hooks)}, which replace its "
+            "forward. Disable them (disable_cache(), for a cache; for group offloading, let the pipeline move the "
             "whole model with enable_model_cpu_offload() instead) or uncompile the model"
         )
     name = forward_attribute(model)

@@ -144,7 +144,7 @@ def _first_divergent_site(
     call: Call,
     catch_up: bool,
 ) -> str | None:
-    """The first divergent site of a step, in execution order; reads reused sites from slots, recomputes the others."""
+    """The first divergent site of a step, in execution order; takes reused sites from slots, recomputes the others."""
     plan = planned.runtime.plan
     captured, entry = plan.captured, plan.steps[step]
     reuse = frozenset[SiteIndex]() if catch_up else plan.patterns[entry.program].reuse

@@ -1,7 +1,7 @@
 """Put a denoiser under a schedule into a pipeline, and remove it again.
 
-The pipeline's own module stays where it is, with its class, attributes and weights; only its call is replaced, in the
-place that `nn.Module.compile` uses. Copies and saved files of the module are unaffected.
+The pipeline's own module stays where it is, with its class, attributes and parameters; only its call is replaced, in
+the attribute that `nn.Module.compile` uses. Copies and saved files of the module are unaffected.
 """
 
 from __future__ import annotations

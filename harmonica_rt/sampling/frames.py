@@ -118,7 +118,7 @@ def own_function() -> FrameType | None:
 def suspendable_functions() -> list[FrameMark]:
     """Marks of the user's generators and coroutines that are running.
 
-    No others are marked: before Python 3.13, reading a frame's variables keeps them alive until the frame returns.
+    No others are marked: before Python 3.13, looking at a frame's variables keeps them alive until the frame returns.
     """
     marks: list[FrameMark] = []
     for frame in callers():

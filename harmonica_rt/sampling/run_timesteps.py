@@ -42,8 +42,8 @@ class RunTimesteps:
     def belongs_to_another(self, timestep: Any, step: int) -> bool:
         """Whether `timestep` belongs to a step other than `step`. False when in doubt.
 
-        Reading a value on a GPU would wait for it. But pipelines step with elements of the scheduler's own tensor, and
-        the address of an element gives its index.
+        A value on a GPU could only be fetched by waiting for it. But pipelines step with elements of the scheduler's
+        own tensor, and the address of an element gives its index.
         """
         known = self.known
         if step >= len(known):
