@@ -61,9 +61,9 @@ class ForwardArguments:
         """
         if len(args) > len(self.positional) and self.any_position:
             raise SignatureError(
-                f"the forward of {model_name} takes *args, so an argument passed by position has no name to be "
-                "known by. Pass arguments by name, name them in that forward, give it the signature of what it "
-                "wraps (functools.wraps), or compile the model inside"
+                f"the forward of {model_name} takes *args, so an argument passed by position has no name. Pass "
+                "arguments by name, name them in that forward, give it the signature of what it wraps "
+                "(functools.wraps), or compile the model inside"
             )
         if len(args) > len(self.positional):
             raise SignatureError(

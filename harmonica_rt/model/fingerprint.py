@@ -115,7 +115,7 @@ class _Description:
             return self._function(value)
         entries = _entries(value)
         if entries is None:
-            raise PlanFileError(f"a {type(value).__name__}, whose value a saved plan could not be held to")
+            raise PlanFileError(f"a {type(value).__name__}, which a saved plan could not be compared with")
         told = (f"{key!r}: {self._text(item)}" for key, item in entries.items())
         return f"{self._name(type(value))} {self._many(told)}"
 
@@ -137,7 +137,7 @@ class _Description:
                 if package in sys.stdlib_module_names and package != "__main__":
                     continue
                 raise PlanFileError(
-                    f"the class {_qualified(base)} is written in no file, so that a change of it could not be seen"
+                    f"the class {_qualified(base)} is not defined in a file, so a change of it would go unnoticed"
                 ) from error
         return _qualified(cls)
 
@@ -174,7 +174,7 @@ def _code(file: str) -> str:
     try:
         return hashlib.sha256(Path(file).read_bytes()).hexdigest()
     except OSError as error:
-        raise PlanFileError(f"the code in {file} cannot be read, so that a change of it could not be seen") from error
+        raise PlanFileError(f"the code in {file} cannot be read, so a change of it would go unnoticed") from error
 
 
 def _qualified(thing: Any) -> str:

@@ -131,7 +131,7 @@ def install_assigned(pipeline: Any) -> None:
         if denoiser_module(pipeline) is not denoiser.model:
             raise HarmonicaError(
                 f"{type(pipeline).__name__}.{name} is a compiled model, but the denoiser of this pipeline is another "
-                f"one, and it alone can be compiled. Give the plain model back: pipe.{name} = pipe.{name}.model"
+                f"one, and only the denoiser can be compiled. Restore the plain model: pipe.{name} = pipe.{name}.model"
             )
         install(pipeline, denoiser)
         setattr(pipeline, name, denoiser.given)  # last: if interrupted before, the next call still finds it assigned

@@ -54,7 +54,7 @@ def watch(scheduler: Any, listener: Listener) -> None:
     """
     for method in ("set_timesteps", "step"):
         if not callable(getattr(scheduler, method, None)):
-            raise HarmonicaError(f"{type(scheduler).__name__} has no {method}(); a diffusers scheduler has")
+            raise HarmonicaError(f"{type(scheduler).__name__} has no {method}(), which every diffusers scheduler has")
     unwatch(scheduler)
     original: Any = type(scheduler)
     try:
@@ -62,7 +62,7 @@ def watch(scheduler: Any, listener: Listener) -> None:
     except TypeError as error:
         raise HarmonicaError(
             f"the steps of a {original.__name__} cannot be watched ({error}): its class must be an ordinary Python "
-            "class without __slots__. Put it in an object of one, or compile the model itself and call reset() for "
+            "class without __slots__. Wrap it in an object of one, or compile the model itself and call reset() for "
             "each run"
         ) from error
 

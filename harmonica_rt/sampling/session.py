@@ -132,8 +132,8 @@ class Session:
         if run.untouched or current.count is None:
             self._notices.say(
                 "not called",
-                "%s made a step without a call of the compiled %s. If its pipeline has another denoiser since it was "
-                "compiled (pipe.transformer = ...), compile the pipeline again: until then it runs uncached",
+                "%s took a step without a call of the compiled %s. If its pipeline was given another denoiser after it "
+                "was compiled (pipe.transformer = ...), compile the pipeline again: until then it runs uncached",
                 type(scheduler).__name__,
                 self._model_name,
             )
@@ -184,16 +184,16 @@ class Session:
         if not self._current.ever_driven and self._following.follows(caller):
             self._notices.say(
                 "swapped",
-                "%s was compiled in the midst of a run of its pipeline: what is left of that run is uncached, the "
-                "schedule holds from the next run on. To treat some steps differently, say so in one schedule",
+                "%s was compiled in the middle of a run of its pipeline: the rest of that run is uncached, and the "
+                "schedule applies from the next run on. To treat some steps differently, use one schedule that does",
                 self._model_name,
             )
             return
         self._notices.say(
             "outside",
             "%s was called outside a sampling run (its pipeline's scheduler set no timesteps, or the call came from a "
-            "callback, from after the run, or from a pipeline that was not compiled): such calls are the plain "
-            "model's, nothing is cached",
+            "callback, from after the run, or from a pipeline that was not compiled): such calls run the plain model, "
+            "and nothing is cached",
             self._model_name,
         )
 
@@ -238,11 +238,12 @@ class Session:
         """
         if self._turns.mine:
             raise ConcurrentRunError(
-                f"a run of {self._model_name} cannot begin or go on within one of its calls, as in a hook of the model"
+                f"a run of {self._model_name} cannot begin or go on within one of its calls (in a hook of the model, "
+                "for example)"
             )
         if not self._turns.take(changes):
             raise ConcurrentRunError(
-                f"{self._model_name} is in a call in another thread. Use one compiled model (and one "
-                "pipeline) for each thread, or let the runs take turns"
+                f"another thread is in a call of {self._model_name}. Use one compiled model (and one pipeline) for "
+                "each thread, or let the runs take turns"
             )
         keep_torch_state(changes)

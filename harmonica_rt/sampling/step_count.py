@@ -61,8 +61,8 @@ class StepCount:
         elif at != self._run.step and not self._moved_to(at):
             self._notices.say(
                 "timestep of another step",
-                "%s was called in step %d with the timestep of step %d: the call was computed plainly, nothing of it "
-                "was cached or reused",
+                "%s was called in step %d with the timestep of step %d: the plain model computed the call, and nothing "
+                "of it was cached or reused",
                 self._name,
                 self._run.step,
                 at,
@@ -91,8 +91,8 @@ class StepCount:
             raise RunError(
                 f"step {run.step} was stepped with timestep {float(timestep):g}, which belongs to another step: this "
                 "run leaves steps out, and its scheduler was not told. Where image-to-image begins at step k, call "
-                "scheduler.set_begin_index(k) before the first step; with a scheduler that has none, or for a run that "
-                "leaves out steps in its midst, or takes some twice, uncompile the pipeline"
+                "scheduler.set_begin_index(k) before the first step. If the scheduler has no set_begin_index, or a run "
+                "leaves out steps later on or takes some twice, uncompile the pipeline"
             )
 
     def step_ends(self) -> None:
@@ -111,7 +111,7 @@ class StepCount:
             return False
         if not self._by_timesteps:
             self._by_timesteps = True
-            log.info("%s: steps are counted by timesteps, not by its scheduler's", self._name)
+            log.info("%s: steps are counted by timesteps, not by the steps of its scheduler", self._name)
         return True
 
     def _look_for_moves(self, timestep: torch.Tensor | None) -> None:

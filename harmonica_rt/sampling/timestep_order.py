@@ -32,7 +32,7 @@ class TimestepOrder:
             if move * self._largest_move < 0 and abs(move) >= abs(self._largest_move):
                 raise RunError(
                     f"step {step} came with timestep {value:g} after {self._last:g}, against the order of this run: a "
-                    "new run seems to have begun. Call reset() before each run; a pipeline's set_timesteps does it"
+                    "new run seems to have begun. Call reset() before each run; in a pipeline, set_timesteps does so"
                 )
             self.moves += 1
             if abs(move) > abs(self._largest_move):
