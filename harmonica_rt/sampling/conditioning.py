@@ -54,7 +54,8 @@ class Conditioning:
             if held.overwritten is not None and bool(held.overwritten):
                 raise RunError(
                     f"{self._paths[index]} was overwritten in mid-run under torch.inference_mode(), which records no "
-                    "writes: the result of this run is wrong. Pass a new tensor instead, or sample under torch.no_grad()"
+                    "writes: the result of this run is wrong. Pass a new tensor instead, or sample under "
+                    "torch.no_grad()"
                 )
 
 
