@@ -32,7 +32,7 @@ class Facts:
         tensors: the plain tensors among the facts: those that are neither parameters nor buffers of the model.
         hidden: the objects whose state no container shows (arrays, random generators, iterators), each with its state
             at the snapshot.
-        untold: descriptions of objects whose state cannot be read at all.
+        opaque: descriptions of objects whose state cannot be found out.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -42,7 +42,7 @@ class Facts:
         self.versions = bytearray(8 * len(self.containers))
         self.tensors = tuple(found.tensors)
         self.hidden = tuple(found.hidden)
-        self.untold = tuple(found.untold)
+        self.opaque = tuple(found.opaque)
         self._caches = [(cache, cache.cache_info().misses) for cache in found.caches]
         self._table = found.facts
 
@@ -68,7 +68,7 @@ class Facts:
 
     def hidden_hold(self) -> bool:
         """Whether all hidden state is as it was at the snapshot."""
-        return all(hidden.tell() == told for hidden, told in self.hidden)
+        return all(hidden.get() == state for hidden, state in self.hidden)
 
     def let_go(self) -> None:
         """Keep what can be compared with other facts, and release the objects that were inspected.
@@ -86,9 +86,9 @@ class Facts:
         changed = first_change(self.containers, self.noted)
         for index in range(changed, len(self.containers)) if changed >= 0 else ():
             put_back(self.containers[index], self.noted[index])
-        for hidden, told in self.hidden:
-            if hidden.put_back is not None and hidden.tell() != told:
-                hidden.put_back(told)
+        for hidden, state in self.hidden:
+            if hidden.restore is not None and hidden.get() != state:
+                hidden.restore(state)
         for cache, misses in self._caches:
             if cache.cache_info().misses != misses:
                 cache.cache_clear()

@@ -20,7 +20,7 @@ class Findings:
         containers: the objects that hold the facts, for `identity.first_change`.
         tensors: the plain tensors among the facts: those that are neither parameters nor buffers of the model.
         hidden: the objects whose state no container shows (arrays, random generators, iterators), each with its state.
-        untold: descriptions of objects whose state cannot be read at all.
+        opaque: descriptions of objects whose state cannot be found out.
         caches: the `lru_cache`s that a forward may fill.
     """
 
@@ -28,7 +28,7 @@ class Findings:
     containers: list[Any] = field(default_factory=list)
     tensors: list[torch.Tensor] = field(default_factory=list)
     hidden: list[tuple[Hidden, Any]] = field(default_factory=list)
-    untold: list[str] = field(default_factory=list)
+    opaque: list[str] = field(default_factory=list)
     caches: list[Any] = field(default_factory=list)
 
 

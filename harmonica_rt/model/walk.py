@@ -23,7 +23,7 @@ from harmonica_rt.model.code_walk import CodeWalk
 from harmonica_rt.model.fact_table import BY_TEXT, SAME_AS, SCALARS, WEIGHT, Is, comparable_key
 from harmonica_rt.model.findings import Agenda, Findings
 from harmonica_rt.model.forward import own_forward
-from harmonica_rt.model.hidden_state import SHARED_GENERATOR, Hidden, hidden_state, is_untold
+from harmonica_rt.model.hidden_state import SHARED_GENERATOR, Hidden, hidden_state, is_opaque
 from harmonica_rt.model.hooks import all_hooks, diffusers_hooks, forward_hooks, forward_hooks_of_every_module
 from harmonica_rt.model.identity import items_of, referent
 from harmonica_rt.model.scope import is_opened, is_written_in_python, own_attributes
@@ -95,11 +95,11 @@ class _Walk:
             fact = self._note(parent, name, ("partial",))
             self._agenda.later(fact, [(".func", value.func), (".args", value.args), (".keywords", value.keywords)])
         elif (hidden := hidden_state(value)) is not None:
-            told = hidden.tell()
-            self._found.hidden.append((hidden, told))
-            self._note(parent, name, (Is(type(value)), told))
-        elif is_untold(value):
-            self._found.untold.append(f"{name.lstrip('.')} is a {type(value).__name__}, whose state cannot be read")
+            state = hidden.get()
+            self._found.hidden.append((hidden, state))
+            self._note(parent, name, (Is(type(value)), state))
+        elif is_opaque(value):
+            self._found.opaque.append(f"{name.lstrip('.')} is a {type(value).__name__}, whose state cannot be read")
             self._note(parent, name, Is(value))
         elif isinstance(value, (weakref.ref, *weakref.ProxyTypes)):
             fact = self._note(parent, name, ("weakly",))
