@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import harmonica_rt as hrt
-from harmonica_rt.backend.session import BackendOptions
+from harmonica_rt.backend.backend_options import BackendOptions
 from harmonica_rt.errors import (
     ArgumentError,
     HarmonicaError,

@@ -1,8 +1,13 @@
 """`torch.compile(model, backend="harmonica", options={"schedule": schedule})`.
 
-Dynamo traces the model and calls the result in its place; a plan runs behind it. Dynamo may make several graphs of one
-model (for each grad mode, for other strides of an argument), so the state of a run belongs to none of them. There is
-one session per model and set of options, and it is freed with the model.
+In: the graphs that dynamo makes of a model, the options given to `torch.compile`, and a pipeline to follow (`attach`).
+Out: a callable that runs a plan in place of each graph, and the session that counts steps and reports.
+
+Hazard: dynamo may make several graphs of one model (for each grad mode, for other strides of an argument), so the state
+of a run belongs to none of them. There is one session per model and set of options, and it is freed with the model.
+
+Reading order: this file (what dynamo and users call), `backend_options`, `session` (which run), `graph_engine` (the
+plans).
 """
 
 from __future__ import annotations
@@ -16,7 +21,8 @@ from typing import Any, TypeVar, overload
 from torch import fx, nn
 
 from harmonica_rt.arguments import check_subject
-from harmonica_rt.backend.session import NAME, BackendOptions, GraphSession
+from harmonica_rt.backend.backend_options import NAME, BackendOptions
+from harmonica_rt.backend.session import GraphSession
 from harmonica_rt.capture.dynamo import DynamoGraph
 from harmonica_rt.capture.dynamo_frame import SEE_THE_BREAK, traced_frame
 from harmonica_rt.errors import HarmonicaError, ScheduleMismatchError
@@ -57,7 +63,7 @@ def harmonica(graph: fx.GraphModule, example_inputs: list[Any], **given: Any) ->
     check_capturable(frame.model)
     traced = DynamoGraph(graph, frame, options.schedule.sites)
     frame.guard()
-    # A weak reference: dynamo keeps what it compiled, and a session keeps the weights of its last run.
+    # A weak reference: dynamo keeps what it compiled, and a session keeps the parameters of its last run.
     session = weakref.ref(_session(frame.model, options))
 
     def planned(*values: Any) -> Any:

@@ -7,5 +7,5 @@ timestep or request.
 Hazard: calls that differ in anything that a graph bakes in must differ in their signatures, or one would run the
 other's plan.
 
-Reading order: `call`, `roles`.
+Reading order: `forward_arguments`, `call`, `roles`.
 """

@@ -8,7 +8,6 @@ equal plain values everywhere else, and the same autocast.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from harmonica_rt.call.forward_arguments import ForwardArguments
 from harmonica_rt.errors import SignatureError
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
@@ -28,20 +28,20 @@ _PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, t
 class Signature:
     """What a plan is specialised for. Calls with equal signatures share a plan.
 
-    In the signature of a plan, `read` holds the values of the request that the model reads; in a call's it is empty.
+    A plan may hold only for some values of the request: `request_values` has them. In a call's signature it is empty.
     """
 
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]
     autocast: tuple[tuple[str, torch.dtype], ...] = ()
-    read: tuple[tuple[Any, ...], ...] = ()
+    request_values: tuple[tuple[Any, ...], ...] = ()
 
     def __hash__(self) -> int:
         return self._hash
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.spec, self.leaves, self.autocast, self.read))
+        return hash((self.spec, self.leaves, self.autocast, self.request_values))
 
     @property
     def device(self) -> torch.device:
@@ -104,21 +104,8 @@ class CallConvention:
     """How one model's `forward` takes its arguments. Built once, used on every call."""
 
     def __init__(self, model: nn.Module) -> None:
-        parameters = _parameters(model)
         self._model_name = type(model).__name__
-        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        self._positional = tuple(p.name for p in parameters if p.kind in positional)
-        self._order = {p.name: i for i, p in enumerate(parameters)}
-        self._any_position = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
-        self._open = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-        self._named = frozenset(
-            p.name
-            for p in parameters
-            if p.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-        )
-        self._required = tuple(
-            p.name for p in parameters if p.name in self._named and p.default is inspect.Parameter.empty
-        )
+        self._forward = ForwardArguments.of(model)
         self._paths: dict[Signature, tuple[str, ...]] = {}
         self._orders: dict[tuple[str, ...], tuple[str, ...]] = {}  # names as given -> in the order of forward
         self._flat_specs: dict[tuple[str, ...], pytree.TreeSpec] = {}
@@ -127,7 +114,7 @@ class CallConvention:
     @property
     def arguments(self) -> tuple[str, ...]:
         """Names of the arguments in the order of the model's forward; in diffusers' denoisers latents come first."""
-        return tuple(self._order)
+        return tuple(self._forward.order)
 
     def normalise(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """Bind, order and flatten one call.
@@ -136,31 +123,12 @@ class CallConvention:
             SignatureError: an argument is unknown, missing, given twice or nameless (`*args`), or is neither a tensor
                 nor a plain value (nor a list, tuple or dict of them).
         """
-        if len(args) > len(self._positional) and self._any_position:
-            raise SignatureError(
-                f"the forward of {self._model_name} takes *args, so an argument passed by position has no name to be "
-                "known by. Pass arguments by name, name them in that forward, give it the signature of what it "
-                "wraps (functools.wraps), or compile the model inside"
-            )
-        if len(args) > len(self._positional):
-            raise SignatureError(
-                f"{self._model_name} takes at most {len(self._positional)} positional arguments, {len(args)} came"
-            )
-        bound = dict(zip(self._positional, args, strict=False))
-        for name, value in kwargs.items():
-            if name in bound:
-                raise SignatureError(f"{self._model_name} was given {name!r} twice, by position and by name")
-            if name not in self._named and not self._open:
-                raise SignatureError(f"{self._model_name} takes no argument {name!r}; it takes {sorted(self._named)}")
-            bound[name] = value
-        for name in self._required:
-            if name not in bound:
-                raise SignatureError(f"{self._model_name} needs the argument {name!r}")
+        bound = self._forward.bind(self._model_name, args, kwargs)
         names = tuple(bound)
         order = self._orders.get(names)
         if order is None:
-            last = len(self._order)
-            order = self._orders[names] = tuple(sorted(names, key=lambda name: self._order.get(name, last)))
+            known, last = self._forward.order, len(self._forward.order)
+            order = self._orders[names] = tuple(sorted(names, key=lambda name: known.get(name, last)))
         ordered = {name: bound[name] for name in order}
         leaves, spec = self._flatten(order, ordered)
         signature = Signature(spec, tuple(map(self._leaf_key, leaves)), _autocast())
@@ -200,17 +168,6 @@ class CallConvention:
             f"{self._model_name} was called with an object of type {type(leaf).__name__}; a static plan can be made "
             "for tensors, numbers, strings and lists, tuples or dicts of them"
         )
-
-
-def _parameters(model: nn.Module) -> list[inspect.Parameter]:
-    """The parameters of the model's forward, or of its only child's if it takes just `*args` and `**kwargs`."""
-    parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
-    children, anything = list(model.children()), {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
-    if len(children) != 1 or {p.kind for p in parameters} != anything:
-        return parameters
-    within = _parameters(children[0])
-    named = any(p.kind is p.POSITIONAL_OR_KEYWORD for p in within)
-    return within if named and not isinstance(children[0], (nn.Sequential, nn.ModuleList)) else parameters
 
 
 def _autocast() -> tuple[tuple[str, torch.dtype], ...]:

@@ -147,7 +147,7 @@ class _GraphArguments(CallConvention):
 
     def __init__(self, frame: Frame) -> None:
         super().__init__(frame.model)
-        self._open, self._required = True, ()
+        self._forward = self._forward.open_to_any_name()
         self._locals, self._varargs, self._varkw = inspect.getargs(frame.code)
         # a wrapper may take the model as its first argument, so that the call's begin one later
         self._offset = 1 if frame.name == f"L['{self._varargs}'][0]" else 0
@@ -161,8 +161,8 @@ class _GraphArguments(CallConvention):
             return ".".join(rest)
         if head == self._varargs and rest:
             index = int(rest[0]) - self._offset
-            if index < len(self._positional):
-                return ".".join((self._positional[index], *rest[1:]))
+            if index < len(self._forward.positional):
+                return ".".join((self._forward.positional[index], *rest[1:]))
         elif head not in self._locals:
             return None  # a local of an enclosing function
         return ".".join((head, *rest))

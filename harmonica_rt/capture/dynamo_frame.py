@@ -19,10 +19,10 @@ from torch import fx, nn
 from torch._dynamo.guards import GuardBuilder, get_verbose_code_parts, install_guard
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import Guard
-from torch.nn.modules import module as every_module
 
 from harmonica_rt.errors import CaptureError, CaptureFailure, Obstacle
 from harmonica_rt.model.facts import Facts
+from harmonica_rt.model.hooks import forward_hooks, forward_hooks_of_every_module
 from harmonica_rt.model.identity import contents, first_change
 
 SEE_THE_BREAK = "torch.compile(..., fullgraph=True) shows where dynamo breaks the graph, and why"
@@ -58,8 +58,8 @@ def _same_code(builder: GuardBuilder, guard: Guard) -> None:
     The guard holds no reference to the model, which dynamo does not keep alive.
     """
     model = builder.get(guard)
-    held: list[Any] = [h for module in model.modules() for h in (module._forward_hooks, module._forward_pre_hooks)]
-    held += [every_module._global_forward_hooks, every_module._global_forward_pre_hooks]
+    held: list[Any] = [hooks for module in model.modules() for hooks in forward_hooks(module)]
+    held += forward_hooks_of_every_module()
     held += [(cls, "forward") for cls in dict.fromkeys(map(type, model.modules()))]
     held += Facts(model).code()
     noted = list(map(contents, held))

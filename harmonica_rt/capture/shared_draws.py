@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 from harmonica_rt.changes import Changes
-from harmonica_rt.model.hidden_state import Told
-from harmonica_rt.model.walk import SHARED_GENERATOR
+from harmonica_rt.model.hidden_state import SHARED_GENERATOR, StateAsText
 
 _ONLY_TELL = ("getstate", "__getstate__", "__reduce__")
 
@@ -51,7 +50,7 @@ class SharedDraws:
         @functools.wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
             self.drew_last = False
-            python, numpy, changes = random.getstate(), Told(np.random.get_state()), Changes()
+            python, numpy, changes = random.getstate(), StateAsText(np.random.get_state()), Changes()
             with changes, changes:
                 if self.watching:
                     changes.undone_by(_going_on(sys.getprofile()))
@@ -61,8 +60,8 @@ class SharedDraws:
 
         return run
 
-    def _compare(self, python: object, numpy: Told) -> None:
-        of_numpy = Told(np.random.get_state()) != numpy
+    def _compare(self, python: object, numpy: StateAsText) -> None:
+        of_numpy = StateAsText(np.random.get_state()) != numpy
         if not self.watching:
             self.unsure = self.unsure or of_numpy or random.getstate() != python
         elif of_numpy:

@@ -135,7 +135,7 @@ def _noting_changes(forward: Callable[..., Any], model: nn.Module, changes: list
     def run(*args: Any, **kwargs: Any) -> Any:
         before = Facts(model)
         output = forward(*args, **kwargs)
-        changes[:] = (*before.changes(model), *before.untold)
+        changes[:] = (*before.changes(model), *before.opaque)
         return output
 
     return run

@@ -41,9 +41,9 @@ class PlanKey(NamedTuple):
     def __str__(self) -> str:
         return str(self.signature)
 
-    def without_reads(self) -> PlanKey:
-        """The key of this plan's calls, without the values that the model reads of their request."""
-        return self._replace(signature=dataclasses.replace(self.signature, read=()))
+    def without_request_values(self) -> PlanKey:
+        """The key of this plan's calls, without the values of their request."""
+        return self._replace(signature=dataclasses.replace(self.signature, request_values=()))
 
 
 class Plans:

@@ -119,7 +119,7 @@ class PlannedEngine:
         if key in self.cache:
             return self.cache[key]
         for held, runtime in self.plans.items():
-            if held.signature.read and held.without_reads() == key:
+            if held.signature.request_values and held.without_request_values() == key:
                 values = runtime.lowered.plan.captured.request_values
                 if values is not None and values.hold(call.leaves):
                     return self.cache[held]
@@ -188,7 +188,7 @@ class PlannedEngine:
         self.watch.accept()  # a model may build tables when it first runs
         key = self._key(call)
         if captured.request_values is not None:
-            key = key._replace(signature=dataclasses.replace(key.signature, read=captured.request_values.key))
+            key = key._replace(signature=dataclasses.replace(key.signature, request_values=captured.request_values.key))
         plan = build_plan(captured, self._schedule)
         return self.cache.add(key, plan, self.watch.live_tensors, roles(call), started=started)
 

@@ -1,4 +1,4 @@
-"""The names that Python code uses: globals it looks up, modules it imports, attributes it reads or calls."""
+"""The names that Python code uses: globals it looks up, modules it imports, attributes it gets or calls."""
 
 from __future__ import annotations
 

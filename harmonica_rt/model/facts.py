@@ -1,8 +1,8 @@
-"""What a model's forward may take for granted: everything it can read besides its arguments and its weights' values.
+"""What a model's forward may take for granted: all that it can use besides its arguments and its parameters' values.
 
-Hazard: a captured graph bakes in whatever Python read during the trace - attributes, the objects they hold at any
+Hazard: a captured graph bakes in whatever Python looked up during the trace - attributes, the objects they hold at any
 depth, classes, closures, the functions that are called by name - and goes on using it after it has changed: a wrong
-image, without an error. So all of it is recorded (`walk`), as a list of facts that can be compared, together with the
+image, without an error. So all of it is recorded (`walk`), as a table of facts that can be compared, together with the
 containers that hold it, by which it is quick to tell that nothing was touched.
 """
 
@@ -16,9 +16,10 @@ from typing import Any
 from torch import nn
 
 from harmonica_rt.model.identity import Contents, contents, first_change, put_back
-from harmonica_rt.model.walk import BY_TEXT, CLOSED, SCALARS, Walk, package_of
+from harmonica_rt.model.scope import CLOSED, package_of
+from harmonica_rt.model.walk import walk
 
-TOLD = 5  # the most changes that a message names
+MOST_CHANGES = 5  # that a message names
 
 
 class Facts:
@@ -31,38 +32,33 @@ class Facts:
         tensors: the plain tensors among the facts: those that are neither parameters nor buffers of the model.
         hidden: the objects whose state no container shows (arrays, random generators, iterators), each with its state
             at the snapshot.
-        untold: descriptions of objects whose state cannot be read at all.
+        opaque: descriptions of objects whose state cannot be found out.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        walk = Walk(model)
-        self.containers = walk.containers
+        found = walk(model)
+        self.containers = found.containers
         self.noted: list[Contents] = list(map(contents, self.containers))
         self.versions = bytearray(8 * len(self.containers))
-        self.tensors = tuple(walk.tensors)
-        self.hidden = tuple(walk.hidden)
-        self.untold = tuple(walk.untold)
-        self._caches = [(cache, cache.cache_info().misses) for cache in walk.caches]
-        self._values = walk.values
-        self._places = walk.places
+        self.tensors = tuple(found.tensors)
+        self.hidden = tuple(found.hidden)
+        self.opaque = tuple(found.opaque)
+        self._caches = [(cache, cache.cache_info().misses) for cache in found.caches]
+        self._table = found.facts
 
     def same_as(self, other: Facts) -> bool:
         """Whether a graph captured under these facts holds under `other`."""
-        return self._values == other._values
+        return self._table.same_as(other._table)
 
     def differences(self, other: Facts) -> Iterator[str]:
         """Descriptions of how `other` differs, the first difference first."""
-        mine, theirs = self._by_place(), other._by_place()
-        for place in {**theirs, **mine}:
-            before, now = mine.get(place), theirs.get(place)
-            if before != now:
-                yield _told(place, before, now)
+        return self._table.differences(other._table)
 
     def changes(self, model: nn.Module) -> tuple[str, ...]:
-        """Descriptions of how the model differs now; at most `TOLD` of them."""
+        """Descriptions of how the model differs now; at most `MOST_CHANGES`."""
         if first_change(self.containers, self.noted) < 0 and self.hidden_hold():
             return ()
-        return tuple(itertools.islice(self.differences(Facts(model)), TOLD))
+        return tuple(itertools.islice(self.differences(Facts(model)), MOST_CHANGES))
 
     def code(self) -> list[Any]:
         """The containers that are code of the model's packages: classes, and functions without closures."""
@@ -72,22 +68,15 @@ class Facts:
 
     def hidden_hold(self) -> bool:
         """Whether all hidden state is as it was at the snapshot."""
-        return all(hidden.tell() == told for hidden, told in self.hidden)
+        return all(hidden.get() == state for hidden, state in self.hidden)
 
     def let_go(self) -> None:
         """Keep what can be compared with other facts, and release the objects that were inspected.
 
-        The containers and their contents hold weights, which the model may have dropped while a plan keeps its facts.
+        The containers and their contents hold tensors, which the model may have dropped while a plan keeps its facts.
         """
         self.containers, self.noted = [], []
         self.tensors, self.hidden, self._caches = (), (), []
-
-    def _by_place(self) -> dict[str, Any]:
-        texts: list[str] = []
-        for parent, name in self._places:
-            texts.append(f"{texts[parent]}{name}" if parent >= 0 else name)
-        values = (("the same as", texts[value[1]]) if _is_repeated(value) else value for value in self._values)
-        return dict(zip((text.lstrip(".") for text in texts), values, strict=True))
 
     def put_back(self) -> None:
         """Restore everything to the snapshot, and clear the `lru_cache`s that got new entries since.
@@ -97,34 +86,9 @@ class Facts:
         changed = first_change(self.containers, self.noted)
         for index in range(changed, len(self.containers)) if changed >= 0 else ():
             put_back(self.containers[index], self.noted[index])
-        for hidden, told in self.hidden:
-            if hidden.put_back is not None and hidden.tell() != told:
-                hidden.put_back(told)
+        for hidden, state in self.hidden:
+            if hidden.restore is not None and hidden.get() != state:
+                hidden.restore(state)
         for cache, misses in self._caches:
             if cache.cache_info().misses != misses:
                 cache.cache_clear()
-
-
-def _is_weight(value: Any) -> bool:
-    return isinstance(value, tuple) and bool(value) and value[0] == "weight"
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and value[0] in (*SCALARS, *BY_TEXT)
-
-
-def _is_repeated(value: Any) -> bool:
-    return isinstance(value, tuple) and bool(value) and value[0] == "the same as"
-
-
-def _told(place: str, before: Any, now: Any) -> str:
-    where = place or "the model"
-    if before is None:
-        return f"{where} was added"
-    if now is None:
-        return f"{where} was removed"
-    if _is_plain(before) and _is_plain(now):
-        return f"{where} changed from {before[1]!s:.80} to {now[1]!s:.80}"
-    if _is_weight(before) and _is_weight(now):
-        return f"{where} changed from {before[1]} to {now[1]}"
-    return f"{where} changed"

@@ -1,4 +1,4 @@
-"""A fingerprint of what tracing reads from a model, except the weights' values. It is equal across processes.
+"""A fingerprint of what tracing bakes in of a model, equal across processes. Parameters count without their values.
 
 Hazard: anything left out can change unnoticed, and a saved plan then gives wrong images. So code is represented by the
 bytes of the files that define the classes and functions, and by the versions of their packages (for what those files
@@ -23,8 +23,8 @@ from torch import nn
 
 from harmonica_rt.errors import PlanFileError
 from harmonica_rt.model.forward import own_forward
+from harmonica_rt.model.scope import own_attributes
 from harmonica_rt.model.tensors import named_tensors, shared_names
-from harmonica_rt.model.walk import own_attributes
 
 _SCALARS = (
     type(None), bool, int, float, complex, str, bytes, range, type(...), enum.Enum, np.generic,
@@ -35,23 +35,23 @@ _CONFIG = "_internal_dict"  # where diffusers' models keep their config
 
 
 def digest(model: nn.Module) -> str:
-    """A digest of classes, code, module tree, attributes and the layout of weights: `sha256:` and 64 hex digits.
+    """A digest of classes, code, module tree, attributes and the layout of tensors: `sha256:` and 64 hex digits.
 
     Raises:
         PlanFileError: the value of an attribute, or the code of a class, cannot be determined.
     """
     text = hashlib.sha256()
-    for line in _Reader(model).lines():
+    for line in _Description(model).lines():
         text.update(line.encode())
         text.update(b"\n")
     return f"sha256:{text.hexdigest()}"
 
 
-class _Reader:
+class _Description:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._places = {id(module): path for path, module in model.named_modules()}
-        self._open: set[int] = set()  # containers being read, since some contain themselves
+        self._paths = {id(module): path for path, module in model.named_modules()}
+        self._open: set[int] = set()  # containers being described, since some contain themselves
         self._origins: set[str] = set()
 
     def lines(self) -> Iterator[str]:
@@ -82,8 +82,8 @@ class _Reader:
             return f"{type(value).__name__} {value!r}"
         if isinstance(value, torch.Tensor):
             return f"{_layout(value)} {_bytes_of(value)}"
-        if isinstance(value, nn.Module) and id(value) in self._places:
-            return f"module {self._places[id(value)]}"
+        if isinstance(value, nn.Module) and id(value) in self._paths:
+            return f"module {self._paths[id(value)]}"
         if isinstance(value, type):
             return self._name(value)
         if isinstance(value, (ModuleType, BuiltinFunctionType)):
@@ -115,7 +115,7 @@ class _Reader:
             return self._function(value)
         entries = _entries(value)
         if entries is None:
-            raise PlanFileError(f"a {type(value).__name__}, whose value a saved plan could not be held to")
+            raise PlanFileError(f"a {type(value).__name__}, which a saved plan could not be compared with")
         told = (f"{key!r}: {self._text(item)}" for key, item in entries.items())
         return f"{self._name(type(value))} {self._many(told)}"
 
@@ -137,7 +137,7 @@ class _Reader:
                 if package in sys.stdlib_module_names and package != "__main__":
                     continue
                 raise PlanFileError(
-                    f"the class {_qualified(base)} is written in no file, so that a change of it could not be seen"
+                    f"the class {_qualified(base)} is not defined in a file, so a change of it would go unnoticed"
                 ) from error
         return _qualified(cls)
 
@@ -174,7 +174,7 @@ def _code(file: str) -> str:
     try:
         return hashlib.sha256(Path(file).read_bytes()).hexdigest()
     except OSError as error:
-        raise PlanFileError(f"the code in {file} cannot be read, so that a change of it could not be seen") from error
+        raise PlanFileError(f"the code in {file} cannot be read, so a change of it would go unnoticed") from error
 
 
 def _qualified(thing: Any) -> str:

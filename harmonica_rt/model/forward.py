@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from harmonica_rt.changes import Changes, in_this_thread
+from harmonica_rt.model.hooks import FORWARD_HOOKS, accelerate_hook
 
 
 class Swapped:
@@ -55,7 +56,7 @@ class Swapped:
 
 def forward_attribute(model: nn.Module) -> str:
     """The attribute that holds the innermost forward of `model`: accelerate renames it when it wraps a module."""
-    return "_old_forward" if model.__dict__.get("_hf_hook") is not None else "forward"
+    return "_old_forward" if accelerate_hook(model) is not None else "forward"
 
 
 def own_forward(model: nn.Module) -> Callable[..., Any]:
@@ -71,7 +72,7 @@ def own_forward(model: nn.Module) -> Callable[..., Any]:
 def keep_only_own_forward(model: nn.Module, changes: Changes) -> None:
     """Make calls of `model` by this thread run only its own forward, until `changes` are undone.
 
-    Calls by other threads wait until then, since a trace takes weights out of the model and puts them back. Take the
+    Calls by other threads wait until then, since a trace takes parameters out of the model and puts them back. Take the
     capture lock first, or two threads may wait for each other.
     """
     held, over = model.__dict__, threading.Event()
@@ -84,5 +85,5 @@ def keep_only_own_forward(model: nn.Module, changes: Changes) -> None:
     before = held.get("_compiled_call_impl") or model._call_impl
     changes.set(held, "_compiled_call_impl", Swapped(model._call_impl, before, afterwards))
     changes.set(held, "forward", own_forward(model))
-    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+    for hooks in FORWARD_HOOKS:
         changes.set(held, hooks, OrderedDict())

@@ -18,33 +18,39 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+SHARED_GENERATOR: random.Random = random.seed.__self__  # type: ignore[attr-defined]  # behind the functions of `random`
 LARGEST_ARRAY = 2**20  # bytes; the contents of larger arrays are not compared
 
 
 class Hidden(NamedTuple):
-    """How to read an object's state (`tell`), and how to restore it (`put_back`, None where that is not possible)."""
+    """The state of one object that hides it.
 
-    tell: Callable[[], Any]
-    put_back: Callable[[Any], object] | None = None
+    Attributes:
+        get: returns the state as a value that can be compared.
+        restore: sets the object back to such a state; None where that is not possible.
+    """
+
+    get: Callable[[], Any]
+    restore: Callable[[Any], object] | None = None
 
 
 def hidden_state(value: Any) -> Hidden | None:
-    """How to read and restore the state of an object that hides it; None for any other object."""
+    """The state of an object that hides it; None for any other object."""
     if isinstance(value, np.ndarray):
         return _of_array(value)
     if isinstance(value, bytearray):
-        return Hidden(lambda: bytes(value), lambda told: value.__setitem__(slice(None), told))
+        return Hidden(lambda: bytes(value), lambda state: value.__setitem__(slice(None), state))
     if isinstance(value, array):
-        return Hidden(value.tobytes, lambda told: value.__setitem__(slice(None), array(value.typecode, told)))
+        return Hidden(value.tobytes, lambda state: value.__setitem__(slice(None), array(value.typecode, state)))
     if isinstance(value, memoryview):
         return Hidden(lambda: bytes(value))
     if isinstance(value, random.Random):
         return Hidden(value.getstate, value.setstate)
     if isinstance(value, np.random.RandomState):
-        return Hidden(lambda: Told(value.get_state()), lambda told: value.set_state(told.state))
+        return Hidden(lambda: StateAsText(value.get_state()), lambda state: value.set_state(state.state))
     if isinstance(value, np.random.Generator):
         generator = value.bit_generator
-        return Hidden(lambda: Told(generator.state), lambda told: setattr(generator, "state", told.state))
+        return Hidden(lambda: StateAsText(generator.state), lambda state: setattr(generator, "state", state.state))
     if isinstance(value, torch.Generator):
         return Hidden(lambda: value.get_state().numpy().tobytes())
     if isinstance(value, ContextVar):
@@ -56,12 +62,12 @@ def hidden_state(value: Any) -> Hidden | None:
     return None
 
 
-def is_untold(value: Any) -> bool:
-    """Whether an object has a state that cannot be read."""
+def is_opaque(value: Any) -> bool:
+    """Whether an object has a state that cannot be found out."""
     return isinstance(value, GeneratorType) or (isinstance(value, Iterator) and type(value).__module__ == "itertools")
 
 
-class Told:
+class StateAsText:
     """A state that is compared as text, since parts of it are arrays."""
 
     __slots__ = ("_text", "state")
@@ -70,7 +76,7 @@ class Told:
         self.state, self._text = state, _text(state)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Told) and self._text == other._text
+        return isinstance(other, StateAsText) and self._text == other._text
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -89,8 +95,8 @@ def _of_array(value: np.ndarray[Any, Any]) -> Hidden | None:
     if value.nbytes > LARGEST_ARRAY:
         return None
 
-    def put_back(told: Any) -> None:
-        _, shape, data = told
+    def restore(state: Any) -> None:
+        _, shape, data = state
         value[...] = np.frombuffer(data, value.dtype).reshape(shape)
 
-    return Hidden(lambda: (value.dtype.str, value.shape, value.tobytes()), put_back)
+    return Hidden(lambda: (value.dtype.str, value.shape, value.tobytes()), restore)

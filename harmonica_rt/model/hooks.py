@@ -1,52 +1,46 @@
-"""Run the hooks of a denoiser around a call that replaces its forward.
+"""The hooks that run around a module's forward: the one list of them, for whoever compares, refuses or bypasses them.
 
-Installing a call in a module (as `nn.Module.compile` does) bypasses the hooks that others attached to it: forward
-hooks, and accelerate's, which move weights to the device. The module's own code runs them here, around the replacement.
+Torch keeps forward hooks and forward pre-hooks, on a module or on every module. Accelerate wraps a module's forward and
+keeps its hook beside it, and diffusers keeps a registry of hooks. Backward hooks are not listed: results of a compiled
+model carry no gradient, so none would run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
+from torch.nn.modules import module as every_module
 
-from harmonica_rt.changes import Changes
-from harmonica_rt.errors import HarmonicaError
-from harmonica_rt.model.forward import Swapped, forward_attribute, own_forward
-
-
-def call_with_hooks(
-    model: nn.Module, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Any:
-    """Call `inner` instead of the forward of `model`, with the hooks of `model` around it.
-
-    Raises:
-        HarmonicaError: the model carries diffusers hooks (another feature cache, say), which replace the forward.
-    """
-    registry = getattr(model, "_diffusers_hook", None)
-    if registry is not None and registry.hooks:
-        raise HarmonicaError(
-            f"{type(model).__name__} carries the diffusers hooks {', '.join(registry.hooks)}, which take the place of "
-            "its forward. Disable them (disable_cache(), for a cache; for group offloading, let the pipeline move the "
-            "whole model with enable_model_cpu_offload() instead) or uncompile the model"
-        )
-    name = forward_attribute(model)
-    if name == "forward" and not _has_hooks(model):
-        return inner(*args, **kwargs)
-    changes = Changes()
-    with changes, changes:
-        swapped = Swapped(inner, own_forward(model))
-        changes.undone_by(swapped.retire)
-        changes.set(model.__dict__, name, swapped)
-        return model._call_impl(*args, **kwargs)
+FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # attributes of every module: dicts of hooks
+ACCELERATE_HOOK = "_hf_hook"  # attribute of a module with a hook of accelerate
+DIFFUSERS_HOOKS = "_diffusers_hook"  # attribute of a module with a registry of diffusers; it may be empty
 
 
-def _has_hooks(model: nn.Module) -> bool:
-    return bool(
-        model._forward_hooks
-        or model._forward_pre_hooks
-        or torch.nn.modules.module._global_forward_hooks
-        or torch.nn.modules.module._global_forward_pre_hooks
-    )
+def forward_hooks(module: nn.Module) -> list[dict[int, Any]]:
+    """The dicts in which torch keeps the module's own forward hooks and pre-hooks."""
+    return [module.__dict__[name] for name in FORWARD_HOOKS]
+
+
+def forward_hooks_of_every_module() -> list[dict[int, Any]]:
+    """The dicts in which torch keeps the forward hooks and pre-hooks that run for every module of the process."""
+    return [every_module._global_forward_hooks, every_module._global_forward_pre_hooks]
+
+
+def accelerate_hook(module: nn.Module) -> Any | None:
+    """The hook that accelerate put on a module, or None."""
+    return module.__dict__.get(ACCELERATE_HOOK)
+
+
+def diffusers_hooks(module: nn.Module) -> dict[str, Any] | None:
+    """The hooks that diffusers put on a module, by name; None for a module without a registry."""
+    registry = module.__dict__.get(DIFFUSERS_HOOKS)
+    hooks: dict[str, Any] | None = None if registry is None else registry.hooks
+    return hooks
+
+
+def all_hooks(module: nn.Module) -> list[Any]:
+    """All hooks on a module itself."""
+    found = [hook for hooks in forward_hooks(module) for hook in hooks.values()]
+    found += [] if (hook := accelerate_hook(module)) is None else [hook]
+    return [*found, *(diffusers_hooks(module) or {}).values()]

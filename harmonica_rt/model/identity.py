@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import operator
+import weakref
 from collections import deque
 from collections.abc import Callable
 from types import CellType, FunctionType
@@ -57,6 +58,16 @@ def cell_contents(cell: CellType) -> Any:
     try:
         return cell.cell_contents
     except ValueError:
+        return None
+
+
+def referent(reference: Any) -> Any:
+    """The object that a weak reference or proxy refers to; None if it is gone."""
+    if isinstance(reference, weakref.ref):
+        return reference()
+    try:
+        return reference.__repr__.__self__
+    except ReferenceError:
         return None
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules import module as every_module
 
 from harmonica_rt.errors import CaptureError, CaptureFailure, Obstacle
+from harmonica_rt.model.hooks import accelerate_hook, diffusers_hooks, forward_hooks, forward_hooks_of_every_module
 
 
 def check_capturable(model: nn.Module) -> None:
     """Raise CaptureError if the model is in a state that no static graph can represent."""
     if model.training:
         raise CaptureError(CaptureFailure(Obstacle.TRAINING, "call model.eval() first", node=type(model).__name__))
-    if every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
+    if any(forward_hooks_of_every_module()):
         raise CaptureError(CaptureFailure(Obstacle.HOOKS, "forward hooks registered for every module"))
     for name, module in model.named_modules():
         if name and (hooks := _hooks_of(module)):
@@ -20,12 +20,10 @@ def check_capturable(model: nn.Module) -> None:
 
 
 def _hooks_of(module: nn.Module) -> str | None:
-    if module._forward_hooks or module._forward_pre_hooks:
+    if any(forward_hooks(module)):
         return "forward hooks"
-    attributes = module.__dict__
-    if attributes.get("_hf_hook") is not None:
-        return f"an accelerate hook ({type(attributes['_hf_hook']).__name__})"
-    registry = attributes.get("_diffusers_hook")
-    if registry is not None and registry.hooks:
-        return f"diffusers hooks ({', '.join(registry.hooks)})"
+    if (hook := accelerate_hook(module)) is not None:
+        return f"an accelerate hook ({type(hook).__name__})"
+    if hooks := diffusers_hooks(module):
+        return f"diffusers hooks ({', '.join(hooks)})"
     return None

@@ -95,15 +95,15 @@ class TensorNote:
         self._tensors = tensors
         # Inference tensors have no version; some other tensors have no address.
         self._versioned = [tensor for tensor in tensors if not tensor.is_inference()]
-        self._placed = list(filter(_has_address, tensors))
+        self._with_address = list(filter(_has_address, tensors))
         self._versions = list(map(_version, self._versioned))
-        self._addresses = list(map(torch.Tensor.data_ptr, self._placed))
+        self._addresses = list(map(torch.Tensor.data_ptr, self._with_address))
 
     def hold(self) -> bool:
         """Whether none of the tensors was written to or moved since."""
         return (
             list(map(_version, self._versioned)) == self._versions
-            and list(map(torch.Tensor.data_ptr, self._placed)) == self._addresses
+            and list(map(torch.Tensor.data_ptr, self._with_address)) == self._addresses
         )
 
     def is_of(self, tensors: Collection[torch.Tensor]) -> bool:

@@ -31,11 +31,9 @@ def check_draws_nothing(graph: fx.Graph, modes: Mapping[str, bool]) -> None:
     for node in graph.nodes if any(modes.values()) else ():
         if draws_numbers(node):
             paths = [path.partition("@")[0] for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-            place = paths[-1] if paths else ""
-            if modes.get(place, True):
-                raise CaptureError(
-                    CaptureFailure(Obstacle.TRAINING, "call model.eval() first", node=place or node.name)
-                )
+            path = paths[-1] if paths else ""
+            if modes.get(path, True):
+                raise CaptureError(CaptureFailure(Obstacle.TRAINING, "call model.eval() first", node=path or node.name))
 
 
 def draws_numbers(node: fx.Node) -> bool:

@@ -1,5 +1,6 @@
-"""Keeps other threads from running a model while it is traced: a trace takes its weights out and puts them back.
+"""Keeps other threads from running a model while it is traced.
 
+Hazard: a trace takes the parameters out of the model and puts them back, so a run meanwhile would miss them.
 This package's own calls of the model are registered here. Calls by others, who hold the plain model, cannot be known
 in advance.
 """

@@ -1,10 +1,10 @@
 """Checks, before every call of a run, whether the model is still what it was at the last call.
 
 Callbacks, guiders and adapters change a model in mid-run. So it is checked each time, in a way that costs next to
-nothing if nothing changed: the containers that hold what the forward may read still hold the very same objects, and no
-weight was written to. Otherwise the model is read again, and it is either in a known state (adapters switched back) or
-in a new one. One change goes unnoticed: writing to a weight through `.data`, or assigning `.data`, which looks like a
-move of the weight.
+nothing if nothing changed: the containers that hold what the forward may use still hold the very same objects, and no
+parameter or buffer was written to. Otherwise the model is inspected again, and it is either in a known state (adapters
+switched back) or in a new one. One change goes unnoticed: writing to a parameter through `.data`, or assigning `.data`,
+which looks like a move of the parameter.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from harmonica_rt.changes import Changes
 from harmonica_rt.model.facts import Facts
 from harmonica_rt.model.forward import own_forward
 from harmonica_rt.model.identity import contents, first_change
+from harmonica_rt.model.scope import UNUSED, UNUSED_OF_ROOT
 from harmonica_rt.model.tensors import TensorNote, named_tensors, same_objects
-from harmonica_rt.model.walk import UNREAD, UNREAD_OF_ROOT
 from harmonica_rt.torch_state import take_capture_lock
 
 KNOWN_STATES = 16  # kept to be recognised again; the least recently used is dropped
 
 
 class ModelState:
-    """The state of a model during some calls: its facts and its weights. A stream belongs to one such state.
+    """The state of a model during some calls: its facts and its tensors. A stream belongs to one such state.
 
     Attributes:
-        facts: the facts that plans are made for; the same for all states that differ only in the values of weights.
+        facts: the facts that plans are made for; the same for all states that differ only in the values of parameters.
     """
 
-    def __init__(self, facts: Facts, weights: TensorNote) -> None:
+    def __init__(self, facts: Facts, tensors: TensorNote) -> None:
         self.facts = facts
-        self._note = weights
+        self._note = tensors
 
-    def become(self, facts: Facts, weights: TensorNote) -> None:
-        """Take over new facts and weights, after the model changed itself."""
-        self.facts, self._note = facts, weights
+    def become(self, facts: Facts, tensors: TensorNote) -> None:
+        """Take over new facts and tensors, after the model changed itself."""
+        self.facts, self._note = facts, tensors
 
-    def has(self, weights: TensorNote) -> bool:
-        """Whether this state had these very weights, not written to since."""
-        return self._note.same_as(weights)
+    def has(self, tensors: TensorNote) -> bool:
+        """Whether this state had these very tensors, not written to since."""
+        return self._note.same_as(tensors)
 
 
 class ModelWatch:
@@ -76,9 +76,9 @@ class ModelWatch:
             with changes, changes:
                 take_capture_lock(changes)  # a trace in another thread patches methods of all modules
                 if self._current is None or not self._untouched():
-                    now = self._read_anew()
+                    now = self._inspect()
                     self._current = self._state_of(self._recognised(now))
-                    self._now = now  # last, so that after an interruption the next look reads again
+                    self._now = now  # last, so that after an interruption the next look inspects it again
         return self._current
 
     def knows(self, facts: Facts | None) -> bool:
@@ -97,7 +97,7 @@ class ModelWatch:
         with changes, changes:
             take_capture_lock(changes)  # as in `look`
             if not self._untouched():
-                now = self._read_anew()
+                now = self._inspect()
                 self._current.become(self._recognised(now), self._note)
                 self._now = now
 
@@ -113,22 +113,22 @@ class ModelWatch:
         return self._note.hold() and now.hidden_hold()
 
     def _is_harmless(self, facts: Facts, index: int) -> bool:
-        """Whether a container's new objects equal the old ones or are not read by any forward. If so, notes them."""
+        """Whether a container's new objects equal the old ones or are used by no forward. If so, notes them."""
         container, before = facts.containers[index], facts.noted[index]
         now = contents(container)
         if len(now) != len(before):
             return False
-        unread: frozenset[str] = frozenset()
+        unused: frozenset[str] = frozenset()
         if isinstance(container, nn.Module):
-            unread = UNREAD_OF_ROOT if container is self._model else UNREAD
-        for place, (old, new) in enumerate(zip(before, now, strict=True)):
-            if old is not new and not _equal(old, new) and (place == 0 or now[place - 1] not in unread):
+            unused = UNUSED_OF_ROOT if container is self._model else UNUSED
+        for position, (old, new) in enumerate(zip(before, now, strict=True)):
+            if old is not new and not _equal(old, new) and (position == 0 or now[position - 1] not in unused):
                 return False
         facts.noted[index] = now
         return True
 
     def _state_of(self, facts: Facts) -> ModelState:
-        """The state with these facts and the weights just found: a known one if there is one, else a new one."""
+        """The state with these facts and the tensors just found: a known one if there is one, else a new one."""
         before = self._current
         if before is not None and facts is not before.facts:
             self.difference = next(before.facts.differences(facts), None)
@@ -139,7 +139,7 @@ class ModelWatch:
         self._states = [*self._states[1 - KNOWN_STATES :], state]
         return state
 
-    def _read_anew(self) -> Facts:
+    def _inspect(self) -> Facts:
         """The facts of the model now, including the containers that show when they no longer hold."""
         before, self._now = self._now, None  # first: an interruption must not leave facts in use that no longer watch
         if before is not None:

@@ -13,20 +13,18 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from harmonica_rt.call.call import Call
 from harmonica_rt.engine import RunKey, Stream
 from harmonica_rt.execute.plan_stream import PlanStream
 from harmonica_rt.execute.planned_engine import PlannedEngine
 from harmonica_rt.execute.request_value_stream import RequestValueStream
-from harmonica_rt.indices import SiteIndex, SiteOutput, StepIndex
-from harmonica_rt.lower.plain import Program
+from harmonica_rt.indices import StepIndex
 from harmonica_rt.options import EXACT
+from harmonica_rt.parity.divergence import first_divergent_site, tensors_of
 from harmonica_rt.parity.higher import HigherEngine, HigherStream
 from harmonica_rt.parity.report import ParityError, ParityReport, StepParity
-from harmonica_rt.parity.tolerance import NONE, Allowance, Error, limit_from, same_bits, worst
-from harmonica_rt.plan.specialise import Pattern, specialise
+from harmonica_rt.parity.tolerance import NONE, Allowance, Error, same_bits, worst
 from harmonica_rt.reference_engine import ReferenceEngine, ReferenceStream
 from harmonica_rt.schedule import Schedule
 
@@ -104,11 +102,11 @@ class _LockstepStream:
         expected = self._reference.run(step, call, catch_up=catch_up)
         got = self._planned.run(step, call, catch_up=catch_up)
         truth = self._higher.run(step, call, catch_up=catch_up) if self._higher is not None else None
-        higher = _tensors(truth) if truth is not None else None
-        parity = _compare(step, _tensors(expected), _tensors(got), higher, self._allowances)
+        higher = tensors_of(truth) if truth is not None else None
+        parity = _compare(step, tensors_of(expected), tensors_of(got), higher, self._allowances)
         planned = self._planned.in_use if isinstance(self._planned, RequestValueStream) else self._planned
         if not parity.ok and isinstance(planned, PlanStream):
-            site = _first_divergent_site(planned, self._reference, self._higher, step, call, catch_up)
+            site = first_divergent_site(planned, self._reference, self._higher, step, call, catch_up)
             parity = dataclasses.replace(parity, site=site)
         report = self._engine.report
         report.steps.append(parity)
@@ -135,56 +133,3 @@ def _compare(
     limits = [allowances[i].limit(a, t) for i, (a, t) in enumerate(zip(expected, truth, strict=True))]
     ok = all(error.within(limit) for error, limit in zip(errors, limits, strict=True))
     return StepParity(step, worst(errors), worst(limits), same, ok)
-
-
-def _first_divergent_site(
-    planned: PlanStream,
-    reference: ReferenceStream,
-    higher: ReferenceStream | None,
-    step: StepIndex,
-    call: Call,
-    catch_up: bool,
-) -> str | None:
-    """The first divergent site of a step, in execution order; reads reused sites from slots, recomputes the others."""
-    plan = planned.lowered.plan
-    captured, entry = plan.captured, plan.steps[step]
-    reuse = frozenset[SiteIndex]() if catch_up else plan.patterns[entry.program].reuse
-    computed = frozenset(
-        SiteOutput(SiteIndex(site), index)
-        for site, nodes in enumerate(captured.site_outputs)
-        if site not in reuse
-        for index in range(len(nodes))
-    )
-    graph = specialise(captured, Pattern(reuse, computed))
-    alive = {s.value.output: s.id for s in plan.table.slots if s.value.first < step <= s.value.last}
-    slots = planned.buffers.slots
-    program = Program(graph, captured.root)
-    writes = [_empty_like(node.meta["val"]) for node in graph.stored_nodes]
-    reads = [slots[alive[output]] for output in graph.reads]
-    program(planned.parameters.of(program), call.leaves, reads, writes)
-    values = {**dict(zip(graph.reads, reads, strict=True)), **dict(zip(graph.stores, writes, strict=True))}
-    for site, name in enumerate(captured.sites):
-        mine = [value for output, value in sorted(values.items()) if output.site == site]
-        theirs = _tensors(reference.cache.get(SiteIndex(site)))
-        above = _tensors(higher.cache.get(SiteIndex(site))) if higher is not None else None
-        if not all(_matches_any(value, theirs, above) for value in mine):
-            return name
-    return None
-
-
-def _empty_like(fake: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
-
-
-def _matches_any(value: torch.Tensor, theirs: list[torch.Tensor], above: list[torch.Tensor] | None) -> bool:
-    """Whether any output matches: a graph may list a site's outputs in a different order than the module returns."""
-    if above is None:
-        return any(same_bits(value, other) for other in theirs)
-    return any(
-        value.shape == other.shape and Error.between(value, truth).within(limit_from(other, truth))
-        for other, truth in zip(theirs, above, strict=True)
-    )
-
-
-def _tensors(output: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]

@@ -89,7 +89,9 @@ def verify_model(
     """
     inputs = list(calls)
     if len(inputs) != schedule.steps:
-        raise HarmonicaError(f"calls holds {len(inputs)} calls, the schedule has {schedule.steps} steps: one for each")
+        raise HarmonicaError(
+            f"calls holds {len(inputs)} calls, the schedule has {schedule.steps} steps: pass one call per step"
+        )
     lockstep = _lockstep(model, schedule, lowering, graphs, tolerance)
     expected = _checked_runs(lockstep, lambda: _last(Denoiser(model, schedule, lockstep), inputs))
     return _finish(lockstep, expected, lambda engine: _last(Denoiser(model, schedule, engine), inputs))

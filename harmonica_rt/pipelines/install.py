@@ -1,7 +1,7 @@
 """Put a denoiser under a schedule into a pipeline, and remove it again.
 
-The pipeline's own module stays where it is, with its class, attributes and weights; only its call is replaced, in the
-place that `nn.Module.compile` uses. Copies and saved files of the module are unaffected.
+The pipeline's own module stays where it is, with its class, attributes and parameters; only its call is replaced, in
+the attribute that `nn.Module.compile` uses. Copies and saved files of the module are unaffected.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 from harmonica_rt.changes import Changes
 from harmonica_rt.errors import HarmonicaError
-from harmonica_rt.model.hooks import call_with_hooks
+from harmonica_rt.model.hooked_call import call_with_hooks
 from harmonica_rt.sampling.denoiser import Denoiser
 from harmonica_rt.sampling.following import scheduler_in_use
 from harmonica_rt.sampling.scheduler import listener_of
@@ -131,7 +131,7 @@ def install_assigned(pipeline: Any) -> None:
         if denoiser_module(pipeline) is not denoiser.model:
             raise HarmonicaError(
                 f"{type(pipeline).__name__}.{name} is a compiled model, but the denoiser of this pipeline is another "
-                f"one, and it alone can be compiled. Give the plain model back: pipe.{name} = pipe.{name}.model"
+                f"one, and only the denoiser can be compiled. Restore the plain model: pipe.{name} = pipe.{name}.model"
             )
         install(pipeline, denoiser)
         setattr(pipeline, name, denoiser.given)  # last: if interrupted before, the next call still finds it assigned

@@ -5,8 +5,8 @@ suddenly a different one. Reusing features across such a change gives a wrong im
 remembers, from its first call on, all inputs except those known to change from step to step (`call.roles`). Identity
 and version are compared first, and values only if those differ; a write through `.data` changes neither, so it goes
 undetected. Inference tensors have no version. On a CPU their values are compared. Elsewhere that would make the host
-wait at every step, so the same tensor is assumed to be unchanged and compared on the device, and the result is read
-when the run ends.
+wait at every step, so the same tensor is assumed to be unchanged and compared on the device, and the result is
+fetched when the run ends.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Conditioning:
         }
 
     def recognises(self, call: Call) -> bool:
-        """True if the request is the same tensors as in the last call, not overwritten; reads no values."""
+        """True if the request is the same tensors as in the last call, not overwritten; waits for no device."""
         leaves = call.leaves
         return all(held.recognises(leaves[index]) for index, held in self._held.items())
 
@@ -53,8 +53,9 @@ class Conditioning:
         for index, held in self._held.items():
             if held.overwritten is not None and bool(held.overwritten):
                 raise RunError(
-                    f"{self._paths[index]} was overwritten in mid-run, in inference mode where no one is told: the "
-                    "result of this run is wrong. Pass a new tensor instead, or sample under torch.no_grad()"
+                    f"{self._paths[index]} was overwritten in mid-run under torch.inference_mode(), which records no "
+                    "writes: the result of this run is wrong. Pass a new tensor instead, or sample under "
+                    "torch.no_grad()"
                 )
 
 
@@ -73,7 +74,7 @@ class _Held:
             return False
         if self._copy is None:
             return bool(tensor._version == self._version)
-        if _is_read_at_once(tensor):
+        if _is_compared_at_once(tensor):
             return torch.equal(self._copy, tensor)
         changed = (self._copy != tensor).any()
         self.overwritten = changed if self.overwritten is None else self.overwritten | changed
@@ -87,5 +88,5 @@ class _Held:
         return self.tensor._version == self._version and torch.equal(self.tensor, tensor)
 
 
-def _is_read_at_once(tensor: torch.Tensor) -> bool:
+def _is_compared_at_once(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"

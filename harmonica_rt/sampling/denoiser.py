@@ -15,7 +15,7 @@ from harmonica_rt.changes import Changes
 from harmonica_rt.engine import Engine
 from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.model.forward import own_forward
-from harmonica_rt.model.hooks import call_with_hooks
+from harmonica_rt.model.hooked_call import call_with_hooks
 from harmonica_rt.model.use import run_untraced
 from harmonica_rt.reference_engine import ReferenceEngine
 from harmonica_rt.sampling.session import Session

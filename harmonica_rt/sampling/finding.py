@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from harmonica_rt.call.call import Call
-from harmonica_rt.sampling.origin import Origin, calling_objects, calling_pipeline
+from harmonica_rt.sampling.frames import calling_objects, calling_pipeline
+from harmonica_rt.sampling.origin import Origin
 from harmonica_rt.sampling.session import Session
 
 
@@ -42,7 +43,8 @@ class FindsItsPipeline(Session):
         return any(one() is pipeline for one in self._counted_by)
 
     def _call(self, call: Call, uncached: Callable[[], Any]) -> Any:
-        if self._run is None or self._run.untouched or not self._following:
+        run = self._current.run
+        if run is None or run.untouched or not self._following:
             self._look_who_calls(list(calling_objects()))
         return super()._call(call, uncached)
 

@@ -17,10 +17,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
-
-import torch
 
 from harmonica_rt.changes import Changes
 from harmonica_rt.errors import HarmonicaError
@@ -57,7 +54,7 @@ def watch(scheduler: Any, listener: Listener) -> None:
     """
     for method in ("set_timesteps", "step"):
         if not callable(getattr(scheduler, method, None)):
-            raise HarmonicaError(f"{type(scheduler).__name__} has no {method}(); a diffusers scheduler has")
+            raise HarmonicaError(f"{type(scheduler).__name__} has no {method}(), which every diffusers scheduler has")
     unwatch(scheduler)
     original: Any = type(scheduler)
     try:
@@ -65,7 +62,7 @@ def watch(scheduler: Any, listener: Listener) -> None:
     except TypeError as error:
         raise HarmonicaError(
             f"the steps of a {original.__name__} cannot be watched ({error}): its class must be an ordinary Python "
-            "class without __slots__. Put it in an object of one, or compile the model itself and call reset() for "
+            "class without __slots__. Wrap it in an object of one, or compile the model itself and call reset() for "
             "each run"
         ) from error
 
@@ -81,72 +78,6 @@ def listener_of(scheduler: Any) -> Listener | None:
     """The listener to the runs of `scheduler`, or None."""
     watched = _watch_of(scheduler)
     return watched.listener if watched is not None and watched.scheduler() is scheduler else None
-
-
-@dataclass(frozen=True)
-class RunTimesteps:
-    """The timesteps of a run: the scheduler's own tensor `[steps]` (or its end), and a copy of it on the CPU."""
-
-    own: torch.Tensor
-    known: torch.Tensor
-
-    @classmethod
-    def of(cls, scheduler: Any, first: int = 0) -> RunTimesteps | None:
-        """The timesteps that `scheduler` is set to, from index `first` on; None if it has none.
-
-        The copy waits for the GPU, once per run.
-        """
-        own = getattr(scheduler, "timesteps", None)
-        if not isinstance(own, torch.Tensor) or own.dim() != 1:
-            return None
-        return cls(own[first:], own[first:].cpu())
-
-    @property
-    def key(self) -> tuple[float, ...]:
-        """The values of the timesteps; runs with equal values are alike."""
-        return tuple(self.known.tolist())
-
-    def belongs_to_another(self, timestep: Any, step: int) -> bool:
-        """Whether `timestep` belongs to a step other than `step`. False when in doubt.
-
-        Reading a value on a GPU would wait for it. But pipelines step with elements of the scheduler's own tensor, and
-        the address of an element gives its index.
-        """
-        known = self.known
-        if step >= len(known):
-            return False
-        if isinstance(timestep, torch.Tensor):
-            if timestep.numel() != 1:
-                return False
-            if timestep.device.type == "cpu":
-                timestep = timestep.item()
-            else:
-                index = self.position(timestep)
-                return index is not None and bool(known[index] != known[step])
-        if not isinstance(timestep, (int, float)) or float(known[step]) == timestep:
-            return False
-        return bool((known == timestep).any())
-
-    def position(self, timestep: torch.Tensor) -> int | None:
-        """The index of a tensor that is an element of the scheduler's tensor; None if it has its own memory."""
-        own = self.own
-        if timestep.dtype != own.dtype or timestep.untyped_storage().data_ptr() != own.untyped_storage().data_ptr():
-            return None
-        index, rest = divmod(int(timestep.storage_offset() - own.storage_offset()), max(own.stride(0), 1))
-        return index if rest == 0 and 0 <= index < len(own) else None
-
-
-def timesteps_are_set(scheduler: Any) -> bool:
-    """Whether timesteps were set for sampling. A new diffusers scheduler has none, or all its training timesteps."""
-    timesteps = getattr(scheduler, "timesteps", None)
-    trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
-    asked = getattr(scheduler, "num_inference_steps", None) or (len(timesteps) if timesteps is not None else trained)
-    return timesteps is not None and asked != trained
-
-
-def steps_left_out(scheduler: Any) -> int:
-    """How many first steps the run skips; image-to-image tells its scheduler so with `set_begin_index`."""
-    return int(getattr(scheduler, "begin_index", None) or 0)
 
 
 class _Watch:
@@ -181,7 +112,7 @@ class _Watch:
             return result
 
 
-class _Told:
+class _ReportedMethod:
     """A method of a watched class, in place of the original class's or the object's own."""
 
     def __init__(self, watched: _Watch, name: str) -> None:
@@ -200,10 +131,10 @@ class _Told:
             return method
 
         @functools.wraps(method)
-        def told(*args: Any, **kwargs: Any) -> Any:
+        def reported(*args: Any, **kwargs: Any) -> Any:
             return watched.calls(name, method, args, kwargs)
 
-        return told
+        return reported
 
     def __set__(self, scheduler: Any, value: Any) -> None:
         vars(scheduler)[self._name] = value
@@ -223,19 +154,19 @@ def _watch_of(scheduler: Any) -> _Watch | None:
 def _watched_class(original: Any, scheduler: Any, listener: Listener) -> type:
     """A subclass for one object. A scheduler made by `from_config` of a watched one may share its class."""
     watched = _Watch(scheduler, listener, original)
-    told = {name: _Told(watched, name) for name in ("step", "set_timesteps")}
+    methods = {name: _ReportedMethod(watched, name) for name in ("step", "set_timesteps")}
     members: dict[str, Any] = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "__class__": property(lambda _: original),
         "__reduce_ex__": _reduce_to(original),
-        **told,
+        **methods,
         _WATCH: watched,
     }
     metaclass: Any = type(original)
     found: type = metaclass(original.__name__, (original,), members)
-    for method in told.values():
+    for method in methods.values():
         method.owner = found
     return found
 

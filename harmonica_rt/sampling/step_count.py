@@ -3,16 +3,13 @@
 Normally the scheduler's steps are counted: `scheduler.step` ends one. Hand-written loops may step a copy of the
 scheduler, integrate by themselves, or step once for each of several views, and then that count is wrong. The timestep
 passed to the model reveals it: if it is that of the step before or after the counted one, steps are counted by
-timesteps from there on. Pipelines scale and reverse the scheduler's timesteps in a few ways, all of which are tried on
-the first call. If none fits, if the timestep is in half precision, or if it is on a GPU and not the scheduler's own, it
-says nothing. If timesteps then advance while no step ends, the count is lost, and the plain model computes the rest of
-the run.
+timesteps from there on. A timestep may say nothing (`steps_by_timestep`). If timesteps then advance while no step ends,
+the count is lost, and the plain model computes the rest of the run.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,14 +17,14 @@ import torch
 from harmonica_rt.call.call import Call
 from harmonica_rt.call.roles import Role, roles
 from harmonica_rt.errors import RunError
-from harmonica_rt.indices import StepIndex
 from harmonica_rt.sampling.notices import Notices
-from harmonica_rt.sampling.run import MAX_STREAMS, Run
-from harmonica_rt.sampling.scheduler import RunTimesteps
+from harmonica_rt.sampling.run import Run
+from harmonica_rt.sampling.run_timesteps import RunSteps
+from harmonica_rt.sampling.steps_by_timestep import StepsByTimestep
 
 log = logging.getLogger(__name__)
 
-COARSE = 1e-4  # eps of half precision is larger; it rounds timesteps to those of other steps, so they say nothing
+MAX_STREAMS = 16  # per step; each has its own slots
 MAX_TIMESTEPS = 4  # distinct ones in one step; fourth-order Runge-Kutta evaluates at three
 
 
@@ -36,18 +33,15 @@ class StepCount:
 
     Args:
         run: the run; its first step is already set.
-        timesteps: the scheduler's timesteps; None if it has none.
-        training_steps: the scheduler's number of training steps, the largest timestep of most schedulers.
+        steps: the steps that its scheduler is set to.
         name: the model's name, for messages.
         notices: receives a notice when steps cannot be counted.
     """
 
-    def __init__(
-        self, run: Run, timesteps: RunTimesteps | None, training_steps: float, name: str, notices: Notices
-    ) -> None:
+    def __init__(self, run: Run, steps: RunSteps, name: str, notices: Notices) -> None:
         self._run = run
-        self._timesteps = timesteps
-        self._told = _ToldByTimestep(timesteps, training_steps) if timesteps is not None else None
+        self._timesteps = steps.timesteps
+        self._identified = StepsByTimestep(steps.timesteps, steps.training_steps) if steps.timesteps else None
         self._name = name
         self._notices = notices
         self._by_timesteps = False
@@ -61,20 +55,20 @@ class StepCount:
         if self._lost:
             return False
         timestep = _timestep(call)
-        at = self._told.step_of(timestep, self._run.step) if self._told is not None and timestep is not None else None
+        at = self._identified.step_of(timestep, self._run.step) if self._identified is not None else None
         if at is None:
             self._look_for_moves(timestep)
         elif at != self._run.step and not self._moved_to(at):
             self._notices.say(
                 "timestep of another step",
-                "%s was called in step %d with the timestep of step %d: the call was computed plainly, nothing of it "
-                "was cached or reused",
+                "%s was called in step %d with the timestep of step %d: the plain model computed the call, and nothing "
+                "of it was cached or reused",
                 self._name,
                 self._run.step,
                 at,
             )
             return False
-        if self._run.calls_in_step >= MAX_STREAMS:
+        if self._run.position.calls >= MAX_STREAMS:
             self._lose()
         return not self._lost
 
@@ -90,15 +84,15 @@ class StepCount:
             return
         if not timesteps.belongs_to_another(timestep, run.step):
             return
-        if run.calls_in_step == 0 and run.step > run.first:
+        if run.position.calls == 0 and run.step > run.first:
             self._repeated = not timesteps.belongs_to_another(timestep, run.step - 1)
         if not self._repeated:
             run.failed = True
             raise RunError(
                 f"step {run.step} was stepped with timestep {float(timestep):g}, which belongs to another step: this "
                 "run leaves steps out, and its scheduler was not told. Where image-to-image begins at step k, call "
-                "scheduler.set_begin_index(k) before the first step; with a scheduler that has none, or for a run that "
-                "leaves out steps in its midst, or takes some twice, uncompile the pipeline"
+                "scheduler.set_begin_index(k) before the first step. If the scheduler has no set_begin_index, or a run "
+                "leaves out steps later on or takes some twice, uncompile the pipeline"
             )
 
     def step_ends(self) -> None:
@@ -109,15 +103,15 @@ class StepCount:
     def _moved_to(self, at: int) -> bool:
         """Move the run to the adjacent step `at` if steps were miscounted; returns whether it moved."""
         run = self._run
-        if at == run.step + 1 and (run.calls_in_step or self._by_timesteps):
+        if at == run.step + 1 and (run.position.calls or self._by_timesteps):
             run.advance()
-        elif at == run.step - 1 and not run.calls_in_step and not self._by_timesteps and at >= run.first:
-            run.go_back()
+        elif at == run.step - 1 and not run.position.calls and not self._by_timesteps and at >= run.first:
+            run.position.go_back()
         else:
             return False
         if not self._by_timesteps:
             self._by_timesteps = True
-            log.info("%s: steps are counted by timesteps, not by its scheduler's", self._name)
+            log.info("%s: steps are counted by timesteps, not by the steps of its scheduler", self._name)
         return True
 
     def _look_for_moves(self, timestep: torch.Tensor | None) -> None:
@@ -144,66 +138,8 @@ class StepCount:
         )
 
 
-@dataclass(frozen=True)
-class _Scale:
-    """The model receives `offset + factor * t` for a scheduler's timestep `t`."""
-
-    offset: float
-    factor: float
-
-    def index(self, value: float, known: list[float], eps: float) -> int | None:
-        """The index of the one timestep that `value` stands for; None if there is none, or several."""
-        found = [i for i, t in enumerate(known) if self.fits(value, t, eps)]
-        return found[0] if len(found) == 1 else None
-
-    def fits(self, value: float, t: float, eps: float) -> bool:
-        """Whether `value` stands for `t`, up to the rounding of the larger of its two summands."""
-        return abs(self.offset + self.factor * t - value) <= eps * max(abs(self.offset), abs(self.factor * t))
-
-
-class _ToldByTimestep:
-    """Identifies steps by the timesteps that the model receives."""
-
-    def __init__(self, timesteps: RunTimesteps, training_steps: float) -> None:
-        n = training_steps
-        self._timesteps = timesteps
-        self._known: list[float] = timesteps.known.tolist()
-        self._first = True  # the first call shows which scales are possible
-        # As in DiT; in Flux and relatives of SD3; in Mochi; in Lumina2 and Z-Image.
-        self._scales = [_Scale(0, 1), _Scale(0, 1 / n), _Scale(n, -1), _Scale(1, -1 / n)]
-
-    def step_of(self, timestep: torch.Tensor, step: StepIndex) -> int | None:
-        """The step to which this timestep belongs; None if that cannot be determined."""
-        if step >= len(self._known):
-            return None
-        if timestep.device.type != "cpu":
-            index = self._timesteps.position(timestep)
-            return step if index is None or self._known[index] == self._known[step] else index
-        value = _single_value(timestep)
-        if value is None:
-            return None
-        # Two roundings of half a unit each: of the timestep, and of the value computed from it.
-        eps = torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
-        if eps > COARSE:
-            return None
-        here = [scale for scale in self._scales if scale.fits(value, self._known[step], eps)]
-        first, self._first = self._first, False
-        if here or first:
-            self._scales = here
-        if here:
-            return step
-        found = {scale.index(value, self._known, eps) for scale in self._scales}
-        return found.pop() if len(found) == 1 else None
-
-
 def _timestep(call: Call) -> torch.Tensor | None:
     for role, leaf in zip(roles(call), call.leaves, strict=True):
         if role is Role.TIMESTEP and isinstance(leaf, torch.Tensor) and leaf.numel():
             return leaf
     return None
-
-
-def _single_value(timestep: torch.Tensor) -> float | None:
-    """The common value of all elements; None if they differ, as when each frame has its own timestep."""
-    first = timestep.flatten()[0]
-    return float(first) if bool((timestep == first).all()) else None

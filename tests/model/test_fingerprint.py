@@ -86,5 +86,5 @@ def test_what_cannot_be_told_is_refused_by_name(value: Any) -> None:
 def test_a_class_without_a_file_is_refused() -> None:
     namespace: dict[str, Any] = {"nn": nn, "__name__": "typed_at_a_prompt"}
     exec("class Typed(nn.Linear):\n    pass", namespace)
-    with pytest.raises(PlanFileError, match="written in no file"):
+    with pytest.raises(PlanFileError, match="not defined in a file"):
         digest(namespace["Typed"](2, 2))

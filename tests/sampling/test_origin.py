@@ -377,7 +377,7 @@ def test_schedules_swapped_in_a_callback_hold_from_the_next_run_on(
             hrt.compile(pipe, other, lowering="plain", strict=True)
 
     pipeline(swap)
-    (line,) = [line for line in caplog.messages if "in the midst of a run" in line]
+    (line,) = [line for line in caplog.messages if "in the middle of a run" in line]
     assert "holds from the next run on" in line
     assert not [line for line in caplog.messages if "outside a sampling run" in line]
     again = pipeline()
@@ -393,4 +393,4 @@ def test_a_denoiser_replaced_after_compiling_is_said_once(
     for _ in range(2):
         assert torch.equal(pipeline(), plain)
     (line,) = [line for line in caplog.messages if "compile the pipeline again" in line]
-    assert "DDIMScheduler made a step without a call of the compiled Conditioned" in line
+    assert "DDIMScheduler took a step without a call of the compiled Conditioned" in line

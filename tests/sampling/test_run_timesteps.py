@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from harmonica_rt.sampling.scheduler import RunTimesteps
+from harmonica_rt.sampling.run_timesteps import RunTimesteps
 from tests.waiting import no_waiting
 
 VALUES = torch.tensor([900, 900, 500, 100])  # Heun repeats some

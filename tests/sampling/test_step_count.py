@@ -16,8 +16,8 @@ from harmonica_rt import Schedule
 from harmonica_rt.errors import HarmonicaError, RunError
 from harmonica_rt.indices import StepIndex
 from harmonica_rt.pipelines.install import installed
-from harmonica_rt.sampling.scheduler import RunTimesteps
-from harmonica_rt.sampling.step_count import _ToldByTimestep
+from harmonica_rt.sampling.run_timesteps import RunTimesteps
+from harmonica_rt.sampling.steps_by_timestep import StepsByTimestep
 from tests.sampling.loops import PROMPT, STEPS, Conditioned, Oracle, Pipeline, conditioned, expected_run, first_latents
 from tests.tiny import random_schedule
 
@@ -245,10 +245,10 @@ def test_a_scheduler_that_cannot_be_watched_is_an_error(model: Conditioned, sche
 # ---- told by a timestep
 
 
-def told(timesteps: torch.Tensor) -> _ToldByTimestep:
+def told(timesteps: torch.Tensor) -> StepsByTimestep:
     found = RunTimesteps.of(SimpleNamespace(timesteps=timesteps))
     assert found is not None
-    return _ToldByTimestep(found, 1000.0)
+    return StepsByTimestep(found, 1000.0)
 
 
 def positions(timesteps: torch.Tensor, given: list[torch.Tensor]) -> list[int | None]:

@@ -1,0 +1,109 @@
+"""Which features a stream of a run holds, and which of them the schedule reuses.
+
+Hazard: a stream that missed a step lacks the features of that step, and a feature of an earlier one is stale. A stale
+feature would ruin the image, so a stream reuses only what it stored itself at the step that the schedule names.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harmonica_rt.call.call import Call, Signature
+from harmonica_rt.engine import Stream
+from harmonica_rt.indices import StepIndex
+from harmonica_rt.plan.liveness import sources
+from harmonica_rt.sampling.conditioning import Conditioning
+from harmonica_rt.schedule import Schedule
+
+
+@dataclass(frozen=True, eq=False)
+class StepTables:
+    """What a schedule says about each step.
+
+    Attributes:
+        compute: bool `[steps, sites]`.
+        source: int `[steps, sites]`, the step whose value a reused site takes.
+        latest: int `[steps, sites]`, the last step up to this one that computes the site.
+        reused: indices of the sites that each step reuses.
+    """
+
+    compute: NDArray[np.bool_]
+    source: NDArray[np.int64]
+    latest: NDArray[np.int64]
+    reused: tuple[NDArray[np.intp], ...]
+
+    @property
+    def steps(self) -> int:
+        """The number of steps."""
+        return len(self.reused)
+
+    @property
+    def sites(self) -> int:
+        """The number of sites."""
+        return int(self.compute.shape[1])
+
+
+@functools.lru_cache(maxsize=64)
+def step_tables(schedule: Schedule) -> StepTables:
+    """The tables of a schedule."""
+    compute = schedule.compute
+    steps = np.arange(len(compute))[:, None]
+    latest = np.maximum.accumulate(np.where(compute, steps, -1), axis=0)
+    return StepTables(compute, sources(compute), latest, tuple(np.flatnonzero(~row) for row in compute))
+
+
+class RunStream:
+    """A stream of a run, with its request and the features that it holds.
+
+    Attributes:
+        stream: the engine's stream.
+        model_state: the state of the model that its features were computed with.
+        signature: the signature of its calls.
+        order: the number of calls before its own in a step, at the last change of its conditioning.
+        last_step: the last step that it ran, or -1.
+        conditioning: the request of its calls.
+    """
+
+    def __init__(self, stream: Stream, call: Call, order: int, tables: StepTables, model_state: object) -> None:
+        self.stream = stream
+        self.model_state = model_state
+        self.signature: Signature = call.signature
+        self.last_step = -1
+        self.conditioning = Conditioning(call)
+        self._tables = tables
+        self.begin(call, order)
+
+    def begin(self, call: Call, order: int) -> None:
+        """Discard everything stored: `call` is the first with new conditioning."""
+        self.conditioning.end()
+        self.order = order
+        self.stream.begin()
+        self.conditioning = Conditioning(call)
+        self._regular = self.last_step == -1  # it has run every step so far, as scheduled
+        self._stored = np.full(self._tables.sites, -1)  # the step of each site, if not regular
+
+    def lacks_features(self, step: StepIndex, before: int) -> bool:
+        """Whether `step` would reuse features that the stream, whose last step was `before`, does not hold."""
+        if self._regular and before == step - 1:
+            return False
+        if self._regular:
+            self._regular = False
+            if before >= 0:
+                self._stored = self._tables.latest[before].copy()
+        reused = self._tables.reused[step]
+        return bool((self._stored[reused] < self._tables.source[step, reused]).any())
+
+    def spoil(self, before: int) -> None:
+        """Discount its last step, which was run for a model that had changed; it continues after step `before`."""
+        self.last_step = before
+        self._regular = False
+        self._stored[:] = -1
+
+    def ran(self, step: StepIndex, *, all_sites: bool) -> None:
+        """Record that it ran `step`, as scheduled or with all sites computed."""
+        if not self._regular:
+            self._stored[slice(None) if all_sites else self._tables.compute[step]] = step

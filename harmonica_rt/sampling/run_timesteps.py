@@ -1,0 +1,135 @@
+"""The timesteps and steps of a run, as its scheduler is set to them.
+
+A run may skip its first steps (image-to-image does): then it takes the last rows of a schedule for all steps, or a
+schedule for only the remaining ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from harmonica_rt.engine import RunKey
+from harmonica_rt.errors import ScheduleMismatchError
+from harmonica_rt.indices import StepIndex
+
+
+@dataclass(frozen=True)
+class RunTimesteps:
+    """The timesteps of a run: the scheduler's own tensor `[steps]` (or its end), and a copy of it on the CPU."""
+
+    own: torch.Tensor
+    known: torch.Tensor
+
+    @classmethod
+    def of(cls, scheduler: Any, first: int = 0) -> RunTimesteps | None:
+        """The timesteps that `scheduler` is set to, from index `first` on; None if it has none.
+
+        The copy waits for the GPU, once per run.
+        """
+        own = getattr(scheduler, "timesteps", None)
+        if not isinstance(own, torch.Tensor) or own.dim() != 1:
+            return None
+        return cls(own[first:], own[first:].cpu())
+
+    @property
+    def key(self) -> tuple[float, ...]:
+        """The values of the timesteps; runs with equal values are alike."""
+        return tuple(self.known.tolist())
+
+    def belongs_to_another(self, timestep: Any, step: int) -> bool:
+        """Whether `timestep` belongs to a step other than `step`. False when in doubt.
+
+        A value on a GPU could only be fetched by waiting for it. But pipelines step with elements of the scheduler's
+        own tensor, and the address of an element gives its index.
+        """
+        known = self.known
+        if step >= len(known):
+            return False
+        if isinstance(timestep, torch.Tensor):
+            if timestep.numel() != 1:
+                return False
+            if timestep.device.type == "cpu":
+                timestep = timestep.item()
+            else:
+                index = self.position(timestep)
+                return index is not None and bool(known[index] != known[step])
+        if not isinstance(timestep, (int, float)) or float(known[step]) == timestep:
+            return False
+        return bool((known == timestep).any())
+
+    def position(self, timestep: torch.Tensor) -> int | None:
+        """The index of a tensor that is an element of the scheduler's tensor; None if it has its own memory."""
+        own = self.own
+        if timestep.dtype != own.dtype or timestep.untyped_storage().data_ptr() != own.untyped_storage().data_ptr():
+            return None
+        index, rest = divmod(int(timestep.storage_offset() - own.storage_offset()), max(own.stride(0), 1))
+        return index if rest == 0 and 0 <= index < len(own) else None
+
+
+def timesteps_are_set(scheduler: Any) -> bool:
+    """Whether timesteps were set for sampling. A new diffusers scheduler has none, or all its training timesteps."""
+    timesteps = getattr(scheduler, "timesteps", None)
+    trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+    asked = getattr(scheduler, "num_inference_steps", None) or (len(timesteps) if timesteps is not None else trained)
+    return timesteps is not None and asked != trained
+
+
+@dataclass(frozen=True)
+class RunSteps:
+    """The steps of a schedule that one run of a scheduler takes.
+
+    Attributes:
+        first: the step that it begins with.
+        timesteps: the timesteps of the schedule's steps; None if the scheduler has none.
+        training_steps: the scheduler's number of training steps, the largest timestep of most schedulers.
+    """
+
+    first: StepIndex
+    timesteps: RunTimesteps | None
+    training_steps: float
+
+    @classmethod
+    def of(cls, scheduler: Any, expected: int) -> RunSteps:
+        """The steps of the run that `scheduler` is set to, under a schedule for `expected` steps.
+
+        Raises:
+            ScheduleMismatchError: the scheduler is set to another number of steps.
+        """
+        timesteps = getattr(scheduler, "timesteps", None)
+        training_steps = float(getattr(getattr(scheduler, "config", None), "num_train_timesteps", None) or 1000)
+        if timesteps is None:
+            return cls(StepIndex(0), None, training_steps)
+        asked, left_out = len(timesteps), _steps_left_out(scheduler)
+        if expected == asked:
+            return cls(StepIndex(left_out), RunTimesteps.of(scheduler), training_steps)
+        if expected == asked - left_out:
+            return cls(StepIndex(0), RunTimesteps.of(scheduler, left_out), training_steps)
+        raise ScheduleMismatchError(_mismatch(type(scheduler).__name__, expected, asked, left_out))
+
+    @property
+    def key(self) -> RunKey | None:
+        """What runs alike have in common; None if the scheduler has no timesteps."""
+        return RunKey(self.timesteps.key, self.first) if self.timesteps is not None else None
+
+
+def _steps_left_out(scheduler: Any) -> int:
+    """How many first steps the run skips; image-to-image tells its scheduler so with `set_begin_index`."""
+    return int(getattr(scheduler, "begin_index", None) or 0)
+
+
+def _mismatch(scheduler: str, expected: int, asked: int, left_out: int) -> str:
+    if left_out:
+        left = asked - left_out
+        return (
+            f"the schedule is for {expected} steps, the pipeline asked for {asked} and runs the last {left} of "
+            f"them ({scheduler} counts model evaluations). Use a schedule for {asked}, of which the last {left} steps "
+            f"are used, or one for {left}"
+        )
+    return (
+        f"the schedule is for {expected} steps, the pipeline asked for {asked} ({scheduler} counts {asked} model "
+        f"evaluations per run). Use a schedule for {asked}, or pass num_inference_steps so that {scheduler} makes "
+        f"{expected} steps"
+    )
