@@ -146,7 +146,8 @@ def load(
 
     Args:
         path: a file that `CompiledModel.save` wrote.
-        model_or_pipeline: the same model in the same state (its parameters may have other values), or a pipeline with it.
+        model_or_pipeline: the same model in the same state (the values of its parameters may differ), or a pipeline
+            with it.
         graphs, strict, max_plans, max_plan_bytes: see `compile`.
 
     Raises:

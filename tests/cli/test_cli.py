@@ -22,6 +22,7 @@ from harmonica_rt.demo import bundled_model
 from harmonica_rt.demo.run import DEFAULT_GUIDANCE, guidance_of
 from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.lower import plain
+from harmonica_rt.options import CompileOptions
 from tests.tiny import dit, pixart_alpha, pixart_from_words, saved_and_loaded
 
 STEPS = "4"
@@ -242,6 +243,20 @@ def test_verify(model: Path, schedule: Path, monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_verify_refuses_bad_options(model: Path, schedule: Path, options: list[str], message: str) -> None:
     assert message in str(run("verify", model, schedule, *options).exception)
+
+
+@pytest.mark.parametrize("command", ["verify", "bench"])
+def test_graphs_reach_the_compiler(command: str, model: Path, schedule: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr(CompileOptions, "__post_init__", lambda options: given.append(options.graphs))
+    assert run(command, model, schedule, "--graphs", "off", *["--repeats", 1] * (command == "bench")).exit_code == 0
+    assert "off" in given
+
+
+@pytest.mark.parametrize("command", ["verify", "bench"])
+def test_unknown_graphs_are_refused(command: str, model: Path, schedule: Path) -> None:
+    message = str(run(command, model, schedule, "--graphs", "maybe").exception)
+    assert message == "graphs 'maybe' is not known; choose one of auto, on, off"
 
 
 def test_bench(model: Path, schedule: Path) -> None:
