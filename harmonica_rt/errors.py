@@ -1,4 +1,4 @@
-"""Everything that harmonica-rt raises on purpose.
+"""All errors that harmonica-rt raises on purpose.
 
 Each error also derives from the built-in a caller would expect (`ValueError` for a bad schedule, `RuntimeError` for a
 run that went wrong), so that code which does not know this package can still handle it.
@@ -29,6 +29,20 @@ class ScheduleError(HarmonicaError, ValueError):
 
 class ScheduleMismatchError(ScheduleError):
     """A valid schedule does not fit: it is for another model, other sites or another number of steps."""
+
+
+class ScheduleWriteError(ScheduleError, OSError):
+    """A schedule cannot be written; `errno`, `strerror` and `filename` are those of the OSError that was its cause.
+
+    It is also a FileNotFoundError, PermissionError, IsADirectoryError or NotADirectoryError if the cause is one.
+    """
+
+    def __init__(self, errno: int | None, strerror: str, filename: str) -> None:
+        super().__init__(errno, strerror, filename)
+        self.errno, self.strerror, self.filename = errno, strerror, filename
+
+    def __str__(self) -> str:
+        return printable(f"{self.filename}: cannot be written ({self.strerror})")
 
 
 class PlanFileError(HarmonicaError, ValueError):

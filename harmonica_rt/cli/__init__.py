@@ -1,4 +1,13 @@
-"""`harmonica-rt`, the command line. Heavy imports happen inside the commands, so that `--help` is instant."""
+"""`harmonica-rt`, the command line.
+
+In: arguments, options and recipes. Out: text on standard output, messages on standard error, schedule files and
+pictures; the exit status is 1 where a check failed, 2 where the command could not do its work.
+Hazard: importing torch takes seconds. Heavy imports happen inside the commands, so that `--help` is instant.
+
+Reading order: `options` (what commands share), `console` and `command` (how commands print and fail), `signals`,
+`loading` and `calling` (pipelines and the arguments of their calls), then one file per command or pair of commands:
+`demo`, `listing` (`sites`, `recipes`), `checking` (`verify`, `bench`), `schedule`, `train`, `doctor`.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +16,19 @@ import sys
 import typer
 
 from harmonica_rt import __version__
-from harmonica_rt.cli import pipeline, schedule, signals
+from harmonica_rt.cli import schedule, signals
+from harmonica_rt.cli.checking import bench, verify
 from harmonica_rt.cli.command import Command
 from harmonica_rt.cli.console import fail, set_debug
+from harmonica_rt.cli.demo import demo
 from harmonica_rt.cli.doctor import doctor
+from harmonica_rt.cli.listing import recipes, sites
 from harmonica_rt.cli.train import train
 from harmonica_rt.errors import HarmonicaError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(schedule.app, name="schedule", help="Show, make, convert and draw schedule files.")
-for function in (pipeline.demo, pipeline.sites, pipeline.recipes, pipeline.verify, pipeline.bench, train, doctor):
+for function in (demo, sites, recipes, verify, bench, train, doctor):
     app.command(cls=Command)(function)
 
 
@@ -29,7 +41,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
-    debug: bool = typer.Option(False, "--debug", help="Show tracebacks of errors, and all that libraries say."),
+    debug: bool = typer.Option(False, "--debug", help="Show tracebacks of errors and all messages of libraries."),
 ) -> None:
     """Run Diffusion Transformers with cached features, planned ahead."""
     set_debug(debug)

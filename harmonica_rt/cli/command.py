@@ -1,4 +1,4 @@
-"""How a command ends when it cannot do its work: expected failures as one message, in the words of the command line."""
+"""Ends a command that cannot do its work: an expected failure is one message that names options of the command."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from harmonica_rt.cli.console import tell
 from harmonica_rt.errors import HarmonicaError
 
 _ARGUMENTS = {"num_inference_steps": "steps", "guidance_scale": "guidance"}
-"""Arguments of a pipeline's call, and the options that set them where a command has these."""
+"""Arguments of a pipeline's call -> the parameters of commands that set them."""
 
 
 class Command(TyperCommand):
-    """A command of which expected failures come out as `HarmonicaError` or `OSError`, and signals as exit statuses."""
+    """A command that raises expected failures as `HarmonicaError` or `OSError` and turns signals into exit statuses."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -44,11 +44,11 @@ class Command(TyperCommand):
 
 
 def in_options(text: str, names: dict[str, str]) -> str:
-    """A message of the library with options in the place of the Python names that they set.
+    """A message of the library in which options replace the Python names that they set.
 
     Args:
         text: the message.
-        names: parameter -> option, such as `target_speedup` -> `--target-speedup`.
+        names: parameter of the command -> option, such as `target_speedup` -> `--target-speedup`.
     """
     known = {name: option for name, option in names.items() if option.startswith("--")}
     for argument, parameter in _ARGUMENTS.items():
@@ -56,14 +56,14 @@ def in_options(text: str, names: dict[str, str]) -> str:
             known[argument] = known[parameter]
         elif "arg" in known:
             known[argument] = f"--arg {argument}=VALUE"
-    # A plain word is a parameter only where a message begins with it; one with underscores is, wherever it stands.
+    # A word without underscores is a parameter only at the start of a message; one with underscores is one anywhere.
     text = re.sub(r"^[a-z]+(?=:)", lambda match: known.get(match.group(), match.group()), text)
     word = r"(?<![\w./=-])[a-z]+(?:_[a-z]+)+(?![\w/=(])"
     return re.sub(word, lambda match: known.get(match.group(), match.group()), text)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether this is what PyTorch or Python raise where memory runs out."""
+    """Whether PyTorch or Python raised this error because memory ran out."""
     # By name: torch is not imported before a command needs it.
     named = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error)
     return isinstance(error, MemoryError) or named

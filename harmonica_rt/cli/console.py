@@ -1,8 +1,8 @@
-"""The console that all commands print to, and how an error ends a command.
+"""The console that all commands print to, and the message that an error ends a command with.
 
-The hazard: names and paths come from files. To a terminal an escape sequence in one of them is an order, and to rich
-`[/b]` in one is markup. So the consoles know no markup, and print nothing but what `printable` lets through; styles are
-given beside the text, with `line`.
+Hazard: names and paths come from files. A terminal obeys an escape sequence in one of them, and rich takes `[/b]` for
+markup. So the consoles interpret no markup and print only what `printable` lets through; styles are given beside the
+text, with `line`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from harmonica_rt.untrusted.text import printable
 
 
 class _PlainConsole(Console):
-    """Strings are printed as they are: no markup, no emoji codes, nothing that a terminal obeys."""
+    """A console that prints strings as they are: no markup, no emoji codes, nothing that a terminal obeys."""
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """All strings come through here, those in the cells of tables too."""
+        """Make a string printable; all strings pass through here, those in the cells of tables too."""
         return super().render_str(printable(text), **options)
 
 
@@ -33,13 +33,13 @@ _debug = False
 
 
 def line(*parts: str | tuple[str, str]) -> Text:
-    """Text of several parts, each a string, or a string and its style: `line(("done", "bold"), f": {path}")`."""
+    """Join parts to one text, each a string or a string and its style: `line(("done", "bold"), f": {path}")`."""
     return Text.assemble(*(printable(p) if isinstance(p, str) else (printable(p[0]), p[1]) for p in parts))
 
 
 def set_debug(wanted: bool) -> None:
-    """Let errors end in a traceback, and libraries speak."""
-    global _debug  # one process is one command
+    """Show tracebacks of errors and messages of libraries, or stop doing so."""
+    global _debug  # a process runs one command
     _debug = wanted
 
 
@@ -49,7 +49,7 @@ def debugging() -> bool:
 
 
 def unwrapped(text: str | Text) -> None:
-    """Print what someone may copy or a script may read: names and paths are neither wrapped nor cut."""
+    """Print text that someone may copy or a script may parse: it is neither wrapped nor cut."""
     console.print(text, soft_wrap=True)
 
 

@@ -16,7 +16,7 @@ _PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "nump
 
 
 def doctor() -> None:
-    """Tell versions, hardware, what is built and what will be used. Exit status 1 where something is broken."""
+    """Print versions, hardware, what is built and what will be used; exit status 1 if something is broken."""
     import torch
 
     import harmonica_kernels
@@ -49,7 +49,7 @@ def doctor() -> None:
 
 
 def _gpus() -> list[str]:
-    """One line a GPU, from NVML, or one line that says why there is none."""
+    """One line per GPU, from NVML, or one line that says why there is none."""
     try:
         import pynvml
     except ImportError:

@@ -1,4 +1,4 @@
-"""How to go on with a training that was interrupted."""
+"""Tells how to go on with a training that was interrupted."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def how_to_go_on(stop: TrainingInterrupted, work: Path | None, out: Path) -> str:
-    """What was kept of an interrupted training, and the command that goes on with it.
+    """A message that says what was kept of an interrupted training, and the command that goes on with it.
 
     Args:
         stop: the interruption.
-        work: the directory of its checkpoints; without one, what it learned is written to a new one beside `out`, or
-            among the temporary files where that is not possible.
-        out: where its schedule was to go.
+        work: the directory of its checkpoints. If None, a checkpoint is written to a new directory beside `out`, or to
+            a temporary directory if that is not possible.
+        out: the file that its schedule was to be written to.
 
     Raises:
         OSError: the checkpoint cannot be written.
@@ -44,7 +44,7 @@ def how_to_go_on(stop: TrainingInterrupted, work: Path | None, out: Path) -> str
 
 
 def command(arguments: Sequence[str]) -> str:
-    """This command line with `arguments`, as a shell takes it; torchrun's own options are not known here."""
+    """This command line with `arguments`, quoted for a shell; the options of torchrun are not known here."""
     program = [sys.argv[0]]
     if Path(program[0]).name == "__main__.py":
         program = [sys.executable, "-m", "harmonica_rt.cli"]
@@ -56,7 +56,7 @@ def command(arguments: Sequence[str]) -> str:
 
 
 def _new_directory(out: Path) -> Path:
-    """`schedule.work` beside `schedule.json`, or that with the first number that is free."""
+    """`schedule.work` beside `schedule.json`, or `schedule.work-2` and so on if that exists."""
     directory, number = out.with_suffix(".work"), 2
     while directory.exists():
         directory, number = out.with_suffix(f".work-{number}"), number + 1

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and the checks of where they write."""
+"""Arguments and options that several commands share, and checks that their files can be written."""
 
 from __future__ import annotations
 
@@ -18,26 +18,34 @@ MODEL: Any = typer.Argument(
     ..., metavar="MODEL", help="A directory that a pipeline was saved in, or its id on the Hugging Face hub."
 )
 SCHEDULE: Any = typer.Argument(..., metavar="SCHEDULE", help="A schedule file, or a directory with a schedule.json.")
-PATTERN: Any = typer.Option([], help="A glob over module paths that chooses sites, not the rule; may be repeated.")
-ARGUMENTS: Any = typer.Option([], "--arg", metavar="NAME=VALUE", help="An argument of the call; may be repeated.")
+PATTERN: Any = typer.Option(
+    [], help="A glob over module paths that chooses the sites, instead of the built-in rule; may be repeated."
+)
+ARGUMENTS: Any = typer.Option(
+    [], "--arg", metavar="NAME=VALUE", help="An argument of the pipeline's call; may be repeated."
+)
 GUIDANCE: Any = typer.Option(None, help="Guidance scale (default: the pipeline's own).")
-REPEATS: Any = typer.Option(5, min=1, help="Timed rounds.")
+REPEATS: Any = typer.Option(5, min=1, help="Number of timed rounds.")
 SEED: Any = typer.Option(0, min=0, max=2**63 - 1, help="Seed of everything that is random.")
 SAMPLER: Any = typer.Option(None, help="Class of the scheduler, such as DDIMScheduler (default: the pipeline's own).")
 SAMPLER_ARGUMENTS: Any = typer.Option(
     [], "--sampler-arg", metavar="NAME=VALUE", help="A field of the scheduler's config; may be repeated."
 )
-TRANSFORMER: Any = typer.Option(None, help="Another denoiser: a directory or an id on the hub.")
-DTYPE: Any = typer.Option("fp32", help="fp32, bf16 or fp16.")
+TRANSFORMER: Any = typer.Option(None, help="A denoiser that replaces the pipeline's: a directory, or an id on the hub.")
+DTYPE: Any = typer.Option("fp32", help="Dtype of all components: fp32, bf16 or fp16.")
 LOWERING: Any = typer.Option(
     "fused",
     help="fused (equal up to rounding), inductor (the same, compiled) or plain (slower, bit for bit on CPU).",
+)
+GRAPHS: Any = typer.Option(
+    "auto",
+    help="CUDA graphs: auto (where they measure faster), on or off. Without a CUDA device there are none.",
 )
 DEVICE: Any = typer.Option("cpu", help="Where to run: cpu, cuda or cuda:N.")
 
 
 def _take_recipes(ctx: typer.Context, names: list[str]) -> list[str]:
-    """Make the options of the recipes the command's defaults; of two recipes the later one wins."""
+    """Make the options of the recipes defaults of the command; if two recipes set an option, the later one wins."""
     from harmonica_rt.recipes import read
 
     known = {parameter.name: bool(getattr(parameter, "multiple", False)) for parameter in ctx.command.params}
@@ -63,18 +71,18 @@ RECIPE: Any = typer.Option(
     is_eager=True,
     callback=_take_recipes,
     metavar="NAME|FILE",
-    help="Options of a known set-up (`harmonica-rt recipes` lists them), under those given here; may be repeated.",
+    help="A recipe, whose options are defaults of this command (`harmonica-rt recipes` lists some); may be repeated.",
 )
 
 
 def one_of(option: str, value: str, known: Sequence[str]) -> None:
-    """Raise HarmonicaError where the value of an option is none of the known ones."""
+    """Raise HarmonicaError if the value of an option is not one of the known ones."""
     if value not in known:
         raise HarmonicaError(f"{option} {value} is not known; choose one of {', '.join(known)}")
 
 
 def writable(path: Path) -> Path:
-    """The path, if a file can be put there: a run of minutes must not end at its last line."""
+    """The path, if a file can be written there; BadParameter if not, so that minutes of work do not end in an error."""
     if not path.parent.is_dir():
         raise typer.BadParameter(f"there is no directory {path.parent} to write {path.name} in")
     if not path.exists() or path.is_file():  # and not a device or a pipe
@@ -83,7 +91,7 @@ def writable(path: Path) -> Path:
 
 
 def _try_to_write_in(folder: Path) -> None:
-    """Raise BadParameter where no file can be made in a folder; its mode does not tell all (/proc, a quota, root)."""
+    """Raise BadParameter if no file can be made in a folder; its mode does not tell (/proc, a quota, root)."""
     try:
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
@@ -92,7 +100,7 @@ def _try_to_write_in(folder: Path) -> None:
 
 
 def writable_directory(path: Path | None) -> Path | None:
-    """The path, if it is a directory that can be written in, or one that can be made."""
+    """The path, if it is a directory that can be written in or can be made; else BadParameter."""
     if path is not None:
         there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         if not there.is_dir():
@@ -102,12 +110,12 @@ def writable_directory(path: Path | None) -> Path | None:
 
 
 def writable_picture(path: Path) -> Path:
-    """The path, if a picture can be put there."""
+    """The path, if a picture can be written there; else BadParameter."""
     if path.suffix.lower() not in PICTURES:
         raise typer.BadParameter(f"expected a name that ends in {', '.join(PICTURES)}, got {path.name}")
     return writable(path)
 
 
 SCHEDULE_OUT: Any = typer.Argument(
-    ..., metavar="FILE", dir_okay=False, writable=True, callback=writable, help="Where the schedule goes."
+    ..., metavar="FILE", dir_okay=False, writable=True, callback=writable, help="Where the schedule is written."
 )

@@ -1,4 +1,4 @@
-"""`harmonica-rt schedule ...`: files in, pictures and files out."""
+"""`harmonica-rt schedule ...`: shows, draws, converts and makes schedule files."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ _ROUTERS = (".pt", ".pth", ".ckpt", ".bin")
 
 
 def read(path: Path) -> Schedule:
-    """The schedule in a file, or in a directory that holds one under the name that `save_pretrained` gives it.
+    """The schedule in a file, or in a directory that `save_pretrained` wrote.
 
     Raises:
-        HarmonicaError: there is none, or the file is malformed.
-        OSError: the file cannot be read.
+        HarmonicaError: there is no schedule, or the file cannot be read or is malformed.
     """
     from harmonica_rt.schedule import Schedule
     from harmonica_rt.schedule.hub import FILE
@@ -62,7 +61,7 @@ def plot(
         dir_okay=False,
         writable=True,
         callback=writable_picture,
-        help="Where the picture goes (.png, .svg, .pdf).",
+        help="Where the picture is written (.png, .svg, .pdf).",
     ),
 ) -> None:
     """Draw a schedule as a heat map."""
@@ -96,7 +95,7 @@ def make(
     steps: int | None = typer.Option(None, min=1, help="Model evaluations of a run (default: 20, or as --mask says)."),
     every: int | None = typer.Option(None, min=1, help="Compute every k-th step."),
     random: float | None = typer.Option(None, min=0, max=1, help="Reuse this share of entries at random."),
-    mask: str | None = typer.Option(None, help="One 0 or 1 for each step, 1 = compute."),
+    mask: str | None = typer.Option(None, help="One 0 or 1 per step, 1 = compute."),
     pattern: list[str] = PATTERN,
     seed: int = SEED,
 ) -> None:
@@ -106,7 +105,7 @@ def make(
     if sum(option is not None for option in (every, random, mask)) != 1:
         raise HarmonicaError("give exactly one of --every K, --random CUR and --mask 1010...")
     if mask is not None and steps not in (None, len(mask)):
-        raise HarmonicaError(f"--mask has {len(mask)} entries, one for each step, and --steps says {steps}; drop one")
+        raise HarmonicaError(f"--mask has {len(mask)} entries, one per step, and --steps says {steps}; drop one")
 
     from harmonica_rt import find_sites, model_info
     from harmonica_rt.cli.loading import load_denoiser

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP as one exception, so that a command can keep its work before it ends."""
+"""Turns Ctrl-C, SIGTERM and SIGHUP into one exception, so that a command can save its work before it ends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Stopped(KeyboardInterrupt):
     """A signal asked this process to end.
 
     Attributes:
-        number: of the signal.
+        number: the number of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -30,7 +30,7 @@ def exit_status(stop: KeyboardInterrupt) -> int:
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """Within this block the first signal raises `Stopped`; a Ctrl-C after it ends the process at once.
+    """Within this block, the first signal raises `Stopped`; a Ctrl-C after it ends the process at once.
 
     Signals that the process was started to ignore (`nohup`, a background job) stay ignored.
     """
@@ -49,6 +49,6 @@ def raised() -> Iterator[None]:
 def _stop(number: int, frame: FrameType | None) -> None:
     for other in _ENDING:
         if signal.getsignal(other) is _stop:
-            # A launcher may send SIGTERM after the terminal sent SIGINT: one wish, and no reason to drop the work.
+            # A launcher may send SIGTERM after the terminal sent SIGINT; the second must not stop the saving.
             signal.signal(other, signal.SIG_DFL if other == signal.SIGINT else signal.SIG_IGN)
     raise Stopped(number)

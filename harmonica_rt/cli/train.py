@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from harmonica_rt.cli import signals
+from harmonica_rt.cli.conditions import Subjects, chosen_conditions
 from harmonica_rt.cli.console import console, line, tell, unwrapped
 from harmonica_rt.cli.going_on import how_to_go_on
+from harmonica_rt.cli.keeping import save_anywhere
 from harmonica_rt.cli.options import (
     ARGUMENTS,
     DEVICE,
@@ -34,8 +34,7 @@ from harmonica_rt.cli.schedule import read
 from harmonica_rt.errors import HarmonicaError
 
 if TYPE_CHECKING:
-    from harmonica_rt.schedule import Schedule
-    from harmonica_training import Conditions, TrainingResult
+    from harmonica_training import TrainingResult
     from harmonica_training.progress import Progress
 
 _HOW_MUCH = "How much to cache (one of them)"
@@ -47,14 +46,14 @@ _OWN_OPTIONS = {
     "class_labels": "--labels",
     "prompt": "--prompts",
 }
-"""Arguments of the call that `--arg` may not set here."""
+"""Arguments of the call that `--arg` may not set here -> the options that set them."""
 
 
 def train(
     ctx: typer.Context,
     model: Path = MODEL,
     out: Path = typer.Argument(
-        ..., metavar="SCHEDULE", dir_okay=False, writable=True, callback=writable, help="Where the schedule goes."
+        ..., metavar="SCHEDULE", dir_okay=False, writable=True, callback=writable, help="Where the schedule is written."
     ),
     recipe: list[str] = RECIPE,
     steps: int = typer.Option(20, min=2, help="Denoising steps."),
@@ -64,47 +63,57 @@ def train(
     target_cur: float | None = typer.Option(
         None, min=0.0, max=1.0, help="Share of entries to reuse.", rich_help_panel=_HOW_MUCH
     ),
-    beta: float | None = typer.Option(None, min=0.0, help="A fixed price of computing.", rich_help_panel=_HOW_MUCH),
+    beta: float | None = typer.Option(
+        None, min=0.0, help="A fixed price of computing, instead of a target.", rich_help_panel=_HOW_MUCH
+    ),
     labels: str | None = typer.Option(
         None, help="Class labels, such as 0,1,2 (default: all that the pipeline knows).", rich_help_panel=_WHAT
     ),
     prompts: Path | None = typer.Option(
-        None, exists=True, dir_okay=False, help="A text file, one prompt a line.", rich_help_panel=_WHAT
+        None, exists=True, dir_okay=False, help="A text file, one prompt per line.", rich_help_panel=_WHAT
     ),
     embeddings: Path | None = typer.Option(
-        None, exists=True, dir_okay=False, help="Encoded prompts, safetensors.", rich_help_panel=_WHAT
+        None, exists=True, dir_okay=False, help="A safetensors file of encoded prompts.", rich_help_panel=_WHAT
     ),
     guidance: float | None = GUIDANCE,
     arg: list[str] = ARGUMENTS,
     pattern: list[str] = PATTERN,
-    iterations: int = typer.Option(100, min=1, help="Runs to walk.", rich_help_panel=_HOW),
-    batch: int = typer.Option(8, min=1, help="Samples of a run, over all processes.", rich_help_panel=_HOW),
-    learning_rate: float = typer.Option(0.1, min=0.0, help="Of AdamW.", rich_help_panel=_HOW),
+    iterations: int = typer.Option(
+        100, min=1, help="Number of iterations, each one sampling run.", rich_help_panel=_HOW
+    ),
+    batch: int = typer.Option(8, min=1, help="Samples per run, over all processes.", rich_help_panel=_HOW),
+    learning_rate: float = typer.Option(0.1, min=0.0, help="Learning rate of AdamW.", rich_help_panel=_HOW),
     image_error: str = typer.Option(
-        "sensitivity", help="IEPO's lambda: sensitivity, leave-one-out, progressive, or none.", rich_help_panel=_HOW
+        "sensitivity",
+        help="How IEPO's lambda is measured: sensitivity, leave-one-out, progressive, or none.",
+        rich_help_panel=_HOW,
     ),
     gates: str = typer.Option(
         "hard", help="hard: train on what will run; soft: blend by r, as the paper does.", rich_help_panel=_HOW
     ),
     coherence: float = typer.Option(
-        1.0, min=0.0, max=1.0, help="How much the sites of a step move as one (paper: 0).", rich_help_panel=_HOW
+        1.0, min=0.0, max=1.0, help="How far the sites of a step move together (paper: 0).", rich_help_panel=_HOW
     ),
     renew_every: int = typer.Option(5, min=1, help="Iterations between renewals of lambda.", rich_help_panel=_HOW),
     exchanges: int = typer.Option(
-        8, min=0, help="Pairs of steps of the best schedule that change places an iteration.", rich_help_panel=_HOW
+        8, min=0, help="Pairs of steps of the best schedule that are exchanged per iteration.", rich_help_panel=_HOW
     ),
     validation_batches: int = typer.Option(
-        1, min=1, help="Batches that the images of a schedule are measured on.", rich_help_panel=_HOW
+        1, min=1, help="Number of batches that the images of a schedule are measured on.", rich_help_panel=_HOW
     ),
     tau: float = typer.Option(0.1, min=0.0, max=1.0, help="Compute where r > tau.", rich_help_panel=_HOW),
     start: Path | None = typer.Option(None, help="A schedule file to start from.", rich_help_panel=_HOW),
-    precision: str = typer.Option("fp32", help="Autocast of forwards: fp32 (none), bf16, fp16.", rich_help_panel=_HOW),
-    checkpointing: bool = typer.Option(False, help="Less memory, more time.", rich_help_panel=_HOW),
+    precision: str = typer.Option(
+        "fp32", help="Autocast of the forward passes: fp32 (none), bf16 or fp16.", rich_help_panel=_HOW
+    ),
+    checkpointing: bool = typer.Option(
+        False, help="Checkpoint activations: less memory, more time.", rich_help_panel=_HOW
+    ),
     work: Path | None = typer.Option(
         None,
         file_okay=False,
         callback=writable_directory,
-        help="Directory of checkpoints and of the TensorBoard log; a training found there goes on.",
+        help="Directory of checkpoints and of the TensorBoard log; a training found there is continued.",
         rich_help_panel=_HOW,
     ),
     checkpoint_every: int = typer.Option(50, min=1, help="Iterations between checkpoints.", rich_help_panel=_HOW),
@@ -117,7 +126,8 @@ def train(
 ) -> None:
     """Learn a cache schedule (HarmoniCa), without images; `torchrun -m harmonica_rt.cli train` shares the work."""
     with console.status("load libraries"):
-        from harmonica_rt.cli.loading import call_arguments, calling, load_pipeline
+        from harmonica_rt.cli.calling import call_arguments, calling
+        from harmonica_rt.cli.loading import PipelineChoice, load_pipeline
         from harmonica_training import TrainConfig, TrainingInterrupted, train
         from harmonica_training.distributed import leave, rank
         from harmonica_training.progress import ConsoleProgress, Several
@@ -152,15 +162,14 @@ def train(
         if own := _OWN_OPTIONS.get(pair.partition("=")[0]):
             raise HarmonicaError(f"--arg {pair}: {own} sets this here")
     beginning = read(start) if start else None
-    pipeline = load_pipeline(
-        model, dtype, _own_device(device), transformer=transformer, sampler=sampler, sampler_arguments=sampler_arg
-    )
+    choice = PipelineChoice(model, transformer, sampler, tuple(sampler_arg), dtype, _own_device(device))
+    pipeline = load_pipeline(choice)
     given = call_arguments(pipeline, arg, steps, guidance)
     for name in _OWN_OPTIONS:
         given.pop(name, None)
     config = replace(config, arguments=given)
     with calling(pipeline, given):
-        conditions = _conditions(pipeline, config, labels, prompts, embeddings)
+        conditions = chosen_conditions(pipeline, config, Subjects(labels, prompts, embeddings))
     try:
         with calling(pipeline, given):
             result = train(
@@ -172,7 +181,7 @@ def train(
                 progress=Several(ConsoleProgress(), *_logs(work)),
             )
         if rank() == 0:
-            _save(result.schedule, out, work)
+            save_anywhere(result.schedule, out, work)
             _print_result(result, out)
     except TrainingInterrupted as stop:
         if rank() == 0:
@@ -183,34 +192,8 @@ def train(
         leave()
 
 
-def _save(schedule: Schedule, out: Path, work: Path | None) -> None:
-    """Write the schedule, elsewhere where it cannot be written to `out`: a training must not be lost.
-
-    Raises:
-        HarmonicaError: it was written elsewhere; the message says where.
-        OSError: it cannot be written anywhere.
-    """
-    try:
-        schedule.save(out)
-    except OSError as error:
-        kept = _saved_elsewhere(schedule, f"{out.stem}-{os.getpid()}.json", work)
-        if kept is None:
-            raise
-        raise HarmonicaError(f"{out}: {error.strerror or error}; the schedule is in {kept}") from error
-
-
-def _saved_elsewhere(schedule: Schedule, name: str, work: Path | None) -> Path | None:
-    """Where the schedule could be written, the first place of several; None where it could not."""
-    for folder in (work, Path.cwd(), Path(tempfile.gettempdir())):
-        if folder is not None:
-            with contextlib.suppress(OSError):
-                schedule.save(folder / name)
-                return folder / name
-    return None
-
-
 def _logs(work: Path | None) -> list[Progress]:
-    """The TensorBoard log in the directory of the checkpoints; none without TensorBoard, which is said."""
+    """The TensorBoard log in the directory of the checkpoints; without TensorBoard none, and a message says so."""
     from harmonica_training import TrainingError
     from harmonica_training.progress import TensorBoardLog
 
@@ -225,7 +208,7 @@ def _logs(work: Path | None) -> list[Progress]:
 
 
 def _how_much(ctx: typer.Context) -> dict[str, Any]:
-    """How much to cache: as the command line says, and where it does not, as a recipe says."""
+    """How much to cache, as the command line says; if it does not, as a recipe says."""
     given = {
         name: ctx.params[name] for name in ("target_speedup", "target_cur", "beta") if ctx.params[name] is not None
     }
@@ -240,35 +223,9 @@ def _how_much(ctx: typer.Context) -> dict[str, Any]:
 
 
 def _own_device(device: str) -> str:
-    """Under torchrun each process has a device of its own."""
+    """The device of this process: under torchrun each process has its own."""
     local = os.environ.get("LOCAL_RANK")
     return f"cuda:{local}" if device == "cuda" and local is not None else device
-
-
-def _conditions(
-    pipeline: Any, config: Any, labels: str | None, prompts: Path | None, embeddings: Path | None
-) -> Conditions | None:
-    from harmonica_training import ClassLabels, Embeddings, class_labels, encode_prompts, read_prompts
-
-    given = [name for name, value in (("labels", labels), ("prompts", prompts), ("embeddings", embeddings)) if value]
-    if len(given) > 1:
-        raise HarmonicaError(f"give one of --labels, --prompts and --embeddings, not {' and '.join(given)}")
-    if labels is not None:
-        try:
-            chosen = ClassLabels([int(label) for label in labels.split(",")])
-        except ValueError as error:
-            raise HarmonicaError(f"--labels: expected whole numbers such as 0,1,2, got {labels!r}") from error
-        known = class_labels(pipeline).labels
-        if unknown := sorted(set(chosen.labels) - set(known)):
-            raise HarmonicaError(f"--labels: the pipeline has no label {unknown[0]}; it has {known[0]} ... {known[-1]}")
-        return chosen
-    if embeddings is not None:
-        return Embeddings.load(embeddings)
-    if prompts is not None:
-        with console.status("encode prompts"):
-            guided = config.guidance is None or config.guidance > 1
-            return encode_prompts(pipeline, read_prompts(prompts), guidance=guided, arguments=config.arguments)
-    return None
 
 
 def _print_result(result: TrainingResult, out: Path) -> None:

@@ -1,4 +1,12 @@
-"""The demo: the bundled model sampled plain, with the reference and compiled; compared, measured, drawn."""
+"""The demo: samples the bundled model uncached, with the reference and compiled; compares, measures and draws.
+
+In: a `DiTPipeline` (by default the bundled one), a schedule, a `DemoRequest`. Out: a `DemoResult` and a picture.
+Hazard: a speed-up is worth nothing if the images are wrong, and timings on a busy machine drift. So parity is checked
+first, and uncached and compiled rounds are timed in turn.
+
+Reading order: `run` (the demo), `measure` (times), `picture` (draws). `digits-dit` is the model, trained by
+`harmonica_training.digits`; `demo_pipeline` and `demo_schedule` load it and its schedule.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +31,7 @@ def bundled_schedule() -> Path:
 
 
 def demo_pipeline() -> DiTPipeline:
-    """The model that comes with the package, to try things out: digits, classes 0 ... 9, images of 64 x 64, on the CPU.
+    """Load the bundled pipeline, to try things out: digits, classes 0 ... 9, images of 64 x 64, on the CPU.
 
     Nothing is downloaded. `demo_pipeline()([3], num_inference_steps=20, guidance_scale=2.0).images[0]` is a three.
     """
@@ -33,5 +41,5 @@ def demo_pipeline() -> DiTPipeline:
 
 
 def demo_schedule() -> Schedule:
-    """The schedule that was learned for `demo_pipeline()`: 20 steps of DDIM, guidance 2.0, 1.5 times fewer FLOPs."""
+    """Load the schedule that was learned for `demo_pipeline()`: 20 DDIM steps, guidance 2.0, 1.5 times fewer FLOPs."""
     return Schedule.load(bundled_schedule())

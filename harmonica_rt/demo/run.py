@@ -1,4 +1,4 @@
-"""What `harmonica-rt demo` does, step by step."""
+"""Runs the demo: parity, pictures and times of a pipeline under a schedule."""
 
 from __future__ import annotations
 
@@ -24,69 +24,76 @@ DIFFERENCE_SCALE = 10  # of the row that shows what the cache changed
 
 
 @dataclass(frozen=True)
+class DemoRequest:
+    """What the demo samples, how often, and where its picture goes.
+
+    Attributes:
+        labels: one class per image.
+        guidance: guidance scale.
+        seed: seed of every run.
+        repeats: number of timed rounds.
+        picture: path of the PNG.
+    """
+
+    labels: tuple[int, ...]
+    guidance: float
+    seed: int
+    repeats: int
+    picture: Path
+
+
+@dataclass(frozen=True)
 class DemoResult:
     """What the demo found.
 
     Attributes:
+        request: what was asked for.
         parity: compiled against reference, per step.
         latency: uncached against compiled.
-        report: of the compiled model.
-        psnr: of the cached images against the uncached ones, dB; infinite where they are equal.
-        labels: classes asked for.
-        guidance: guidance scale used.
-        picture: the PNG.
+        report: the report of the compiled model.
+        psnr: peak signal-to-noise ratio of the cached images against the uncached ones, in dB; infinite if equal.
     """
 
+    request: DemoRequest
     parity: hrt.ParityReport
     latency: Comparison
     report: Report
     psnr: float
-    labels: tuple[int, ...]
-    guidance: float
-    picture: Path
 
 
 def run_demo(
     pipeline: Any,
     schedule: hrt.Schedule,
+    request: DemoRequest,
     *,
-    labels: tuple[int, ...],
-    guidance: float,
-    seed: int,
-    repeats: int,
-    picture: Path,
     say: Callable[[str], None],
     count: Callable[[int], None],
 ) -> DemoResult:
-    """Sample `labels` uncached, with the reference and compiled; compare, time, draw.
+    """Sample uncached, with the reference and compiled; compare, time, draw.
 
     Args:
         pipeline: a `DiTPipeline`.
         schedule: the schedule; its steps are the inference steps.
-        labels: one class for each image.
-        guidance: guidance scale.
-        seed: seeds every run.
-        repeats: timed rounds.
-        picture: where the PNG goes.
-        say: told what begins, one line each.
-        count: told the number of each timed round as it begins, from 1.
+        request: what to sample and measure.
+        say: called with one line of text as each part begins.
+        count: called with the number of each timed round as it begins, from 1.
 
     Raises:
         ParityError: compiled and reference differ.
     """
     arguments: dict[str, Any] = {
-        "class_labels": list(labels),
+        "class_labels": list(request.labels),
         "num_inference_steps": schedule.steps,
-        "guidance_scale": guidance,
+        "guidance_scale": request.guidance,
     }
 
     def generate() -> NDArray[np.float32]:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(request.seed)
         images: NDArray[np.float32] = pipeline(**arguments, generator=generator, output_type="np").images
         return images
 
     say("compile and hold every step against the reference")
-    parity = hrt.verify(pipeline, schedule, seed=seed, **arguments)
+    parity = hrt.verify(pipeline, schedule, seed=request.seed, **arguments)
     say("sample uncached")
     rows = {"uncached": generate()}
     say("sample with the reference")
@@ -96,8 +103,8 @@ def run_demo(
     hrt.compile(pipeline, schedule, strict=True)
     rows["compiled"] = generate()
     compiled = hrt.get_compiled(pipeline)
-    say(f"time uncached and compiled in turn, {repeats} rounds after a warm-up")
-    latency = compare(pipeline, compiled, generate, repeats=repeats, begun=count)
+    say(f"time uncached and compiled in turn, {request.repeats} rounds after a warm-up")
+    latency = compare(pipeline, compiled, generate, repeats=request.repeats, begun=count)
     report = compiled.report()
     hrt.uncompile(pipeline)
     say("draw")
@@ -110,8 +117,8 @@ def run_demo(
     if parity.trajectory_same_bits:
         title += ", compiled = reference bit for bit"
     rows[f"difference x {DIFFERENCE_SCALE}\n|compiled - uncached|"] = difference(rows["uncached"], rows["compiled"])
-    draw(rows, schedule, title, picture)
-    return DemoResult(parity, latency, report, closeness, labels, guidance, picture)
+    draw(rows, schedule, title, request.picture)
+    return DemoResult(request, parity, latency, report, closeness)
 
 
 def guidance_of(model: Path) -> float:
@@ -130,7 +137,7 @@ def guidance_of(model: Path) -> float:
         return check_number(evaluation.get("guidance_scale", DEFAULT_GUIDANCE), "guidance_scale")
     except (ValueError, OSError) as error:
         raise hrt.HarmonicaError(
-            f'{record}: expected {{"evaluation": {{"guidance_scale": a number}}}} ({error}); mend it or take it away'
+            f'{record}: expected {{"evaluation": {{"guidance_scale": a number}}}} ({error}); correct it or remove it'
         ) from error
 
 

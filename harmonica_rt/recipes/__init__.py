@@ -1,7 +1,12 @@
-"""Recipes: the options of a command for a set-up that is known, as JSON. Those of the paper come with the package.
+"""Recipes: options of the commands for known set-ups, as JSON files. Those of the paper come with the package.
 
-A recipe has `about` (what it is, and where its values come from), `model` (where its model is, or null), `options` (of
-every command that takes them) and `train` (of the command `train` alone), both by the options' names.
+In: the name of a bundled recipe, or a file. Out: a `Recipe`; `cli.options` makes its options the defaults of a command.
+Hazard: a misspelt field or option would be ignored, and the set-up would be another one. Unknown and missing fields are
+errors here, and unknown options are errors where a command takes the recipe.
+
+A file holds `about` (what it is, and where its values come from), `model` (the hub's id, or null), `options` (of all
+commands) and `train` (of the command `train` alone), both by the names of the options. `uvit` has the model of one of
+the set-ups, which diffusers lacks.
 """
 
 from __future__ import annotations
@@ -19,13 +24,13 @@ from harmonica_rt.untrusted.text import one_line, quoted
 
 @dataclass(frozen=True)
 class Recipe:
-    """A set-up.
+    """The options of a known set-up.
 
     Attributes:
         about: what it is, and where its values come from.
-        model: the hub's id of its pipeline; None for a recipe that goes with any.
-        options: of every command.
-        train: of the command `train` alone.
+        model: the hub's id of its pipeline; None if it suits any.
+        options: options of all commands.
+        train: options of the command `train` alone.
     """
 
     about: str
@@ -41,11 +46,11 @@ def known() -> tuple[str, ...]:
 
 
 def read(name_or_file: str) -> Recipe:
-    """A recipe of the package by its name, or one of your own by its file.
+    """Read a bundled recipe by its name, or any recipe by its file.
 
     Raises:
-        HarmonicaError: there is none, it cannot be read, or it is malformed: no strict JSON, fields that are unknown or
-            missing, or options that are no text, numbers, booleans or lists of these.
+        HarmonicaError: there is no such recipe, it cannot be read, or it is malformed: it is not strict JSON, a
+            field is unknown or missing, or an option is not text, a number, a boolean or a list of these.
     """
     try:
         if name_or_file in known():

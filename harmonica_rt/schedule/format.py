@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,17 @@ def _json(value: object, indent: int | None = None) -> str:
     if indent is None:
         return json.dumps(value, allow_nan=False, sort_keys=True)
     return json.dumps(value, allow_nan=False, sort_keys=True, indent=2).replace("\n", "\n" + " " * indent)
+
+
+@contextmanager
+def named_errors(source: str) -> Iterator[None]:
+    """Within this block, a ScheduleError is raised again with the name of the file before its message."""
+    try:
+        yield
+    except ScheduleFileNotFoundError:  # names it already
+        raise
+    except ScheduleError as error:
+        raise ScheduleError(f"{source}: {error}") from error
 
 
 def read_bytes(path: str) -> bytes:

@@ -16,9 +16,9 @@ from typing import Any
 from harmonica_rt.errors import ScheduleError
 from harmonica_rt.schedule import draw
 from harmonica_rt.schedule.data import ScheduleData
-from harmonica_rt.schedule.files import write_atomically
 from harmonica_rt.schedule.format import ScheduleFileNotFoundError, to_text
 from harmonica_rt.schedule.provenance import check_mapping
+from harmonica_rt.schedule.writing import write_file
 from harmonica_rt.untrusted.text import one_line
 
 FILE, PICTURE, CARD = "schedule.json", "schedule.png", "README.md"
@@ -66,10 +66,10 @@ def write_folder(schedule: ScheduleData, folder: str | os.PathLike[str], base_mo
     if target.is_file():
         raise ScheduleError(f"{target}: expected a folder, and it is a file; `save` writes single files")
     target.mkdir(parents=True, exist_ok=True)
-    write_atomically(target / FILE, to_text(schedule))
+    write_file(target / FILE, to_text(schedule))
     draw.plot(schedule, target / PICTURE)
     if not (target / CARD).exists() or is_ours((target / CARD).read_bytes()):
-        write_atomically(target / CARD, card(schedule, base_model))
+        write_file(target / CARD, card(schedule, base_model))
 
 
 def push(

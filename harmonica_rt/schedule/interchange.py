@@ -18,8 +18,19 @@ from numpy.typing import NDArray
 from harmonica_rt.errors import ScheduleError
 from harmonica_rt.schedule.checks import check_sequence
 from harmonica_rt.schedule.data import ScheduleData
+from harmonica_rt.schedule.format import read_bytes, read_object
 from harmonica_rt.schedule.producers import mask_column
 from harmonica_rt.untrusted.text import one_line, quoted
+
+
+def read_smoothcache(source: str, sites: tuple[str, ...], components: Mapping[str, str]) -> NDArray[np.bool_]:
+    """The mask `[steps, sites]`, True = compute, of the SmoothCache file `source`; see `Schedule.from_smoothcache`.
+
+    Raises:
+        ScheduleFileNotFoundError: there is no such file.
+        ScheduleError: the file is not of this format, or has lists that decide no site.
+    """
+    return smoothcache_mask(read_object(read_bytes(source), "not a schedule of SmoothCache"), sites, components)
 
 
 def smoothcache_mask(

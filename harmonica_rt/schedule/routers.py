@@ -1,4 +1,4 @@
-"""Reads router checkpoints of the released code as schedules; torch is imported when a file is read.
+"""Makes schedules from router checkpoints of the released code.
 
 A DiT checkpoint is `{"routers": state_dict, "opt", "args"}`; `routers["{i}.prob"]` holds `2 * depth` logits,
 even = attention, odd = MLP. There are several hazards, each of which gives a plausible but wrong mask:
@@ -9,33 +9,22 @@ even = attention, odd = MLP. There are several hazards, each of which gives a pl
   steps compute all sites.
 - Its U-ViT checkpoint is a bare state dict whose rows run *forwards* and number solver steps of two evaluations each:
   evaluation 2k, for k >= 1, uses row k; every other evaluation computes all; rows from T / 2 on are noise.
-
-A checkpoint is a pickle with tensors beside it. It is read as data by `untrusted.torch_archive`: nothing that it names
-is imported or called, and no row can be longer than the data that the file holds for it.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from harmonica_rt.errors import ScheduleError
 from harmonica_rt.schedule.checks import check_number
-from harmonica_rt.schedule.format import ScheduleFileNotFoundError
 from harmonica_rt.schedule.provenance import MadeBy, ModelInfo, ScheduleFields
-from harmonica_rt.untrusted.pickle_data import Call, ForbiddenNameError
-from harmonica_rt.untrusted.text import one_line, quoted
-from harmonica_rt.untrusted.torch_archive import FLOATING, ArchiveError, StoredTensor, TorchArchive, tensor_of
+from harmonica_rt.schedule.router_checkpoint import RouterCheckpoint, read_checkpoint
 
 RouterKind = Literal["auto", "harmonica", "l2c-dit", "l2c-uvit"]
 
-MAX_LOGITS = 2**20  # per file: 1,000 steps of 500 blocks
 FIXED_LOGIT = 5.0  # HarmoniCa's row for the first step
 _DIT = "DiTTransformer2DModel"
 _THRESHOLDS = {
@@ -50,16 +39,6 @@ _HYPER_PARAMETERS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Checkpoint:
-    """Rows as fp32 `[rows, 2 * depth]`, in the order of the file; `args` is empty if the file has none."""
-
-    logits: NDArray[np.float32]
-    probabilities: NDArray[np.float32]
-    args: Mapping[str, object]
-    bare: bool
-
-
 def read_router(
     path: str | os.PathLike[str],
     *,
@@ -68,7 +47,7 @@ def read_router(
     threshold: float | None = None,
     kind: RouterKind = "auto",
 ) -> ScheduleFields:
-    """Read a router checkpoint; a site is computed where `sigmoid(logit) > threshold`.
+    """Make the fields of a schedule from a router checkpoint; a site is computed where `sigmoid(logit) > threshold`.
 
     Args:
         path: the checkpoint.
@@ -87,7 +66,7 @@ def read_router(
     if kind not in get_args(RouterKind):
         raise ScheduleError(f"kind: expected one of {', '.join(get_args(RouterKind))}, got {kind!r}")
     source = os.fspath(path)
-    checkpoint = _read(source)
+    checkpoint = read_checkpoint(source)
     rows, width = checkpoint.logits.shape
     found = _kind_of(checkpoint, source) if kind == "auto" else kind
     if steps is not None and rows != steps:
@@ -123,7 +102,7 @@ def read_router(
     return fields
 
 
-def _kind_of(checkpoint: _Checkpoint, source: str) -> Literal["harmonica", "l2c-dit", "l2c-uvit"]:
+def _kind_of(checkpoint: RouterCheckpoint, source: str) -> Literal["harmonica", "l2c-dit", "l2c-uvit"]:
     """The kind, inferred from what only one of the trainers writes; ScheduleError if that fits none, or two."""
     fixed = bool((checkpoint.logits[-1] == FIXED_LOGIT).all())
     odd_depth = checkpoint.logits.shape[1] // 2 % 2 == 1
@@ -143,7 +122,7 @@ def _kind_of(checkpoint: _Checkpoint, source: str) -> Literal["harmonica", "l2c-
     )
 
 
-def _rows_of_steps(checkpoint: _Checkpoint, kind: str, source: str) -> list[int | None]:
+def _rows_of_steps(checkpoint: RouterCheckpoint, kind: str, source: str) -> list[int | None]:
     """The row that each step reads, in the order in which the steps run; None = compute all."""
     total = len(checkpoint.logits)
     if kind == "harmonica":
@@ -163,95 +142,3 @@ def _default_sites(kind: str, depth: int, source: str) -> tuple[str, ...]:
     half = range(depth // 2)
     blocks = [*(f"in_blocks.{b}" for b in half), "mid_block", *(f"out_blocks.{b}" for b in half)]
     return tuple(f"{block}.{name}" for block in blocks for name in ("attn", "mlp"))
-
-
-def _read(source: str) -> _Checkpoint:
-    import torch
-
-    try:
-        with TorchArchive(source) as archive:
-            routers, args, bare = _parts(archive.content, source)
-            logits = torch.from_numpy(_logits(archive, routers, args, source))
-    except FileNotFoundError as error:
-        raise ScheduleFileNotFoundError(f"{source}: no such router checkpoint") from error
-    except ForbiddenNameError as error:
-        raise ScheduleError(
-            f"{source}: refused. Only tensors, plain values and argparse.Namespace are read; this file asks "
-            f"for {one_line(error.name)}, and to load that could run code the file brings"
-        ) from error
-    except ArchiveError as error:
-        raise ScheduleError(f"{source}: not a readable torch checkpoint: {error}") from error
-    # torch's own sigmoid, in fp32 as in the released code: at the threshold, one ulp decides
-    return _Checkpoint(logits.numpy(), logits.sigmoid().numpy(), args, bare)
-
-
-def _parts(content: object, source: str) -> tuple[Mapping[object, object], Mapping[str, object], bool]:
-    """The routers, the training arguments, and whether the file holds only the routers."""
-    if not isinstance(content, dict):
-        raise ScheduleError(f"{source}: expected a router checkpoint (a dict), got {_kind(content)}")
-    bare = "routers" not in content
-    routers = content if bare else content["routers"]
-    if not isinstance(routers, dict) or not routers:
-        raise ScheduleError(f"{source}: expected router logits under 'routers', got {_kind(routers)}")
-    args = None if bare else content.get("args")
-    if isinstance(args, Call) and args.function == "argparse.Namespace":
-        args = args.state
-    return routers, args if isinstance(args, dict) else {}, bare
-
-
-def _kind(value: object) -> str:
-    found = tensor_of(value)
-    return found if isinstance(found, str) else "a tensor"
-
-
-def _logits(
-    archive: TorchArchive, routers: Mapping[object, object], args: Mapping[str, object], source: str
-) -> NDArray[np.float32]:
-    """The rows `{i}.prob`, stacked: fp32 `[rows, 2 * depth]`. No data is read before all shapes are checked."""
-    tensors: dict[int, StoredTensor] = {}
-    for key, value in routers.items():
-        match = re.fullmatch(r"(0|[1-9]\d{0,5})\.prob", key, re.ASCII) if isinstance(key, str) else None
-        if match is None:
-            raise ScheduleError(f"{source}: routers: expected keys '0.prob', '1.prob', ..., got {quoted(key)}")
-        tensors[int(match[1])] = _check_row(value, f"{source}: routers[{key!r}]")
-    claimed = args.get("num_sampling_steps")
-    total = max(max(tensors) + 1, claimed if type(claimed) is int and claimed < 100_000 else 0)
-    if missing := [row for row in range(total) if row not in tensors]:
-        listed = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-        raise ScheduleError(f"{source}: routers: expected rows 0 ... {total - 1}, missing {listed}")
-    widths = [tensors[row].shape[0] for row in range(total)]
-    if ragged := [row for row in range(total) if widths[row] != widths[0]]:
-        raise ScheduleError(
-            f"{source}: routers: rows must be equally long; row 0 has {quoted(widths[0])} logits, "
-            f"row {ragged[0]} has {quoted(widths[ragged[0]])}"
-        )
-    if widths[0] < 1 or widths[0] % 2:
-        raise ScheduleError(
-            f"{source}: routers: expected two logits a block (attention, MLP), got {quoted(widths[0])} in a row"
-        )
-    if total * widths[0] > MAX_LOGITS:
-        raise ScheduleError(
-            f"{source}: routers: {total} rows of {quoted(widths[0])} logits are more than any model has; "
-            f"at most {MAX_LOGITS} are read"
-        )
-    rows = []
-    for row in range(total):
-        try:
-            rows.append(archive.vector(tensors[row]))
-        except ArchiveError as error:
-            raise ScheduleError(f"{source}: routers['{row}.prob']: {error}") from error
-        if not np.isfinite(rows[-1]).all():
-            raise ScheduleError(f"{source}: routers: row {row} is not finite")
-    return np.stack(rows)
-
-
-def _check_row(value: object, field: str) -> StoredTensor:
-    tensor = tensor_of(value)
-    if isinstance(tensor, str):
-        raise ScheduleError(f"{field}: expected a tensor of logits, got {tensor}")
-    if len(tensor.shape) != 1 or tensor.dtype not in FLOATING:
-        raise ScheduleError(
-            f"{field}: expected a row of floating-point logits, got shape {quoted(tensor.shape)}, "
-            f"dtype torch.{one_line(tensor.dtype)}"
-        )
-    return tensor

@@ -9,18 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import ArrayLike
 
-from harmonica_rt.errors import ScheduleError
 from harmonica_rt.schedule import draw, format, hub, interchange, producers, routers
-from harmonica_rt.schedule.checks import (
-    check_compute,
-    check_number,
-    check_sites,
-    check_timesteps,
-)
+from harmonica_rt.schedule.checks import check_compute, check_number, check_sites, check_timesteps
 from harmonica_rt.schedule.data import ScheduleData
-from harmonica_rt.schedule.files import write_atomically
-from harmonica_rt.schedule.format import ScheduleFileNotFoundError
 from harmonica_rt.schedule.provenance import MadeBy, ModelInfo, SamplerInfo
+from harmonica_rt.schedule.writing import write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -125,14 +118,9 @@ class Schedule(ScheduleData):
             ScheduleError: the file is not of this format, or has lists that decide no site.
         """
         names, source = check_sites(sites), os.fspath(path)
-        try:
-            lists = format.read_object(format.read_bytes(source), "not a schedule of SmoothCache")
-            mask = interchange.smoothcache_mask(lists, names, components or {})
+        with format.named_errors(source):
+            mask = interchange.read_smoothcache(source, names, components or {})
             return cls(mask, names, made_by=MadeBy("smoothcache"))
-        except ScheduleFileNotFoundError:
-            raise
-        except ScheduleError as error:
-            raise ScheduleError(f"{source}: {error}") from error
 
     @classmethod
     def from_pretrained(cls, repo_or_dir: FilePath, *, filename: str = hub.FILE, **download: Any) -> Schedule:
@@ -166,19 +154,21 @@ class Schedule(ScheduleData):
 
     @classmethod
     def _parsed(cls, data: bytes, source: str) -> Schedule:
-        try:
+        with format.named_errors(source):
             return cls(**format.parse(data))
-        except ScheduleError as error:
-            raise ScheduleError(f"{source}: {error}") from error
 
     @staticmethod
     def known_names() -> tuple[str, ...]:
-        """Names of the schedules bundled with the package."""
+        """Names of the bundled schedules."""
         return format.known_names()
 
     def save(self, path: FilePath) -> None:
-        """Write the schedule as JSON (docs/schedule-format.md), completely or not at all."""
-        write_atomically(path, format.to_text(self))
+        """Write the schedule as JSON (docs/schedule-format.md), completely or not at all.
+
+        Raises:
+            ScheduleWriteError: the file cannot be written (both a ScheduleError and an OSError).
+        """
+        write_file(path, format.to_text(self))
 
     def save_pretrained(self, folder: FilePath, *, base_model: str | None = None) -> None:
         """Write `schedule.json`, a heat map and a card (README.md) to a folder.
@@ -221,9 +211,10 @@ class Schedule(ScheduleData):
         """Write the schedule in SmoothCache's JSON format; `components` is as in `from_smoothcache`.
 
         Raises:
+            ScheduleWriteError: the file cannot be written.
             ScheduleError: two sites of the same name, in blocks of the same number, are reused differently.
         """
-        write_atomically(path, interchange.smoothcache_text(self, components or {}))
+        write_file(path, interchange.smoothcache_text(self, components or {}))
 
     def step_mask(self) -> list[int]:
         """One entry per step, 1 = compute: cache-dit's `steps_computation_mask`; `from_mask` reads it.

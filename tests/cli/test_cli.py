@@ -22,6 +22,7 @@ from harmonica_rt.demo import bundled_model
 from harmonica_rt.demo.run import DEFAULT_GUIDANCE, guidance_of
 from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.lower import plain
+from harmonica_rt.options import CompileOptions
 from tests.tiny import dit, pixart_alpha, pixart_from_words, saved_and_loaded
 
 STEPS = "4"
@@ -130,7 +131,7 @@ def test_schedule_make_with_chosen_sites(model: Path, tmp_path: Path) -> None:
 def test_a_mask_and_steps_that_contradict_it(model: Path, tmp_path: Path, steps: list[object], works: bool) -> None:
     result = run("schedule", "make", model, tmp_path / "x.json", "--mask", "1101", *steps)
     assert (result.exit_code == 0) is works
-    assert works or "--mask has 4 entries, one for each step, and --steps says 3" in str(result.exception)
+    assert works or "--mask has 4 entries, one per step, and --steps says 3" in str(result.exception)
     assert (tmp_path / "x.json").exists() is works
 
 
@@ -242,6 +243,20 @@ def test_verify(model: Path, schedule: Path, monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_verify_refuses_bad_options(model: Path, schedule: Path, options: list[str], message: str) -> None:
     assert message in str(run("verify", model, schedule, *options).exception)
+
+
+@pytest.mark.parametrize("command", ["verify", "bench"])
+def test_graphs_reach_the_compiler(command: str, model: Path, schedule: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr(CompileOptions, "__post_init__", lambda options: given.append(options.graphs))
+    assert run(command, model, schedule, "--graphs", "off", *["--repeats", 1] * (command == "bench")).exit_code == 0
+    assert "off" in given
+
+
+@pytest.mark.parametrize("command", ["verify", "bench"])
+def test_unknown_graphs_are_refused(command: str, model: Path, schedule: Path) -> None:
+    message = str(run(command, model, schedule, "--graphs", "maybe").exception)
+    assert message == "graphs 'maybe' is not known; choose one of auto, on, off"
 
 
 def test_bench(model: Path, schedule: Path) -> None:

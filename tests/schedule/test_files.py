@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 
 from harmonica_rt import Schedule
 from harmonica_rt.demo.picture import draw
+from harmonica_rt.errors import ScheduleError, ScheduleWriteError
 from harmonica_rt.schedule.files import save_figure, write_atomically
 from harmonica_training import Embeddings
 from harmonica_training.checkpoint import Checkpoint, save_checkpoint
@@ -107,3 +109,21 @@ def test_the_format_of_a_picture_follows_its_name(name: str, written: str, tmp_p
     (found,) = tmp_path.iterdir()
     assert found.name == written
     assert found.read_bytes().startswith(b"<?xml" if name.endswith("svg") else b"\x89PNG")
+
+
+@pytest.mark.parametrize("write", [SCHEDULE.save, SCHEDULE.save_smoothcache], ids=["save", "smoothcache"])
+@pytest.mark.parametrize(
+    ("place", "kind"),
+    [("missing/x.json", FileNotFoundError), ("folder", IsADirectoryError), ("file/x.json", NotADirectoryError)],
+)
+def test_a_schedule_that_cannot_be_written_raises_our_error_and_the_built_in_one(
+    write: Callable[[Path], object], place: str, kind: type[OSError], tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ScheduleWriteError, match=f"{place}: cannot be written") as caught:
+        write(tmp_path / place)
+    for error in (caught.value, pickle.loads(pickle.dumps(caught.value))):
+        assert isinstance(error, kind)
+        assert isinstance(error, ScheduleError)
+        assert error.filename == str(tmp_path / place)

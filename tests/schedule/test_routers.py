@@ -192,8 +192,8 @@ ODD_FILES = {
         {"routers": state({0: torch.ones(4), 1: torch.ones(6)})},
         "rows must be equally long; row 0 has 4 logits, row 1 has 6",
     ),
-    "odd-width": ({"routers": state({0: torch.ones(3)})}, "two logits a block (attention, MLP), got 3 in a row"),
-    "no-width": ({"routers": state({0: torch.ones(0)})}, "two logits a block (attention, MLP), got 0 in a row"),
+    "odd-width": ({"routers": state({0: torch.ones(3)})}, "two logits per block (attention, MLP), got 3 in a row"),
+    "no-width": ({"routers": state({0: torch.ones(0)})}, "two logits per block (attention, MLP), got 0 in a row"),
     "integers": (
         {"routers": state({0: torch.ones(4, dtype=torch.int64)})},
         "routers['0.prob']: expected a row of floating-point logits, got shape (4,), dtype torch.int64",
