@@ -19,7 +19,9 @@ from tests.docs.markdown import REPO
 
 REFERENCE = REPO / "docs" / "reference"
 ENTRIES = sorted(
-    entry for page in REFERENCE.glob("*.md") for entry in re.findall(r"^::: (\S+)$", page.read_text("utf-8"), re.MULTILINE)
+    entry
+    for page in REFERENCE.glob("*.md")
+    for entry in re.findall(r"^::: (\S+)$", page.read_text("utf-8"), re.MULTILINE)
 )
 
 
