@@ -27,8 +27,9 @@ lint: $(STAMP)  ## ruff and mypy
 	$(PY) -m ruff format --check $(LINTED)
 	$(PY) -m mypy $(TYPED)
 
+# Without --quiet, under which MkDocs counts no warnings and --strict does nothing.
 docs: $(STAMP)  ## build the documentation into site/; a broken link or reference fails
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 format: $(STAMP)  ## rewrite the sources as ruff formats them
 	$(PY) -m ruff check --fix $(LINTED)

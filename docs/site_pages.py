@@ -23,7 +23,7 @@ def cli_page() -> str:
     """The commands with their arguments and options, as Markdown; one heading per command."""
     command = [sys.executable, "-m", "typer", "harmonica_rt.cli", "utils", "docs"]
     command += ["--name", "harmonica-rt", "--title", "Command line"]
-    text = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
     return re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+\n?", "", text)  # the headings say the same, without cutting it off
 
 
