@@ -1,4 +1,7 @@
-"""Learns cache schedules for Diffusion Transformers, in plain PyTorch: no Triton, no runtime."""
+"""Learns cache schedules for Diffusion Transformers: `train` a pipeline by a `TrainConfig`, and save the schedule.
+
+This is plain PyTorch; of the runtime it uses only `harmonica_rt.schedule`, and it does not need Triton.
+"""
 
 from harmonica_training.checkpoint import TrainingInterrupted
 from harmonica_training.conditions import (
