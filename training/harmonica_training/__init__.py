@@ -1,6 +1,6 @@
 """Learns cache schedules for Diffusion Transformers: `train` a pipeline by a `TrainConfig`, and save the schedule.
 
-This is plain PyTorch; of the runtime it uses only `harmonica_rt.schedule`, and it does not need Triton.
+This is plain PyTorch without Triton. Of the runtime it uses only `harmonica_rt.schedule` and what that is made of.
 """
 
 from harmonica_training.checkpoint import TrainingInterrupted
