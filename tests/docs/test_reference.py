@@ -60,8 +60,14 @@ def test_the_version_is_mentioned() -> None:
 
 def test_the_page_of_the_command_line_has_every_command() -> None:
     page = runpy.run_path(str(REPO / "docs" / "site_pages.py"))["cli_page"]()
-    commands = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
-    commands += [f"schedule {name}" for name in ("show", "plot", "convert", "make")]
+    groups = [("", app), *((f"{group.name} ", group.typer_instance) for group in app.registered_groups)]
+    commands = [
+        prefix + (command.name or command.callback.__name__)
+        for prefix, group in groups
+        if group is not None
+        for command in group.registered_commands
+        if command.callback is not None
+    ]
     assert commands
     assert [name for name in commands if f" `harmonica-rt {name}`\n" not in page] == []
 
