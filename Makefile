@@ -9,9 +9,9 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 PIP := $(PY) -m pip --disable-pip-version-check
 TYPED := harmonica_rt kernels/harmonica_kernels training/harmonica_training
-LINTED := $(TYPED) tests setup.py $(wildcard benchmarks)
+LINTED := $(TYPED) tests setup.py docs/site_pages.py $(wildcard benchmarks)
 
-.PHONY: help demo test lint format sanitize bench train-digits train-schedule clean
+.PHONY: help demo test lint docs format sanitize bench train-digits train-schedule clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -19,13 +19,17 @@ help:  ## this list
 demo: $(STAMP)  ## sample the small model that is included, plain and compiled, and compare
 	$(VENV)/bin/harmonica-rt demo
 
-test: lint  ## lint, then all tests that this machine can run
+test: lint docs  ## lint, the documentation, then all tests that this machine can run
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(PY) -m ruff check $(LINTED)
 	$(PY) -m ruff format --check $(LINTED)
 	$(PY) -m mypy $(TYPED)
+
+# Without --quiet, under which MkDocs counts no warnings and --strict does nothing.
+docs: $(STAMP)  ## build the documentation into site/; a broken link or reference fails
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 format: $(STAMP)  ## rewrite the sources as ruff formats them
 	$(PY) -m ruff check --fix $(LINTED)
@@ -60,7 +64,7 @@ train-schedule: $(STAMP)  ## learn the schedule of that model that the demo uses
 		--learning-rate 0.2
 
 clean:  ## remove the environment and all build outputs
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f kernels/harmonica_kernels/_C.so kernels/harmonica_kernels/_C.build.json
 	find $(LINTED) -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -68,13 +72,13 @@ clean:  ## remove the environment and all build outputs
 # against it (--no-build-isolation).
 $(STAMP): constraints.txt setup.py pyproject.toml $(wildcard csrc/*)
 	@echo "[1/4] virtual environment in $(VENV)"
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make needs Python 3.11 or newer (the pins do); say PYTHON=...")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make needs Python 3.11 or newer; say PYTHON=...")'
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "[2/4] torch and build tools"
 	$(PIP) install -q -c constraints.txt setuptools wheel
 	$(PIP) install -c constraints.txt $$(grep '^torch==' constraints.txt)
 	@echo "[3/4] dependencies and harmonica-rt with its C++ extension (two minutes or so)"
-	HARMONICA_BUILD_CSRC=1 $(PIP) install -q --no-build-isolation -c constraints.txt -e '.[train,test,lint]'
+	HARMONICA_BUILD_CSRC=1 $(PIP) install -q --no-build-isolation -c constraints.txt -e '.[train,test,lint,docs]'
 	@echo "[4/4] what was built"
 	$(PY) -c "import harmonica_kernels as k; print(k.build_info()); raise SystemExit(not k.build_info().extension)"
 	@touch $@

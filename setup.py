@@ -75,6 +75,7 @@ EXTRAS = {
         "hypothesis>=6.100",
     ],
     "lint": ["ruff>=0.9", "mypy>=1.13"],
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"],
 }
 
 
@@ -232,13 +233,13 @@ setup(
         "Operating System :: POSIX :: Linux",
         "Programming Language :: C++",
         "Programming Language :: Python :: 3",
-        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 15)),
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(11, 15)),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=[package for name, root in ROOTS.items() for package in find_packages(root, include=[name, f"{name}.*"])],
     package_dir=package_dirs(),
     package_data={

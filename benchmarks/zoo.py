@@ -114,13 +114,13 @@ def page(lines: Sequence[str]) -> str:
     others = "\n".join(f"- `{name}`: {reason}." for name, reason in NO_DENOISER.items())
     return f"""# The zoo
 
-{works} of the {len(ZOO)} transformer classes that diffusers exports are captured and compiled. Each is tried by the
-tests as a model of two or so blocks with random weights and a random schedule of {STEPS} steps: `plain` equals
-the reference bit for bit on CPU, `fused` is within the measured tolerance, and what is reused is what the
-schedule asked for. CUR and theoretical speed-up are those of that schedule and that tiny model. Seconds are those
-of a compile at the published geometry (`python -m benchmarks zoo`), on the meta device or, marked with a star, on the
-CPU with weights of one number each, where a model reads values (lengths of prompts, in masks) or has flex attention.
-`benchmarks/results/zoo.json` says of which machine.
+{works} of the {len(ZOO)} transformer classes that diffusers exports are captured and compiled. The tests run each
+as a model of about two blocks with random parameters, under a random schedule of {STEPS} steps: `plain` equals the
+reference bit for bit on a CPU, `fused` is within the measured tolerance, and exactly the entries that the schedule
+says are reused. CUR and theoretical speed-up are those of that schedule and that tiny model. The seconds are those of
+one compile at the published geometry (`python -m benchmarks zoo`), on the meta device. A star marks the classes that
+read values (lengths of prompts, in masks) or have flex attention: they were compiled on the CPU, with parameters
+expanded from one number. `benchmarks/results/zoo.json` names the machine.
 
 Written by `python -m benchmarks.zoo`.
 

@@ -1,6 +1,6 @@
-"""harmonica-rt: run Diffusion Transformers with cached features, planned ahead.
+"""Compiles Diffusion Transformers with cached features: `compile` a pipeline with a `Schedule`, and call it as before.
 
-Importing it is cheap: torch, diffusers and the rest are imported with the first name that needs them.
+Importing this package is cheap: a name's module, and with it torch or diffusers, is imported at the name's first use.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from email.message import Message
 from email.parser import Parser
@@ -28,7 +29,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel and an sdist of a copy of the source in which an earlier build left files."""
     folder = tmp_path_factory.mktemp("packaging")
     source = folder / "source"
-    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "_C.build.json")
+    outputs = ("build", "dist", "site", "*.egg-info", "__pycache__", "*.so", "_C.build.json")
+    ignored = shutil.ignore_patterns(".*", *outputs)
     shutil.copytree(REPO, source, ignore=ignored)
     left = source / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "harmonica_rt"
     left.mkdir(parents=True)
@@ -90,6 +92,24 @@ def test_metadata(built: Path) -> None:
     text = str(said.get_payload())
     assert "](https://" in text
     assert re.findall(r"\]\((?!https:)", text) == []
+
+
+def test_everything_names_the_same_oldest_python(built: Path) -> None:
+    said = metadata(built)
+    required = str(said["Requires-Python"])
+    assert re.fullmatch(r">=3\.\d+", required)
+    floor = required.removeprefix(">=")
+    minor = int(floor.partition(".")[2])
+    versions = [line.rpartition(" ")[2] for line in said.get_all("Classifier", []) if "Python :: 3." in line]
+    assert min(int(version.partition(".")[2]) for version in versions) == minor
+    tools = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]
+    assert tools["ruff"]["target-version"] == f"py3{minor}"
+    assert tools["mypy"]["python_version"] == floor
+    makefile = (REPO / "Makefile").read_text()
+    assert f"sys.version_info < (3, {minor})" in makefile
+    assert f"make needs Python {floor} or newer" in makefile
+    assert f"Python {floor} or newer" in (REPO / "README.md").read_text()
+    assert f"Python {floor}." in (REPO / "constraints.txt").read_text().partition("\n")[0]
 
 
 def test_the_rebuild_command_names_a_source_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

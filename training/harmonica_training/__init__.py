@@ -1,4 +1,7 @@
-"""Learns cache schedules for Diffusion Transformers, in plain PyTorch: no Triton, no runtime."""
+"""Learns cache schedules for Diffusion Transformers: `train` a pipeline by a `TrainConfig`, and save the schedule.
+
+This is plain PyTorch without Triton. Of the runtime it uses only `harmonica_rt.schedule` and what that is made of.
+"""
 
 from harmonica_training.checkpoint import TrainingInterrupted
 from harmonica_training.conditions import (
