@@ -53,7 +53,7 @@ def lowered(model: nn.Module, call: dict[str, Any], schedule: Schedule) -> Induc
 
 def test_compilations_grow_neither_with_blocks_nor_with_patterns(compilations: list[fx.GraphModule]) -> None:
     counts, calls = set(), []
-    for layers, patterns in ((4, 8), (8, 8), (8, 3)):
+    for layers, patterns in ((3, 8), (5, 8), (5, 3)):
         compilations.clear()
         model = dit(layers)
         lowering = lowered(model, dit_call(), random_schedule(find_sites(model), patterns))
