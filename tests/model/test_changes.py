@@ -27,7 +27,7 @@ from torch.nn import functional as F
 import harmonica_rt as hrt
 from harmonica_rt import FallbackWarning, Schedule
 from harmonica_rt.model.watch import ModelWatch
-from tests.models import random_schedule, stack_call
+from tests.models import stack_call
 from tests.sampling import loops
 from tests.sampling.loops import Pipeline, conditioned
 
@@ -70,7 +70,7 @@ class Config:
 
 
 class Attention(nn.Module):
-    """Reads something of every kind."""
+    """Reads something of every kind: attributes, objects, containers, functions, tensors."""
 
     shift = 0.0
 
@@ -105,9 +105,9 @@ class Doubled(Attention):
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, attn: nn.Module) -> None:
         super().__init__()
-        self.attn = Attention()
+        self.attn = attn
         self.mlp = nn.Linear(8, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -116,10 +116,12 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
+    """A plain block, and one that reads something of every kind."""
+
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Linear(1, 8)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.blocks = nn.ModuleList([Block(nn.Linear(8, 8)), Block(Attention())])
 
     def forward(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         latents = latents + self.embed(timestep[:, None])[:, None]
@@ -441,7 +443,8 @@ def test_verify_does_not_share_the_fault(monkeypatch: pytest.MonkeyPatch, loweri
     def change_the_activation(pipeline: Pipeline, step: int) -> None:
         activation.approximate = "tanh" if step in (1, 2) else "none"
 
-    schedule = random_schedule(pipeline.transformer, loops.STEPS)
+    sites = hrt.find_sites(pipeline.transformer)
+    schedule = Schedule.every(2, steps=loops.STEPS, sites=sites)  # step 2 computes all sites
     assert hrt.verify(pipeline, schedule, lowering=lowering, on_step=change_the_activation).ok
 
     look = ModelWatch.look
