@@ -151,9 +151,6 @@ class CudaDouble(TorchDispatchMode):
         for stream in (self.default, *self.streams):
             self.host |= stream.seen
 
-    def graph_pool_handle(self) -> int:
-        return self.pools.new_handle()
-
     def memory_reserved(self, device: Any = None) -> int:
         return self.pools.reserved()
 
@@ -169,9 +166,6 @@ class CudaDouble(TorchDispatchMode):
     def clear_workspaces(self) -> None:
         self.calls.append("clear")
         self._workspaces.clear()
-
-    def end_allocate(self, device: int, pool: int) -> None:
-        self.pools.close(pool)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -232,15 +226,18 @@ def in_place_of_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaDouble]:
         "CUDAGraph": lambda: DoubleGraph(double),
         "Event": DoubleEvent,
         "Stream": double.new_stream,
+        "graph_pool_handle": double.pools.new_handle,
         "get_device_properties": lambda device: SimpleNamespace(total_memory=1 << 20),
     }
-    same = "stream device synchronize graph_pool_handle memory_reserved empty_cache current_stream current_blas_handle"
+    same = "stream device synchronize memory_reserved empty_cache current_stream current_blas_handle"
     replaced |= {name: getattr(double, name) for name in same.split()}
     for name, value in replaced.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", double.clear_workspaces, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", double.end_allocate, raising=False)
+    monkeypatch.setattr(
+        torch._C, "_cuda_endAllocateToPool", lambda device, pool: double.pools.close(pool), raising=False
+    )
     monkeypatch.setattr(
         torch.Tensor,
         "record_stream",
