@@ -1,24 +1,28 @@
 """Every test runs seeded, with a fixed number of threads, and with NaN in memory that nobody has written.
 
-None may leave torch in another mode for the next one.
+None may leave torch in another mode for the next one. Nodes are traced without their stacks, which take a third of the
+time of a capture and appear only in the text of an error; a test of that text asks for the fixture `stacks_of_nodes`.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.fx import config as fx_config
 
 # Deterministic cuBLAS needs it before the first CUDA call, or each matmul warns.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Share the cores among the workers of pytest-xdist."""
+    """Share the cores among the workers of pytest-xdist, and trace without stacks."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    fx_config.do_not_emit_stack_traces = True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,6 +32,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over all that was imported: half a million objects that stay."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def stacks_of_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traces as users make them, with the lines of the model that made each node."""
+    monkeypatch.setattr(fx_config, "do_not_emit_stack_traces", False)
 
 
 @pytest.fixture(autouse=True)

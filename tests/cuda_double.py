@@ -24,43 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from harmonica_rt.execute import cuda_graphs as graphs
 from harmonica_rt.execute import launch_order as launches
 from harmonica_rt.execute import plan_cache as plans
+from tests.cuda_pools import Pools, Workspaces
+from tests.cuda_streams import Accesses, DoubleEvent, DoubleStream, Seen
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm, aten.addmm, aten.bmm}
 FORBIDDEN = {aten._local_scalar_dense}  # in a recording: the host would wait
-
-
-class DoubleStream:
-    """A CUDA stream; `seen` holds how far it waited for each other one."""
-
-    def __init__(self, cuda: CudaDouble) -> None:
-        self._cuda = cuda
-        self.seen: Counter[DoubleStream] = Counter()
-        self.recording: DoubleGraph | None = None
-        self.invalid = False
-
-    def wait_stream(self, other: DoubleStream) -> None:
-        self.seen |= other.seen
-
-    def wait_event(self, event: DoubleEvent) -> None:
-        self._cuda.calls.append("wait_event")
-        self.seen |= event.seen
-
-    def launch(self) -> int:
-        """A launch; its number on this stream."""
-        self.seen |= self._cuda.host
-        self.seen[self] += 1
-        return self.seen[self]
-
-
-class DoubleEvent:
-    """An event: what a stream had seen when it was recorded."""
-
-    def __init__(self) -> None:
-        self.seen: Counter[DoubleStream] = Counter()
-
-    def record(self, stream: DoubleStream) -> None:
-        self.seen = stream.seen.copy()
 
 
 class DoubleGraph:
@@ -80,12 +49,7 @@ class DoubleGraph:
         self._stream = cuda.current_stream()
         if self._stream is cuda.default:
             raise RuntimeError("CUDA graphs must be captured on a non-default stream")
-        if pool in cuda.freed:
-            raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
-        cuda.users[pool] += 1
-        if pool in cuda.open_pools:
-            raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
-        cuda.open_pools.add(pool)
+        cuda.pools.open(pool)
         self._stream.recording, self._stream.invalid = self, False
 
     def capture_end(self) -> None:
@@ -98,15 +62,14 @@ class DoubleGraph:
         stream.recording = None
         if stream.invalid:
             raise RuntimeError("operation failed due to a previous error during capture")  # and the pool stays open
-        cuda.end_allocate(0, self.pool)
+        cuda.pools.close(self.pool)
         self._ended = True
         cuda.graphs.add(self)
 
     def take(self, func: Any, args: Any, kwargs: Any) -> Any:
         """An operator while recording."""
         if func.overloadpacket in FORBIDDEN:
-            self._stream.invalid = True
-            raise RuntimeError("operation not permitted when stream is capturing")
+            self._stream.refuse()
         if func._schema.is_mutable:
             self.tape.append((func, args, kwargs, []))
             written = [value for value, argument in _bound(func, args, kwargs) if _is_written(argument)]
@@ -116,7 +79,7 @@ class DoubleGraph:
             outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
             self.tape.append((func, args, kwargs, outputs))
             self.made += outputs
-            self._cuda.pool_bytes[self.pool] += sum(output.nbytes for output in outputs)
+            self._cuda.pools.bytes[self.pool] += sum(output.nbytes for output in outputs)
         return result
 
     def replay(self) -> None:
@@ -139,7 +102,7 @@ class DoubleGraph:
 
     def __del__(self) -> None:
         if self._ended:
-            self._cuda.release(self)
+            self._cuda.pools.release(self.pool)
 
 
 class CudaDouble(TorchDispatchMode):
@@ -150,28 +113,23 @@ class CudaDouble(TorchDispatchMode):
         self.calls: list[str] = []
         self.faults: list[str] = []
         self.graphs: weakref.WeakSet[DoubleGraph] = weakref.WeakSet()
-        self.host: Counter[DoubleStream] = Counter()  # what the host waited for
-        self.default = DoubleStream(self)
+        self.host: Seen = Counter()  # what the host waited for
+        self.default = self._stream()
         self.streams: list[DoubleStream] = []
-        self.pools = 0
-        self.users: Counter[int] = Counter()  # graphs of each pool, by its handle
-        self.open_pools: set[int] = set()
-        self.freed: set[int] = set()
-        self.pool_bytes: Counter[int] = Counter()
-        self.cached = 0
+        self.pools = Pools()
         self.recorded_on: set[tuple[int, DoubleStream]] = set()  # (address, stream) of `record_stream`
         self._here = threading.local()
-        self._handles: set[threading.Thread] = set()
-        self._workspaces: dict[tuple[threading.Thread, DoubleStream], int] = {}  # -> pool, 0 for none
-        self._memory: dict[int, tuple[Counter[DoubleStream], Counter[DoubleStream]]] = {}  # -> writes, reads
+        self._workspaces = Workspaces(self.faults)
+        self._accesses = Accesses(self.faults)
 
-    # ---- torch.cuda
+    def _stream(self) -> DoubleStream:
+        return DoubleStream(self.calls, self.host)
 
     def current_stream(self, device: Any = None) -> DoubleStream:
         return getattr(self._here, "stream", self.default)
 
     def new_stream(self, device: Any = None) -> DoubleStream:
-        self.streams.append(DoubleStream(self))
+        self.streams.append(self._stream())
         return self.streams[-1]
 
     @contextmanager
@@ -188,46 +146,26 @@ class CudaDouble(TorchDispatchMode):
 
     def synchronize(self, device: Any = None) -> None:
         if self.current_stream().recording is not None:
-            self.current_stream().invalid = True
-            raise RuntimeError("operation not permitted when stream is capturing")
+            self.current_stream().refuse()
         self.calls.append("synchronize")
         for stream in (self.default, *self.streams):
             self.host |= stream.seen
 
-    def graph_pool_handle(self) -> int:
-        self.pools += 1
-        return self.pools
-
     def memory_reserved(self, device: Any = None) -> int:
-        return self.cached + sum(self.pool_bytes.values())
+        return self.pools.reserved()
 
     def empty_cache(self) -> None:
         self.calls.append("empty_cache")
-        self.cached = 0
-        for pool in self.freed:
-            del self.pool_bytes[pool]
+        self.pools.give_back()
 
     def current_blas_handle(self) -> int:
         self.calls.append("handle")
-        self._handle()
+        self._workspaces.use(self.current_stream())
         return 1
 
     def clear_workspaces(self) -> None:
         self.calls.append("clear")
         self._workspaces.clear()
-
-    def end_allocate(self, device: int, pool: int) -> None:
-        if pool not in self.open_pools:
-            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
-        self.open_pools.remove(pool)
-
-    def release(self, graph: DoubleGraph) -> None:
-        """A graph is destroyed."""
-        self.users[graph.pool] -= 1
-        if not self.users[graph.pool]:
-            self.freed.add(graph.pool)
-
-    # ---- operators
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -235,7 +173,7 @@ class CudaDouble(TorchDispatchMode):
             return func(*args, **kwargs)
         stream = self.current_stream()
         if func.overloadpacket in PRODUCTS:
-            self._handle()
+            self._workspaces.use(stream)
         if stream.recording is not None:
             return stream.recording.take(func, args, kwargs)
         result = func(*args, **kwargs)
@@ -253,31 +191,10 @@ class CudaDouble(TorchDispatchMode):
         for value, argument in _bound(func, args, kwargs):
             for tensor in pytree.tree_leaves(value):
                 if isinstance(tensor, torch.Tensor):
-                    self._touch(func, tensor, stream, number, writes=_is_written(argument))
+                    self._accesses.add(tensor, stream, number, writes=_is_written(argument), by=func)
         for tensor in outputs:
             if fresh:
-                self._memory[tensor.untyped_storage().data_ptr()] = Counter({stream: number}), Counter()
-
-    def _touch(self, func: Any, tensor: torch.Tensor, stream: DoubleStream, number: int, *, writes: bool) -> None:
-        unknown: tuple[Counter[DoubleStream], Counter[DoubleStream]] = (Counter(), Counter())
-        written, read = self._memory.setdefault(tensor.untyped_storage().data_ptr(), unknown)
-        earlier = written | read if writes else written
-        if any(stream.seen[other] < count for other, count in earlier.items() if other is not stream):
-            self.faults.append(f"{func} {'writes' if writes else 'reads'} what another stream is not done with")
-        (written if writes else read)[stream] = number
-
-    def _handle(self) -> None:
-        thread, stream = threading.current_thread(), self.current_stream()
-        recording = stream.recording
-        if thread not in self._handles:
-            if recording is not None:
-                stream.invalid = True
-                raise RuntimeError("cublasCreate: operation not permitted when stream is capturing")
-            self._handles.add(thread)
-        pool = recording.pool if recording is not None else 0
-        owner = self._workspaces.setdefault((thread, stream), pool)
-        if owner != pool:
-            self.faults.append(f"pool {pool} (0: none) uses a workspace of pool {owner}")
+                self._accesses.begin(tensor, stream, number)
 
 
 def _all_real(values: Any) -> bool:
@@ -309,15 +226,18 @@ def in_place_of_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaDouble]:
         "CUDAGraph": lambda: DoubleGraph(double),
         "Event": DoubleEvent,
         "Stream": double.new_stream,
+        "graph_pool_handle": double.pools.new_handle,
         "get_device_properties": lambda device: SimpleNamespace(total_memory=1 << 20),
     }
-    same = "stream device synchronize graph_pool_handle memory_reserved empty_cache current_stream current_blas_handle"
+    same = "stream device synchronize memory_reserved empty_cache current_stream current_blas_handle"
     replaced |= {name: getattr(double, name) for name in same.split()}
     for name, value in replaced.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", double.clear_workspaces, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", double.end_allocate, raising=False)
+    monkeypatch.setattr(
+        torch._C, "_cuda_endAllocateToPool", lambda device, pool: double.pools.close(pool), raising=False
+    )
     monkeypatch.setattr(
         torch.Tensor,
         "record_stream",

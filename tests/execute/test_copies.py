@@ -8,6 +8,7 @@ import io
 import pickle
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -56,6 +57,28 @@ def image(pipeline: Any) -> torch.Tensor:
     return torch.from_numpy(result.images)
 
 
+@dataclass(frozen=True)
+class CompiledPipeline:
+    """A compiled pipeline, its image when it was plain, and its image now. Tests copy it and leave it as it is."""
+
+    pipeline: Any
+    plain: torch.Tensor
+    compiled: torch.Tensor
+
+
+def compile_plainly(pipeline: Any) -> None:
+    hrt.compile(pipeline, random_schedule(pipeline.transformer, STEPS, seed=1), lowering="plain")
+
+
+@pytest.fixture(scope="module")
+def one() -> CompiledPipeline:
+    torch.manual_seed(0)
+    pipeline = tiny.dit()
+    plain = image(pipeline)
+    compile_plainly(pipeline)
+    return CompiledPipeline(pipeline, plain, image(pipeline))
+
+
 class TestCompiledModel:
     @pytest.mark.parametrize("make", [hrt.compile, hrt.reference])
     def test_a_copy_works_and_has_runs_of_its_own(self, make: Any, copied: Callable[[Any], Any]) -> None:
@@ -89,48 +112,41 @@ class TestCompiledModel:
         assert other._planned.options == compiled._planned.options
         assert type(other.engine) is type(compiled.engine)
 
-    def test_a_copy_of_one_in_a_pipeline_is_a_model_by_itself(self, copied: Callable[[Any], Any]) -> None:
-        pipeline = tiny.dit()
-        hrt.compile(pipeline, random_schedule(pipeline.transformer, STEPS, seed=1))
-        expected = image(pipeline)
-        other = copied(hrt.get_compiled(pipeline))
+    def test_a_copy_of_one_in_a_pipeline_is_a_model_by_itself(
+        self, one: CompiledPipeline, copied: Callable[[Any], Any]
+    ) -> None:
+        other = copied(hrt.get_compiled(one.pipeline))
         assert not other.pipelines
-        assert torch.equal(image(pipeline), expected)
+        assert torch.equal(image(one.pipeline), one.compiled)
 
 
 class TestPipeline:
     @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
-    def test_a_copy_is_plain(self, way: str) -> None:
-        pipeline = tiny.dit()
-        plain = image(pipeline)
-        hrt.compile(pipeline, random_schedule(pipeline.transformer, STEPS, seed=1))
-        compiled = image(pipeline)
-        assert not torch.equal(plain, compiled)
-        other = WAYS[way](pipeline)
-        assert torch.equal(image(other), plain)
-        assert torch.equal(image(pipeline), compiled)
-        hrt.compile(other, random_schedule(other.transformer, STEPS, seed=1))
-        assert torch.equal(image(other), compiled)
+    def test_a_copy_is_plain(self, one: CompiledPipeline, way: str) -> None:
+        assert not torch.equal(one.plain, one.compiled)
+        other = WAYS[way](one.pipeline)
+        assert torch.equal(image(other), one.plain)
+        assert torch.equal(image(one.pipeline), one.compiled)
+        compile_plainly(other)
+        assert torch.equal(image(other), one.compiled)
 
     def test_a_shallow_copy_shares_the_compiled_module(self) -> None:
         pipeline = tiny.dit()
-        hrt.compile(pipeline, random_schedule(pipeline.transformer, STEPS, seed=1))
+        compile_plainly(pipeline)
         compiled = image(pipeline)
         other = copy.copy(pipeline)
         del pipeline
         gc.collect()
         assert torch.equal(image(other), compiled)
 
-    def test_copies_of_the_components_are_plain(self, copied: Callable[[Any], Any]) -> None:
-        pipeline = tiny.dit()
-        plain = image(pipeline)
-        hrt.compile(pipeline, random_schedule(pipeline.transformer, STEPS, seed=1))
-        parts = {name: copied(part) for name, part in pipeline.components.items()}
-        assert torch.equal(image(type(pipeline)(**parts)), plain)
+    def test_copies_of_the_components_are_plain(self, one: CompiledPipeline, copied: Callable[[Any], Any]) -> None:
+        parts = {name: copied(part) for name, part in one.pipeline.components.items()}
+        assert torch.equal(image(type(one.pipeline)(**parts)), one.plain)
 
     def test_one_that_was_assigned_to_a_pipeline_is_copied_with_it(self) -> None:
         pipeline = tiny.dit()
-        pipeline.transformer = hrt.compile(pipeline.transformer, random_schedule(pipeline.transformer, STEPS, seed=1))
+        schedule = random_schedule(pipeline.transformer, STEPS, seed=1)
+        pipeline.transformer = hrt.compile(pipeline.transformer, schedule, lowering="plain")
         other = copy.deepcopy(pipeline)
         assert other.transformer.model is not pipeline.transformer.model
         assert torch.equal(image(other), image(pipeline))

@@ -67,7 +67,7 @@ def test_a_failed_recording_leaves_earlier_and_later_ones_alone(
     earlier = pool.record(product(x))
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
         pool.record(waiting(x))
-    assert not cuda.open_pools
+    assert not cuda.pools.opened
     later = pool.record(product(x))
     assert len({graph.pool for graph in cuda.graphs}) == 2  # pools, one for those before and one for those after
     for graph in (earlier, later):
@@ -103,7 +103,7 @@ def test_an_exception_in_the_body_ends_the_recording(
     for _ in range(MAX_FAILURES + 1):
         with pytest.raises(error):
             pool.record(stop)
-    assert not cuda.open_pools
+    assert not cuda.pools.opened
     assert all(stream.recording is None for stream in cuda.streams)
     assert torch.equal(pool.record(product(x)).replay()[0], torch.full((4, 4), 4.0))
 
@@ -143,7 +143,7 @@ def test_an_interruption_at_any_line_leaves_a_pool_that_records(cuda: CudaDouble
         with contextlib.suppress(KeyboardInterrupt):
             lines_of(lambda: pool.record(product(x)), line)  # noqa: B023 - called at once
         assert not graphs_module._RECORDING.locked(), f"line {line}"
-        assert not cuda.open_pools, f"line {line}"
+        assert not cuda.pools.opened, f"line {line}"
         assert all(stream.recording is None for stream in cuda.streams), f"line {line}"
         for graph in (earlier, pool.record(product(x))):
             assert torch.equal(graph.replay()[0], torch.full((4, 4), 4.0)), f"line {line}"
@@ -177,7 +177,7 @@ def test_a_thread_of_its_own_records(cuda: CudaDouble, pool: CudaPool, x: torch.
 
 
 def test_a_pool_counts_what_it_reserved_and_gives_it_back(cuda: CudaDouble, x: torch.Tensor) -> None:
-    cuda.cached, pool = 1000, CudaPool(CPU)
+    cuda.pools.cached, pool = 1000, CudaPool(CPU)
     graph = pool.record(product(x))
     assert pool.nbytes == cuda.memory_reserved() > 0  # nothing is left of the cache, and none of it was counted
     del graph, pool

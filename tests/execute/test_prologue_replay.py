@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,27 +15,45 @@ from harmonica_rt.lower.cuda_graph_rules import obstacle
 from harmonica_rt.schedule import Schedule
 from tests import tiny
 from tests.execute.test_graph_replay import close, compiled_with
-from tests.models import stack, stack_call
+from tests.models import random_schedule, stack, stack_call
+from tests.sampling.loops import conditioned
 from tests.stand_in import StandInPool
-from tests.tiny import random_schedule
 
 STEPS = 5
 KEY = tuple(900.0 - 100 * step for step in range(STEPS))
 
 
-def dit_calls(classes: int, first: float = KEY[0]) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(classes)
+Calls = list[dict[str, Tensor]]
+
+
+def dit_calls(request: int, first: float = KEY[0]) -> Calls:
+    """A run of a DiT for two classes."""
+    generator = torch.Generator().manual_seed(request)
     return [
         {
             "hidden_states": torch.randn(2, 4, 4, 4, generator=generator),
             "timestep": torch.full((2,), int(first - 100 * step)),
-            "class_labels": torch.tensor([classes, classes + 1]),
+            "class_labels": torch.tensor([request, request + 1]),
         }
         for step in range(STEPS)
     ]
 
 
-def run(compiled: Any, calls: list[dict[str, Tensor]], key: tuple[float, ...] | None = KEY) -> list[Tensor]:
+def prompted_calls(request: int, first: float = KEY[0]) -> Calls:
+    """A run of a `Conditioned` model for one prompt."""
+    generator = torch.Generator().manual_seed(request)
+    prompt = torch.randn(2, 3, generator=generator)
+    return [
+        {
+            "latents": torch.randn(2, 4, 8, generator=generator),
+            "timestep": torch.full((2,), (first - 100 * step) / 1000),
+            "prompt": prompt,
+        }
+        for step in range(STEPS)
+    ]
+
+
+def run(compiled: Any, calls: Calls, key: tuple[float, ...] | None = KEY) -> list[Tensor]:
     if isinstance(compiled, CompiledModel):
         compiled.reset(key)
     else:
@@ -43,22 +62,25 @@ def run(compiled: Any, calls: list[dict[str, Tensor]], key: tuple[float, ...] | 
     return [output if isinstance(output, Tensor) else output.sample for output in outputs]
 
 
-def _request(calls: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _request(calls: Calls) -> dict[str, Tensor]:
     """The very tensor in all steps, as a pipeline passes it."""
-    return {name: calls[0][name] for name in ("class_labels",) if name in calls[0]}
+    return {name: calls[0][name] for name in ("class_labels", "prompt") if name in calls[0]}
 
 
 class Case:
     """A compiled model over the stand-in, beside its reference."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, calls_of: Callable[..., Calls]) -> None:
         self.model = model
+        self.calls_of = calls_of
         schedule = random_schedule(model, STEPS, seed=2)
         self.pool = StandInPool()
         self.compiled = compiled_with(model, schedule, self.pool, lowering="fused")
         self.truth = hrt.reference(model, schedule)
 
-    def agree(self, calls: list[dict[str, Tensor]], key: tuple[float, ...] = KEY) -> bool:
+    def agree(self, request: int, key: tuple[float, ...] = KEY) -> bool:
+        """Whether a run for a request gives what the reference gives."""
+        calls = self.calls_of(request, key[0])
         return close(run(self.compiled, calls, key), run(self.truth, calls))
 
     @property
@@ -69,14 +91,16 @@ class Case:
 
 @pytest.fixture
 def case() -> Case:
-    torch.manual_seed(0)
-    return Case(tiny.dit().transformer)
+    return Case(conditioned(), prompted_calls)
 
 
-def test_it_is_recorded_at_its_second_use_and_replayed_for_other_requests(case: Case) -> None:
+@pytest.mark.parametrize("family", ["conditioned", "dit"])
+def test_it_is_recorded_at_its_second_use_and_replayed_for_other_requests(case: Case, family: str) -> None:
+    if family == "dit":
+        case = Case(tiny.dit().transformer, dit_calls)
     counts = []
-    for classes in range(5):
-        assert case.agree(dit_calls(classes))
+    for request in range(5):
+        assert case.agree(request)
         counts.append(case.pool.recorded)
     # run 0 learns the timesteps, run 1 warms it up, run 2 records it
     assert counts[2:] == [case.steps_recorded + 1] * 3
@@ -85,40 +109,41 @@ def test_it_is_recorded_at_its_second_use_and_replayed_for_other_requests(case: 
 
 def test_other_timesteps_of_one_shape_go_through_the_same_graph(case: Case) -> None:
     other = tuple(value - 50 for value in KEY)
-    for classes in range(3):
-        assert case.agree(dit_calls(classes))
+    for request in range(3):
+        assert case.agree(request)
     recorded = case.pool.recorded
-    for classes in range(3):
-        assert case.agree(dit_calls(classes, first=other[0]), other)
-        assert case.agree(dit_calls(classes))
+    for request in range(3):
+        assert case.agree(request, other)
+        assert case.agree(request)
     assert case.pool.recorded == recorded
 
 
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "replaced"])
 def test_weights_are_live(case: Case, in_place: bool) -> None:
-    for classes in range(3):
-        assert case.agree(dit_calls(classes))
+    for request in range(3):
+        assert case.agree(request)
     recorded = case.pool.recorded
-    linear: Any = case.model.get_submodule("transformer_blocks.0.norm1.linear")
+    linear: Any = case.model.get_submodule("time")
     with torch.no_grad():
         if in_place:
             linear.weight.mul_(2)
         else:
             linear.weight.data = linear.weight.data * 2
-    assert case.agree(dit_calls(4))
-    assert case.agree(dit_calls(5))
+    assert case.agree(4)
+    assert case.agree(5)
     assert (case.pool.recorded == recorded) == in_place
 
 
 def test_a_request_swapped_in_mid_run_leaves_the_next_run_right(case: Case) -> None:
-    for classes in range(3):
-        assert case.agree(dit_calls(classes))
-    calls = dit_calls(3)
+    for request in range(3):
+        assert case.agree(request)
+    calls = prompted_calls(3)
+    swapped = torch.ones(2, 3)
     case.compiled.reset(KEY), case.truth.reset()
     for step, call in enumerate(calls):
-        call["class_labels"] = torch.tensor([7, 8] if step >= 2 else [3, 4])
-        assert torch.allclose(case.compiled(**call).sample, case.truth(**call).sample, rtol=1e-5, atol=1e-6)
-    assert case.agree(dit_calls(6))
+        call["prompt"] = swapped if step >= 2 else calls[0]["prompt"]
+        assert torch.allclose(case.compiled(**call), case.truth(**call), rtol=1e-5, atol=1e-6)
+    assert case.agree(6)
 
 
 def test_what_cannot_be_batched_is_computed_step_by_step(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,8 +151,8 @@ def test_what_cannot_be_batched_is_computed_step_by_step(case: Case, monkeypatch
         raise NotImplementedError("an operator without a batching rule")
 
     monkeypatch.setattr(torch, "vmap", refuse)
-    for classes in range(4):
-        assert case.agree(dit_calls(classes))
+    for request in range(4):
+        assert case.agree(request)
     assert case.pool.recorded == case.steps_recorded
 
 
@@ -145,8 +170,8 @@ def test_a_part_that_lies_on_the_cpu_is_not_recorded_for_another_device() -> Non
 def test_a_failure_after_a_pass_that_was_batched_is_no_missing_rule(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for classes in range(2):
-        assert case.agree(dit_calls(classes))
+    for request in range(2):
+        assert case.agree(request)
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -154,8 +179,8 @@ def test_a_failure_after_a_pass_that_was_batched_is_no_missing_rule(
     with monkeypatch.context() as patched:
         patched.setattr(torch, "vmap", fail)
         with pytest.raises(RuntimeError, match="not permitted"):
-            run(case.compiled, dit_calls(2))
-    assert case.agree(dit_calls(3))  # batched again
+            run(case.compiled, prompted_calls(2))
+    assert case.agree(3)  # batched again
     (runtime,) = case.compiled.plans.values()
     assert runtime.lowered.prologue.batches
 

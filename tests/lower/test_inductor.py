@@ -67,7 +67,7 @@ def whole_programs(compiled: hrt.api.CompiledModel) -> tuple[int, int]:
 
 def test_compilations_grow_neither_with_blocks_nor_with_patterns(compilations: list[fx.GraphModule]) -> None:
     counts, calls = set(), []
-    for layers, patterns in ((4, 8), (8, 8), (8, 3)):
+    for layers, patterns in ((3, 8), (5, 8), (5, 3)):
         compilations.clear()
         model = dit(layers)
         lowering = lowered(model, dit_call(), random_schedule(find_sites(model), patterns))

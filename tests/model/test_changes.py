@@ -28,7 +28,8 @@ import harmonica_rt as hrt
 from harmonica_rt import FallbackWarning, Schedule
 from harmonica_rt.model.watch import ModelWatch
 from tests.models import stack_call
-from tests.tiny import families, random_schedule
+from tests.sampling import loops
+from tests.sampling.loops import Pipeline, conditioned
 
 STEPS = 7
 CHANGED, UNDONE = 3, 5  # steps before which the model is changed, and changed back
@@ -69,7 +70,7 @@ class Config:
 
 
 class Attention(nn.Module):
-    """Reads something of every kind."""
+    """Reads something of every kind: attributes, objects, containers, functions, tensors."""
 
     shift = 0.0
 
@@ -104,9 +105,9 @@ class Doubled(Attention):
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, attn: nn.Module) -> None:
         super().__init__()
-        self.attn = Attention()
+        self.attn = attn
         self.mlp = nn.Linear(8, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -115,10 +116,12 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
+    """A plain block, and one that reads something of every kind."""
+
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Linear(1, 8)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.blocks = nn.ModuleList([Block(nn.Linear(8, 8)), Block(Attention())])
 
     def forward(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         latents = latents + self.embed(timestep[:, None])[:, None]
@@ -432,33 +435,24 @@ def test_a_step_that_began_before_the_look_is_done_again(kind: str) -> None:
     assert compiled.stats.calls == STEPS
 
 
-class Guided:
-    """Changes the scale of what `sd3` adds from a block, in mid-run."""
-
-    def __init__(self, pipeline: Any) -> None:
-        self.norm = pipeline.transformer.transformer_blocks[0].norm1.norm
-
-    def __call__(self, pipeline: Any, step: int, timestep: Any, kwargs: Any) -> Any:
-        self.norm.eps = 1.0 if step in (1, 2) else 1e-6
-        return {}
-
-
 @pytest.mark.parametrize("lowering", ["plain", "fused"])
 def test_verify_does_not_share_the_fault(monkeypatch: pytest.MonkeyPatch, lowering: str) -> None:
-    torch.manual_seed(0)
-    family = families()["sd3"]
-    pipeline = family.build()
-    pipeline.set_progress_bar_config(disable=True)
-    schedule = random_schedule(pipeline.transformer, 5)
-    arguments = {**family.guided, "num_inference_steps": 5, "callback_on_step_end": Guided(pipeline)}
-    assert hrt.verify(pipeline, schedule, lowering=lowering, **arguments).ok
+    pipeline = Pipeline(conditioned())
+    activation = pipeline.transformer.blocks[0].mlp[1]
+
+    def change_the_activation(pipeline: Pipeline, step: int) -> None:
+        activation.approximate = "tanh" if step in (1, 2) else "none"
+
+    sites = hrt.find_sites(pipeline.transformer)
+    schedule = Schedule.every(2, steps=loops.STEPS, sites=sites)  # step 2 computes all sites
+    assert hrt.verify(pipeline, schedule, lowering=lowering, on_step=change_the_activation).ok
 
     look = ModelWatch.look
     seen: dict[int, Any] = {}
     monkeypatch.setattr(ModelWatch, "look", lambda self: seen.setdefault(id(self), look(self)))
     monkeypatch.setattr(ModelWatch, "accept", lambda self: None)
     with pytest.raises(hrt.ParityError) as error:
-        hrt.verify(pipeline, schedule, lowering=lowering, **arguments)
+        hrt.verify(pipeline, schedule, lowering=lowering, on_step=change_the_activation)
     assert error.value.step == 2
 
 

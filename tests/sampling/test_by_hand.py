@@ -46,16 +46,35 @@ def equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
     return len(some) == len(others) and all(map(torch.equal, some, others))
 
 
+def helped(denoiser: Any, shift: float = 0.0) -> Iterator[torch.Tensor]:
+    """As `loop`; another function begins the run, and a further one makes the calls."""
+
+    def begin() -> None:
+        denoiser.reset()
+
+    def at(step: int) -> torch.Tensor:
+        call = stack_call(step)
+        return denoiser(latents=call["latents"] + shift, timestep=call["timestep"])
+
+    begin()
+    for step in range(STEPS):
+        yield at(step)
+
+
+@pytest.mark.parametrize("written", [loop, helped])
 @pytest.mark.parametrize("done", range(1, STEPS))
-def test_a_loop_that_goes_on_after_another_has_begun_is_told_so(denoiser: Any, done: int) -> None:
+def test_a_loop_that_goes_on_after_another_has_begun_is_told_so(
+    denoiser: Any, done: int, written: Callable[..., Iterator[torch.Tensor]]
+) -> None:
     expected = whole(denoiser, 1.0)
-    first, second = loop(denoiser), loop(denoiser, 1.0)
+    first, second = written(denoiser), written(denoiser, 1.0)
     for _ in range(done):
         next(first)
     begun = [next(second)]
     with pytest.raises(ConcurrentRunError, match="take turns step by step"):
         next(first)
     assert equal([*begun, *second], expected)
+    assert equal([*written(denoiser, 1.0)], expected)
 
 
 def test_a_loop_that_goes_on_before_the_first_call_of_another_is_told_so(denoiser: Any) -> None:
@@ -225,31 +244,3 @@ def test_a_run_may_be_made_in_the_cells_of_a_notebook(denoiser: Any) -> None:
     for cell in cells:
         exec(compile(cell, "cell", "exec"), names)
     assert equal(names["outputs"], expected)
-
-
-def helped(denoiser: Any, shift: float = 0.0) -> Iterator[torch.Tensor]:
-    """As `loop`; another function begins the run, and a further one makes the calls."""
-
-    def begin() -> None:
-        denoiser.reset()
-
-    def at(step: int) -> torch.Tensor:
-        call = stack_call(step)
-        return denoiser(latents=call["latents"] + shift, timestep=call["timestep"])
-
-    begin()
-    for step in range(STEPS):
-        yield at(step)
-
-
-@pytest.mark.parametrize("done", range(1, STEPS))
-def test_loops_whose_functions_are_helped_and_take_turns_are_told_so(denoiser: Any, done: int) -> None:
-    expected = whole(denoiser, 1.0)
-    first, second = helped(denoiser), helped(denoiser, 1.0)
-    for _ in range(done):
-        next(first)
-    begun = [next(second)]
-    with pytest.raises(ConcurrentRunError, match="take turns step by step"):
-        next(first)
-    assert equal([*begun, *second], expected)
-    assert equal([*helped(denoiser, 1.0)], expected)

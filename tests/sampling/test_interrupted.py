@@ -1,116 +1,30 @@
-"""Interrupted at any line, by Ctrl-C or whatever raises there: nothing stays changed, and the next run is right.
-
-A tracer raises KeyboardInterrupt before the n-th line that runs in this package or in `contextlib`, once for each n
-(where there are many, for the first and the last time that each line runs, and of those for a sample).
-"""
+"""Interrupted at any line, by Ctrl-C or whatever raises there: nothing stays changed, and the next run is right."""
 
 from __future__ import annotations
 
-import contextlib
-import random
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.convert_frame import compile_lock
-from torch._subclasses.fake_tensor import FakeTensor
 
 import harmonica_rt as hrt
 from harmonica_rt import Schedule
 from harmonica_rt.pipelines.install import installed
 from harmonica_rt.sampling.scheduler import listener_of
 from tests.models import SITES, stack, stack_call
+from tests.sampling.interruptions import interruptions, state
+from tests.tiers import member
 from tests.tiny import families, random_schedule, sample
 
 STEPS = 4
-MOST = 24  # interruptions of one operation
-TRACED = (str(Path(hrt.__file__).parent), contextlib.__file__)
-
-Place = tuple[str, int]
 
 
-class Tracer:
-    """Notes the lines that run, and raises KeyboardInterrupt before the one with index `at`."""
-
-    def __init__(self, at: int | None = None) -> None:
-        self.lines: list[Place] = []
-        self._at = at
-
-    def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
-        """Called by Python for each new frame."""
-        return self._line if frame.f_code.co_filename.startswith(TRACED) else None
-
-    def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if event == "line":
-            self.lines.append((frame.f_code.co_filename, frame.f_lineno))
-            if len(self.lines) - 1 == self._at:
-                raise KeyboardInterrupt
-        return self._line
-
-    def run(self, operation: Callable[[], object]) -> list[Place]:
-        """The lines of an operation, up to where it was interrupted."""
-        sys.settrace(self)
-        try:
-            operation()
-        except KeyboardInterrupt:
-            assert self._at is not None
-        finally:
-            sys.settrace(None)
-        return self.lines
-
-
-def chosen(lines: list[Place]) -> list[int]:
-    """Where to interrupt an operation that runs these lines."""
-    indices = list(range(len(lines)))
-    if len(indices) > MOST:
-        first = dict(zip(reversed(lines), reversed(indices), strict=True))
-        last = dict(zip(lines, indices, strict=True))
-        indices = sorted({*first.values(), *last.values()})
-    if len(indices) > MOST:
-        changing = [
-            i
-            for i in indices
-            if lines[i][0].endswith(("changes.py", "torch_state.py", "reference_engine.py", "contextlib.py"))
-        ]
-        indices = sorted({*changing[:MOST], *random.Random(0).sample(indices, MOST)})
-    return indices
-
-
-def interruptions(operation: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> Iterator[str]:
-    """Yields after each interruption of `operation`, prepared anew each time; where it came."""
-    prepare()
-    lines = Tracer().run(operation)
-    assert len(lines) > 10, "the tracer sees nothing of this package"
-    for index in chosen(lines):
-        prepare()
-        Tracer(index).run(operation)
-        file, line = lines[index]
-        yield f"interrupted before {file}:{line}"
-
-
-def state(model: nn.Module) -> list[Any]:
-    """All that an interruption might leave changed, in the model and in this thread."""
-    held = [(name, list(module.__dict__.items())) for name, module in model.named_modules()]
-    seen = [
-        (path, name, sorted(value, key=str) if isinstance(value, dict) else id(value))
-        for path, items in held
-        for name, value in items
-    ]
-    return [
-        seen,
-        FakeTensor.__dict__["tolist"],
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch._C._len_torch_function_stack(),
-        torch._C._len_torch_dispatch_stack(),
-        torch.is_autocast_enabled("cpu"),
-        compile_lock._is_owned(),
-    ]
+def at_lines(some: int) -> pytest.MarkDecorator:
+    """How many interruptions of each of the two kinds an operation gets, as `interruptions.chosen` picks them."""
+    return pytest.mark.parametrize("most", [member(some, id="some", always=True), member(24, id="many", always=False)])
 
 
 class Counting(nn.Module):
@@ -142,9 +56,10 @@ def run_of(denoiser: Any, calls: list[dict[str, Any]]) -> torch.Tensor:
     return torch.stack([denoiser(**call) for call in calls])
 
 
+@at_lines(some=3)
 @pytest.mark.parametrize("make", [hrt.compile, hrt.reference], ids=["compiled", "reference"])
 @pytest.mark.parametrize("kind", ["plain", "hooked", "reads"])
-def test_calls(kind: str, make: Callable[..., Any]) -> None:
+def test_an_interrupted_call_changes_nothing(kind: str, make: Callable[..., Any], most: int) -> None:
     model, schedule, calls = model_of(kind)
     plain = [model(**call).detach() for call in calls]
     expected = run_of(make(model, schedule), calls)
@@ -165,13 +80,14 @@ def test_calls(kind: str, make: Callable[..., Any]) -> None:
         denoiser(**calls[0])
 
     for operation, prepare in ((first, new), (later, after_the_first), (lambda: run_of(denoiser, calls), lambda: None)):
-        for place in interruptions(operation, prepare):
+        for place in interruptions(operation, most, prepare):
             assert state(model) == before, place
             assert all(torch.equal(model(**call), output) for call, output in zip(calls, plain, strict=True)), place
             assert torch.equal(run_of(denoiser, calls), expected), place
 
 
-def test_an_interrupted_run_does_not_go_on() -> None:
+@at_lines(some=3)
+def test_an_interrupted_run_does_not_go_on(most: int) -> None:
     model, schedule, calls = model_of("plain")
     denoiser = hrt.compile(model, schedule)
     expected = run_of(denoiser, calls)
@@ -180,7 +96,7 @@ def test_an_interrupted_run_does_not_go_on() -> None:
         denoiser.reset()
         denoiser(**calls[0])
 
-    for place in interruptions(lambda: denoiser(**calls[1]), begin):
+    for place in interruptions(lambda: denoiser(**calls[1]), most, begin):
         is_over, refusal = denoiser.stats.calls == 2, None
         try:
             second = denoiser(**calls[1])
@@ -190,31 +106,40 @@ def test_an_interrupted_run_does_not_go_on() -> None:
         assert "failed" in refusal if refusal else is_over or torch.equal(second, expected[1]), place
 
 
-def test_verify() -> None:
+@at_lines(some=3)
+def test_an_interrupted_verification_changes_nothing(most: int) -> None:
     model, schedule, calls = model_of("hooked")
     plain, before = model(**calls[0]), state(model)
-    for place in interruptions(lambda: hrt.verify(model, schedule, calls=calls)):
+    for place in interruptions(lambda: hrt.verify(model, schedule, calls=calls), most):
         assert state(model) == before, place
         assert torch.equal(model(**calls[0]), plain), place
 
 
-def test_save_and_load(tmp_path: Path) -> None:
-    """A file is there whole or not at all, and nothing else is left in its folder."""
+@at_lines(some=3)
+def test_an_interrupted_save_leaves_a_whole_file_or_none(tmp_path: Path, most: int) -> None:
+    model, schedule, calls = model_of("plain")
+    compiled, path = hrt.compile(model, schedule, lowering="plain"), tmp_path / "plan.json"
+    expected = run_of(compiled, calls)
+    for place in interruptions(lambda: compiled.save(path), most, lambda: path.unlink(missing_ok=True)):
+        assert [file.name for file in tmp_path.iterdir()] in ([], [path.name]), place
+        if path.exists():
+            assert torch.equal(run_of(hrt.load(path, model), calls), expected), place
+
+
+@at_lines(some=3)
+def test_an_interrupted_load_changes_nothing(tmp_path: Path, most: int) -> None:
     model, schedule, calls = model_of("plain")
     compiled, path = hrt.compile(model, schedule, lowering="plain"), tmp_path / "plan.json"
     expected = run_of(compiled, calls)
     before = state(model)
-    for place in interruptions(lambda: compiled.save(path), lambda: path.unlink(missing_ok=True)):
-        assert [file.name for file in tmp_path.iterdir()] in ([], [path.name]), place
-        if path.exists():
-            assert torch.equal(run_of(hrt.load(path, model), calls), expected), place
     compiled.save(path)
-    for place in interruptions(lambda: hrt.load(path, model)):
+    for place in interruptions(lambda: hrt.load(path, model), most):
         assert state(model) == before, place
         assert torch.equal(run_of(hrt.load(path, model), calls), expected), place
 
 
-def test_behind_torch_compile() -> None:
+@at_lines(some=3)
+def test_an_interrupted_call_behind_torch_compile_changes_nothing(most: int) -> None:
     model, schedule, calls = model_of("plain")
     plain, expected = model(**calls[0]), run_of(hrt.compile(model, schedule, lowering="plain"), calls)
     traced: Any = torch.compile(model, backend="harmonica", options={"schedule": schedule, "lowering": "plain"})
@@ -233,7 +158,7 @@ def test_behind_torch_compile() -> None:
             traced(**calls[0])
             session = hrt.attach(traced)
             before = state(model)
-            for place in interruptions(lambda: traced(**calls[1]), begin):
+            for place in interruptions(lambda: traced(**calls[1]), most, begin):
                 assert state(model) == before, place
                 assert torch.equal(run(), expected), place
                 assert torch.equal(model(**calls[0]), plain), place
@@ -241,43 +166,57 @@ def test_behind_torch_compile() -> None:
         torch._dynamo.reset()
 
 
-def test_pipelines() -> None:
-    """Compile, run, verify and uncompile a pipeline; what is interrupted may be done or not, but not by half."""
-    family = families()["dit"]
-    pipeline = family.build()
-    pipeline.set_progress_bar_config(disable=True)
-    schedule = random_schedule(pipeline.transformer, STEPS)
-    before, scheduler = state(pipeline.transformer), pipeline.scheduler
-    plain = sample(pipeline, STEPS, **family.unguided)
-    hrt.compile(pipeline, schedule)
-    under_schedule, compiled = sample(pipeline, STEPS, **family.unguided), state(pipeline.transformer)
+class PipelineUnderTest:
+    """A pipeline of DiT, what its transformer looks like when it is not compiled, and its images in both states."""
 
-    def check(place: str) -> None:
-        mine = installed(pipeline.transformer)
+    def __init__(self) -> None:
+        self.call = families()["dit"].unguided
+        self.pipeline = families()["dit"].build()
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.schedule = random_schedule(self.pipeline.transformer, STEPS)
+        self.before = state(self.pipeline.transformer)
+        self.plain = self.images()
+        self.compile()
+        self.under_schedule = self.images()
+
+    def images(self) -> Any:
+        return sample(self.pipeline, STEPS, **self.call)
+
+    def compile(self) -> None:
+        hrt.compile(self.pipeline, self.schedule)
+
+    def uncompile(self) -> None:
+        hrt.uncompile(self.pipeline)
+
+
+@at_lines(some=2)
+@pytest.mark.parametrize("operation", ["compile", "compile again", "uncompile"])
+def test_a_pipeline_whose_compilation_was_interrupted_is_compiled_or_not(operation: str, most: int) -> None:
+    tested = PipelineUnderTest()
+    transformer, scheduler = tested.pipeline.transformer, tested.pipeline.scheduler
+    interrupted = tested.uncompile if operation == "uncompile" else tested.compile
+    prepare = tested.uncompile if operation == "compile" else tested.compile
+    for place in interruptions(interrupted, most, prepare):
+        mine = installed(transformer)
         assert (mine is None) or listener_of(scheduler) is mine, place
-        images = sample(pipeline, STEPS, **family.unguided)
-        assert (images == (plain if mine is None else under_schedule)).all(), place
-        hrt.uncompile(pipeline)
+        assert (tested.images() == (tested.plain if mine is None else tested.under_schedule)).all(), place
+        tested.uncompile()
         assert listener_of(scheduler) is None, place
-        assert state(pipeline.transformer) == before, place
-        assert (sample(pipeline, STEPS, **family.unguided) == plain).all(), place
+        assert state(transformer) == tested.before, place
+        assert (tested.images() == tested.plain).all(), place
 
-    for operation, prepare in (
-        (lambda: hrt.compile(pipeline, schedule), lambda: hrt.uncompile(pipeline)),
-        (lambda: hrt.compile(pipeline, schedule), lambda: hrt.compile(pipeline, schedule)),
-        (lambda: hrt.uncompile(pipeline), lambda: hrt.compile(pipeline, schedule)),
-    ):
-        for place in interruptions(operation, prepare):
-            check(place)
 
-    hrt.compile(pipeline, schedule)
-    assert len(state(pipeline.transformer)[0]) == len(compiled[0])
-    compiled = state(pipeline.transformer)
-    for place in interruptions(lambda: sample(pipeline, STEPS, **family.unguided)):
-        assert state(pipeline.transformer) == compiled, place
-        assert (sample(pipeline, STEPS, **family.unguided) == under_schedule).all(), place
-    for place in interruptions(lambda: hrt.verify(pipeline, schedule, num_inference_steps=STEPS, **family.unguided)):
-        assert state(pipeline.transformer) == compiled, place
-        assert (sample(pipeline, STEPS, **family.unguided) == under_schedule).all(), place
-    hrt.uncompile(pipeline)
-    assert state(pipeline.transformer) == before
+@at_lines(some=1)
+@pytest.mark.parametrize("operation", ["sample", "verify"])
+def test_a_compiled_pipeline_stays_compiled_when_it_is_interrupted(operation: str, most: int) -> None:
+    tested = PipelineUnderTest()
+    transformer, compiled = tested.pipeline.transformer, state(tested.pipeline.transformer)
+
+    def verify() -> None:
+        hrt.verify(tested.pipeline, tested.schedule, num_inference_steps=STEPS, **tested.call)
+
+    for place in interruptions(verify if operation == "verify" else tested.images, most):
+        assert state(transformer) == compiled, place
+        assert (tested.images() == tested.under_schedule).all(), place
+    tested.uncompile()
+    assert state(transformer) == tested.before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,6 +28,7 @@ from tests.sampling.loops import (
     first_latents,
     model_time,
 )
+from tests.tiers import member
 from tests.tiny import random_schedule
 
 
@@ -281,10 +283,19 @@ class Streaming(Pipeline):
         yield from self.stepwise(prompt)
 
 
-@pytest.mark.parametrize("ahead", [1, STEPS - 1])
-@pytest.mark.parametrize("prompt", [PROMPT, OTHER], ids=["same prompt", "other prompt"])
-@pytest.mark.parametrize("shared", ["pipeline", "scheduler", "denoiser"])
-@pytest.mark.parametrize("through", ["call", "method"])
+# `make test` runs each way in which something is shared, and one of these with each prompt and number of steps ahead
+TURNS = [
+    member(
+        *(through, shared, prompt, ahead),
+        id=f"{through}-{shared}-{'same' if prompt is PROMPT else 'other'} prompt-{ahead} ahead",
+        always=(prompt is PROMPT and ahead == 1) or (through, shared) == ("call", "pipeline"),
+    )
+    for through, shared in itertools.product(["call", "method"], ["pipeline", "scheduler", "denoiser"])
+    for prompt, ahead in itertools.product([PROMPT, OTHER], [1, STEPS - 1])
+]
+
+
+@pytest.mark.parametrize(("through", "shared", "prompt", "ahead"), TURNS)
 def test_runs_that_take_turns_are_an_error_at_once(
     model: Conditioned, schedule: Schedule, shared: str, through: str, prompt: torch.Tensor, ahead: int
 ) -> None:

@@ -13,27 +13,10 @@ from torch import nn
 
 import harmonica_rt as hrt
 from harmonica_rt import Schedule
-from tests.models import Stack
+from tests.sampling.loops import STEPS, Conditioned, first_latents, model_time
 from tests.tiny import random_schedule
 
-STEPS = 6
 Plan = list[list[torch.Tensor]]  # the conditioning of each call of each step
-
-
-class Conditioned(nn.Module):
-    """A `Stack` that also takes conditioning [B, 3]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = Stack(depth=2).blocks
-        self.time = nn.Linear(1, 8)
-        self.text = nn.Linear(3, 8)
-
-    def forward(self, latents: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor) -> Any:
-        scale = (self.time(timestep[:, None]) + self.text(encoder_hidden_states))[:, None]
-        for block in self.blocks:
-            latents = block(latents, scale)
-        return latents
 
 
 class HandWritten:
@@ -53,14 +36,6 @@ class HandWritten:
             self.outputs += step
             latents = self.scheduler.step(sum(step) / len(step), timestep, latents).prev_sample
         return latents
-
-
-def first_latents() -> torch.Tensor:
-    return torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
-
-
-def model_time(timestep: torch.Tensor) -> torch.Tensor:
-    return torch.full((2,), timestep.item() / 1000.0)
 
 
 def truth(model: nn.Module, schedule: Schedule, plan: Plan) -> torch.Tensor:
