@@ -225,8 +225,8 @@ def test_a_plan_that_holds_is_used_whatever_else_cannot_be_captured() -> None:
         assert [one.category for one in caught] == ([hrt.FallbackWarning] if length == 3 else [])
         assert all(map(torch.equal, got, run(truth, [length] * STEPS)))
     assert len(compiled.plans) == 1
-    assert compiled._planned.stream_for(_normal(model, 2))[1] is not None  # by the plan
-    assert compiled._planned.stream_for(_normal(model, 3))[1] is None  # eagerly
+    assert compiled.engine.stream_for(_normal(model, 2))[1] is not None  # by the plan
+    assert compiled.engine.stream_for(_normal(model, 3))[1] is None  # eagerly
 
 
 def _normal(model: nn.Module, length: int) -> Call:

@@ -109,7 +109,7 @@ class TestCompiledModel:
         schedule = random_schedule(model, STEPS, seed=1)
         compiled = hrt.compile(model, schedule, lowering="plain", max_plans=3, strict=True, graphs="off", verify=True)
         other = copied(compiled)
-        assert other._planned.options == compiled._planned.options
+        assert other.engine.options == compiled.engine.options
         assert type(other.engine) is type(compiled.engine)
 
     def test_a_copy_of_one_in_a_pipeline_is_a_model_by_itself(

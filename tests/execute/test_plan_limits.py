@@ -64,7 +64,7 @@ def test_the_plan_in_use_is_kept_however_large(model: Stack) -> None:
 def test_plans_of_the_run_at_hand_are_not_pulled_away(model: Stack) -> None:
     compiled = compile_with(model, max_plans=1)
     compiled.reset()
-    stream = compiled._planned.new_stream
+    stream = compiled.engine.new_stream
     for batch in (1, 2):
         stream(compiled._convention.normalise((), stack_call(0, batch=batch)))
     assert batches(compiled) == [1, 2]
@@ -81,7 +81,7 @@ def test_without_a_limit_a_share_of_the_gpu_is_kept(model: Stack, cuda: CudaDoub
             compiled(**stack_call(step, tokens=tokens))
         cuda.synchronize()
     assert 1 <= len(compiled.plans) < 4
-    assert compiled._planned.cache.nbytes <= SHARE * total
+    assert compiled.engine.cache.nbytes <= SHARE * total
 
 
 @pytest.mark.parametrize("limit", [0, -1])
