@@ -79,7 +79,7 @@ def products(graph: fx.Graph) -> list[Product]:
 def other_bytes(step: StepGraph) -> int:
     """Bytes of the features that a step loads from slots, of the call's tensors and of the outputs."""
     placeholders = [node for node in step.graph.nodes if node.op == "placeholder"]
-    before = len(step.weights) + len(step.constants)
+    before = len(step.parameters) + len(step.constants)
     inputs = placeholders[before : before + len(step.inputs)]
     results: Any = step.graph.output_node().args[0]
     outputs = [node for node in results[0] if isinstance(node, fx.Node)]

@@ -32,7 +32,7 @@ class GraphEngine:
     def state(self, call: Call) -> object:
         """See `Engine.state`. Dynamo guards what its graphs assume, but passes the parameters with each call."""
         graph_call = _graph_call(call)
-        tensors = list(graph_call.weights().values())
+        tensors = list(graph_call.parameters().values())
         known = self._states.setdefault(call.signature, [])
         if known and known[-1].is_of(tensors) and known[-1].hold():
             return known[-1]
@@ -69,7 +69,7 @@ class _PassedTensors:
 
     def renew(self, call: GraphCall) -> None:
         """Take those of a call; the mapping object stays the same if the tensors do."""
-        came = call.weights()
+        came = call.parameters()
         if not same_objects(came.values(), self._held.values()):
             self._held = came
 

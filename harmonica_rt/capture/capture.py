@@ -1,9 +1,10 @@
 """Trace a model into one graph with every site marked.
 
-Three hazards shape the mechanism. A graph that deep-copied the weights would double the memory and miss later updates,
-so weights are placeholders here and are fetched from the model when a run starts. In-place operations could overwrite a
-cache slot, or be lost to dead-code elimination, so the graph is functionalised. And a site must be cut where its values
-leave the module: its outputs are the values made inside it (by `nn_module_stack`) and used outside it.
+Three hazards shape the mechanism. A graph that deep-copied the parameters would double the memory and miss later
+updates, so parameters are placeholders here and are fetched from the model when a run starts. In-place operations
+could overwrite a cache slot, or be lost to dead-code elimination, so the graph is functionalised. And a site must be
+cut where its values leave the module: its outputs are the values made inside it (by `nn_module_stack`) and used
+outside it.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph
     return CapturedGraph(
         graph=exported.graph,
         root=exported.graph_module,
-        weights=placeholders.weights,
+        parameters=placeholders.parameters,
         constants=placeholders.constants,
         inputs=placeholders.inputs,
         out_spec=out_spec,

@@ -20,9 +20,9 @@ class CapturedGraph:
     """The model as one functional graph.
 
     Attributes:
-        graph: its placeholders are weights, constants and input leaves; its output node holds a flat tuple.
+        graph: its placeholders are parameters, constants and input leaves; its output node holds a flat tuple.
         root: the module that the graph's `get_attr` nodes refer to.
-        weights: placeholder name -> dotted name of the parameter or buffer in the model.
+        parameters: placeholder name -> dotted name of the parameter or buffer in the model.
         constants: placeholder name -> tensor created by tracing.
         inputs: placeholder name -> index among the call's leaves.
         out_spec: the tree that turns the flat outputs into the model's own return type.
@@ -34,7 +34,7 @@ class CapturedGraph:
 
     graph: fx.Graph
     root: nn.Module
-    weights: dict[str, str]
+    parameters: dict[str, str]
     constants: dict[str, torch.Tensor]
     inputs: dict[str, int]
     out_spec: pytree.TreeSpec
@@ -57,7 +57,7 @@ class CapturedGraph:
 class Placeholders:
     """What the placeholders of a traced graph stand for; see the fields of the same names of `CapturedGraph`."""
 
-    weights: dict[str, str]
+    parameters: dict[str, str]
     constants: dict[str, torch.Tensor]
     inputs: dict[str, int]
 
@@ -68,7 +68,7 @@ class Placeholders:
         Raises:
             CaptureError: the graph takes an input of another kind, or another number of inputs than the call has.
         """
-        weights: dict[str, str] = {}
+        parameters: dict[str, str] = {}
         constants: dict[str, torch.Tensor] = {}
         inputs: dict[str, int] = {}
         leaf = 0
@@ -78,7 +78,7 @@ class Placeholders:
                     inputs[spec.arg.name] = leaf
                 leaf += 1
             elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target is not None:
-                weights[spec.arg.name] = spec.target
+                parameters[spec.arg.name] = spec.target
             elif spec.kind is InputKind.CONSTANT_TENSOR and spec.target is not None:
                 constants[spec.arg.name] = exported.constants[spec.target]
             else:
@@ -87,4 +87,4 @@ class Placeholders:
                 )
         if leaf != leaves:
             raise CaptureError(CaptureFailure(Obstacle.EXPORT, f"the graph takes {leaf} inputs, the call has {leaves}"))
-        return cls(weights, constants, inputs)
+        return cls(parameters, constants, inputs)

@@ -1,12 +1,13 @@
 """Turns a graph traced by torch.compile into a captured graph.
 
-Dynamo hands over a graph of torch functions. Its arguments are the weights and the call's tensors, mixed, in the order
-dynamo met them. Each has a *source*: an expression over the locals of the traced frame, such as
+Dynamo hands over a graph of torch functions. Its arguments are the parameters and the call's tensors, mixed, in the
+order dynamo met them. Each has a *source*: an expression over the locals of the traced frame, such as
 `L['self']._modules['embed']` or `L['kwargs']['timestep']`. Only the sources tell which module was traced, which
-arguments are weights, and which argument of the call a tensor is. Plain values are baked in, and guarded by dynamo.
+arguments are parameters, and which argument of the call a tensor is. Plain values are baked in, and guarded by
+dynamo.
 
-Hazard: dynamo may run one graph for many models of one class, since weights are arguments. A plan holds the state of
-one model's runs, so a guard lets the graph run only for the model it was made for.
+Hazard: dynamo may run one graph for many models of one class, since parameters are arguments. A plan holds the state
+of one model's runs, so a guard lets the graph run only for the model it was made for.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ class GraphCall(Call):
     graph: DynamoGraph
     values: tuple[Any, ...]
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The weights that came with the call, by name."""
-        return {name: self.values[index] for index, name in self.graph.weights.items()}
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """The parameters that came with the call, by name."""
+        return {name: self.values[index] for index, name in self.graph.parameters.items()}
 
 
 class DynamoGraph:
@@ -56,18 +57,18 @@ class DynamoGraph:
         sites: site paths in the model.
 
     Attributes:
-        weights: index of the graph's argument -> its name in the model, or its source if it lies outside the model.
+        parameters: index of the graph's argument -> its name in the model, or its source if it lies outside the model.
         inputs: index of the graph's argument -> its dotted path in the call.
         numbers: index of the graph's argument -> its origin, for a number that the graph uses and that dynamo made
             symbolic because it changed between calls (a size, a scale, an epsilon). Each value gets its own plan.
 
     Raises:
-        CaptureError: the graph is only a part of the model's forward and lacks sites, or it holds weights itself.
+        CaptureError: the graph is only a part of the model's forward and lacks sites, or it holds parameters itself.
     """
 
     def __init__(self, module: fx.GraphModule, frame: Frame, sites: Sequence[str]) -> None:
         self.module = module
-        self.weights: dict[int, str] = {}
+        self.parameters: dict[int, str] = {}
         self.inputs: dict[int, str] = {}
         self.numbers: dict[int, str] = {}
         self._sites = tuple(sites)
@@ -82,12 +83,12 @@ class DynamoGraph:
                 if node.users:  # a view's storage offset may be passed without being used
                     self.numbers[index] = self._arguments.path(source) or source
             elif source.startswith(frame.name):
-                self.weights[index] = module_path(source, frame.name)
+                self.parameters[index] = module_path(source, frame.name)
             elif (path := self._arguments.path(source)) is not None:
                 self.inputs[index] = path
             else:
-                self.weights[index] = source
-        self._key = _digest(module.graph, [arguments[index] for index in self.weights])
+                self.parameters[index] = source
+        self._key = _digest(module.graph, [arguments[index] for index in self.parameters])
         self._check_whole(frame)
 
     def call(self, values: tuple[Any, ...]) -> GraphCall:
@@ -113,7 +114,7 @@ class DynamoGraph:
         return CapturedGraph(
             graph=exported.graph,
             root=exported.graph_module,
-            weights={name: self.weights[index] for name, index in arguments.items() if index in self.weights},
+            parameters={name: self.parameters[index] for name, index in arguments.items() if index in self.parameters},
             constants=placeholders.constants,
             inputs={name: leaf[self.inputs[index]] for name, index in arguments.items() if index in self.inputs},
             out_spec=exported.call_spec.out_spec,
@@ -127,7 +128,9 @@ class DynamoGraph:
 
     def _check_whole(self, frame: Frame) -> None:
         if next(self.module.parameters(), None) is not None:
-            detail = "dynamo keeps weights inside the graph; set torch._dynamo.config.inline_inbuilt_nn_modules = True"
+            detail = (
+                "dynamo keeps parameters inside the graph; set torch._dynamo.config.inline_inbuilt_nn_modules = True"
+            )
             raise CaptureError(CaptureFailure(Obstacle.EXPORT, detail))
         reason: Any = self.module.compile_subgraph_reason
         resumed = frame.code.co_name.startswith("torch_dynamo_resume_in")
@@ -180,11 +183,11 @@ def _as_number(value: Any) -> Any:
     return value.item() if isinstance(value, torch.Tensor) else value
 
 
-def _digest(graph: fx.Graph, weights: Sequence[fx.Node]) -> str:
-    """A digest, equal for equal graphs over weights of the same layout; dynamo makes a graph for each grad mode."""
+def _digest(graph: fx.Graph, parameters: Sequence[fx.Node]) -> str:
+    """A digest, equal for equal graphs over parameters of the same layout; dynamo makes a graph for each grad mode."""
     if graph.find_nodes(op="get_attr"):
         return f"graph {next(_unique)}"  # tensors and subgraphs have no text to compare
-    layouts = [_layout(node.meta["example_value"]) for node in weights]
+    layouts = [_layout(node.meta["example_value"]) for node in parameters]
     used = [node.format_node() for node in graph.nodes if node.users or node.op != "placeholder"]
     return hashlib.sha256(f"{used}\n{layouts}".encode()).hexdigest()
 

@@ -3,7 +3,7 @@
 Each argument of a graph has a *source*: an expression over the locals of the traced frame, such as
 `L['self']._modules['embed']` or `L['kwargs']['timestep']`. Only the sources tell which module was traced.
 
-Hazard: dynamo may run one graph for many models of one class, since weights are arguments. A plan holds the state of
+Hazard: dynamo may run one graph for many models of one class, since parameters are arguments. A plan holds the state of
 one model's runs, so a guard lets the graph run only for the model it was made for.
 """
 
@@ -36,7 +36,7 @@ class Frame:
     """The frame that dynamo traced.
 
     Attributes:
-        model: the module whose weights the graph uses.
+        model: the module whose parameters the graph uses.
         source: dynamo's source of the module; `name` is its expression.
         code: the traced function: the model's forward, a wrapper of it, or the remainder of it after a graph break.
     """
@@ -81,7 +81,7 @@ def traced_frame(module: fx.GraphModule) -> Frame:
             if isinstance(value, nn.Module):
                 return Frame(value, source, source_name(source), traced.f_code)
     detail = (
-        f"a graph of {traced.f_code.co_name} uses no weights: it is a forward hook on the model, or code around it; "
+        f"a graph of {traced.f_code.co_name} uses no parameters: it is a forward hook on the model, or code around it; "
         f"compile the model itself, without hooks. {SEE_THE_BREAK}"
     )
     raise CaptureError(CaptureFailure(Obstacle.EXPORT, detail))

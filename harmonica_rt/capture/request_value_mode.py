@@ -3,7 +3,7 @@
 Hazard: tracing has no values, so a model that asks for them cannot be traced as it is. Yet a value that depends on the
 request alone (the length of the prompt) is constant over a run. So whenever the model asks for one, the trace so far is
 evaluated on the request, the model is given the value, and the value is recorded for `request_values`. A value that
-depends on the latents, the timestep or the weights may change in every step, and such a model has no static plan.
+depends on the latents, the timestep or the parameters may change in every step, and such a model has no static plan.
 """
 
 from __future__ import annotations

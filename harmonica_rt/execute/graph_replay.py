@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 
 PAYS = 0.98  # a graph is kept if it takes at most this fraction of the time of plain launches
 ROUNDS = 3  # of measurement; the best time counts
-MOVES = 3  # consecutive runs with moved weights after which graphs are no longer recorded anew
-RESTLESS = GraphRefusal("weights lie elsewhere in every run (is offloading on?)")
+MOVES = 3  # consecutive runs with moved parameters after which graphs are no longer recorded anew
+RESTLESS = GraphRefusal("parameters lie elsewhere in every run (is offloading on?)")
 
 
 class GraphedPrograms:
@@ -83,7 +83,7 @@ class GraphedPrograms:
         Args:
             number: the number of this program with these slots; see `Plan.addressed_programs`.
             program: the program.
-            bound: its weights and constants.
+            bound: its parameters and constants.
             leaves: leaves of the call; those it takes are copied to where graphs read them.
             slots: the slots that it reads, and those that it writes.
             hoisted: values at fixed addresses.
@@ -186,7 +186,7 @@ class _Warm(threading.local):
 
 @contextmanager
 def _casting_anew() -> Iterator[None]:
-    """Within this block autocast caches no casts of weights: a graph holds a cast's address, not the cast itself."""
+    """Within this block autocast caches no casts of parameters: a graph holds a cast's address, not the cast itself."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

@@ -23,9 +23,9 @@ class LoweredPart:
         self.part = part
         self.run: Callable[..., tuple[torch.Tensor, ...]] = fx.GraphModule(root, part.graph, "Prologue").forward
 
-    def bind(self, weights: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
+    def bind(self, parameters: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
         """See `TabledGraph.bind`."""
-        return self.part.bind(weights, constants)
+        return self.part.bind(parameters, constants)
 
 
 class LoweredPrologue:

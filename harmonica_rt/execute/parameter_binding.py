@@ -17,7 +17,7 @@ Parameters = Callable[[], Mapping[str, torch.Tensor]]
 class Bindable(Protocol):
     """Something that takes parameters and constants in an order of its own."""
 
-    def bind(self, weights: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
+    def bind(self, parameters: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
         """The parameters and constants that it takes, in its order."""
 
 

@@ -105,7 +105,7 @@ def _pool(graphs: Graphs | None, device: torch.device, parameters: Parameters) -
     """The pool of a plan for calls on `device`; None where no graphs are recorded."""
     pool = graphs.make_pool(device) if graphs is not None else None
     if pool is not None and any(map(is_traceable_wrapper_subclass, parameters().values())):
-        log.info("no graphs: weights are tensors made of others (quantised?), which are not seen to be replaced")
+        log.info("no graphs: parameters are tensors made of others (quantised?), which are not seen to be replaced")
         return None
     return pool
 

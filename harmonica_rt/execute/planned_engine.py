@@ -92,7 +92,7 @@ class PlannedEngine:
         return self._state
 
     def begin_run(self, key: RunKey | None = None) -> None:
-        """All streams are over; weights are fetched anew."""
+        """All streams are over; parameters are fetched anew."""
         self.watch.begin_run()
         self._new_states.begin_run()
         self._ran_eagerly = False

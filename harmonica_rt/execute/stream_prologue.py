@@ -149,7 +149,7 @@ def _fill(
     leaves: Sequence[Any],
     foreseen: Sequence[torch.Tensor],
 ) -> None:
-    """The body of a prologue graph: compute all values of a run with these weights and constants, into `memory`."""
+    """The body of a prologue graph: compute all values of a run with these parameters and constants, into `memory`."""
     of_request = lowered.of_request(once, leaves)
     memory.begin(
         of_request, lowered.each.part.results, lowered.in_steps(foreseen, each, leaves, lowered.given(of_request))

@@ -3,7 +3,7 @@
 Hazard: compiled code takes the strides and dtypes of its example inputs for granted and would misread any others. But
 hoisted values may come out of a batched pass with other strides, and operators may choose other strides than their fake
 tensors have; so each call compares, and copies inputs whose strides differ. A dtype that differs is an error. Shapes
-cannot differ: signatures and weights are compared before a step runs.
+cannot differ: signatures and parameters are compared before a step runs.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from harmonica_rt.graph.layout import laid_out
 from harmonica_rt.graph.rebuild import copy_of
 from harmonica_rt.lower.regions import Region
 
-# These override the user's settings: weights stay arguments, the runtime records the CUDA graphs, nothing is autotuned,
-# and layouts are already compared here.
+# These override the user's settings: parameters stay arguments, the runtime records the CUDA graphs, nothing is
+# autotuned, and layouts are already compared here.
 OPTIONS = {"freezing": False, "triton.cudagraphs": False, "max_autotune": False, "size_asserts": False}
 
 

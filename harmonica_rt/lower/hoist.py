@@ -1,12 +1,14 @@
 """Hoist: values that do not depend on the latents are computed before the steps, for all steps at once.
 
-A step graph is cut where values that depend on the latents use values that do not. The latter become arguments of what
-remains, the body, and two parts of the captured graph, the prologue, compute them: `once` computes what depends only on
-weights and the request; `each` computes, for every step, what depends on the timestep as well. In a DiT this is nearly
-half of all nodes (time embeddings, adaLN modulation, text projections, keys and values of cross-attention), and for a
-small batch most of the memory traffic, since their weights are read for one row per sample.
+A step graph is cut where values that depend on the latents use values that do not. The latter become arguments of
+what remains, the body, and two parts of the captured graph, the prologue, compute them: `once` computes what depends
+only on parameters and the request; `each` computes, for every step, what depends on the timestep as well. In a DiT
+this is nearly half of all nodes (time embeddings, adaLN modulation, text projections, keys and values of
+cross-attention), and for a small batch most of the memory traffic, since their parameters are read for one row per
+sample.
 
-Requires: functional graphs; step graphs of the captured graph (fused or not). Ensures: the same values up to rounding.
+Requires: functional graphs; step graphs of the captured graph (fused or not). Ensures: the same values up to
+rounding.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ LIMIT = 512 * 2**20  # bytes of hoisted values per stream
 class Part(TabledGraph):
     """A piece of the captured graph that is run before the steps.
 
-    Placeholders come in the order weights, constants, inputs, given; the output node holds one flat tuple.
+    Placeholders come in the order parameters, constants, inputs, given; the output node holds one flat tuple.
 
     Attributes:
         given: names of the values that it takes from the other part.
@@ -52,7 +54,7 @@ class Prologue:
 
     Attributes:
         names: names of the hoisted values, which are nodes of the captured graph.
-        once: computes those that depend only on weights and the request, and what `each` is given.
+        once: computes those that depend only on parameters and the request, and what `each` is given.
         each: computes, for one step, those that depend on its timestep too.
         timesteps: indices of the leaves that are timesteps.
         nbytes: bytes of all hoisted values of one stream over a run; views cost nothing.
@@ -86,9 +88,9 @@ def plan_prologue(
         limit: most bytes that the hoisted values of one stream may take.
     """
     late = {node for nodes in captured.site_outputs for node in nodes}
-    bound = bindings(captured.graph, captured.inputs, roles, {*captured.weights, *captured.constants}, late)
+    bound = bindings(captured.graph, captured.inputs, roles, {*captured.parameters, *captured.constants}, late)
     nodes = {node.name: node for node in captured.graph.nodes}
-    held = {*captured.weights, *captured.constants}  # a view of these is free in the body; hoisted, it costs a copy
+    held = {*captured.parameters, *captured.constants}  # a view of these is free in the body; hoisted, it costs a copy
     stay = {
         name
         for name, node in nodes.items()
@@ -142,7 +144,7 @@ def cut(step: StepGraph | FusedGraph, names: Collection[str]) -> BodyGraph:
     return step.become(
         BodyGraph,
         graph=rebuilt.finish(rebuilt.new((results, stored))),
-        weights=_kept(step.weights, kept),
+        parameters=_kept(step.parameters, kept),
         constants=_kept(step.constants, kept),
         inputs=_kept(step.inputs, kept),
         hoisted=tuple(hoisted[node] for node in live),
@@ -179,7 +181,7 @@ def _captured_name(node: fx.Node) -> str | None:
 
 
 def _nbytes(node: fx.Node) -> int:
-    """Bytes of a node's result; 0 for weights and inputs, which are in memory anyway."""
+    """Bytes of a node's result; 0 for parameters and inputs, which are in memory anyway."""
     value = node.meta.get("val")
     return value.numel() * value.element_size() if node.op == "call_function" and isinstance(value, torch.Tensor) else 0
 
@@ -203,18 +205,18 @@ def _given(each: list[fx.Node], bound: dict[fx.Node, Binding]) -> list[fx.Node]:
 def _part(captured: CapturedGraph, results: Sequence[fx.Node], given: Sequence[fx.Node]) -> Part:
     needed = needed_nodes(results, given)
     rebuilt = Rebuild()
-    tables = (captured.weights, captured.constants, captured.inputs)
-    weights, constants, inputs = (
+    tables = (captured.parameters, captured.constants, captured.inputs)
+    parameters, constants, inputs = (
         [n for n in captured.graph.nodes if n.op == "placeholder" and n in needed and n.name in t] for t in tables
     )
-    for node in (*weights, *constants, *inputs, *given):
+    for node in (*parameters, *constants, *inputs, *given):
         rebuilt.placeholder(node)
     for node in captured.graph.nodes:
         if node in needed and node not in rebuilt:
             rebuilt.copy(node)
     return Part(
         graph=rebuilt.finish(rebuilt.new(tuple(results))),
-        weights=tuple(captured.weights[node.name] for node in weights),
+        parameters=tuple(captured.parameters[node.name] for node in parameters),
         constants=tuple(node.name for node in constants),
         inputs=tuple(captured.inputs[node.name] for node in inputs),
         given=tuple(node.name for node in given),

@@ -1,7 +1,7 @@
 """The `inductor` lowering: `fused`, with the rest compiled by Inductor, region by region, and whole where faster.
 
 Blocks are alike, and so are step programs, so few regions are unique. Each is compiled once and takes everything it
-needs, weights included, as arguments: weights stay live, and one compiled region serves all blocks and programs.
+needs, parameters included, as arguments: parameters stay live, and one compiled region serves all blocks and programs.
 
 A step program compiled in one piece has fewer launches and more to fuse, but the cost of compiling it grows with the
 numbers of blocks and patterns. So this is done only where all step programs together are little larger than the largest

@@ -53,9 +53,9 @@ class Program:
         graph = with_stores(step, direct=direct)
         self._run: Callable[..., tuple[Any, ...]] = fx.GraphModule(root, graph, "StepProgram").forward
 
-    def bind(self, weights: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
+    def bind(self, parameters: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
         """See `TabledGraph.bind`."""
-        return self.step.bind(weights, constants)
+        return self.step.bind(parameters, constants)
 
     def __call__(
         self,

@@ -1,15 +1,15 @@
 """Divide a step graph into regions: pieces to compile that many blocks and step programs have in common.
 
-A region consists of consecutive operators of the graph, with everything that they take, weights included, as inputs. It
-ends before a harmonica operator (chains of reused residuals differ from pattern to pattern, so no region contains one)
-and after each site (so that a region's contents do not depend on what the sites around it do). Names are dropped, so
-two blocks that do the same work give equal regions.
+A region consists of consecutive operators of the graph, with everything that they take, parameters included, as
+inputs. It ends before a harmonica operator (chains of reused residuals differ from pattern to pattern, so no region
+contains one) and after each site (so that a region's contents do not depend on what the sites around it do). Names
+are dropped, so two blocks that do the same work give equal regions.
 
 Views cost nothing, so every region makes the views that it needs itself: its inputs and results are not views, and a
 mere view of a result is made outside.
 
-Requires: a step graph whose nodes carry fake tensors. Ensures: the same operators on the same values, the same tables,
-nothing shared with the given graph.
+Requires: a step graph whose nodes carry fake tensors. Ensures: the same operators on the same values, the same
+tables, nothing shared with the given graph.
 """
 
 from __future__ import annotations

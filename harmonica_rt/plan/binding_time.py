@@ -1,7 +1,7 @@
 """Binding time: what each value of a graph depends on, and so how often it has to be computed.
 
-Values that depend only on weights, the timestep and the request can be computed before the run reaches them. A site's
-output cannot, whatever it depends on: under the schedule it may come from an earlier step.
+Values that depend only on parameters, the timestep and the request can be computed before the run reaches them. A
+site's output cannot, whatever it depends on: under the schedule it may come from an earlier step.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from harmonica_rt.call.roles import Role
 
 
 class Binding(enum.IntFlag):
-    """What a value depends on; 0 means weights only."""
+    """What a value depends on; 0 means parameters only."""
 
-    WEIGHTS = 0
+    PARAMETERS = 0
     TIMESTEP = 1
     REQUEST = 2
     LATENTS = 4
@@ -36,8 +36,8 @@ def bindings(
         graph: a captured graph, or a step graph.
         inputs: placeholder name -> index among the call's leaves.
         roles: the role of each leaf.
-        fixed: names of the placeholders that are weights or constants; a placeholder that is neither one of these nor
-            an input counts as depending on the latents.
+        fixed: names of the placeholders that are parameters or constants; a placeholder that is neither one of these
+            nor an input counts as depending on the latents.
         late: nodes that count as depending on the latents, whatever they depend on.
     """
     found: dict[fx.Node, Binding] = {}
@@ -46,11 +46,11 @@ def bindings(
             if node.name in inputs:
                 found[node] = OF_ROLE[roles[inputs[node.name]]]
             else:
-                found[node] = Binding.WEIGHTS if node.name in fixed else Binding.LATENTS
+                found[node] = Binding.PARAMETERS if node.name in fixed else Binding.LATENTS
         elif node in late or not _is_function(node):
             found[node] = Binding.LATENTS
         else:
-            found[node] = Binding.WEIGHTS
+            found[node] = Binding.PARAMETERS
             for used in node.all_input_nodes:
                 found[node] |= found[used]
     return found

@@ -1,7 +1,7 @@
 """Specialise the captured graph for one pattern of (reuse, store).
 
 Requires: a functional captured graph. Ensures: every reused site is a slot read, nothing that fed only reused sites is
-left, every stored value is an extra output, and no node is shared with the captured graph (weights are shared: both
+left, every stored value is an extra output, and no node is shared with the captured graph (parameters are shared: both
 graphs refer to them only by name).
 """
 
@@ -44,10 +44,10 @@ def specialise(captured: CapturedGraph, pattern: Pattern) -> StepGraph:
 
     rebuilt = Rebuild()
     placeholders = [node for node in captured.graph.nodes if node.op == "placeholder" and node in needed]
-    weights = [node for node in placeholders if node.name in captured.weights]
+    parameters = [node for node in placeholders if node.name in captured.parameters]
     constants = [node for node in placeholders if node.name in captured.constants]
     inputs = [node for node in placeholders if node.name in captured.inputs]
-    for node in (*weights, *constants, *inputs):
+    for node in (*parameters, *constants, *inputs):
         rebuilt.placeholder(node)
     live_reads = {output: node for output, node in reads.items() if node in needed}
     for output, node in live_reads.items():
@@ -57,7 +57,7 @@ def specialise(captured: CapturedGraph, pattern: Pattern) -> StepGraph:
             rebuilt.copy(node).meta["captured_name"] = node.name
     step = StepGraph(
         graph=rebuilt.finish(rebuilt.new((tuple(results), tuple(stores.values())))),
-        weights=tuple(captured.weights[node.name] for node in weights),
+        parameters=tuple(captured.parameters[node.name] for node in parameters),
         constants=tuple(node.name for node in constants),
         inputs=tuple(captured.inputs[node.name] for node in inputs),
         reads=tuple(live_reads),

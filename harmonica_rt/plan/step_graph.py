@@ -23,27 +23,27 @@ class TabledGraph:
 
     Attributes:
         graph: the graph.
-        weights: for each parameter or buffer, its dotted name in the model.
+        parameters: for each parameter or buffer, its dotted name in the model.
         constants: for each constant, its placeholder's name in the captured graph.
         inputs: for each input, its index among the call's leaves.
     """
 
     graph: fx.Graph
-    weights: tuple[str, ...]
+    parameters: tuple[str, ...]
     constants: tuple[str, ...]
     inputs: tuple[int, ...]
 
-    def bind(self, weights: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
+    def bind(self, parameters: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
         """The parameters and constants that the graph takes, in its order; valid until one of them is replaced."""
-        return (*(weights[name] for name in self.weights), *(constants[name] for name in self.constants))
+        return (*(parameters[name] for name in self.parameters), *(constants[name] for name in self.constants))
 
 
 @dataclass(frozen=True, eq=False)
 class ProgramGraph(TabledGraph):
     """A graph that computes a step. Its type says how far it has been lowered.
 
-    Placeholders come in the order weights, constants, inputs, hoisted, reads; the field of each of these names has one
-    entry per placeholder. The output node holds `(outputs, stored)`, two flat tuples.
+    Placeholders come in the order parameters, constants, inputs, hoisted, reads; the field of each of these names has
+    one entry per placeholder. The output node holds `(outputs, stored)`, two flat tuples.
 
     Attributes:
         reads: the site outputs that it takes from slots.
@@ -107,6 +107,6 @@ def check_step_graph(step: ProgramGraph) -> None:
         if node.op not in ("placeholder", "output") and not node.users:
             raise InvariantError(f"step graph holds {node.name}, which feeds nothing")
         placeholders += node.op == "placeholder"
-    expected = len(step.weights) + len(step.constants) + len(step.inputs) + len(step.hoisted) + len(step.reads)
+    expected = len(step.parameters) + len(step.constants) + len(step.inputs) + len(step.hoisted) + len(step.reads)
     if placeholders != expected:
         raise InvariantError(f"step graph has {placeholders} placeholders, its tables name {expected}")

@@ -1,10 +1,10 @@
 """The file of a compiled model: its schedule and plans, so that another process need not capture and plan again.
 
-The file is JSON without weights and without code. Hazard: such files are passed around, and a reader must not execute
-what one says. So a digest of the contents detects damage and careless edits; and since anyone can compute a digest,
-all contents are also checked against the model and against what this package writes. At worst, a forged file gives
-wrong images, or takes as much memory and time as a large model would. Compiled kernels are not in the file; Triton and
-Inductor keep theirs on disk themselves.
+The file is JSON without parameters and without code. Hazard: such files are passed around, and a reader must not
+execute what one says. So a digest of the contents detects damage and careless edits; and since anyone can compute a
+digest, all contents are also checked against the model and against what this package writes. At worst, a forged file
+gives wrong images, or takes as much memory and time as a large model would. Compiled kernels are not in the file;
+Triton and Inductor keep theirs on disk themselves.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _parse(data: bytes, model: nn.Module) -> SavedModel:
     if document["model"] != digest(model):
         raise PlanFileError(
             f"made for another {type(model).__name__}: its class or its code, configuration, attributes, "
-            f"or the layout, dtype, device or sharing of its weights differ; {_AGAIN}"
+            f"or the layout, dtype, device or sharing of its parameters differ; {_AGAIN}"
         )
     if document["lowering"] not in LOWERINGS:
         raise refused("lowering", f"one of {', '.join(LOWERINGS)}", document["lowering"])

@@ -64,7 +64,7 @@ def decode_graph(
     return CapturedGraph(
         graph=graph,
         root=nn.Module(),
-        weights=decoder.weights,
+        parameters=decoder.parameters,
         constants=decoder.constants,
         inputs=decoder.inputs,
         out_spec=out_spec,
@@ -80,7 +80,7 @@ class _Decoder:
     def __init__(self, facts: ModelFacts, signature: Signature) -> None:
         self.graph = fx.Graph()
         self.nodes: list[fx.Node] = []
-        self.weights: dict[str, str] = {}
+        self.parameters: dict[str, str] = {}
         self.constants: dict[str, torch.Tensor] = {}
         self.inputs: dict[str, int] = {}
         self.inference = Inference(trial=True)
@@ -103,7 +103,7 @@ class _Decoder:
         if kind == "weight":
             name = text_of(entry[kind], f"{where}.weight")
             found = _own_layout(self._facts.tensors, name, f"{where}.weight")
-            self.weights[node.name] = name
+            self.parameters[node.name] = name
         elif kind == "constant":
             tensor = self._constant(entry[kind], said, f"{where}.constant")
             found = layout_of(tensor)

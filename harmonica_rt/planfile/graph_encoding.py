@@ -78,8 +78,8 @@ def _encode_node(
 
 
 def _encode_placeholder(node: fx.Node, captured: CapturedGraph, facts: ModelFacts) -> dict[str, Any]:
-    if node.name in captured.weights:
-        return {"weight": captured.weights[node.name]}
+    if node.name in captured.parameters:
+        return {"weight": captured.parameters[node.name]}
     if node.name in captured.inputs:
         return {"input": captured.inputs[node.name]}
     tensor = captured.constants[node.name]

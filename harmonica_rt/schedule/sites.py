@@ -150,7 +150,7 @@ def _is_feed_forward(name: str, module: nn.Module) -> bool:
 
 
 def _has_weights(module: nn.Module) -> bool:
-    """Whether a module has weights; an activation (`mlp_act`) has none and is not a sub-layer."""
+    """Whether a module has parameters; an activation (`mlp_act`) has none and is not a sub-layer."""
     return next(module.parameters(), None) is not None
 
 

@@ -223,7 +223,7 @@ def test_what_else_stands_in_the_way_is_said(model: Stack, schedule: Schedule) -
     with pytest.raises(BackendCompilerFailed, match=r"blocks\.7\.attn"):
         run(compiled_of(model, strange))
     function = torch.compile(lambda x: x + 1, backend="harmonica", options={"schedule": schedule})
-    with pytest.raises(BackendCompilerFailed, match=r"uses no weights.*; compile the model itself"):
+    with pytest.raises(BackendCompilerFailed, match=r"uses no parameters.*; compile the model itself"):
         function(torch.zeros(2))
 
 

@@ -25,8 +25,8 @@ def run(captured: CapturedGraph, model: nn.Module, leaves: list[Any]) -> Any:
     """Interpret the captured graph."""
     values = []
     for node in captured.graph.find_nodes(op="placeholder"):
-        if node.name in captured.weights:
-            values.append(model.get_parameter(captured.weights[node.name]))
+        if node.name in captured.parameters:
+            values.append(model.get_parameter(captured.parameters[node.name]))
         elif node.name in captured.inputs:
             values.append(leaves[captured.inputs[node.name]])
         elif node.name in captured.constants:
@@ -43,7 +43,7 @@ def test_the_graph_does_what_the_model_does_and_copies_no_weight() -> None:
     (output,) = run(captured, model, list(call.values()))
     with torch.no_grad():
         assert torch.equal(output, model(**call))
-    assert set(captured.weights.values()) == {name for name, _ in model.named_parameters()}
+    assert set(captured.parameters.values()) == {name for name, _ in model.named_parameters()}
     assert captured.constants == {}
 
 

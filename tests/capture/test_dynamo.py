@@ -46,11 +46,11 @@ def operators(captured: CapturedGraph) -> list[str]:
 
 def run(captured: CapturedGraph, call: GraphCall) -> Any:
     """Interpret the captured graph."""
-    weights = call.weights()
+    weights = call.parameters()
     values = []
     for node in captured.graph.find_nodes(op="placeholder"):
-        if node.name in captured.weights:
-            values.append(weights[captured.weights[node.name]])
+        if node.name in captured.parameters:
+            values.append(weights[captured.parameters[node.name]])
         elif node.name in captured.inputs:
             values.append(call.leaves[captured.inputs[node.name]])
         else:
@@ -69,8 +69,8 @@ def test_the_same_graph_as_export_with_the_same_sites() -> None:
     names = [[str(node.target) for node in nodes] for nodes in captured.site_outputs]
     assert names == [[str(node.target) for node in nodes] for nodes in exported.site_outputs]
     assert {"latents", "timestep"} < set(call.paths)
-    assert set(captured.weights.values()) == {name for name, _ in model.named_parameters()}
-    assert all(call.weights()[name] is parameter for name, parameter in model.named_parameters())
+    assert set(captured.parameters.values()) == {name for name, _ in model.named_parameters()}
+    assert all(call.parameters()[name] is parameter for name, parameter in model.named_parameters())
     with torch.no_grad():
         assert torch.equal(run(captured, call)[0], model(**kwargs))
 
@@ -99,7 +99,7 @@ def test_what_is_a_weight_and_what_an_argument() -> None:
     graph, call = traced(lambda compiled: compiled(x, extra={"scales": [scale]}, repeat=2), model, ["linear"])
     captured = graph.capture(call)
     assert {"x", "extra.scales.0"} == {path for path in graph.inputs.values()}
-    names = set(graph.weights.values())
+    names = set(graph.parameters.values())
     assert {"linear.weight", "linear.bias", "shift", "plain"} < names
     assert [name for name in names if "OUTSIDE" in name]
     assert not any(is_mutating(node) for node in captured.graph.nodes)

@@ -56,7 +56,7 @@ class Subject:
         """Outputs and stored values of one step."""
         named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         results, stored = fx.GraphModule(self.captured.root, step.graph)(
-            *(named[name] for name in step.weights),
+            *(named[name] for name in step.parameters),
             *(self.captured.constants[name] for name in step.constants),
             *(self.call.leaves[index] for index in step.inputs),
             *(slots[node.name].to(node.meta["val"].dtype) for node in step.read_nodes),

@@ -86,9 +86,9 @@ def test_roles_by_name() -> None:
 def test_bindings_join_what_a_value_sees() -> None:
     _, captured, _, leaves = planned()
     late = {node for nodes in captured.site_outputs for node in nodes}
-    bound = bindings(captured.graph, captured.inputs, leaves, {*captured.weights, *captured.constants}, late)
+    bound = bindings(captured.graph, captured.inputs, leaves, {*captured.parameters, *captured.constants}, late)
     seen = {node.name: bound[node] for node in captured.graph.nodes}
-    assert seen["sin"] == Binding.WEIGHTS
+    assert seen["sin"] == Binding.PARAMETERS
     assert seen["mean"] == Binding.REQUEST
     assert seen["linear"] == Binding.TIMESTEP
     assert seen["linear_1"] == Binding.TIMESTEP | Binding.REQUEST
@@ -106,8 +106,8 @@ def test_the_body_keeps_what_sees_the_latents() -> None:
     assert "mean" not in kept
     assert "chunk" not in kept
     assert "tanh" in kept
-    assert "position" not in body.weights
-    assert {"attn.weight", "cross.bias", "time.weight"} <= set(body.weights)
+    assert "position" not in body.parameters
+    assert {"attn.weight", "cross.bias", "time.weight"} <= set(body.parameters)
 
 
 def values(prologue: Prologue, model: nn.Module, captured: CapturedGraph, call: dict[str, torch.Tensor]) -> Any:

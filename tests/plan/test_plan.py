@@ -62,7 +62,7 @@ def test_reused_work_is_gone_from_the_step_graph(captured: CapturedGraph) -> Non
     linear = torch.ops.aten.linear.default
     assert len(full.find_nodes(op="call_function", target=linear)) == 7
     assert len(none.find_nodes(op="call_function", target=linear)) == 1  # the timestep embedding
-    assert set(plan.programs[1].weights) == {"embed.weight", "embed.bias"}
+    assert set(plan.programs[1].parameters) == {"embed.weight", "embed.bias"}
     assert plan.program_flops[1] < plan.program_flops[0] == plan.full_flops
 
 
