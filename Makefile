@@ -11,7 +11,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 TYPED := harmonica_rt kernels/harmonica_kernels training/harmonica_training
 LINTED := $(TYPED) tests setup.py $(wildcard benchmarks)
 
-.PHONY: help demo test lint format sanitize bench train-digits train-schedule clean
+.PHONY: help demo test test-all lint format sanitize bench train-digits train-schedule clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -19,8 +19,11 @@ help:  ## this list
 demo: $(STAMP)  ## sample the small model that is included, plain and compiled, and compare
 	$(VENV)/bin/harmonica-rt demo
 
-test: lint  ## lint, then all tests that this machine can run
+test: lint  ## lint, then the tests that this machine can run
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-all: lint  ## the same with every member of the sweeps that `make test` samples (marked exhaustive)
+	$(PY) -m pytest -m "" $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(PY) -m ruff check $(LINTED)
