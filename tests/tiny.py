@@ -215,6 +215,14 @@ def saved_and_loaded(build: Callable[[], Any], directory: Path) -> Any:
     return pipeline
 
 
+def built(build: Callable[[], Any]) -> Any:
+    """What `build` gives, with the same weights every time and without progress bars."""
+    torch.manual_seed(0)
+    pipeline = build()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def sample(pipeline: Any, steps: int, seed: int = 0, **arguments: Any) -> NDArray[Any]:
     """Images of one run."""
     generator = torch.Generator().manual_seed(seed)

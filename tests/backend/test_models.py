@@ -71,7 +71,7 @@ def test_three_runs_of_twenty_steps_are_the_references_from_one_graph() -> None:
     assert "last run: 20 calls" in str(report)
 
 
-def test_the_default_lowering_is_that_of_compile(model: Stack, schedule: Schedule) -> None:
+def test_the_default_lowering_is_the_one_of_compile(model: Stack, schedule: Schedule) -> None:
     compiled = torch.compile(model, backend="harmonica", options={"schedule": schedule})
     same = hrt.compile(model, schedule)
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_other_strides_of_the_timestep_stay_in_the_run(model: Stack, schedule: S
     assert hrt.attach(compiled).report().last_catch_ups == truth.report().last_catch_ups
 
 
-def test_other_shapes_make_a_plan_of_their_own(model: Stack, schedule: Schedule) -> None:
+def test_each_shape_gets_its_own_plan(model: Stack, schedule: Schedule) -> None:
     compiled = compiled_of(model, schedule)
     session = hrt.attach(compiled)
     for batch in (2, 3, 5, 3):
@@ -129,7 +129,7 @@ def test_other_shapes_make_a_plan_of_their_own(model: Stack, schedule: Schedule)
     assert counters["stats"]["unique_graphs"] == 2  # the second one has a symbolic batch size
 
 
-def test_weights_are_those_of_the_moment_a_run_begins(model: Stack, schedule: Schedule) -> None:
+def test_a_run_uses_the_parameters_at_its_start(model: Stack, schedule: Schedule) -> None:
     compiled = compiled_of(model, schedule)
     session = hrt.attach(compiled)
     before = run(compiled)
@@ -147,7 +147,7 @@ def test_weights_are_those_of_the_moment_a_run_begins(model: Stack, schedule: Sc
         before = after
 
 
-def test_models_of_one_class_have_runs_of_their_own() -> None:
+def test_two_models_of_one_class_do_not_share_runs() -> None:
     first, second = stack(seed=1), stack(seed=2)
     schedule = random_schedule(first, STEPS)
     mine, other = compiled_of(first, schedule), compiled_of(second, schedule)
@@ -157,7 +157,7 @@ def test_models_of_one_class_have_runs_of_their_own() -> None:
     assert equal([b for _, b in got], expected(second, schedule))
 
 
-def test_another_schedule_is_another_session(model: Stack, schedule: Schedule) -> None:
+def test_each_schedule_has_its_own_session(model: Stack, schedule: Schedule) -> None:
     other = Schedule.every(2, steps=STEPS, sites=schedule.sites)
     run(compiled_of(model, schedule), 2)
     assert equal(run(compiled_of(model, other)), expected(model, other))
@@ -166,7 +166,7 @@ def test_another_schedule_is_another_session(model: Stack, schedule: Schedule) -
         run(again, 1)
 
 
-def test_a_model_and_its_plans_go_when_nobody_holds_it(schedule: Schedule) -> None:
+def test_an_unreferenced_model_is_freed_with_its_plans(schedule: Schedule) -> None:
     model = stack(depth=2)
     compiled = compiled_of(model, schedule)
     run(compiled, 2)  # a run that never ends
@@ -183,7 +183,7 @@ class WrappedForward(Stack):
         return super().forward(latents, timestep) + torch.tensor(0.5)
 
 
-def test_a_decorated_forward_and_arguments_by_position() -> None:
+def test_a_decorated_forward_takes_arguments_by_position() -> None:
     model = WrappedForward(depth=2).eval()
     schedule = random_schedule(model, STEPS)
     compiled = compiled_of(model, schedule)
@@ -209,14 +209,14 @@ def test_a_graph_break_names_the_sites_that_are_missing() -> None:
     assert counters["graph_break"]
 
 
-def test_a_dropout_left_on_is_said(model: Stack, schedule: Schedule) -> None:
+def test_dropout_left_in_training_mode_is_an_error(model: Stack, schedule: Schedule) -> None:
     model.blocks[0].mlp.append(nn.Dropout(0.5))  # type: ignore[union-attr,operator]
     assert not model.training
     with pytest.raises(CaptureError, match=r"training mode.*call model\.eval\(\)"):
         run(compiled_of(model, schedule))
 
 
-def test_what_else_stands_in_the_way_is_said(model: Stack, schedule: Schedule) -> None:
+def test_models_that_cannot_be_compiled_are_refused_with_the_reason(model: Stack, schedule: Schedule) -> None:
     with pytest.raises(BackendCompilerFailed, match=r"training mode.*call model\.eval\(\)"):
         run(compiled_of(stack(depth=2).train(), schedule))
     strange = Schedule.every(2, steps=STEPS, sites=["blocks.7.attn"])
@@ -236,7 +236,7 @@ def test_what_else_stands_in_the_way_is_said(model: Stack, schedule: Schedule) -
         ({"schedule": None, "shedule": 1}, "no option 'shedule'; it has schedule, lowering"),
     ],
 )
-def test_options_are_checked(model: Stack, options: dict[str, Any] | None, message: str) -> None:
+def test_bad_options_are_refused(model: Stack, options: dict[str, Any] | None, message: str) -> None:
     compiled = torch.compile(model, backend="harmonica", options=options)
     with pytest.raises(BackendCompilerFailed, match=message):
         run(compiled)
@@ -251,7 +251,7 @@ def test_unknown_lowerings_and_modes_are_refused(model: Stack, schedule: Schedul
         run(torch.compile(model, backend="harmonica", mode="reduce-overhead"))
 
 
-def test_what_attach_takes(model: Stack, schedule: Schedule) -> None:
+def test_attach_takes_only_models_compiled_with_this_backend(model: Stack, schedule: Schedule) -> None:
     for other in (model, torch.compile(model, backend="eager"), stack()):
         with pytest.raises(HarmonicaError, match="Stack is not compiled with backend 'harmonica'"):
             hrt.attach(other)
@@ -265,7 +265,7 @@ def test_what_attach_takes(model: Stack, schedule: Schedule) -> None:
     assert equal(got, expected(stack(depth=2), schedule))
 
 
-def test_numbers_that_change_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_numbers_that_change_from_step_to_step_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     class Scaled(Stack):
         def forward(self, latents: torch.Tensor, timestep: torch.Tensor, strength: str = "") -> torch.Tensor:
             return super().forward(latents, timestep) * len(strength)
@@ -311,9 +311,18 @@ def set_numbers(model: Scaled, value: int) -> None:
     model.norm.eps = 10.0**-value
 
 
-@pytest.mark.parametrize("dynamic", [None, True, False])
-@pytest.mark.parametrize("lowering", ["plain", "fused"])
-def test_numbers_that_change_between_runs(dynamic: bool | None, lowering: str) -> None:
+@pytest.mark.parametrize(
+    ("lowering", "dynamic"),
+    [
+        ("plain", None),
+        ("fused", True),
+        *(
+            pytest.param(*rest, marks=pytest.mark.exhaustive)
+            for rest in (("plain", True), ("plain", False), ("fused", None), ("fused", False))
+        ),
+    ],
+)
+def test_numbers_may_change_between_runs(dynamic: bool | None, lowering: str) -> None:
     """Dynamo makes them symbolic; each value gets the image that it gives uncompiled."""
     torch.manual_seed(0)
     model = Scaled().eval()
@@ -331,7 +340,7 @@ def test_numbers_that_change_between_runs(dynamic: bool | None, lowering: str) -
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_arguments_and_sizes_that_change_between_runs(dynamic: bool | None) -> None:
+def test_arguments_and_sizes_may_change_between_runs(dynamic: bool | None) -> None:
     torch.manual_seed(0)
     model = Scaled().eval()
     schedule = random_schedule(model, STEPS)
@@ -351,7 +360,7 @@ def test_arguments_and_sizes_that_change_between_runs(dynamic: bool | None) -> N
         assert session.report().last_catch_ups == ()
 
 
-def test_numbers_that_change_in_a_run() -> None:
+def test_a_step_with_other_numbers_is_computed_in_full() -> None:
     """A step with other numbers is computed in full; nothing of the steps before is reused for it."""
     torch.manual_seed(0)
     model = Scaled().eval()

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 import harmonica_rt as hrt
 from harmonica_rt import Schedule
 from harmonica_rt.errors import HarmonicaError, ScheduleMismatchError
-from tests.tiny import dit, families, random_schedule, sample
+from tests.tiny import built, dit, families, random_schedule, sample
 
 STEPS = 4
 CALL = {"class_labels": [1, 2], "guidance_scale": 2.0}
@@ -30,22 +30,26 @@ def compile_in(pipeline: Any, schedule: Schedule, *, in_place: bool) -> None:
 
 @pytest.fixture
 def pipeline() -> Any:
-    built = dit()
-    built.set_progress_bar_config(disable=True)
-    return built
+    return built(dit)
 
 
 # flux: true guidance calls twice per step, and its forward is wrapped
-@pytest.mark.parametrize("attached", [True, False])
 @pytest.mark.parametrize(
-    ("family", "in_place", "steps"), [("dit", False, 20), ("pixart-alpha", True, STEPS), ("flux", False, STEPS)]
+    ("family", "in_place", "steps", "attached"),
+    [
+        ("dit", False, 20, True),
+        ("pixart-alpha", True, STEPS, False),
+        ("flux", False, STEPS, True),
+        pytest.param("dit", False, 20, False, marks=pytest.mark.exhaustive),
+        pytest.param("pixart-alpha", True, STEPS, True, marks=pytest.mark.exhaustive),
+        pytest.param("flux", False, STEPS, False, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_three_runs_give_the_images_of_compile_from_one_graph(
     family: str, in_place: bool, steps: int, attached: bool
 ) -> None:
     chosen = families()[family]
-    pipeline = chosen.build()
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = built(chosen.build)
     schedule = random_schedule(pipeline.transformer, steps)
     images = []
     for make in (hrt.reference, lambda *given: hrt.compile(*given, lowering="plain")):
@@ -66,7 +70,7 @@ def test_three_runs_give_the_images_of_compile_from_one_graph(
     assert report.last_catch_ups == ()
 
 
-def test_another_scheduler_is_followed(pipeline: Any) -> None:
+def test_a_replaced_scheduler_is_followed(pipeline: Any) -> None:
     schedule = random_schedule(pipeline.transformer, STEPS)
     compile_in(pipeline, schedule, in_place=False)
     hrt.attach(pipeline)
@@ -89,7 +93,7 @@ def test_another_number_of_steps_is_an_error(pipeline: Any, attached: bool) -> N
     sample(pipeline, STEPS, **CALL)
 
 
-def test_a_call_outside_of_a_run_is_the_plain_model(pipeline: Any) -> None:
+def test_a_call_outside_a_run_gives_what_the_plain_model_gives(pipeline: Any) -> None:
     schedule = random_schedule(pipeline.transformer, STEPS)
     call = {
         "hidden_states": torch.randn(2, 4, 4, 4),
@@ -106,7 +110,7 @@ def test_a_call_outside_of_a_run_is_the_plain_model(pipeline: Any) -> None:
 
 
 @pytest.mark.parametrize("attached", [True, False])
-def test_what_was_compiled_last_is_followed(pipeline: Any, attached: bool) -> None:
+def test_the_schedule_compiled_last_is_used(pipeline: Any, attached: bool) -> None:
     first = random_schedule(pipeline.transformer, STEPS)
     second = random_schedule(pipeline.transformer, STEPS, seed=1)
     model = pipeline.transformer

@@ -35,7 +35,7 @@ def run_of(traced: Any, session: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_hooks_come_and_go(in_place: bool) -> None:
+def test_hooks_are_refused_while_they_are_there(in_place: bool) -> None:
     """They are refused, as they are from the start, and without them the graph is found again."""
     model: Any = stack()
     schedule = Schedule.every(2, steps=STEPS, sites=hrt.find_sites(model, patterns=SITES))
@@ -141,7 +141,7 @@ class Coded(nn.Module):
         return self.inner(self.bent(shifted(latents)) * self.gain, timestep)
 
 
-def test_where_a_timestep_lies_in_the_table_of_timesteps_is_no_change() -> None:
+def test_the_storage_offset_of_a_timestep_is_no_change() -> None:
     """`timesteps[i].expand(batch)`: dynamo makes a number of where it begins, once another batch size has come."""
     model: Any = stack()
     schedule = Schedule.every(2, steps=STEPS, sites=hrt.find_sites(model, patterns=SITES))

@@ -481,7 +481,7 @@ def meta() -> Iterator[torch.device]:
         ("pixart-512", 610, (2, 8, 64, 64)),
         ("pixart-1024", 612, (2, 8, 128, 128)),
         ("pixart-sigma-2048", 611, (2, 8, 256, 256)),
-        ("flux-1024", 11901, (1, 4096, 64)),
+        pytest.param("flux-1024", 11901, (1, 4096, 64), marks=pytest.mark.exhaustive),
     ],
 )
 def test_full_sizes_on_the_meta_device(meta: torch.device, name: str, millions: int, tokens: tuple[int, ...]) -> None:

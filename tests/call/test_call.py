@@ -42,7 +42,7 @@ def test_position_and_name_give_the_same_signature(convention: CallConvention) -
     ],
     ids=["shape", "dtype", "strides", "plain value", "0 is not False", "one more", "nested"],
 )
-def test_what_differs_gives_another_signature(convention: CallConvention, other: dict[str, Any]) -> None:
+def test_calls_that_differ_have_different_signatures(convention: CallConvention, other: dict[str, Any]) -> None:
     base = {"sample": torch.zeros(2, 3), "timestep": torch.zeros(1), "return_dict": False}
     assert convention.normalise((), base).signature != convention.normalise((), {**base, **other}).signature
 
@@ -113,7 +113,7 @@ def test_a_wrapper_that_takes_no_names_is_given_none() -> None:
 
 
 @pytest.mark.parametrize("model", [Wrapper(Denoiser()), Wrapper(Wrapper(Denoiser()))])
-def test_what_wraps_one_model_takes_what_that_takes(model: nn.Module) -> None:
+def test_a_wrapper_takes_the_arguments_of_its_model(model: nn.Module) -> None:
     x, t = torch.randn(2, 3), torch.tensor([1.0])
     call = CallConvention(model).normalise((x, t), {})
     assert call.signature == CallConvention(Denoiser()).normalise((x, t), {}).signature

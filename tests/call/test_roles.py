@@ -49,7 +49,7 @@ def denoisers() -> list[Any]:
 
 
 @pytest.mark.parametrize("cls", denoisers(), ids=lambda cls: cls.__name__)
-def test_every_argument_of_every_denoiser_of_diffusers(cls: Any) -> None:
+def test_every_argument_of_every_denoiser_of_diffusers_has_a_role(cls: Any) -> None:
     """Latents come first; what else moves is named here, ControlNets and adapters apart."""
     names = [name for name in inspect.signature(cls.forward).parameters if name not in ("self", "return_dict")]
     names = [name for name in names if "kwargs" not in name]
@@ -86,7 +86,7 @@ def test_the_latents_are_the_first_argument_that_can_be(order: tuple[str, ...]) 
     assert found == {"t": TIMESTEP, "x": LATENTS, "context": REQUEST}
 
 
-def test_nested_timesteps_and_numbers() -> None:
+def test_timesteps_are_found_in_nested_arguments() -> None:
     def forward(self: Any, sample: Any, extra: Any, height: Any) -> None: ...
 
     one = torch.zeros(1)
@@ -94,7 +94,7 @@ def test_nested_timesteps_and_numbers() -> None:
     assert found == {"sample": LATENTS, "extra.timestep": TIMESTEP, "extra.time_ids": REQUEST, "height": REQUEST}
 
 
-def test_a_dict_that_holds_the_latents_and_more() -> None:
+def test_latents_are_found_in_a_dict_with_other_tensors() -> None:
     def forward(self: Any, inputs: Any) -> None: ...
 
     one = torch.zeros(1)

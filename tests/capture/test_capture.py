@@ -77,7 +77,7 @@ class Joint(nn.Module):
         return a, b
 
 
-def test_a_site_with_two_outputs() -> None:
+def test_a_site_may_have_two_outputs() -> None:
     captured = captured_of(TwoOutputs().eval(), ["joint"], x=torch.randn(3, 4))
     assert [tuple(node.meta["val"].shape) for node in captured.site_outputs[0]] == [(3, 4), (3, 4)]
 
@@ -138,7 +138,7 @@ class Attends(nn.Module):
 
 
 @pytest.mark.parametrize("left_in_training", ["linear", "attend", "drop"])
-def test_modules_left_in_training_mode(left_in_training: str) -> None:
+def test_modules_left_in_training_mode_are_refused(left_in_training: str) -> None:
     """A LoRA's layers are: what counts is whether something is drawn."""
     layers = {"linear": nn.Linear(4, 4), "attend": Attends(), "drop": nn.Dropout(0.5)}
     model = nn.Sequential(OrderedDict(layers)).eval()

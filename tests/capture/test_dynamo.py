@@ -59,7 +59,7 @@ def run(captured: CapturedGraph, call: GraphCall) -> Any:
         return fx.Interpreter(fx.GraphModule(captured.root, captured.graph)).run(*values)
 
 
-def test_the_same_graph_as_export_with_the_same_sites() -> None:
+def test_dynamo_and_export_give_the_same_graph_and_sites() -> None:
     model, kwargs = stack(depth=2), stack_call(0)
     sites = find_sites(model)
     graph, call = traced(lambda compiled: compiled(**kwargs), model, sites)
@@ -94,7 +94,7 @@ class Traits(nn.Module):
         return y * repeat
 
 
-def test_what_is_a_weight_and_what_an_argument() -> None:
+def test_parameters_and_arguments_are_told_apart() -> None:
     model, x, scale = Traits().eval(), torch.randn(2, 4), torch.randn(4)
     graph, call = traced(lambda compiled: compiled(x, extra={"scales": [scale]}, repeat=2), model, ["linear"])
     captured = graph.capture(call)

@@ -55,7 +55,7 @@ def test_sixteen_threads_compile_sixteen_models(lowering: str) -> None:
         assert compiled.report().fallbacks == ()
 
 
-def test_both_doors_at_once() -> None:
+def test_both_interfaces_compile_at_once() -> None:
     models = [stack(seed=seed) for seed in range(8)]
     alone = [run_of(hrt.compile(model, schedule_of(model), lowering="plain")) for model in models]
     together = Barrier(len(models))

@@ -109,7 +109,7 @@ def meanwhile(denoiser: Any, work: Callable[[], T]) -> tuple[T, torch.Tensor]:
 
 
 @torch.no_grad()
-def test_modules_run_as_ever() -> None:
+def test_modules_of_other_threads_run_during_a_trace() -> None:
     """Those of another model, of one that is built meanwhile, and compiled ones."""
     model, other = standing(), standing()
     expected = run_of(compiled(other))
@@ -135,7 +135,7 @@ def test_modules_run_as_ever() -> None:
     assert torch.equal(run, expected)
 
 
-def test_torch_is_not_compiling_and_functions_are_those_of_python() -> None:
+def test_other_threads_see_no_trace_and_the_functions_of_python() -> None:
     def work() -> list[Any]:
         nobody = max([], default=None)
         return [
@@ -191,7 +191,7 @@ def draw_from_numpy() -> list[Any]:
 
 
 @pytest.mark.parametrize("draw", [draw_from_python, draw_from_numpy])
-def test_what_others_draw_is_drawn_once_and_not_by_the_model(draw: Callable[[], list[Any]]) -> None:
+def test_random_draws_of_other_threads_are_not_taken_for_the_models(draw: Callable[[], list[Any]]) -> None:
     random.seed(0), np.random.seed(0)
     expected = [*draw(), *draw()]
     random.seed(0), np.random.seed(0)
@@ -202,7 +202,7 @@ def test_what_others_draw_is_drawn_once_and_not_by_the_model(draw: Callable[[], 
 
 
 @pytest.mark.parametrize("how", ["random", "randint"])
-def test_a_model_that_draws_is_told_from_others_that_do(how: str) -> None:
+def test_a_model_that_draws_random_numbers_runs_without_a_plan(how: str) -> None:
     model = standing(Drawing)
     model.how = how
     denoiser = compiled(model)
@@ -284,7 +284,7 @@ def test_a_model_that_only_names_the_generator_is_not_changed_by_others_draws() 
 
 
 @pytest.mark.parametrize("how", ["gauss", "choice"])
-def test_draws_by_methods_of_python_are_seen(how: str) -> None:
+def test_draws_by_methods_of_pythons_random_are_seen(how: str) -> None:
     random.seed(0)
     random.gauss(0, 1)  # keeps a second number for the next call, which then asks nothing of C
     model = standing(Drawing)
@@ -294,7 +294,7 @@ def test_draws_by_methods_of_python_are_seen(how: str) -> None:
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="cProfile does not go by setprofile there")
-def test_cprofile_goes_on() -> None:
+def test_cprofile_goes_on_during_a_trace() -> None:
     profile = cProfile.Profile()
     profile.enable()
     try:

@@ -244,7 +244,7 @@ def test_requests_that_take_turns_share_their_streams() -> None:
     assert [runtime.arenas.lent for runtime in compiled.plans.values()] == [1, 1]
 
 
-def test_fused_holds_for_models_that_read() -> None:
+def test_fused_works_for_models_that_read_request_values() -> None:
     model = reader(List)
     calls = [call(step, 3) for step in range(STEPS)]
     assert hrt.verify(model, schedule(model), calls=calls, lowering="fused").ok

@@ -10,19 +10,16 @@ from pathlib import Path
 import pytest
 import typer
 from rich.table import Table
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from harmonica_rt import Schedule, cli
 from harmonica_rt.cli import console as console_module
 from harmonica_rt.cli.console import console, fail, line
 from harmonica_rt.errors import ScheduleError
 from harmonica_rt.schedule import MadeBy, ModelInfo, SamplerInfo
+from tests.cli.running import run
 
 NAMES = ["[/b]", "[bold red]x", "[/]", "\\[b]", "\x1b[2J\x1b]0;owned\x07", "\x9b2J", "a\x00b", "\u202egnp", ":smile:"]
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 
 def steers(text: str) -> bool:

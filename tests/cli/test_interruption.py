@@ -7,18 +7,20 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+import torch
 
-from harmonica_rt import Schedule, cli
+from harmonica_rt import Schedule
 from harmonica_rt.cli import loading, signals
 from harmonica_training import TrainingInterrupted
 from harmonica_training.checkpoint import latest_checkpoint
 from harmonica_training.progress import ConsoleProgress
-from tests.training.test_trainer import dit
+from tests.cli.running import run
+from tests.training.small import config, dit
 
 MANY = ["--steps", "5", "--iterations", "12", "--batch", "2", "--renew-every", "2", "--learning-rate", "0.3"]
 MANY += ["--guidance", "1", "--target-cur", "0.4"]
@@ -27,28 +29,17 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 PATIENCE = 300  # seconds that no test should need
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("dit")
-    dit().save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Schedule:
-    out = tmp_path_factory.mktemp("whole") / "schedule.json"
-    done = finished(*PROGRAM, "train", model, out, *MANY)
-    assert done.returncode == 0, done.stderr
-    return Schedule.load(out)
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many as the processes have, so that sums are added up in the same order here and there."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "60"}
-
-
-def finished(*command: object) -> subprocess.CompletedProcess[str]:
-    words = [str(word) for word in command]
-    return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
 
 
 def begun(*command: object) -> subprocess.Popen[str]:
@@ -67,17 +58,20 @@ def begun(*command: object) -> subprocess.Popen[str]:
     raise AssertionError(f"it ended with {process.wait()} before its second iteration")
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("number", "status", "work"),
-    [(signal.SIGINT, 130, False), (signal.SIGTERM, 143, True)],
-    ids=["ctrl-c-without-work", "sigterm-with-work"],
+    [
+        pytest.param(signal.SIGINT, 130, False, id="ctrl-c-without-work"),
+        pytest.param(signal.SIGTERM, 143, True, id="sigterm-with-work", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_the_printed_command_ends_where_an_uninterrupted_training_does(
-    number: signal.Signals, status: int, work: bool, model: Path, uninterrupted: Schedule, tmp_path: Path
+    number: signal.Signals, status: int, work: bool, trainable: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "a schedule.json"
     directory = tmp_path / "work" if work else tmp_path / "a schedule.work"
-    process = begun(*PROGRAM, "train", model, out, *MANY, *(["--work", directory] if work else []))
+    process = begun(*PROGRAM, "train", trainable, out, *MANY, *(["--work", directory] if work else []))
     process.send_signal(number)
     _, told = process.communicate(timeout=PATIENCE)
     assert process.returncode == status
@@ -90,13 +84,16 @@ def test_the_printed_command_ends_where_an_uninterrupted_training_does(
     assert said == f"interrupted after iteration {kept.iteration}, which is kept in {path}; to go on:"
     assert not out.exists()
 
-    done = finished(*shlex.split(command))
-    assert done.returncode == 0, done.stderr
-    assert f"goes on after iteration {kept.iteration} of 12\n" in done.stderr
-    assert Schedule.load(out) == uninterrupted
+    words = shlex.split(command)
+    assert words[:4] == [*PROGRAM, "train"]
+    done = run(*words[len(PROGRAM) :])
+    assert done.exit_code == 0, done.output
+    assert f"goes on after iteration {kept.iteration} of 12\n" in done.output
+    assert run("train", trainable, tmp_path / "whole.json", *MANY).exit_code == 0
+    assert Schedule.load(out) == Schedule.load(tmp_path / "whole.json")
 
 
-def test_a_second_ctrl_c_ends_at_once(model: Path, tmp_path: Path) -> None:
+def test_a_second_ctrl_c_ends_at_once(trainable: Path, tmp_path: Path) -> None:
     """Writing the checkpoint never ends, until Ctrl-C comes again. SIGTERM does not drop what is being written."""
     code = (
         "import sys, time; from harmonica_rt import cli; from harmonica_training import trainer\n"
@@ -106,7 +103,7 @@ def test_a_second_ctrl_c_ends_at_once(model: Path, tmp_path: Path) -> None:
         "trainer.save_checkpoint = never\n"
         "cli.main()"
     )
-    command = [sys.executable, "-c", code, "train", model, tmp_path / "s.json", *MANY, "--work", tmp_path / "work"]
+    command = [sys.executable, "-c", code, "train", trainable, tmp_path / "s.json", *MANY, "--work", tmp_path / "work"]
     process = begun(*command)
     process.send_signal(signal.SIGINT)
     assert process.stderr is not None
@@ -119,8 +116,8 @@ def test_a_second_ctrl_c_ends_at_once(model: Path, tmp_path: Path) -> None:
     process.stderr.close()
 
 
-def test_under_torchrun_the_first_process_writes_the_checkpoint(model: Path, tmp_path: Path) -> None:
-    command = [*TORCHRUN, "-m", "harmonica_rt.cli", "train", model, tmp_path / "s.json", *MANY]
+def test_under_torchrun_the_first_process_writes_the_checkpoint(trainable: Path, tmp_path: Path) -> None:
+    command = [*TORCHRUN, "-m", "harmonica_rt.cli", "train", trainable, tmp_path / "s.json", *MANY]
     process = begun(*command, "--work", tmp_path / "work")
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate(timeout=PATIENCE)
@@ -142,7 +139,7 @@ def test_a_signal_ends_a_command_with_its_status(
     before = [signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     try:
         with signals.raised():
-            result = CliRunner().invoke(cli.app, ["sites", str(tmp_path)])
+            result = run("sites", tmp_path)
     finally:
         for each, handler in zip((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), before, strict=True):
             signal.signal(each, handler)
@@ -161,26 +158,26 @@ def test_an_ignored_signal_stays_ignored() -> None:
 
 
 def test_before_the_first_iteration_there_is_nothing_to_keep(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trainable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ConsoleProgress, "begin", stopped)
-    result = CliRunner().invoke(cli.app, ["train", str(model), str(tmp_path / "s.json"), *MANY])
+    result = run("train", trainable, tmp_path / "s.json", *MANY)
     assert result.exit_code == 130
     assert "interrupted before an iteration was finished: there is nothing to keep\n" in result.output
     assert not list(tmp_path.iterdir())
 
 
 def test_a_directory_beside_the_schedule_is_never_shared(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trainable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without --work an interrupted training leaves those alone that were interrupted before it."""
     monkeypatch.setattr(ConsoleProgress, "iteration", interrupting_after(2))
     told = []
     for _ in range(2):
-        result = CliRunner().invoke(cli.app, ["train", str(model), str(tmp_path / "s.json"), *MANY])
+        result = run("train", trainable, tmp_path / "s.json", *MANY)
         assert result.exit_code == 130
         told.append(result.output)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.work", "s.work-2"]
@@ -188,14 +185,14 @@ def test_a_directory_beside_the_schedule_is_never_shared(
     assert f"--work {tmp_path / 's.work-2'}\n" in told[1]
 
 
-def test_an_interruption_right_after_resuming_names_what_is_there(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_interruption_right_after_resuming_names_what_is_trun(
+    trainable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["train", str(model), str(tmp_path / "s.json"), *MANY, "--work", str(tmp_path / "work")]
+    arguments = ["train", trainable, tmp_path / "s.json", *MANY, "--work", tmp_path / "work"]
     monkeypatch.setattr(ConsoleProgress, "iteration", interrupting_after(2))
-    assert CliRunner().invoke(cli.app, arguments).exit_code == 130
+    assert run(*arguments).exit_code == 130
     monkeypatch.setattr(ConsoleProgress, "begin", interrupting)
-    result = CliRunner().invoke(cli.app, arguments)
+    result = run(*arguments)
     assert result.exit_code == 130
     assert f"interrupted; iteration 2 is kept in {tmp_path / 'work'}; to go on:\n" in result.output
 
@@ -218,18 +215,17 @@ def test_an_interrupted_call_of_train_has_its_state(tmp_path: Path) -> None:
     from harmonica_training import train
     from harmonica_training.checkpoint import load_checkpoint, save_checkpoint
     from harmonica_training.progress import Silent
-    from tests.training.test_trainer import config
 
     class Interrupting(Silent):
         def iteration(self, record: Any) -> None:
             if record.iteration == 4:
                 raise KeyboardInterrupt
 
-    chosen = config(iterations=6, renew_every=2)
+    chosen = config(steps=5, iterations=6, renew_every=2)
     with pytest.raises(TrainingInterrupted, match="interrupted after iteration 4; call train again with directory="):
-        train(dit(), chosen, directory=tmp_path / "kept", progress=Interrupting())
+        train(dit(layers=3), chosen, directory=tmp_path / "kept", progress=Interrupting())
     with pytest.raises(TrainingInterrupted, match=r"its state is in `.checkpoint`") as caught:
-        train(dit(), chosen, progress=Interrupting())
+        train(dit(layers=3), chosen, progress=Interrupting())
     stop = caught.value
     assert (stop.iteration, stop.path) == (4, None)
     assert isinstance(stop, KeyboardInterrupt)
@@ -238,6 +234,6 @@ def test_an_interrupted_call_of_train_has_its_state(tmp_path: Path) -> None:
     same = latest_checkpoint(tmp_path / "kept")
     assert same is not None
     assert load_checkpoint(file).values == same.values
-    whole = train(dit(), chosen)
+    whole = train(dit(layers=3), chosen)
     for directory in ("kept", "by hand"):
-        assert train(dit(), chosen, directory=tmp_path / directory).schedule == whole.schedule
+        assert train(dit(layers=3), chosen, directory=tmp_path / directory).schedule == whole.schedule

@@ -20,16 +20,9 @@ from harmonica_rt.errors import HarmonicaError
 from harmonica_training import TrainConfig, TrainingInterrupted, train
 from harmonica_training.checkpoint import latest_checkpoint, load_checkpoint
 from tests import tiny
-from tests.training.test_trainer import dit
+from tests.training.small import dit
 
 FEW = ["--steps", "5", "--iterations", "2", "--batch", "2", "--renew-every", "2", "--learning-rate", "0.3"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("dit")
-    dit().save_pretrained(directory)
-    return directory
 
 
 def run(*arguments: str) -> str:
@@ -38,33 +31,33 @@ def run(*arguments: str) -> str:
     return result.output
 
 
-def test_trains_logs_and_goes_on(model: Path, tmp_path: Path) -> None:
+def test_trains_logs_and_goes_on(trainable: Path, tmp_path: Path) -> None:
     out, work = tmp_path / "schedule.json", tmp_path / "work"
     labels = ["--labels", "0,1,2", "--guidance", "1", "--target-cur", "0.4", "--work", str(work)]
-    told = run(str(model), str(out), *FEW, *labels)
+    told = run(str(trainable), str(out), *FEW, *labels)
     schedule = Schedule.load(out)
     assert schedule.cur == pytest.approx(0.4, rel=0.02)
     assert "CUR 40.0%" in told
     assert schedule.guidance == 1.0
     assert [path.name for path in work.glob("*.safetensors")] == ["iteration-000002.safetensors"]
     assert list((work / "log").glob("events.*"))
-    told = run(str(model), str(out), *FEW, *labels)  # nothing is left to do, and the result is the same
+    told = run(str(trainable), str(out), *FEW, *labels)  # nothing is left to do, and the result is the same
     assert Schedule.load(out) == schedule
 
 
 def test_a_schedule_that_cannot_be_written_is_kept_elsewhere(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trainable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         HarmonicaError, match=r"/dev/full: No space left on device; the schedule is in (.*\.json)"
     ) as said:
-        run(str(model), "/dev/full", *FEW, "--labels", "0,1", "--guidance", "1", "--target-cur", "0.4")
+        run(str(trainable), "/dev/full", *FEW, "--labels", "0,1", "--guidance", "1", "--target-cur", "0.4")
     assert Schedule.load(str(said.value).rpartition(" ")[2]).cur == pytest.approx(0.4, rel=0.02)
 
 
-def test_where_nothing_can_be_written_is_said_before_anything_is_learned(model: Path) -> None:
-    result = CliRunner().invoke(app, ["train", str(model), "/proc/schedule.json", *FEW, "--target-cur", "0.4"])
+def test_where_nothing_can_be_written_is_said_before_anything_is_learned(trainable: Path) -> None:
+    result = CliRunner().invoke(app, ["train", str(trainable), "/proc/schedule.json", *FEW, "--target-cur", "0.4"])
     assert result.exit_code == 2
     assert "the directory /proc cannot be written to" in " ".join(result.output.replace("│", " ").split())
 
@@ -116,18 +109,18 @@ def test_prompts_from_a_file(tmp_path: Path) -> None:
         (["--target-cur", "0.4", "--labels", "77"], "the pipeline has no label 77; it has 0 ... 9"),
     ],
 )
-def test_what_is_refused(model: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_what_is_refused(trainable: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
     with pytest.raises(HarmonicaError, match=message):
-        run(str(model), str(tmp_path / "schedule.json"), *FEW, *arguments)
+        run(str(trainable), str(tmp_path / "schedule.json"), *FEW, *arguments)
     assert not list(tmp_path.iterdir())
 
 
-def test_two_processes_learn_the_same_schedule(model: Path, tmp_path: Path) -> None:
+def test_two_processes_learn_the_same_schedule(trainable: Path, tmp_path: Path) -> None:
     arguments = [*FEW, "--iterations", "6", "--guidance", "1", "--target-cur", "0.4", "--image-error", "sensitivity"]
     alone, shared = tmp_path / "one.json", tmp_path / "two.json"
-    run(str(model), str(alone), *arguments)
+    run(str(trainable), str(alone), *arguments)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = ["-m", "harmonica_rt.cli", "train", str(model), str(shared), *arguments]
+    command = ["-m", "harmonica_rt.cli", "train", str(trainable), str(shared), *arguments]
     done = subprocess.run(
         [*launch, *command], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
     )
@@ -142,12 +135,12 @@ def test_two_processes_learn_the_same_schedule(model: Path, tmp_path: Path) -> N
 
 
 def test_without_tensorboard_only_the_log_is_missing(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trainable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     work = tmp_path / "work"
     told = run(
-        str(model), str(tmp_path / "s.json"), *FEW, "--guidance", "1", "--target-cur", "0.4", "--work", str(work)
+        str(trainable), str(tmp_path / "s.json"), *FEW, "--guidance", "1", "--target-cur", "0.4", "--work", str(work)
     )
     assert "no log is written, checkpoints are: " in told
     assert "pip install 'harmonica-rt[train]'" in told
@@ -155,14 +148,14 @@ def test_without_tensorboard_only_the_log_is_missing(
 
 
 def test_out_of_memory_names_the_options_that_help(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trainable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def exhausted(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     monkeypatch.setattr("harmonica_training.trainer._Training.step", exhausted)
     with pytest.raises(HarmonicaError, match=r"out of memory: CUDA .*takes less with a smaller --batch or --checkpoin"):
-        run(str(model), str(tmp_path / "s.json"), *FEW, "--guidance", "1", "--target-cur", "0.4")
+        run(str(trainable), str(tmp_path / "s.json"), *FEW, "--guidance", "1", "--target-cur", "0.4")
 
 
 def test_a_full_disk_under_the_log_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import harmonica_rt as hrt
 from harmonica_rt.demo import bundled_model, bundled_schedule
 
 
-def test_it_is_the_models_own() -> None:
+def test_the_bundled_schedule_is_for_the_bundled_model() -> None:
     diffusers = pytest.importorskip("diffusers")
     schedule = hrt.Schedule.load(bundled_schedule())
     model = diffusers.DiTTransformer2DModel.from_pretrained(str(bundled_model()), subfolder="transformer")
@@ -20,7 +20,7 @@ def test_it_is_the_models_own() -> None:
     assert schedule.guidance == 2.0
 
 
-def test_it_was_made_by_the_makefiles_command() -> None:
+def test_the_bundled_schedule_was_made_by_the_makefiles_command() -> None:
     made_by = hrt.Schedule.load(bundled_schedule()).made_by
     assert made_by is not None
     assert made_by.method == "harmonica"

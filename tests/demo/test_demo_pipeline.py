@@ -10,7 +10,7 @@ import pytest
 import harmonica_rt as hrt
 
 
-def test_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_pipeline_draws_a_digit_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     diffusers = pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)
     pipeline, schedule = hrt.demo_pipeline(), hrt.demo_schedule()
@@ -26,6 +26,6 @@ def test_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert hrt.get_compiled(pipeline).report().last_cur == pytest.approx(schedule.cur)
 
 
-def test_each_call_makes_its_own() -> None:
+def test_each_call_makes_a_new_pipeline() -> None:
     pytest.importorskip("diffusers")
     assert hrt.demo_pipeline().transformer is not hrt.demo_pipeline().transformer

@@ -38,7 +38,7 @@ def run(compiled: Any, calls: list[dict[str, torch.Tensor]]) -> list[torch.Tenso
 
 @pytest.mark.parametrize("lowering", ["plain", "fused"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_half_precision(dtype: torch.dtype, lowering: str) -> None:
+def test_half_precision_is_within_the_tolerance(dtype: torch.dtype, lowering: str) -> None:
     model, calls = model_and_calls(dtype)
     schedule = random_schedule(model, STEPS)
     report = hrt.verify(model, schedule, calls=calls, lowering=lowering)
@@ -48,7 +48,7 @@ def test_half_precision(dtype: torch.dtype, lowering: str) -> None:
 
 
 @pytest.mark.parametrize("lowering", ["plain", "fused"])
-def test_channels_last(lowering: str) -> None:
+def test_channels_last_stays(lowering: str) -> None:
     model, calls = model_and_calls(torch.float32)
     model.to(memory_format=torch.channels_last)
     calls = [{**c, "hidden_states": c["hidden_states"].to(memory_format=torch.channels_last)} for c in calls]

@@ -21,7 +21,12 @@ def schedule_of(which: str, model: Any) -> Schedule:
 
 
 @pytest.fixture(
-    scope="module", params=[("every third", "plain"), ("random", "plain"), ("random", "fused")], ids=" ".join
+    scope="module",
+    params=[
+        pytest.param(("every third", "plain"), id="every third plain"),
+        pytest.param(("random", "plain"), id="random plain", marks=pytest.mark.exhaustive),
+        pytest.param(("random", "fused"), id="random fused"),
+    ],
 )
 def sd3(request: pytest.FixtureRequest) -> Pair:
     which, lowering = request.param
@@ -33,13 +38,13 @@ def flux(request: pytest.FixtureRequest) -> Pair:
     return pair(FLUX.build, lambda model: schedule_of("random", model), request.param)
 
 
-def test_an_undisturbed_run(sd3: Pair) -> None:
+def test_an_undisturbed_run_equals_the_truth(sd3: Pair) -> None:
     truth, expected, got, report = sd3.run(SD3.guided)
     assert sd3.same(got, expected)
     assert truth.computed_in_full == list(report.last_catch_ups) == []
 
 
-def test_two_calls_a_step(flux: Pair) -> None:
+def test_two_calls_per_step_equal_the_truth(flux: Pair) -> None:
     truth, expected, got, report = flux.run(FLUX.guided)
     assert flux.same(got, expected)
     assert truth.computed_in_full == list(report.last_catch_ups) == []
@@ -65,7 +70,7 @@ def test_guidance_cut_off_shrinks_the_batch(sd3: Pair, step: int) -> None:
 
 
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "another tensor"])
-def test_the_prompt_changes(sd3: Pair, in_place: bool) -> None:
+def test_a_prompt_changed_in_mid_run_causes_one_catch_up(sd3: Pair, in_place: bool) -> None:
     def change(pipe: Any, now: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if now != 3:
             return {}
@@ -83,7 +88,7 @@ def test_the_prompt_changes(sd3: Pair, in_place: bool) -> None:
 
 
 @pytest.mark.parametrize("change", [{"height": 16}, {"num_images_per_prompt": 2}, {}], ids=["size", "images", "same"])
-def test_a_new_size_and_a_new_number_of_images(flux: Pair, change: dict[str, int]) -> None:
+def test_the_size_and_the_number_of_images_may_change(flux: Pair, change: dict[str, int]) -> None:
     truth, expected, got, report = flux.run({**FLUX.unguided, **change})
     assert flux.same(got, expected)
     assert truth.computed_in_full == list(report.last_catch_ups) == []

@@ -50,7 +50,7 @@ def test_another_prompt_of_the_same_length_shares_the_plan_and_no_features(pipel
     assert report.last_catch_ups == ()
 
 
-def test_several_prompts_and_images_each(pipeline: Any) -> None:
+def test_several_prompts_with_several_images_each_equal_the_reference(pipeline: Any) -> None:
     schedule = random_schedule(pipeline.transformer, STEPS)
     call = {"prompt": ["a cat", "the moon"], "num_images_per_prompt": 2, **CALL}
     hrt.reference(pipeline, schedule)

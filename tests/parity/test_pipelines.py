@@ -16,7 +16,7 @@ from harmonica_rt.execute.plan_stream import PlanStream
 from harmonica_rt.indices import SlotId
 from harmonica_rt.lower.plain import Program
 from tests.models import Stack, stack, stack_call
-from tests.tiny import families
+from tests.tiny import built, families
 
 STEPS = 4
 DIT = families()["dit"]
@@ -24,10 +24,7 @@ DIT = families()["dit"]
 
 @pytest.fixture(scope="module")
 def pipeline() -> Any:
-    torch.manual_seed(0)
-    built = DIT.build()
-    built.set_progress_bar_config(disable=True)
-    return built
+    return built(DIT.build)
 
 
 def verify(pipeline: Any, schedule: Schedule, **arguments: Any) -> hrt.ParityReport:
@@ -88,7 +85,7 @@ def test_an_error_in_the_last_operation_belongs_to_no_site(pipeline: Any, monkey
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_measured_tolerance_of_a_pipeline(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+def test_the_measured_tolerance_fails_a_sloppy_pipeline(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     pipeline = DIT.build().to(dtype)
     pipeline.set_progress_bar_config(disable=True)
@@ -101,7 +98,7 @@ def test_measured_tolerance_of_a_pipeline(monkeypatch: pytest.MonkeyPatch, dtype
         verify(pipeline, schedule, tolerance="measured")
 
 
-def test_a_run_that_strays_alone_fails(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_strays_although_each_step_is_right_fails(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
     original = Program.__call__
 
@@ -135,7 +132,7 @@ class HandWritten:
         return latents
 
 
-def test_pipelines_without_a_generator() -> None:
+def test_a_pipeline_may_take_no_generator() -> None:
     pipeline = HandWritten()
     report = hrt.verify(pipeline, Schedule.every(2, steps=STEPS, sites=find_sites(pipeline.transformer)), start=0.5)
     assert len(report.steps) == STEPS
@@ -158,7 +155,7 @@ class Several(Stack):
 
 
 @pytest.mark.parametrize("tolerance", ["exact", "measured"])
-def test_outputs_of_many_kinds(monkeypatch: pytest.MonkeyPatch, tolerance: Any) -> None:
+def test_outputs_of_many_kinds_are_compared(monkeypatch: pytest.MonkeyPatch, tolerance: Any) -> None:
     torch.manual_seed(0)
     model = Several().eval()
     schedule = Schedule.every(2, steps=STEPS, sites=find_sites(model))
@@ -178,7 +175,7 @@ def test_outputs_of_many_kinds(monkeypatch: pytest.MonkeyPatch, tolerance: Any) 
     assert error.value.step == 0
 
 
-def test_nan_is_no_error_where_the_model_makes_it() -> None:
+def test_nan_that_the_model_itself_gives_is_no_error() -> None:
     class Divides(Stack):
         def forward(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             return super().forward(latents, timestep) / (latents > 0)

@@ -104,8 +104,20 @@ def test_a_corrupted_slot_is_named_in_the_step_that_reads_it(monkeypatch: pytest
     assert (error.value.step, error.value.site) == (1, sites[3])
 
 
-@pytest.mark.parametrize("lowering", LOWERINGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("lowering", "dtype"),
+    [
+        # Inductor compiles for seconds: once here, in half precision in tests/lower/test_inductor.py
+        pytest.param(
+            lowering,
+            dtype,
+            marks=pytest.mark.exhaustive if lowering == "inductor" and dtype is not torch.float32 else (),
+            id=f"{lowering}-{dtype}",
+        )
+        for lowering in LOWERINGS
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    ],
+)
 def test_measured_tolerance_passes_what_is_right(dtype: torch.dtype, lowering: str) -> None:
     model = stack().to(dtype)
     schedule = Schedule.every(2, steps=STEPS, sites=find_sites(model))

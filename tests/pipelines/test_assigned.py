@@ -63,7 +63,9 @@ def construct(pipeline: Any, schedule: Schedule) -> Any:
 
 
 @pytest.mark.parametrize("put_in", [assign, register, construct])
-def test_it_works_as_compiling_the_pipeline(put_in: Callable[..., Any], pipeline: Any, schedule: Schedule) -> None:
+def test_an_assigned_compiled_model_works_as_a_compiled_pipeline(
+    put_in: Callable[..., Any], pipeline: Any, schedule: Schedule
+) -> None:
     plain = pipeline.transformer
     expected = [sample(hrt.compile(made(), schedule, lowering="plain"), STEPS, seed, **CALL) for seed in (0, 0)]
     pipeline = put_in(pipeline, schedule)
@@ -145,7 +147,7 @@ def test_hooks_of_accelerate_go_to_the_model(pipeline: Any, schedule: Schedule) 
     assert hook.calls == STEPS
 
 
-def test_another_pipeline_made_of_it(pipeline: Any, schedule: Schedule) -> None:
+def test_another_pipeline_can_be_made_with_the_compiled_model(pipeline: Any, schedule: Schedule) -> None:
     assign(pipeline, schedule)
     other = quiet(d.DiTPipeline(**pipeline.components))
     expected = sample(hrt.compile(made(), schedule, lowering="plain"), STEPS, **CALL)
@@ -179,7 +181,7 @@ def test_every_function_takes_the_pipeline(pipeline: Any, schedule: Schedule, fu
     assert pipeline.transformer is plain
 
 
-def test_assigned_in_the_midst_of_a_run(pipeline: Any, schedule: Schedule) -> None:
+def test_a_model_may_be_assigned_in_mid_run(pipeline: Any, schedule: Schedule) -> None:
     scheduler, latents = pipeline.scheduler, torch.randn(1, 4, 4, 4)
 
     class Loop:
@@ -199,14 +201,14 @@ def test_assigned_in_the_midst_of_a_run(pipeline: Any, schedule: Schedule) -> No
         Loop()()
 
 
-def test_in_the_place_of_something_else_than_the_denoiser(pipeline: Any, schedule: Schedule) -> None:
+def test_a_compiled_model_assigned_elsewhere_is_an_error(pipeline: Any, schedule: Schedule) -> None:
     pipeline.transformer_2 = hrt.compile(dit().transformer, schedule)
     message = r"DiTPipeline\.transformer_2 is a compiled model, .* pipe\.transformer_2 = pipe\.transformer_2\.model"
     with pytest.raises(HarmonicaError, match=message):
         hrt.compile(pipeline, schedule)
 
 
-def test_it_passes_for_the_model(pipeline: Any, schedule: Schedule) -> None:
+def test_a_compiled_model_passes_for_the_model(pipeline: Any, schedule: Schedule) -> None:
     compiled = compiled_model(pipeline, schedule)
     assert isinstance(compiled, d.DiTTransformer2DModel)
     assert isinstance(compiled, hrt.CompiledModel)

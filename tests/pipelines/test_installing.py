@@ -17,7 +17,7 @@ import harmonica_rt as hrt
 from harmonica_rt import Schedule
 from harmonica_rt.errors import HarmonicaError, RunError, ScheduleMismatchError
 from tests.models import stack, stack_call
-from tests.tiny import dit, families, random_schedule, sample, saved_and_loaded
+from tests.tiny import built, dit, families, random_schedule, sample, saved_and_loaded
 
 STEPS = 4
 CALL = {"class_labels": [1, 2]}
@@ -25,10 +25,7 @@ CALL = {"class_labels": [1, 2]}
 
 @pytest.fixture
 def pipeline() -> Any:
-    torch.manual_seed(0)
-    built = dit()
-    built.set_progress_bar_config(disable=True)
-    return built
+    return built(dit)
 
 
 @pytest.fixture
@@ -64,7 +61,7 @@ def test_module_compile_takes_our_place_and_keeps_it(pipeline: Any, schedule: Sc
     assert pipeline.transformer._compiled_call_impl is theirs
 
 
-def test_the_scheduler_of_a_pipeline_that_is_no_more_is_free(schedule: Schedule) -> None:
+def test_the_scheduler_of_a_collected_pipeline_is_free(schedule: Schedule) -> None:
     first = hrt.compile(dit(), schedule)
     scheduler, vae, gone = first.scheduler, first.vae, weakref.ref(first)
     del first
@@ -93,9 +90,7 @@ def test_copies_of_the_parts_are_plain_and_leave_the_run_alone(pipeline: Any, sc
 
 def test_a_pipeline_made_from_a_compiled_one_shares_its_denoiser() -> None:
     family = families()["flux"]
-    torch.manual_seed(0)
-    pipeline = family.build()
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = built(family.build)
     schedule = random_schedule(pipeline.transformer, STEPS)
     hrt.compile(pipeline, schedule, lowering="plain", strict=True)
     expected = sample(pipeline, STEPS, **family.unguided)

@@ -155,7 +155,9 @@ def test_a_scheduler_replaced_after_compiling_is_followed(pipeline: Any, schedul
     assert type(old) is d.DDIMScheduler  # left alone again
 
 
-def test_a_scheduler_made_from_the_compiled_one(pipeline: Any, schedule: Schedule, expected: NDArray[Any]) -> None:
+def test_a_scheduler_made_from_the_compiled_one_is_followed(
+    pipeline: Any, schedule: Schedule, expected: NDArray[Any]
+) -> None:
     hrt.compile(pipeline, schedule, lowering="plain")
     pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
     assert np.array_equal(sample(pipeline, STEPS, **CALL), expected)
@@ -164,7 +166,7 @@ def test_a_scheduler_made_from_the_compiled_one(pipeline: Any, schedule: Schedul
     assert type(pipeline.scheduler) is d.DDIMScheduler
 
 
-def test_processors_changed_after_the_timesteps_were_set(pipeline: Any, schedule: Schedule) -> None:
+def test_processors_may_change_after_the_timesteps_were_set(pipeline: Any, schedule: Schedule) -> None:
     from diffusers.models.attention_processor import AttnProcessor
 
     hrt.compile(pipeline, schedule, lowering="plain", strict=True)
@@ -200,7 +202,7 @@ def test_runs_that_begin_late_are_an_error(pipeline: Any, schedule: Schedule, ex
     assert np.array_equal(sample(pipeline, STEPS, **CALL), expected)
 
 
-def test_calls_outside_a_run_are_plain_and_said(
+def test_calls_outside_a_run_are_plain_and_logged(
     pipeline: Any, schedule: Schedule, caplog: pytest.LogCaptureFixture
 ) -> None:
     call = {
@@ -242,7 +244,7 @@ def test_two_threads_at_once_never_give_a_wrong_image(
     assert np.array_equal(results[-1], expected)
 
 
-def test_a_run_taken_over_by_another_thread_is_told(pipeline: Any, schedule: Schedule) -> None:
+def test_a_run_taken_over_by_another_thread_is_an_error(pipeline: Any, schedule: Schedule) -> None:
     hrt.compile(pipeline, schedule, lowering="plain")
     call = (torch.randn(1, 4, 4, 4), torch.tensor([999]), torch.tensor([1]))
     pipeline.scheduler.set_timesteps(STEPS)
@@ -320,7 +322,7 @@ def test_attention_processors_may_change_after_compiling(pipeline: Any, schedule
     assert np.array_equal(got, sample(pipeline, STEPS, **CALL))
 
 
-def test_things_that_are_no_pipeline(schedule: Schedule) -> None:
+def test_things_that_are_no_pipeline_are_refused(schedule: Schedule) -> None:
     class Empty:
         scheduler = d.DDIMScheduler()
 
@@ -330,7 +332,7 @@ def test_things_that_are_no_pipeline(schedule: Schedule) -> None:
         hrt.compile(Empty(), schedule)
 
 
-def test_a_scheduler_that_counts_no_steps(pipeline: Any, schedule: Schedule) -> None:
+def test_a_scheduler_without_set_timesteps_is_refused(pipeline: Any, schedule: Schedule) -> None:
     pipeline.register_modules(scheduler=None)
     pipeline.scheduler = object()
     with pytest.raises(HarmonicaError, match=r"object has no set_timesteps\(\)"):

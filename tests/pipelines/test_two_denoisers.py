@@ -10,7 +10,7 @@ from tests.tiny import random_schedule
 
 
 @pytest.mark.parametrize("name", ["transformer_2", "unconditional_transformer"])
-def test_the_other_denoiser_is_named(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_denoiser_that_stays_plain_is_named(name: str, caplog: pytest.LogCaptureFixture) -> None:
     pipeline = Pipeline(conditioned())
     setattr(pipeline, name, conditioned())
     hrt.compile(pipeline, random_schedule(pipeline.transformer, STEPS))
@@ -19,7 +19,7 @@ def test_the_other_denoiser_is_named(name: str, caplog: pytest.LogCaptureFixture
 
 
 @pytest.mark.parametrize("name", ["text_encoder", "transformer_2"])
-def test_nothing_is_said_of_one_denoiser(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_is_logged_for_one_denoiser(name: str, caplog: pytest.LogCaptureFixture) -> None:
     pipeline = Pipeline(conditioned())
     setattr(pipeline, name, conditioned() if name == "text_encoder" else None)
     hrt.compile(pipeline, random_schedule(pipeline.transformer, STEPS))

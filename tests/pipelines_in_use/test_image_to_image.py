@@ -13,14 +13,14 @@ import torch
 import harmonica_rt as hrt
 from harmonica_rt import Schedule, find_sites
 from harmonica_rt.errors import RunError, ScheduleMismatchError
-from tests.tiny import families, random_schedule, sample
+from tests.pipelines_in_use.small import FLUX, SD3
+from tests.tiny import random_schedule, sample
 from tests.truth import Pair, pair
 
 STEPS = 10
 IMAGE = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 MASK = torch.zeros(1, 1, 8, 8)
 MASK[..., :4] = 1.0
-SD3, FLUX = families()["sd3"], families()["flux"]
 
 WAYS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "sd3 image": (SD3, d.StableDiffusion3Img2ImgPipeline, {"image": IMAGE}),
@@ -36,8 +36,13 @@ def build(family: Any, pipeline: Any) -> Callable[[], Any]:
 
 @pytest.fixture(
     scope="module",
-    params=[("sd3 image", "plain"), ("sd3 inpaint", "fused"), ("flux image", "fused"), ("flux inpaint", "plain")],
-    ids=lambda param: f"{param[0]}, {param[1]}",
+    params=[
+        pytest.param(("sd3 image", "plain"), id="sd3 image, plain"),
+        pytest.param(("sd3 inpaint", "fused"), id="sd3 inpaint, fused", marks=pytest.mark.exhaustive),
+        pytest.param(("flux image", "fused"), id="flux image, fused", marks=pytest.mark.exhaustive),
+        pytest.param(("flux inpaint", "plain"), id="flux inpaint, plain", marks=pytest.mark.exhaustive),
+        pytest.param(("flux inpaint", "fused"), id="flux inpaint, fused"),
+    ],
 )
 def way(request: pytest.FixtureRequest) -> tuple[Pair, dict[str, Any]]:
     name, lowering = request.param
@@ -67,27 +72,27 @@ def sd3() -> Any:
 CALL = {**SD3.guided, "image": IMAGE}
 
 
-def test_a_schedule_for_the_steps_that_run() -> None:
+def test_a_schedule_may_be_for_the_steps_that_run() -> None:
     made = pair(build(*WAYS["sd3 image"][:2]), lambda model: random_schedule(model, 6, seed=6), "plain")
     report = made.check({**CALL, "strength": 0.6}, asked=10)
     assert report.last_catch_ups == ()
     assert report.last_cur == pytest.approx(made.schedule.cur)
 
 
-def test_a_schedule_for_neither_number_of_steps(sd3: Any) -> None:
+def test_a_schedule_for_neither_number_of_steps_is_refused(sd3: Any) -> None:
     hrt.compile(sd3, Schedule.every(2, steps=8, sites=find_sites(sd3.transformer)), lowering="plain")
     with pytest.raises(ScheduleMismatchError, match=r"for 8 steps.*asked for 10 and runs the last 6.*one for 6"):
         sample(sd3, 10, strength=0.6, **CALL)
 
 
-def test_every_step_is_within_the_tolerance(sd3: Any) -> None:
+def test_every_step_that_runs_is_within_the_tolerance(sd3: Any) -> None:
     schedule = random_schedule(sd3.transformer, STEPS, seed=6)
     report = hrt.verify(sd3, schedule, lowering="fused", num_inference_steps=STEPS, strength=0.6, **CALL)
     assert [step.step for step in report.steps] == list(range(4, STEPS))
     assert report.ok
 
 
-def test_a_sampler_of_two_evaluations_a_step() -> None:
+def test_a_sampler_with_two_evaluations_per_step_begins_at_the_right_row() -> None:
     def heun() -> Any:
         pipeline = build(*WAYS["sd3 image"][:2])()
         pipeline.scheduler = d.FlowMatchHeunDiscreteScheduler()
@@ -109,7 +114,9 @@ def test_runs_of_different_strengths_take_turns_with_whole_ones(sd3: Any) -> Non
     assert len(hrt.get_compiled(sd3).report().plans) == 1
 
 
-def test_a_loop_that_does_not_tell_its_scheduler_is_an_error(sd3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loop_that_skips_steps_without_telling_its_scheduler_is_an_error(
+    sd3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hrt.compile(sd3, random_schedule(sd3.transformer, STEPS), lowering="plain")
     monkeypatch.setattr(
         type(sd3), "get_timesteps", lambda self, steps, strength, device: (self.scheduler.timesteps[4:], steps - 4)

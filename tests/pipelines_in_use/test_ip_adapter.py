@@ -12,11 +12,11 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 
 import harmonica_rt as hrt
 from harmonica_rt import Schedule
-from tests.tiny import families, random_schedule, randomised, sample
+from tests.pipelines_in_use.small import FLUX, SD3, change
+from tests.tiny import random_schedule, randomised, sample
 from tests.truth import Pair, pair
 
 STEPS = 5
-SD3, FLUX = families()["sd3"], families()["flux"]
 
 
 def image(seed: int, *shape: int) -> torch.Tensor:
@@ -96,9 +96,16 @@ def loaded(name: str, lowering: str) -> Pair:
     return pair(build, lambda _: schedule_of(name), lowering)
 
 
-@pytest.mark.parametrize("lowering", ["plain", "fused"])
-@pytest.mark.parametrize("name", WAYS)
-def test_images_as_prompts(name: str, lowering: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "lowering"),
+    [
+        ("sd3", "fused"),
+        ("flux", "plain"),
+        pytest.param("sd3", "plain", marks=pytest.mark.exhaustive),
+        pytest.param("flux", "fused", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_images_as_prompts_equal_the_truth(name: str, lowering: str) -> None:
     made = loaded(name, lowering)
     first, second = WAYS[name][2:]
     images = []
@@ -110,34 +117,33 @@ def test_images_as_prompts(name: str, lowering: str) -> None:
     assert not made.same(*images)
 
 
-@pytest.mark.parametrize("name", WAYS)
-def test_scale_and_removal_after_compiling(name: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("name", ["flux", pytest.param("sd3", marks=pytest.mark.exhaustive)])
+def test_an_adapter_scaled_or_removed_after_compiling_makes_a_new_plan(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     made, call = loaded(name, "plain"), WAYS[name][2]
     before = made.run(call)[2]
-    for pipeline in (made.plain, made.compiled):
-        pipeline.set_ip_adapter_scale(0.3)
+    change(made, lambda pipeline: pipeline.set_ip_adapter_scale(0.3))
     made.check(call)
     assert not made.same(made.run(call)[2], before)
     assert any(".scale" in line and "captured again" in line for line in caplog.messages)
     caplog.clear()
-    for pipeline in (made.plain, made.compiled):
-        pipeline.unload_ip_adapter()
+    change(made, lambda pipeline: pipeline.unload_ip_adapter())
     made.check({name: value for name, value in call.items() if "ip_adapter" not in name})
     assert any("captured again" in line for line in caplog.messages)
 
 
-@pytest.mark.parametrize("name", WAYS)
-def test_loaded_after_compiling(name: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("name", ["sd3", pytest.param("flux", marks=pytest.mark.exhaustive)])
+def test_an_adapter_loaded_after_compiling_makes_a_new_plan(name: str, caplog: pytest.LogCaptureFixture) -> None:
     family, load, call, _ = WAYS[name]
     made = pair(family.build, lambda _: schedule_of(name), "plain")
     made.check({name: value for name, value in call.items() if "ip_adapter" not in name})
-    for pipeline in (made.plain, made.compiled):
-        load(pipeline)
+    change(made, load)
     made.check(call)
     assert any("captured again" in line for line in caplog.messages)
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", ["flux", pytest.param("sd3", marks=pytest.mark.exhaustive)])
 def test_every_step_is_within_the_tolerance(name: str) -> None:
     family, load, call, _ = WAYS[name]
     torch.manual_seed(0)
@@ -149,7 +155,7 @@ def test_every_step_is_within_the_tolerance(name: str) -> None:
     assert len(report.steps) == STEPS
 
 
-def test_guidance_with_an_image_on_either_side() -> None:
+def test_guidance_with_an_image_on_either_side_equals_the_truth() -> None:
     made = loaded("flux", "plain")
     negative = {name: value * 0.5 for name, value in FLUX.guided.items() if name.startswith("negative")}
     report = made.check({**WAYS["flux"][2], **negative, "true_cfg_scale": 2.0})

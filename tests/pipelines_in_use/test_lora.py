@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny import families, random_schedule
+from tests.pipelines_in_use.small import FLUX, change
+from tests.tiny import random_schedule
 from tests.truth import Pair, pair
 
 peft = pytest.importorskip("peft", reason="diffusers loads LoRAs with it")
@@ -18,7 +19,6 @@ peft = pytest.importorskip("peft", reason="diffusers loads LoRAs with it")
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
 
 STEPS = 4
-FLUX = families()["flux"]
 CALL = FLUX.unguided
 TARGETS = ["to_q", "to_v", "to_out.0", "proj_mlp"]
 
@@ -38,11 +38,6 @@ def lora(seed: int, rank: int = 2) -> dict[str, torch.Tensor]:
 
 def compiled(lowering: str) -> Pair:
     return pair(FLUX.build, lambda model: random_schedule(model, STEPS, seed=9), lowering)
-
-
-def change(made: Pair, what: Callable[[Any], Any]) -> None:
-    for pipeline in (made.plain, made.compiled):
-        what(pipeline)
 
 
 def load(which: str, **options: Any) -> Callable[[Any], None]:
@@ -82,7 +77,7 @@ TURNS: dict[str, tuple[Callable[[Any], Any], bool]] = {
 COMES_BACK = ("unfuse", "unload")
 
 
-def test_everything_in_turn(caplog: pytest.LogCaptureFixture) -> None:
+def test_every_change_to_a_lora_is_seen_at_the_next_run(caplog: pytest.LogCaptureFixture) -> None:
     made = compiled("plain")
     before = made.run(CALL)[2]
     for turn, (what, differs) in TURNS.items():
@@ -97,7 +92,7 @@ def test_everything_in_turn(caplog: pytest.LogCaptureFixture) -> None:
         before = got
 
 
-def test_a_scale_in_the_call() -> None:
+def test_a_scale_in_the_call_makes_its_own_plan() -> None:
     made = compiled("plain")
     change(made, load("a"))
     images = []
@@ -110,7 +105,7 @@ def test_a_scale_in_the_call() -> None:
     assert len(report.plans) == 2
 
 
-def test_fused_into_the_weights_and_unloaded() -> None:
+def test_a_lora_fused_into_the_parameters_is_seen() -> None:
     """As for deployment: what is left is the plain model with other weights."""
     made = compiled("fused")
     before = made.run(CALL)[2]
@@ -126,7 +121,7 @@ def test_fused_into_the_weights_and_unloaded() -> None:
     assert not made.same(got, before)
 
 
-def test_a_hot_swap_between_ranks(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_hot_swap_keeps_the_plan(caplog: pytest.LogCaptureFixture) -> None:
     """Weights are padded to the largest rank before compiling; swapping writes into them."""
 
     def build() -> Any:

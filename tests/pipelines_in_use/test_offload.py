@@ -16,19 +16,16 @@ from numpy.typing import NDArray
 import harmonica_rt as hrt
 from harmonica_rt import Schedule
 from harmonica_rt.errors import HarmonicaError
-from tests.tiny import families, random_schedule, sample
+from tests.pipelines_in_use.small import FLUX
+from tests.tiny import built, random_schedule, sample
 
 STEPS = 5
-FLUX = families()["flux"]
 CALL = FLUX.unguided
 
 
 @pytest.fixture
 def pipeline() -> Any:
-    torch.manual_seed(0)
-    built = FLUX.build()
-    built.set_progress_bar_config(disable=True)
-    return built
+    return built(FLUX.build)
 
 
 @pytest.fixture
@@ -45,7 +42,7 @@ def expected(pipeline: Any, schedule: Schedule) -> NDArray[Any]:
 
 
 @pytest.mark.parametrize("first", ["compiled", "offloaded"])
-def test_model_offload(pipeline: Any, schedule: Schedule, expected: NDArray[Any], first: str) -> None:
+def test_model_offload_keeps_one_plan(pipeline: Any, schedule: Schedule, expected: NDArray[Any], first: str) -> None:
     """The pipeline takes its hooks off and puts new ones on at the end of every run."""
     if first == "offloaded":
         pipeline.enable_model_cpu_offload(device="cpu")
@@ -85,7 +82,7 @@ def test_offload_of_every_layer_runs_without_a_plan(pipeline: Any, schedule: Sch
     assert len(hrt.get_compiled(pipeline).report().plans) == 2
 
 
-def test_offload_of_every_layer_in_strict_mode(pipeline: Any, schedule: Schedule) -> None:
+def test_offload_of_every_layer_is_an_error_in_strict_mode(pipeline: Any, schedule: Schedule) -> None:
     hrt.compile(pipeline, schedule, lowering="plain", strict=True)
     offload_layers(pipeline)
     with pytest.raises(hrt.CaptureError, match="AlignDevicesHook"):

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 import harmonica_rt as hrt
+from tests.pipelines_in_use.small import FLUX, change
 from tests.quantised import Int8Weight, WithBuffers, WithState, quantise, quantised, with_tensor_subclass
-from tests.tiny import families, random_schedule, sample
+from tests.tiny import random_schedule, sample
 from tests.truth import pair
 
 STEPS = 5
-FLUX = families()["flux"]
 CALL = FLUX.unguided
 
 
@@ -31,7 +31,7 @@ def build(layer: Any) -> Any:
     [(with_tensor_subclass, "plain"), (with_tensor_subclass, "fused"), (WithBuffers, "fused")],
     ids=["tensor subclass, plain", "tensor subclass, fused", "buffers, fused"],
 )
-def test_captured(layer: Any, lowering: str) -> None:
+def test_quantised_layers_are_captured(layer: Any, lowering: str) -> None:
     made = pair(lambda: build(layer), lambda model: random_schedule(model, STEPS, seed=9), lowering)
     report = made.check(CALL)
     assert len(report.plans) == 1
@@ -41,7 +41,7 @@ def replacement(weight: Any) -> Int8Weight:
     return Int8Weight(weight.values_int8 + 5, weight.scale)
 
 
-def test_a_weight_that_was_replaced_is_seen() -> None:
+def test_a_replaced_parameter_is_seen() -> None:
     made = pair(lambda: build(with_tensor_subclass), lambda model: random_schedule(model, STEPS, seed=9), "fused")
     layers = [pipeline.transformer.single_transformer_blocks[0].proj_out for pipeline in (made.plain, made.compiled)]
     changes: list[Callable[[Any], object]] = [
@@ -51,20 +51,19 @@ def test_a_weight_that_was_replaced_is_seen() -> None:
         lambda layer: setattr(layer, "weight", nn.Parameter(replacement(layer.weight), requires_grad=False)),
     ]
     images = [made.run(CALL)[2]]
-    for change in changes:
+    for replace in changes:
         for layer in layers:
-            change(layer)
+            replace(layer)
         _, expected, got, _ = made.run(CALL)
         assert made.same(got, expected)
         images.append(got)
     assert not any(made.same(a, b) for a, b in itertools.pairwise(images))
 
 
-def test_quantised_after_compiling(caplog: pytest.LogCaptureFixture) -> None:
+def test_quantising_after_compiling_makes_a_new_plan(caplog: pytest.LogCaptureFixture) -> None:
     made = pair(FLUX.build, lambda model: random_schedule(model, STEPS, seed=9), "fused")
     before = made.run(CALL)[2]
-    for pipeline in (made.plain, made.compiled):
-        quantise(pipeline.transformer, with_tensor_subclass, "transformer_blocks")
+    change(made, lambda pipeline: quantise(pipeline.transformer, with_tensor_subclass, "transformer_blocks"))
     made.check(CALL)
     assert not made.same(made.run(CALL)[2], before)
     assert any("captured again" in line for line in caplog.messages)
@@ -86,7 +85,7 @@ def test_what_no_graph_can_hold_runs_without_a_plan() -> None:
     assert "NOT COMPILED" in str(report)
 
 
-def test_quantised_is_near_what_it_was() -> None:
+def test_quantised_values_are_near_the_originals() -> None:
     weight = torch.randn(6, 4)
     values, scale = quantised(weight)
     assert (values * scale - weight).abs().max() < weight.abs().max() / 100

@@ -12,19 +12,16 @@ import torch
 
 import harmonica_rt as hrt
 from harmonica_rt import Schedule
-from tests.tiny import families, random_schedule, sample
+from tests.pipelines_in_use.small import SD3
+from tests.tiny import built, random_schedule, sample
 
 STEPS = 6
-SD3 = families()["sd3"]
 IMAGE = {"image": torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1)), "strength": 0.5}
 
 
 @pytest.fixture
 def pipeline() -> Any:
-    torch.manual_seed(0)
-    built = SD3.build()
-    built.set_progress_bar_config(disable=True)
-    return built
+    return built(SD3.build)
 
 
 @pytest.fixture
@@ -37,12 +34,24 @@ def quiet(pipeline: Any) -> Any:
     return pipeline
 
 
+@pytest.fixture
+def other(pipeline: Any) -> Any:
+    """Image-to-image with the same denoiser and a scheduler of its own."""
+    own = d.FlowMatchEulerDiscreteScheduler(shift=2.0)
+    return quiet(d.StableDiffusion3Img2ImgPipeline(**{**pipeline.components, "scheduler": own}))
+
+
 def interrupted(pipeline: Any, after: int, **call: Any) -> None:
     def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         pipe._interrupt = step >= after
         return {}
 
     sample(pipeline, STEPS, callback_on_step_end=stop, **call)
+
+
+def compile_both(pipeline: Any, other: Any, schedule: Schedule) -> None:
+    for each in (pipeline, other):
+        hrt.compile(each, schedule, lowering="plain", strict=True, debug=True)
 
 
 def references(pipeline: Any, other: Any, schedule: Schedule) -> tuple[Any, Any]:
@@ -57,7 +66,7 @@ def references(pipeline: Any, other: Any, schedule: Schedule) -> tuple[Any, Any]
 
 
 @pytest.mark.parametrize("keep", [True, False], ids=["both", "only the new one"])
-def test_from_pipe(pipeline: Any, schedule: Schedule, keep: bool) -> None:
+def test_a_pipeline_made_by_from_pipe_is_compiled_as_well(pipeline: Any, schedule: Schedule, keep: bool) -> None:
     """What `from_pipe` makes has the same denoiser and the same scheduler, so it is compiled as well."""
     whole, image = references(pipeline, d.StableDiffusion3Img2ImgPipeline(**pipeline.components), schedule)
     hrt.compile(pipeline, schedule, lowering="plain", strict=True, debug=True)
@@ -77,15 +86,9 @@ def test_from_pipe(pipeline: Any, schedule: Schedule, keep: bool) -> None:
     assert type(other.scheduler) is d.FlowMatchEulerDiscreteScheduler
 
 
-def test_two_compiled_pipelines_with_one_denoiser_and_a_scheduler_each(pipeline: Any, schedule: Schedule) -> None:
-    other = quiet(
-        d.StableDiffusion3Img2ImgPipeline(
-            **{**pipeline.components, "scheduler": d.FlowMatchEulerDiscreteScheduler(shift=2.0)}
-        )
-    )
+def test_two_compiled_pipelines_may_share_a_denoiser(pipeline: Any, other: Any, schedule: Schedule) -> None:
     whole, image = references(pipeline, other, schedule)
-    hrt.compile(pipeline, schedule, lowering="plain", strict=True, debug=True)
-    hrt.compile(other, schedule, lowering="plain", strict=True, debug=True)
+    compile_both(pipeline, other, schedule)
     for _ in range(2):
         assert np.array_equal(sample(pipeline, STEPS, **SD3.guided), whole)
         report = hrt.get_compiled(pipeline).report()
@@ -95,32 +98,22 @@ def test_two_compiled_pipelines_with_one_denoiser_and_a_scheduler_each(pipeline:
         assert hrt.get_compiled(other).report().last_first == 3
 
 
-def test_a_run_of_one_that_was_interrupted_is_not_gone_on_with_by_the_other(pipeline: Any, schedule: Schedule) -> None:
-    other = quiet(
-        d.StableDiffusion3Img2ImgPipeline(
-            **{**pipeline.components, "scheduler": d.FlowMatchEulerDiscreteScheduler(shift=2.0)}
-        )
-    )
+def test_one_pipeline_does_not_continue_an_interrupted_run_of_the_other(
+    pipeline: Any, other: Any, schedule: Schedule
+) -> None:
     whole, image = references(pipeline, other, schedule)
-    hrt.compile(pipeline, schedule, lowering="plain", strict=True, debug=True)
-    hrt.compile(other, schedule, lowering="plain", strict=True, debug=True)
+    compile_both(pipeline, other, schedule)
     interrupted(pipeline, 2, **SD3.guided)
     assert np.array_equal(sample(other, STEPS, **SD3.guided, **IMAGE), image)
     interrupted(other, 1, **SD3.guided, **IMAGE)
     assert np.array_equal(sample(pipeline, STEPS, **SD3.guided), whole)
 
 
-def test_a_scheduler_that_was_replaced_in_one_does_not_break_into_a_run_of_the_other(
-    pipeline: Any, schedule: Schedule
+def test_a_scheduler_replaced_in_one_pipeline_leaves_runs_of_the_other_alone(
+    pipeline: Any, other: Any, schedule: Schedule
 ) -> None:
-    other = quiet(
-        d.StableDiffusion3Img2ImgPipeline(
-            **{**pipeline.components, "scheduler": d.FlowMatchEulerDiscreteScheduler(shift=2.0)}
-        )
-    )
     whole, image = references(pipeline, other, schedule)
-    hrt.compile(pipeline, schedule, lowering="plain", strict=True, debug=True)
-    hrt.compile(other, schedule, lowering="plain", strict=True, debug=True)
+    compile_both(pipeline, other, schedule)
     other.scheduler = d.FlowMatchEulerDiscreteScheduler.from_config(other.scheduler.config)
     assert np.array_equal(sample(pipeline, STEPS, **SD3.guided), whole)
     assert hrt.get_compiled(pipeline).report().last_cur == pytest.approx(schedule.cur)
@@ -128,21 +121,17 @@ def test_a_scheduler_that_was_replaced_in_one_does_not_break_into_a_run_of_the_o
     assert hrt.get_compiled(pipeline).report().last_first == 3
 
 
-def test_a_callback_that_runs_the_other_pipeline(pipeline: Any, schedule: Schedule) -> None:
+def test_a_callback_that_runs_the_other_pipeline_ends_the_outer_run(
+    pipeline: Any, other: Any, schedule: Schedule
+) -> None:
     """The outer run is over with it: its other steps are computed plainly, not with what the inner one stored."""
-    other = quiet(
-        d.StableDiffusion3Img2ImgPipeline(
-            **{**pipeline.components, "scheduler": d.FlowMatchEulerDiscreteScheduler(shift=2.0)}
-        )
-    )
     nothing = Schedule.all_compute(steps=STEPS, sites=schedule.sites)
     by_half = Schedule.from_array(
         np.where(np.arange(STEPS)[:, None] < 3, schedule.compute, nothing.compute), sites=schedule.sites
     )
     hrt.reference(pipeline, by_half)
     expected = sample(pipeline, STEPS, **SD3.guided)
-    hrt.compile(pipeline, schedule, lowering="plain", strict=True, debug=True)
-    hrt.compile(other, schedule, lowering="plain", strict=True, debug=True)
+    compile_both(pipeline, other, schedule)
 
     def preview(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if step == 2:
@@ -154,14 +143,9 @@ def test_a_callback_that_runs_the_other_pipeline(pipeline: Any, schedule: Schedu
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["after a whole run", "after an interrupted one"])
 def test_a_pipeline_that_was_not_compiled_runs_plainly(
-    pipeline: Any, schedule: Schedule, stopped: bool, caplog: pytest.LogCaptureFixture
+    pipeline: Any, other: Any, schedule: Schedule, stopped: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It has the compiled denoiser, and a scheduler of its own, that nobody follows."""
-    other = quiet(
-        d.StableDiffusion3Img2ImgPipeline(
-            **{**pipeline.components, "scheduler": d.FlowMatchEulerDiscreteScheduler(shift=2.0)}
-        )
-    )
     plain = sample(other, STEPS, **SD3.guided, **IMAGE)
     hrt.compile(pipeline, schedule, lowering="plain", strict=True, debug=True)
     if stopped:
@@ -172,8 +156,8 @@ def test_a_pipeline_that_was_not_compiled_runs_plainly(
     assert any("outside a sampling run" in line for line in caplog.messages)
 
 
-@pytest.mark.parametrize("lowering", ["plain", "fused"])
-def test_to_another_dtype_and_back(
+@pytest.mark.parametrize("lowering", ["plain", pytest.param("fused", marks=pytest.mark.exhaustive)])
+def test_a_change_of_dtype_and_back_makes_one_new_plan(
     pipeline: Any, schedule: Schedule, lowering: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     hrt.reference(pipeline, schedule)
@@ -204,7 +188,7 @@ def _in(dtype: torch.dtype) -> dict[str, Any]:
 
 
 @pytest.mark.gpu
-def test_to_a_gpu_and_back(pipeline: Any, schedule: Schedule) -> None:
+def test_a_pipeline_may_move_to_a_gpu_and_back(pipeline: Any, schedule: Schedule) -> None:
     hrt.compile(pipeline, schedule, lowering="plain", strict=True)
     on_cpu = sample(pipeline, STEPS, **SD3.guided)
     for device in ("cuda", "cpu"):

@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 
 import harmonica_rt as hrt
-from tests.tiny import families, random_schedule, sample
+from tests.pipelines_in_use.small import SD3
+from tests.tiny import built, random_schedule, sample
 
 STEPS = 4
-SD3 = families()["sd3"]
 SIZES = [(8, 8), (16, 8), (8, 16), (8, 8), (16, 8), (16, 8)]  # (16, 8) and (8, 16) have as many tokens
 
 
 @pytest.mark.parametrize("max_plans", [2, 8])
-def test_sizes_take_turns(max_plans: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_each_size_has_a_plan_and_the_one_unused_longest_is_dropped(
+    max_plans: int, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, logger="harmonica_rt")
-    pipeline = SD3.build()
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = built(SD3.build)
     schedule = random_schedule(pipeline.transformer, STEPS, seed=1)
     calls = [{**SD3.guided, "height": height, "width": width} for height, width in SIZES]
     hrt.reference(pipeline, schedule)

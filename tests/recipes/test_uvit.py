@@ -24,7 +24,7 @@ def uvit_pipeline() -> Any:
     return d.DiTPipeline(model, vae(4), d.DPMSolverSinglestepScheduler())
 
 
-def test_it_has_the_papers_size() -> None:
+def test_the_model_has_the_papers_size() -> None:
     with torch.device("meta"):
         huge = UViT()
     assert sum(parameter.numel() for parameter in huge.parameters()) / 1e6 == pytest.approx(501, abs=0.5)

@@ -185,7 +185,7 @@ def test_errors_are_those_of_a_plain_run(name: str) -> None:
         ("flux", ["attn", "ff", "ff_context", "proj_out"]),
     ],
 )
-def test_schedules_for_pipelines(name: str, kinds: list[str]) -> None:
+def test_smoothcache_makes_schedules_for_pipelines(name: str, kinds: list[str]) -> None:
     _, errors, costs = calibrated(name, steps=6)
     schedule = errors.at_speedup(costs, 1.4)
     assert list(schedule.cur_per_kind()) == kinds
@@ -259,7 +259,7 @@ class Scaling:
         return (2 * sample,)
 
 
-def test_tied_blocks_and_outputs_of_zeros() -> None:
+def test_errors_of_tied_blocks_and_of_zero_outputs_are_known() -> None:
     model = TwiceABlock()
     sites = ["attn", "ff"]
     walker = Walker(Loop(model), steps=3)
@@ -308,7 +308,7 @@ def test_random_comes_nearest_and_is_repeatable() -> None:
         random_at(20, costs, 20.0, seed=5)
 
 
-def test_fewer_steps() -> None:
+def test_fewer_steps_reach_the_speed_up() -> None:
     assert [fewer_steps(20, speedup) for speedup in (1.0, 1.5, 2.0, 3.0, 20.0)] == [20, 13, 10, 7, 1]
     with pytest.raises(TrainingError, match=r"20\.5 cannot be reached"):
         fewer_steps(20, 20.5)
@@ -317,7 +317,7 @@ def test_fewer_steps() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 300, 511, 512, 5000])
-def test_nearest_of_many(count: int) -> None:
+def test_nearest_finds_the_nearest_of_many(count: int) -> None:
     values = np.sort(np.random.default_rng(count).uniform(1, 4, count))
     for target in (values[0], values[-1], np.median(values)):
         index, reached = nearest(count, lambda i: float(values[i]), float(target))
@@ -325,7 +325,7 @@ def test_nearest_of_many(count: int) -> None:
         assert abs(reached - target) == np.abs(values - target).min()
 
 
-def test_bad_input() -> None:
+def test_bad_input_is_refused() -> None:
     walker = Walker(tiny.dit(), steps=3)
     cached = CachedForward(walker.denoiser, find_sites(walker.denoiser))
     with pytest.raises(TrainingError, match="got none"):

@@ -60,7 +60,7 @@ def test_blend_ends_at_compute_and_reuse() -> None:
 
 @pytest.mark.parametrize("holds", ["computed", "blended"])
 @torch.no_grad()
-def test_what_a_cache_takes(holds: Any) -> None:
+def test_the_cache_holds_what_was_computed_or_blended(holds: Any) -> None:
     model, (before, now, _) = dit_and_calls()
     sites = hrt.find_sites(model)
     cached = CachedForward(model, sites)
@@ -94,7 +94,7 @@ def test_gradient_is_the_finite_difference(checkpointing: bool) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_sites_with_several_outputs() -> None:
+def test_sites_may_have_several_outputs() -> None:
     pipeline = tiny.sd3()
     model = pipeline.transformer
     sites = hrt.find_sites(model)
@@ -139,7 +139,7 @@ class Tied(nn.Module):
         return self.blocks[0](self.blocks[0](x))  # type: ignore[no-any-return]
 
 
-def test_tied_blocks() -> None:
+def test_blocks_may_be_tied() -> None:
     model = Tied()
     sites = ["blocks.0.attn", "blocks.0.ff"]
     x = torch.randn(2, 4)
@@ -153,6 +153,6 @@ def test_tied_blocks() -> None:
         checkpointed.blend(lambda: model(x), torch.ones(2), [True, True], cache, "computed")
 
 
-def test_unknown_site() -> None:
+def test_an_unknown_site_is_refused() -> None:
     with pytest.raises(SiteError, match=r"has no module blocks\.9"):
         CachedForward(Tied(), ["blocks.9"])

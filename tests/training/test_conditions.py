@@ -97,11 +97,13 @@ def flux() -> Any:
 FIXED = {"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": 16}
 CASES = [  # pipeline, guidance, arguments of every call
     pytest.param(pixart, True, {**FIXED, "guidance_scale": 4.5}, id="pixart-guided"),
-    pytest.param(pixart, False, {**FIXED, "guidance_scale": 1.0}, id="pixart"),
-    pytest.param(sd3, True, {"guidance_scale": 4.0, "max_sequence_length": 16}, id="sd3-guided"),
+    pytest.param(pixart, False, {**FIXED, "guidance_scale": 1.0}, id="pixart", marks=pytest.mark.exhaustive),
+    pytest.param(
+        sd3, True, {"guidance_scale": 4.0, "max_sequence_length": 16}, id="sd3-guided", marks=pytest.mark.exhaustive
+    ),
     pytest.param(sd3, False, {"guidance_scale": 0.0, "max_sequence_length": 16}, id="sd3"),
     pytest.param(flux, True, {"true_cfg_scale": 2.0, "max_sequence_length": 16}, id="flux-guided"),
-    pytest.param(flux, False, {"max_sequence_length": 16}, id="flux"),
+    pytest.param(flux, False, {"max_sequence_length": 16}, id="flux", marks=pytest.mark.exhaustive),
 ]
 
 
@@ -254,7 +256,7 @@ def test_pipelines_out_of_reach_ask_for_embeddings(name: str) -> None:
         encoded_names(getattr(d, name))
 
 
-def test_class_labels_of_pipelines() -> None:
+def test_class_labels_are_those_of_the_pipeline() -> None:
     bundled = class_labels(d.DiTPipeline.from_pretrained(bundled_model()))
     assert bundled.labels == tuple(range(10))
     assert bundled.arguments([3, 0, 3]) == {"class_labels": [3, 0, 3]}
@@ -285,7 +287,7 @@ def test_draws_do_not_depend_on_the_split_over_processes_or_on_the_run() -> None
     assert counts.max() < 270
 
 
-def test_prompts_of_a_file(tmp_path: Path) -> None:
+def test_prompts_are_read_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffa cat\r\n\n  the moon, \u2028 seen \t\n   \nein Hund über dem Mond".encode())
     assert read_prompts(path) == ["a cat", "the moon, \u2028 seen", "ein Hund über dem Mond"]

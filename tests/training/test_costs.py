@@ -29,9 +29,7 @@ class Sample:
     def __init__(self, name: str) -> None:
         tiny = pytest.importorskip("tests.tiny", reason="the families are diffusers pipelines")
         family = tiny.families()[name]
-        torch.manual_seed(0)
-        pipeline = family.build()
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline = tiny.built(family.build)
         self.model: nn.Module = pipeline.transformer
         calls: list[tuple[Any, Any]] = []
         hook = self.model.register_forward_pre_hook(
@@ -64,7 +62,7 @@ def random_mask(steps: int, sites: int, seed: int) -> NDArray[np.bool_]:
     return mask
 
 
-@pytest.mark.parametrize("name", ["dit", "pixart-alpha", "sd3", "flux"])
+@pytest.mark.parametrize("name", ["dit", pytest.param("pixart-alpha", marks=pytest.mark.exhaustive), "sd3", "flux"])
 def test_speedups_are_those_of_the_plans(name: str) -> None:
     sample = Sample(name)
     sites = find_sites(sample.model)

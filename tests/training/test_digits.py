@@ -105,6 +105,7 @@ def test_config_rejects_what_it_cannot_train() -> None:
         EvaluationConfig(images=0)
 
 
+@pytest.mark.exhaustive  # tests/test_imports.py tries the package without this model of it
 def test_import_needs_no_triton() -> None:
     code = "import sys; sys.modules['triton'] = None; import harmonica_training.digits"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})

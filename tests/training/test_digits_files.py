@@ -32,7 +32,7 @@ CLASSIFIER = Path(__file__).parents[2] / "harmonica_rt" / "demo" / "digits-dit" 
         (b"[]", "expected a JSON object, got a list"),
     ],
 )
-def test_json_that_is_none(tmp_path: Path, data: bytes, message: str) -> None:
+def test_malformed_json_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
     (tmp_path / "config.json").write_bytes(data)
     for reader in (read_json, lambda path: claim_work(path.parent, DigitsConfig.quick(0))):
         with pytest.raises(TrainingError, match=message) as caught:
@@ -40,7 +40,7 @@ def test_json_that_is_none(tmp_path: Path, data: bytes, message: str) -> None:
         assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: ")
 
 
-def test_a_file_of_torch_that_is_none(tmp_path: Path) -> None:
+def test_a_malformed_file_of_torch_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "latents.pt"
     torch.save({"latents": torch.ones(2), "labels": torch.ones(2)}, path)
     assert read_torch(path, ("latents", "labels"))["latents"].equal(torch.ones(2))
@@ -57,7 +57,7 @@ def test_a_file_of_torch_that_is_none(tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
-def test_a_denoiser_of_another_model(tmp_path: Path) -> None:
+def test_a_denoiser_of_another_model_is_refused(tmp_path: Path) -> None:
     state: dict[str, object] = {name: {} for name in STATE}
     for averages in ({"proj.weight": torch.ones(2)}, 3, None):
         torch.save({**state, "averages": averages}, tmp_path / "denoiser.pt")
@@ -86,7 +86,9 @@ def edit(change: dict[str, Any]) -> Callable[[Path], None]:
     ],
     ids=["version", "field", "text", "huge", "nothing", "other", "bytes"],
 )
-def test_a_damaged_classifier(tmp_path: Path, damage: Callable[[Path], None], file: str, message: str) -> None:
+def test_a_damaged_classifier_is_refused(
+    tmp_path: Path, damage: Callable[[Path], None], file: str, message: str
+) -> None:
     shutil.copytree(CLASSIFIER, tmp_path, dirs_exist_ok=True)
     load_classifier(tmp_path)
     damage(tmp_path)

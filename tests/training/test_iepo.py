@@ -76,7 +76,7 @@ def test_shared_prefixes_are_exact(method: ImageError, family: str, scheduler: A
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_half_of_the_calls(method: ImageError) -> None:
+def test_shared_prefixes_save_half_of_the_calls(method: ImageError) -> None:
     case = Case()
 
     def count(share: bool) -> int:
@@ -98,7 +98,7 @@ def test_half_of_the_calls(method: ImageError) -> None:
     assert count(share=True) == STEPS + STEPS * (STEPS - 1) // 2
 
 
-def test_leave_one_out_by_its_definition() -> None:
+def test_leave_one_out_follows_its_definition() -> None:
     """Disabling the cache at a step is the same as scores of 1 there."""
     case = Case()
     found = case.errors().weights("leave-one-out")
@@ -111,7 +111,7 @@ def test_leave_one_out_by_its_definition() -> None:
         assert found[step] == expected
 
 
-def test_progressive_by_its_definition() -> None:
+def test_progressive_follows_its_definition() -> None:
     """Steps 0 ... t cached against steps 0 ... t-1; the others have scores of 1."""
     case = Case()
     found = case.errors().weights("progressive")
@@ -126,5 +126,5 @@ def test_progressive_by_its_definition() -> None:
         torch.testing.assert_close(found[step], expected, rtol=1e-12, atol=0)
 
 
-def test_no_caching_no_error() -> None:
+def test_without_caching_there_is_no_error() -> None:
     assert not Case().errors(torch.ones(STEPS, 4)).weights("leave-one-out").any()

@@ -11,7 +11,7 @@ from harmonica_training.baselines import learning_to_cache
 from harmonica_training.baselines.learning_to_cache import LearningToCache
 from harmonica_training.cached_forward import frozen
 from harmonica_training.setting import Setting
-from tests.training.test_trainer import PAPER, dit
+from tests.training.small import PAPER, dit
 
 LATENTS = torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(1))
 LABELS = ClassLabels([0, 1, 2, 3, 4, 5])
@@ -31,17 +31,17 @@ def config(**options: object) -> TrainConfig:
 
 
 def test_every_second_step_reuses() -> None:
-    result = train(dit(), config(), conditions=LABELS, objective=learning_to_cache(LATENTS))
+    result = train(dit(layers=3), config(), conditions=LABELS, objective=learning_to_cache(LATENTS))
     assert result.schedule.compute[0::2].all()
     assert result.schedule.cur == pytest.approx(0.3, abs=1 / result.scores.size)
     assert result.schedule.made_by is not None
     assert result.schedule.made_by.method == "learning-to-cache"
     assert [row is None for row in result.schedule.made_by.scores or ()] == [True, False] * 4
     with pytest.raises(TrainingError, match=r"with everything reused where it can be, it is 0\.5"):
-        train(dit(), config(target_cur=0.6), conditions=LABELS, objective=learning_to_cache(LATENTS))
+        train(dit(layers=3), config(target_cur=0.6), conditions=LABELS, objective=learning_to_cache(LATENTS))
 
 
-def test_a_pair_by_its_definition() -> None:
+def test_the_error_of_a_pair_follows_its_definition() -> None:
     """The error of a step is that of reusing what the step before computed, on a noised image, one sampler step on."""
     setting = Setting(dit(), config(batch=1), LABELS)
     objective = LearningToCache(setting, LATENTS, pairs=1)
@@ -72,6 +72,6 @@ def test_a_pair_by_its_definition() -> None:
     torch.testing.assert_close(walked.mse[step], expected, rtol=1e-4, atol=1e-10)
 
 
-def test_an_image_for_each_condition() -> None:
+def test_a_number_of_images_other_than_of_conditions_is_refused() -> None:
     with pytest.raises(TrainingError, match="a condition for each of the 6 images, got 10"):
         train(dit(), config(), objective=learning_to_cache(LATENTS))

@@ -23,10 +23,7 @@ CONFIG = TrainConfig(steps=4, iterations=2, batch=2, guidance=1.0, target_cur=0.
 
 
 def pipeline() -> Any:
-    torch.manual_seed(0)
-    made = tiny.dit()
-    made.set_progress_bar_config(disable=True)
-    return made
+    return tiny.built(tiny.dit)
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +83,12 @@ def test_a_damaged_checkpoint_is_refused(
     assert str(caught.value).isprintable()
 
 
-def test_what_was_not_changed_is_gone_on_from(begun: bytes, tmp_path: Path) -> None:
+def test_an_undamaged_checkpoint_is_continued(begun: bytes, tmp_path: Path) -> None:
     edited(begun, tmp_path, {}, {})
     assert train(pipeline(), CONFIG, directory=tmp_path).history == ()
 
 
-def test_processes_that_do_not_begin_alike_all_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_start_from_different_states_all_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     gather = distributed.gather
 
     def another(numbers: list[int], device: torch.device) -> list[list[int]]:
@@ -114,7 +111,8 @@ except TrainingError as error:
 """
 
 
-def test_two_processes_with_other_checkpoints_both_stop(begun: bytes, tmp_path: Path) -> None:
+@pytest.mark.exhaustive  # the test above has its numbers gathered by hand; cli/test_train.py gathers them for real
+def test_two_processes_with_different_checkpoints_both_stop(begun: bytes, tmp_path: Path) -> None:
     """On nodes with disks of their own: one has the checkpoint, the other has none."""
     port = str(free_port())
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}

@@ -102,7 +102,7 @@ def test_bf16_is_near_fp32() -> None:
     assert cosine > 0.99
 
 
-def test_activations_of_one_step_at_a_time() -> None:
+def test_no_activation_outlives_its_step() -> None:
     """No tensor that a step's backward needs outlives the step."""
     case = Case()
     alive: list[int] = []
@@ -146,7 +146,7 @@ def test_a_stream_that_sets_in_late_computes_first() -> None:
     assert (walked.mse > 0).tolist() == [False, True, False, True]
 
 
-def test_wrong_number_of_steps() -> None:
+def test_a_wrong_number_of_steps_is_refused() -> None:
     case = Case()
     with pytest.raises(TrainingError, match="expected a run of 3 steps"):
         case.walk(torch.ones(3, 4))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from harmonica_training import train
 from harmonica_training.settling import Settling
 from harmonica_training.validation import Validation
-from tests.training.test_trainer import config, dit
+from tests.training.small import config, dit
 
 Mask = NDArray[np.bool_]
 
@@ -63,7 +63,7 @@ def test_exchanges_lead_to_the_best_place_of_each_step() -> None:
     assert len(validation.seen) == last  # nothing left to try, and the best is not measured twice
 
 
-def test_nearest_steps_first_and_as_many_as_asked() -> None:
+def test_the_nearest_steps_are_tried_first_and_as_many_as_asked() -> None:
     validation = Placed("11110000")
     settles = settling(validation, 8, 3)
     settles.follow(1, rows("11110000"), torch.zeros(8, 3))
@@ -75,7 +75,7 @@ def test_nearest_steps_first_and_as_many_as_asked() -> None:
     assert len(set(validation.seen)) == 9
 
 
-def test_goes_on_from_what_a_checkpoint_kept() -> None:
+def test_settling_continues_from_a_checkpoint() -> None:
     start, wanted = rows("1110000"), "1010010"
     whole = settling(Placed(wanted), 7, 1)
     for iteration in range(1, 9):
@@ -117,7 +117,7 @@ def test_a_training_settles_on_the_best_it_saw(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize("how", [{"gates": "soft"}, {"beta": 1e-4, "target_speedup": None}])
-def test_nothing_to_settle(how: dict[str, Any]) -> None:
+def test_soft_gates_and_a_fixed_beta_have_nothing_to_settle(how: dict[str, Any]) -> None:
     """Soft gates stand for no schedule, and under a fixed beta the best images are those of the dearest schedule."""
     schedule = train(dit(layers=2), config(iterations=2, **how)).schedule
     assert schedule.made_by is not None

@@ -72,7 +72,7 @@ def test_the_threshold_is_tau_where_that_will_do() -> None:
     assert np.array_equal(mask, at_tau)
 
 
-def test_what_cannot_be_reached() -> None:
+def test_targets_that_cannot_be_reached_are_refused() -> None:
     with pytest.raises(TrainingError, match=r"target_speedup: 5 cannot be reached.*it is 3.75"):
         target(target_speedup=5.0)
     with pytest.raises(TrainingError, match=r"target_cur: 0.95 cannot be reached.*it is 0.9167"):

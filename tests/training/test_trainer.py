@@ -6,65 +6,34 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import diffusers as d
 import numpy as np
 import pytest
 import torch
 
 import harmonica_rt as hrt
 from harmonica_rt import Schedule
-from harmonica_training import DivergenceError, TrainConfig, TrainingError, train
+from harmonica_training import DivergenceError, TrainingError, train
 from harmonica_training.checkpoint import latest_checkpoint
 from harmonica_training.harmonica import HarmoniCa
 from harmonica_training.progress import IterationRecord, Silent
 from harmonica_training.sdt import Walked
 from tests import tiny
-
-SITES = 12
-
-
-def dit(layers: int = SITES // 2) -> Any:
-    """A DiT with enough sites for a target to be met, and a label for each of its ten classes."""
-    torch.manual_seed(0)
-    transformer = d.DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=4,
-        num_layers=layers,
-        sample_size=4,
-        patch_size=2,
-        norm_type="ada_norm_zero",
-        num_embeds_ada_norm=10,
-    )
-    pipeline = d.DiTPipeline(tiny.randomised(transformer), tiny.vae(4), d.DDIMScheduler())
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def config(**options: Any) -> TrainConfig:
-    """Without guidance: class 1000 of DiTPipeline is none of this model's."""
-    defaults: dict[str, Any] = {
-        "steps": 8,
-        "iterations": 12,
-        "batch": 2,
-        "learning_rate": 0.3,
-        "renew_every": 4,
-        "exchanges": 1,
-    }
-    how_much = {"target_speedup", "target_cur", "beta"} & set(options)
-    return TrainConfig(**{**defaults, "guidance": 1.0, **({} if how_much else {"target_speedup": 1.4}), **options})
-
-
-PAPER: dict[str, Any] = {"gates": "soft", "coherence": 0.0}
+from tests.training.small import PAPER, SITES, config, dit
 
 
 @pytest.mark.parametrize(
     ("image_error", "options"),
-    [("leave-one-out", PAPER), ("progressive", PAPER), ("sensitivity", {}), (None, PAPER), (None, {})],
-    ids=["leave-one-out", "progressive", "sensitivity-hard", "sdt", "sdt-hard"],
+    [
+        pytest.param("leave-one-out", PAPER, id="leave-one-out", marks=pytest.mark.exhaustive),
+        pytest.param("progressive", PAPER, id="progressive"),
+        pytest.param("sensitivity", {}, id="sensitivity-hard"),
+        pytest.param(None, PAPER, id="sdt"),
+        pytest.param(None, {}, id="sdt-hard", marks=pytest.mark.exhaustive),
+    ],
 )
-def test_lands_and_runs(image_error: Any, options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_training_reaches_its_target_and_its_schedule_runs(
+    image_error: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
     pipeline = dit()
     before = {name: value.clone() for name, value in pipeline.transformer.state_dict().items()}
     result = train(pipeline, config(image_error=image_error, **options))
@@ -93,9 +62,10 @@ def test_lands_and_runs(image_error: Any, options: dict[str, Any], tmp_path: Pat
 
 
 def test_same_seed_same_schedule() -> None:
-    first, again = (train(dit(), config(iterations=4)) for _ in range(2))
+    few = {"steps": 5, "iterations": 3}
+    first, again = (train(dit(layers=3), config(**few)) for _ in range(2))
     assert np.array_equal(first.scores, again.scores)
-    assert not np.array_equal(first.scores, train(dit(), config(iterations=4, seed=1)).scores)
+    assert not np.array_equal(first.scores, train(dit(layers=3), config(**few, seed=1)).scores)
 
 
 def test_what_is_free_is_reused_first() -> None:
@@ -129,20 +99,22 @@ class KilledAfter(Silent):
 
 
 @pytest.mark.parametrize("options", [{}, {"image_error": "leave-one-out", **PAPER}], ids=["hard", "soft"])
-def test_a_killed_training_goes_on_bit_for_bit(options: dict[str, Any], tmp_path: Path) -> None:
-    chosen = config(iterations=9, renew_every=2, checkpoint_every=3, **options)
-    whole = train(dit(), chosen)
+def test_a_killed_training_continues_bit_for_bit(options: dict[str, Any], tmp_path: Path) -> None:
+    chosen = config(steps=5, iterations=9, renew_every=2, checkpoint_every=3, **options)
+    whole = train(dit(layers=3), chosen)
     with pytest.raises(Killed):
-        train(dit(), chosen, directory=tmp_path, progress=KilledAfter(8))
+        train(dit(layers=3), chosen, directory=tmp_path, progress=KilledAfter(8))
     found = latest_checkpoint(tmp_path)
     assert found is not None
     assert found.iteration == 6  # one interval is lost at most
-    resumed = train(dit(), chosen, directory=tmp_path)
+    resumed = train(dit(layers=3), chosen, directory=tmp_path)
     assert [record.iteration for record in resumed.history] == [7, 8, 9]
     assert np.array_equal(resumed.scores, whole.scores)
     assert resumed.schedule == whole.schedule
     assert resumed.beta == whole.beta
-    longer = train(dit(), config(**{**vars(chosen), "target_speedup": 1.4, "iterations": 11}), directory=tmp_path)
+    longer = train(
+        dit(layers=3), config(**{**vars(chosen), "target_speedup": 1.4, "iterations": 11}), directory=tmp_path
+    )
     assert len(longer.history) == 2
 
 
@@ -154,7 +126,7 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
         train(dit(layers=7), config(iterations=1), directory=tmp_path)
 
 
-def test_starts_from_a_schedule() -> None:
+def test_a_training_starts_from_a_schedule() -> None:
     pipeline = dit()
     start = Schedule.every(2, steps=8, sites=hrt.find_sites(pipeline.transformer))
     still = config(beta=0.0, iterations=1, learning_rate=0.0, spread=0.0)
@@ -174,7 +146,7 @@ def test_coherent_sites_are_reused_together() -> None:
     assert sum(0 < row.sum() < SITES for row in rows) > 1
 
 
-def test_nan_is_told() -> None:
+def test_nan_in_the_error_ends_the_training() -> None:
     pipeline = dit()
     with torch.no_grad():
         pipeline.transformer.transformer_blocks[2].ff.net[2].weight[0, 0] = float("nan")
@@ -182,7 +154,7 @@ def test_nan_is_told() -> None:
         train(pipeline, config())
 
 
-def test_divergence_is_told() -> None:
+def test_divergence_ends_the_training() -> None:
     class FarOff(HarmoniCa):
         """Finds predictions that are off by eleven times their own size."""
 
@@ -208,12 +180,12 @@ def test_divergence_is_told() -> None:
         ({"arguments": {"hight": 3}}, "takes no argument hight"),
     ],
 )
-def test_bad_configs(options: dict[str, Any], message: str) -> None:
+def test_bad_configs_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         train(dit(), config(**options))
 
 
-def test_what_train_cannot_take(tmp_path: Path) -> None:
+def test_arguments_that_train_cannot_take_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(TrainingError, match=r"load it first: DiffusionPipeline\.from_pretrained\('some/model'\)"):
         train("some/model", config())
@@ -236,7 +208,7 @@ def test_a_compiled_model_that_was_assigned_is_named() -> None:
 
 
 @pytest.mark.parametrize("family", ["pixart-alpha", "sd3", "flux"])
-def test_other_families(family: str) -> None:
+def test_other_families_can_be_trained(family: str) -> None:
     from harmonica_training import Embeddings
 
     described = tiny.families()[family]

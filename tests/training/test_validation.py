@@ -12,7 +12,7 @@ import harmonica_rt as hrt
 from harmonica_training.setting import Setting
 from harmonica_training.validation import APART, Validation
 from harmonica_training.walk import Walker
-from tests.training.test_trainer import config, dit
+from tests.training.small import config, dit
 
 
 def test_image_error_is_that_of_the_runtime() -> None:

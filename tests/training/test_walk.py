@@ -47,21 +47,19 @@ def latents_of(pipeline: Any, steps: int, count: int, **arguments: Any) -> torch
 
 @pytest.mark.parametrize("family", sorted(tiny.families()))
 @pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
-def test_same_latents_as_the_pipeline(family: str, guided: bool) -> None:
+def test_a_walk_gives_the_latents_of_the_pipeline(family: str, guided: bool) -> None:
     described = tiny.families()[family]
     arguments = described.guided if guided else described.unguided
-    pipeline = described.build()
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = tiny.built(described.build)
     count = len(arguments.get("class_labels", [0]))
     expected = latents_of(pipeline, 5, count, **arguments)
     assert torch.equal(Walker(pipeline, steps=5).walk(arguments, generators(count), plain), expected)
 
 
 @pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
-def test_same_latents_under_every_scheduler(scheduler: str) -> None:
-    pipeline = tiny.dit()
+def test_a_walk_gives_the_same_latents_under_every_scheduler(scheduler: str) -> None:
+    pipeline = tiny.built(tiny.dit)
     pipeline.scheduler = SCHEDULERS[scheduler]()
-    pipeline.set_progress_bar_config(disable=True)
     arguments = {"class_labels": [1, 2], "guidance_scale": 2.0}
     expected = latents_of(pipeline, 4, 2, **arguments)
     walker = Walker(pipeline, steps=4, arguments={"guidance_scale": 2.0})
@@ -123,7 +121,7 @@ def test_windows_join_to_a_whole_walk(family: str) -> None:
     assert torch.equal(walker.walk(arguments, generators(1), plain, window=(2, 5), start=first), whole)
 
 
-def test_bad_input() -> None:
+def test_bad_input_is_refused() -> None:
     pipeline = tiny.dit()
     with pytest.raises(TrainingError, match="DiTPipeline takes no argument hight"):
         Walker(pipeline, steps=3, arguments={"hight": 64})

@@ -49,7 +49,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("text", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_is_no_strict_json(text: str | bytes, message: str) -> None:
+def test_what_is_no_strict_json_is_refused(text: str | bytes, message: str) -> None:
     with pytest.raises(JsonError) as caught:
         parse(text)
     assert message in str(caught.value)
@@ -62,7 +62,7 @@ def test_a_thousand_different_keys_and_one_twice_are_told_fast() -> None:
         parse(text)
 
 
-def test_the_deepest_that_is_read() -> None:
+def test_json_nested_up_to_the_limit_is_read() -> None:
     assert json.dumps(parse("[" * MAX_DEPTH + "1" + "]" * MAX_DEPTH)).count("[") == MAX_DEPTH
     assert parse('"\\ud83d\\ude00"') == "\U0001f600"
 

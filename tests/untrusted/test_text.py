@@ -40,7 +40,7 @@ def test_what_prints_stays(text: str) -> None:
         ("naïve 猫 [/b] $x$", "naïve 猫 [/b] $x$"),
     ],
 )
-def test_escapes(text: str, shown: str) -> None:
+def test_text_and_errors_are_escaped_alike(text: str, shown: str) -> None:
     assert printable(text) == shown
     assert str(ScheduleError(text)) == shown
 

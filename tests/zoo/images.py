@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from tests.zoo.entry import Entry, Failure, grid, integers, latents, normal, sigma, timestep
+from tests.zoo.entry import Entry, Failure, Size, grid, integers, latents, normal, sigma, timestep
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 FLUX = {**HEADS, "in_channels": 4, "num_layers": 2, "num_single_layers": 2, "joint_attention_dim": 12}
 AXES = {"axes_dims_rope": (4, 6, 6)}
+
+
+def packed_with_positions(c: Any, s: Size) -> dict[str, Any]:
+    """Latents packed two by two, a prompt, and the positions of both."""
+    return {
+        "hidden_states": latents(s.batch, s.packed, c.in_channels),
+        "encoder_hidden_states": normal(s.batch, s.text, c.joint_attention_dim),
+        "timestep": sigma(s.batch),
+        "img_ids": grid(1, s.height // 2, s.width // 2),
+        "txt_ids": torch.zeros(s.text, 3),
+    }
+
+
+def with_sizes(c: Any, s: Size) -> dict[str, Any]:
+    """Latents, a prompt, and the sizes and crop that CogView is told of."""
+    return {
+        "hidden_states": latents(s.batch, c.in_channels, s.height, s.width),
+        "encoder_hidden_states": normal(s.batch, s.text, c.text_embed_dim),
+        "timestep": timestep(s.batch),
+        "original_size": torch.full((s.batch, 2), 32.0),
+        "target_size": torch.full((s.batch, 2), 32.0),
+        "crop_coords": torch.zeros(s.batch, 2),
+    }
+
 
 IMAGES: dict[str, Entry] = {
     "AuraFlowTransformer2DModel": Entry(
@@ -57,37 +83,17 @@ IMAGES: dict[str, Entry] = {
     ),
     "ChromaTransformer2DModel": Entry(
         {**FLUX, **AXES, "approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1},
-        lambda c, s: {
-            "hidden_states": latents(s.batch, s.packed, c.in_channels),
-            "encoder_hidden_states": normal(s.batch, s.text, c.joint_attention_dim),
-            "timestep": sigma(s.batch),
-            "img_ids": grid(1, s.height // 2, s.width // 2),
-            "txt_ids": torch.zeros(s.text, 3),
-        },
+        packed_with_positions,
     ),
     "CogView3PlusTransformer2DModel": Entry(
         {**HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 2, "text_embed_dim": 12, "time_embed_dim": 8}
         | {"condition_dim": 4, "pos_embed_max_size": 8, "sample_size": 8},
-        lambda c, s: {
-            "hidden_states": latents(s.batch, c.in_channels, s.height, s.width),
-            "encoder_hidden_states": normal(s.batch, s.text, c.text_embed_dim),
-            "timestep": timestep(s.batch),
-            "original_size": torch.full((s.batch, 2), 32.0),
-            "target_size": torch.full((s.batch, 2), 32.0),
-            "crop_coords": torch.zeros(s.batch, 2),
-        },
+        with_sizes,
     ),
     "CogView4Transformer2DModel": Entry(
         {**HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 2, "text_embed_dim": 12, "time_embed_dim": 8}
         | {"condition_dim": 4, "rope_axes_dim": (8, 8)},
-        lambda c, s: {
-            "hidden_states": latents(s.batch, c.in_channels, s.height, s.width),
-            "encoder_hidden_states": normal(s.batch, s.text, c.text_embed_dim),
-            "timestep": timestep(s.batch),
-            "original_size": torch.full((s.batch, 2), 32.0),
-            "target_size": torch.full((s.batch, 2), 32.0),
-            "crop_coords": torch.zeros(s.batch, 2),
-        },
+        with_sizes,
     ),
     "DiTTransformer2DModel": Entry(
         {**HEADS, "num_layers": 2, "sample_size": 4, "num_embeds_ada_norm": 10},
@@ -259,13 +265,7 @@ IMAGES: dict[str, Entry] = {
     ),
     "LongCatImageTransformer2DModel": Entry(
         {**FLUX, **AXES, "pooled_projection_dim": 10},
-        lambda c, s: {
-            "hidden_states": latents(s.batch, s.packed, c.in_channels),
-            "encoder_hidden_states": normal(s.batch, s.text, c.joint_attention_dim),
-            "timestep": sigma(s.batch),
-            "img_ids": grid(1, s.height // 2, s.width // 2),
-            "txt_ids": torch.zeros(s.text, 3),
-        },
+        packed_with_positions,
     ),
     "Lumina2Transformer2DModel": Entry(
         {"sample_size": 8, "in_channels": 4, "hidden_size": 32, "num_layers": 2, "num_refiner_layers": 1}
@@ -327,13 +327,7 @@ IMAGES: dict[str, Entry] = {
     ),
     "OvisImageTransformer2DModel": Entry(
         {**FLUX, **AXES, "out_channels": 4},
-        lambda c, s: {
-            "hidden_states": latents(s.batch, s.packed, c.in_channels),
-            "encoder_hidden_states": normal(s.batch, s.text, c.joint_attention_dim),
-            "timestep": sigma(s.batch),
-            "img_ids": grid(1, s.height // 2, s.width // 2),
-            "txt_ids": torch.zeros(s.text, 3),
-        },
+        packed_with_positions,
     ),
     "PRXTransformer2DModel": Entry(
         {"in_channels": 4, "context_in_dim": 12, "hidden_size": 32, "mlp_ratio": 2.0, "num_heads": 2, "depth": 2}

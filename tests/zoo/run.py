@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +46,12 @@ class Outcome:
     @property
     def kinds(self) -> list[str]:
         """The sites without the numbers of their blocks."""
-        return list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", site) for site in self.schedule.sites))
+        return kinds_of(self.schedule.sites)
+
+
+def kinds_of(sites: Iterable[str]) -> list[str]:
+    """The sites without the numbers of their blocks, each once."""
+    return list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", site) for site in sites))
 
 
 def run(name: str, entry: Entry) -> Outcome:

@@ -13,6 +13,18 @@ from tests.zoo.videos import VIDEOS
 
 ZOO: dict[str, Entry] = dict(sorted({**IMAGES, **VIDEOS, **OTHERS}.items()))
 
+REPRESENTATIVES = {
+    "DiTTransformer2DModel": "class labels, adaLN-Zero",
+    "PixArtTransformer2DModel": "self- and cross-attention, one modulation for all blocks",
+    "BriaFiboTransformer2DModel": "double and single blocks; a list of tensors as an argument",
+    "CogVideoXTransformer3DModel": "video",
+    "StableAudioDiTModel": "audio",
+    "ErnieImageTransformer2DModel": "a plan that no file can hold: a value that cannot be saved",
+    "GlmImageTransformer2DModel": "a plan that no file can hold: a size that depends on values",
+    "OmniGenTransformer2DModel": "a plan that no file can hold: it is for some values of the request",
+}
+"""One class for each way in which classes differ for capture, for lowering or for plan files."""
+
 NO_DENOISER = {
     "HunyuanDiT2DControlNetModel": "a ControlNet: its outputs feed a transformer's blocks",
     "HunyuanDiT2DMultiControlNetModel": "a ControlNet: its outputs feed a transformer's blocks",

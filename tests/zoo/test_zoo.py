@@ -1,4 +1,8 @@
-"""Every transformer class that diffusers exports, compiled: equal to the reference, with the CUR asked for."""
+"""Every transformer class that diffusers exports, compiled: equal to the reference, with the CUR asked for.
+
+`make test` compiles one class of each kind (`REPRESENTATIVES`) and finds the sites of every class; `make test-all`
+compiles them all.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from harmonica_rt import find_sites
 from harmonica_rt.errors import CaptureError
-from tests.zoo.run import run
-from tests.zoo.table import NO_DENOISER, ZOO, exported
+from tests.zoo.entry import model_of
+from tests.zoo.run import kinds_of, run
+from tests.zoo.table import NO_DENOISER, REPRESENTATIVES, ZOO, exported
 
 pytestmark = [
     # models of diffusers that call what diffusers is about to rename
@@ -19,12 +25,15 @@ pytestmark = [
 ]
 
 WORKS = [name for name, entry in ZOO.items() if entry.failure is None]
+SOME_OR_ALL = [
+    pytest.param(name, marks=() if name in REPRESENTATIVES else pytest.mark.exhaustive, id=name) for name in WORKS
+]
 # what no plan file holds: plans for some values of the request, regions with autocast of their own, sizes of values
 UNSAVED = "reads values of its request|nested regions|a graph that calls|shape \\(u0"
 FAILS = [name for name in ZOO if name not in WORKS]
 
 
-@pytest.mark.parametrize("name", WORKS)
+@pytest.mark.parametrize("name", SOME_OR_ALL)
 def test_compiled_equals_the_reference(name: str) -> None:
     outcome = run(name, ZOO[name])
     assert outcome.plain.tolerance == "exact"
@@ -48,10 +57,20 @@ def test_exceptions_fail_as_they_say(name: str) -> None:
         assert raised.value.failure.obstacle is expected.obstacle
 
 
-def test_the_page_lists_what_the_table_holds() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "zoo.md").read_text()
+@pytest.fixture
+def page() -> str:
+    return (Path(__file__).parents[2] / "docs" / "zoo.md").read_text()
+
+
+def test_the_page_lists_what_the_table_holds(page: str) -> None:
     listed = dict(re.findall(r"^\| `(\w+)` \|[^|]*\| (yes|no)", page, re.MULTILINE))
     assert listed == {name: "yes" if entry.failure is None else "no" for name, entry in ZOO.items()}
+
+
+def test_the_sites_of_every_class_are_those_that_the_page_lists(page: str) -> None:
+    listed = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \| yes", page, re.MULTILINE))
+    found = {name: kinds_of(find_sites(model_of(name, ZOO[name].config))) for name in WORKS}
+    assert {name: ", ".join(f"`{kind}`" for kind in kinds) for name, kinds in found.items()} == listed
 
 
 def test_the_table_covers_what_diffusers_exports() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 
-from tests.zoo.entry import VIDEO, Entry, Failure, integers, latents, normal, timestep
+from tests.zoo.entry import VIDEO, Entry, Failure, Size, integers, latents, normal, timestep
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 WAN = {**HEADS, "in_channels": 4, "out_channels": 4, "text_dim": 12, "freq_dim": 8, "ffn_dim": 48, "num_layers": 2}
@@ -39,6 +41,16 @@ LTX2 = {
     "num_layers": 2,
     "caption_channels": 12,
 }
+
+
+def frames_and_text(c: Any, s: Size) -> dict[str, Any]:
+    """Latents of a video and a prompt."""
+    return {
+        "hidden_states": latents(s.batch, c.in_channels, s.frames, s.height, s.width),
+        "timestep": timestep(s.batch),
+        "encoder_hidden_states": normal(s.batch, s.text, c.text_dim),
+    }
+
 
 VIDEOS: dict[str, Entry] = {
     "AllegroTransformer3DModel": Entry(
@@ -83,11 +95,7 @@ VIDEOS: dict[str, Entry] = {
     ),
     "ChronoEditTransformer3DModel": Entry(
         {**WAN, "rope_temporal_skip_len": 8},
-        lambda c, s: {
-            "hidden_states": latents(s.batch, c.in_channels, s.frames, s.height, s.width),
-            "timestep": timestep(s.batch),
-            "encoder_hidden_states": normal(s.batch, s.text, c.text_dim),
-        },
+        frames_and_text,
         size=VIDEO,
     ),
     "CogVideoXTransformer3DModel": Entry(
@@ -379,11 +387,7 @@ VIDEOS: dict[str, Entry] = {
     ),
     "SkyReelsV2Transformer3DModel": Entry(
         WAN,
-        lambda c, s: {
-            "hidden_states": latents(s.batch, c.in_channels, s.frames, s.height, s.width),
-            "timestep": timestep(s.batch),
-            "encoder_hidden_states": normal(s.batch, s.text, c.text_dim),
-        },
+        frames_and_text,
         size=VIDEO,
     ),
     "TransformerTemporalModel": Entry(
@@ -434,11 +438,7 @@ VIDEOS: dict[str, Entry] = {
     ),
     "WanTransformer3DModel": Entry(
         WAN,
-        lambda c, s: {
-            "hidden_states": latents(s.batch, c.in_channels, s.frames, s.height, s.width),
-            "timestep": timestep(s.batch),
-            "encoder_hidden_states": normal(s.batch, s.text, c.text_dim),
-        },
+        frames_and_text,
         size=VIDEO,
     ),
     "WanVACETransformer3DModel": Entry(

@@ -13,7 +13,7 @@ import harmonica_rt as hrt
 from harmonica_rt import Schedule
 from harmonica_rt.errors import ArgumentError, HarmonicaError
 from tests.models import SITES, stack, stack_call
-from tests.tiny import dit, random_schedule, sample
+from tests.tiny import built, dit, random_schedule, sample
 
 STEPS = 4
 CALL = {"class_labels": [1, 2]}
@@ -21,10 +21,7 @@ CALL = {"class_labels": [1, 2]}
 
 @pytest.fixture
 def pipeline() -> Any:
-    torch.manual_seed(0)
-    built = dit()
-    built.set_progress_bar_config(disable=True)
-    return built
+    return built(dit)
 
 
 @pytest.fixture
@@ -41,7 +38,9 @@ def through_torch(pipeline: Any, schedule: Schedule, *, in_place: bool) -> None:
 
 
 @pytest.mark.parametrize("function", ["compile", "reference", "verify"])
-def test_behind_the_other_door_names_detach(pipeline: Any, schedule: Schedule, function: str) -> None:
+def test_the_error_for_a_model_behind_torch_compile_names_detach(
+    pipeline: Any, schedule: Schedule, function: str
+) -> None:
     through_torch(pipeline, schedule, in_place=False)
     hrt.attach(pipeline)
     for subject in (pipeline, pipeline.transformer):
@@ -52,7 +51,7 @@ def test_behind_the_other_door_names_detach(pipeline: Any, schedule: Schedule, f
     hrt.compile(pipeline, schedule)
 
 
-def test_behind_the_other_door_in_place_names_detach(pipeline: Any, schedule: Schedule) -> None:
+def test_the_error_for_a_model_compiled_in_place_names_detach(pipeline: Any, schedule: Schedule) -> None:
     through_torch(pipeline, schedule, in_place=True)
     hrt.attach(pipeline)
     with pytest.raises(
@@ -75,7 +74,7 @@ def test_attach_to_a_compiled_pipeline_names_uncompile(pipeline: Any, schedule: 
     hrt.attach(pipeline)
 
 
-def test_a_compiled_pipeline_behind_the_other_door_names_uncompile(pipeline: Any, schedule: Schedule) -> None:
+def test_tracing_a_compiled_pipeline_is_an_error_that_names_uncompile(pipeline: Any, schedule: Schedule) -> None:
     hrt.compile(pipeline, schedule)
     plain = pipeline.transformer
     through_torch(pipeline, random_schedule(plain, STEPS, seed=1), in_place=False)
@@ -89,7 +88,7 @@ def test_a_compiled_pipeline_behind_the_other_door_names_uncompile(pipeline: Any
         sample(pipeline, STEPS, **CALL)
 
 
-def test_a_compiled_model_behind_the_other_door() -> None:
+def test_tracing_a_compiled_model_is_an_error() -> None:
     model = stack()
     schedule = Schedule.every(2, steps=STEPS, sites=hrt.find_sites(model, SITES))
     compiled = hrt.compile(model, schedule, lowering="plain")
@@ -113,7 +112,7 @@ def test_compiling_twice_takes_the_last_schedule(pipeline: Any, schedule: Schedu
     np.testing.assert_array_equal(sample(pipeline, STEPS, **CALL), expected)
 
 
-def test_what_is_asked_of_the_wrong_door(pipeline: Any, schedule: Schedule) -> None:
+def test_attach_and_get_compiled_say_which_of_them_applies(pipeline: Any, schedule: Schedule) -> None:
     compiled = hrt.compile(pipeline.transformer, schedule)
     with pytest.raises(HarmonicaError, match="needs no attach"):
         hrt.attach(compiled)
