@@ -40,7 +40,7 @@ def run(*, repeats: int, quick: bool) -> list[Row]:
         },
         1,  # a renewal takes as long as many iterations, and the ratio is known from the number of forwards
     )
-    share = case.walker.steps / RENEW_EVERY
+    share = case.loop.steps / RENEW_EVERY
     ours = _sums(seconds["ours"], renewals["ours"], share)
     default = by_default(case)
     rows = [_row(case, "ours", "iteration, lambda amortised", ours, "s")]
@@ -69,7 +69,7 @@ def _dit_xl_rows() -> list[Row]:
     with PeakMemory() as peak:
         case = dit_xl_2(3)
         seconds = interleaved({"ours": lambda: iteration(case)}, 1)["ours"]
-    steps, peak_metric = case.walker.steps - 1, "peak of the process, weights and all"
+    steps, peak_metric = case.loop.steps - 1, "peak of the process, weights and all"
     return [
         _row(case, "ours", "step of SDT", [seconds[0] / steps], "s"),
         Row("training_cost", case.name, "ours", peak_metric, peak.peak, "bytes", target=f"at most {12 * GIB}"),
@@ -79,7 +79,7 @@ def _dit_xl_rows() -> list[Row]:
 def _peak(kind: Kind, quick: bool) -> int:
     """Growth of the resident size in one iteration, in bytes."""
     case = bundled(2 if quick else 8, 3)  # what a step holds does not depend on the number of steps
-    plain = case.walker.walk(case.inputs, case.generators(), lambda call: call.forward())
+    plain = case.loop.walk(case.inputs, case.generators(), lambda call: call.forward())
     del plain
     before = resident_bytes()
     with PeakMemory() as memory:

@@ -23,12 +23,12 @@ from harmonica_rt import find_sites
 from harmonica_rt.demo import bundled_model
 from harmonica_training.cached_forward import Cache, CachedForward, detached, first_tensor, frozen
 from harmonica_training.config import TrainConfig
+from harmonica_training.denoising_loop import DenoiserCall, DenoisingLoop, StreamKey
 from harmonica_training.digits import load_pipeline
 from harmonica_training.iepo import ImageErrors
 from harmonica_training.sdt import step_losses
 from harmonica_training.settling import LOOK_EVERY
 from harmonica_training.trainer import train
-from harmonica_training.walk import DenoiserCall, StreamKey, Walker
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Case:
 
     Attributes:
         name: model, steps and batch.
-        walker: runs the pipeline's steps.
+        loop: runs the pipeline's steps.
         cached: the denoiser with its sites' outputs cached.
         inputs: arguments of the pipeline's call.
         samples: number of samples in the batch.
     """
 
     name: str
-    walker: Walker
+    loop: DenoisingLoop
     cached: CachedForward
     inputs: dict[str, Any]
     samples: int
@@ -52,7 +52,7 @@ class Case:
     @property
     def scores(self) -> Tensor:
         """Random scores, `[steps, sites]`."""
-        scores = torch.rand(self.walker.steps, len(self.cached.sites), generator=torch.Generator().manual_seed(0))
+        scores = torch.rand(self.loop.steps, len(self.cached.sites), generator=torch.Generator().manual_seed(0))
         scores[0] = 1.0
         return scores
 
@@ -65,27 +65,27 @@ def bundled(samples: int, steps: int) -> Case:
     """The bundled model with guidance."""
     pipeline = load_pipeline(bundled_model())
     sites = find_sites(pipeline.transformer)
-    walker = Walker(pipeline, steps=steps, arguments={"guidance_scale": 2.0})
+    loop = DenoisingLoop(pipeline, steps=steps, arguments={"guidance_scale": 2.0})
     inputs = {"class_labels": [index % 10 for index in range(samples)]}
     name = f"bundled, {steps} steps, batch {samples} (guidance: {2 * samples})"
-    return Case(name, walker, CachedForward(pipeline.transformer, sites), inputs, samples)
+    return Case(name, loop, CachedForward(pipeline.transformer, sites), inputs, samples)
 
 
 def dit_xl_2(steps: int) -> Case:
     """DiT-XL/2 at 256 x 256, one sample with guidance, blocks checkpointed."""
     transformer = models.dit(layers=28, heads=16, head_dim=72)
     pipeline = DiTPipeline(transformer, AutoencoderKL(block_out_channels=(4,), norm_num_groups=2), DDIMScheduler())
-    walker = Walker(pipeline, steps=steps, arguments={"guidance_scale": 1.5})
+    loop = DenoisingLoop(pipeline, steps=steps, arguments={"guidance_scale": 1.5})
     cached = CachedForward(transformer, find_sites(transformer), checkpointing=True)
     name = f"DiT-XL/2 256, {steps} steps, batch 1 (guidance: 2), checkpointing"
-    return Case(name, walker, cached, {"class_labels": [1]}, 1)
+    return Case(name, loop, cached, {"class_labels": [1]}, 1)
 
 
 def iteration(case: Case) -> Tensor:
     """One iteration of ours without lambda; returns the gradient with respect to the scores `[steps, sites]`."""
-    with frozen(case.walker.denoiser):
+    with frozen(case.loop.denoiser):
         return step_losses(
-            case.walker,
+            case.loop,
             case.cached,
             case.inputs,
             case.generators(),
@@ -101,7 +101,7 @@ def released_iteration(case: Case, *, through_teacher: bool) -> Tensor:
 
     `through_teacher=False` omits the gradient through the teacher, which changes only the parameters' gradients.
     """
-    model, scores = case.walker.denoiser.eval(), case.scores.requires_grad_()
+    model, scores = case.loop.denoiser.eval(), case.scores.requires_grad_()
     caches: dict[StreamKey, Cache] = {}
 
     def denoise(call: DenoiserCall) -> Any:
@@ -122,7 +122,7 @@ def released_iteration(case: Case, *, through_teacher: bool) -> Tensor:
 
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    case.walker.walk(case.inputs, case.generators(), denoise)
+    case.loop.run(case.inputs, case.generators(), denoise)
     model.zero_grad()
     if scores.grad is None:
         raise RuntimeError("the released iteration gave no gradient")
@@ -132,7 +132,7 @@ def released_iteration(case: Case, *, through_teacher: bool) -> Tensor:
 def renewal(case: Case, *, share_prefixes: bool) -> Tensor:
     """Compute lambda once; returns one weight per step."""
     errors = ImageErrors(
-        case.walker,
+        case.loop,
         case.cached,
         case.scores,
         (case.scores > 0.1).numpy(),
@@ -149,7 +149,7 @@ def by_default(case: Case) -> float:
 
     It trains the bundled model with as many samples and steps as `case`.
     """
-    config = TrainConfig(steps=case.walker.steps, batch=case.samples, target_speedup=1.5, guidance=2.0)
+    config = TrainConfig(steps=case.loop.steps, batch=case.samples, target_speedup=1.5, guidance=2.0)
     period = math.lcm(config.renew_every, LOOK_EVERY)
     history = train(load_pipeline(bundled_model()), replace(config, iterations=period)).history
     return sum(record.seconds for record in history) / period

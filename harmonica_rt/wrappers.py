@@ -1,11 +1,21 @@
-"""Find the model inside its wrappers: a plan is made for the model, and the wrappers stay around it."""
+"""Finds the denoiser in a pipeline, and the model inside its wrappers, which stay around it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+DENOISER_NAMES = ("transformer", "unet", "denoiser")  # under which pipelines hold the model that each step calls
 
 _PASS_ON = ("torch.nn.parallel.distributed",)
+
+
+def named_denoiser(pipeline: Any, kind: type[T]) -> tuple[str, T] | None:
+    """The first attribute of a pipeline that has the name of a denoiser and is of this kind, with its name, or None."""
+    named = ((name, getattr(pipeline, name, None)) for name in DENOISER_NAMES)
+    return next(((name, held) for name, held in named if isinstance(held, kind)), None)
 
 
 def unwrapped(model: Any) -> Any:

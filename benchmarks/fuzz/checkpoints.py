@@ -19,27 +19,28 @@ from harmonica_training import TrainConfig
 from harmonica_training.errors import CheckpointError, TrainingError
 from harmonica_training.harmonica import HarmoniCa
 from harmonica_training.setting import Setting
-from harmonica_training.trainer import _Training
+from harmonica_training.trainer import Iterations
+from harmonica_training.training_state import TrainingState
 from tests.tiny import dit
 
 STEPS, FILE = 4, "iteration-000002.safetensors"
 
 
 @functools.cache
-def _training() -> _Training:
+def _training() -> TrainingState:
     """A training that never takes a step; it only resumes from one checkpoint after the other."""
     setting = Setting(dit(), TrainConfig(steps=STEPS, batch=2, guidance=1.0, target_cur=0.3), None)
-    return _Training(setting, HarmoniCa(setting), None)
+    return TrainingState(setting, HarmoniCa(setting), None)
 
 
 @functools.cache
 def _identity() -> str:
-    return json.dumps(_training()._values()["identity"])
+    return json.dumps(_training().values()["identity"])
 
 
 def content(rng: Random) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and record of a valid checkpoint."""
-    sites = len(_training()._setting.sites)
+    sites = len(_training().setting.sites)
     drawn = torch.Generator().manual_seed(rng.randrange(2**31))
     logits = torch.randn(STEPS, sites, generator=drawn)
     tensors = {"logits": logits, "prices": torch.rand(STEPS, sites, generator=drawn), "lambda": torch.ones(STEPS)}
@@ -84,24 +85,24 @@ def damaged(rng: Random) -> bytes:
 
 def _like(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors in the dtypes that the training uses."""
-    here = _training()._tensors()
+    here = _training().tensors()
     return {name: tensor.to(here[name].dtype) if name in here else tensor for name, tensor in tensors.items()}
 
 
 def read(path: Path) -> object:
     """Resume from the checkpoint."""
     training = _training()
-    training._optimizer.state.clear()
-    training._settling.best = None
+    training.optimizer.state.clear()
+    training.settling.best = None
     training.resume(path.parent)
     return training
 
 
 def check(result: object, path: Path) -> None:
     """All loaded tensors are finite, and give a schedule whose first step computes."""
-    assert isinstance(result, _Training)
-    assert all(bool(tensor.isfinite().all()) for tensor in result._tensors().values())
-    assert result.result(()).schedule.compute[0].all()
+    assert isinstance(result, TrainingState)
+    assert all(bool(tensor.isfinite().all()) for tensor in result.tensors().values())
+    assert Iterations(result).result(()).schedule.compute[0].all()
 
 
 FORMAT = Format(

@@ -94,7 +94,7 @@ def _smoothcache(pipeline: Any, point: Point, seed: int, budget: Budget) -> Prod
     started = time.perf_counter()
     setting = Setting(pipeline, _config(point, seed, budget))
     batches = ((setting.inputs(i), setting.generators(i)) for i in range(budget.calibration))
-    schedule = calibrate(setting.walker, setting.cached, batches).at_speedup(setting.costs, point.speedup)
+    schedule = calibrate(setting.loop, setting.cached, batches).at_speedup(setting.costs, point.speedup)
     return Produced(schedule, time.perf_counter() - started)
 
 

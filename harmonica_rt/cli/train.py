@@ -129,8 +129,9 @@ def train(
         from harmonica_rt.cli.calling import call_arguments, calling
         from harmonica_rt.cli.loading import PipelineChoice, load_pipeline
         from harmonica_training import TrainConfig, TrainingInterrupted, train
+        from harmonica_training.console_progress import ConsoleProgress
         from harmonica_training.distributed import leave, rank
-        from harmonica_training.progress import ConsoleProgress, Several
+        from harmonica_training.progress import Several
 
     one_of("--image-error", image_error, ["sensitivity", "leave-one-out", "progressive", "none"])
     one_of("--gates", gates, ["hard", "soft"])
@@ -195,7 +196,7 @@ def train(
 def _logs(work: Path | None) -> list[Progress]:
     """The TensorBoard log in the directory of the checkpoints; without TensorBoard none, and a message says so."""
     from harmonica_training import TrainingError
-    from harmonica_training.progress import TensorBoardLog
+    from harmonica_training.tensorboard_log import TensorBoardLog
 
     if work is None:
         return []

@@ -19,17 +19,16 @@ from harmonica_rt.model.hooked_call import call_with_hooks
 from harmonica_rt.sampling.denoiser import Denoiser
 from harmonica_rt.sampling.following import scheduler_in_use
 from harmonica_rt.sampling.scheduler import listener_of
-from harmonica_rt.wrappers import compiled_around, unwrapped
+from harmonica_rt.wrappers import DENOISER_NAMES, compiled_around, named_denoiser, unwrapped
 
 _last_installed: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Denoiser]] = weakref.WeakKeyDictionary()
-_DENOISER_NAMES = ("transformer", "unet", "denoiser")
 
 
 def is_pipeline(candidate: Any) -> bool:
     """Whether this is a pipeline or another non-module object that holds a denoiser and the scheduler it steps."""
     if isinstance(candidate, (nn.Module, type)) or getattr(candidate, "scheduler", None) is None:
         return False
-    return callable(candidate) or any(isinstance(getattr(candidate, name, None), nn.Module) for name in _DENOISER_NAMES)
+    return callable(candidate) or named_denoiser(candidate, nn.Module) is not None
 
 
 def denoiser_module(pipeline: Any) -> nn.Module:
@@ -48,12 +47,12 @@ def held_denoiser(pipeline: Any) -> nn.Module:
     Raises:
         HarmonicaError: the pipeline has no module of a known name.
     """
-    for name in _DENOISER_NAMES:
-        module = getattr(pipeline, name, None)
-        if isinstance(module, nn.Module):
-            return module.given if isinstance(module, Denoiser) else module
+    found = named_denoiser(pipeline, nn.Module)
+    if found is not None:
+        _, module = found
+        return module.given if isinstance(module, Denoiser) else module
     raise HarmonicaError(
-        f"{type(pipeline).__name__} has no denoiser named {' or '.join(_DENOISER_NAMES)}; compile the model itself"
+        f"{type(pipeline).__name__} has no denoiser named {' or '.join(DENOISER_NAMES)}; compile the model itself"
     )
 
 
@@ -65,7 +64,7 @@ def other_denoisers(pipeline: Any) -> list[str]:
         for name, value in vars(pipeline).items()
         if isinstance(value, nn.Module)
         and unwrapped(value) is not denoiser
-        and any(re.fullmatch(rf"(\w+_)?{known}(_\w+)?", name) for known in _DENOISER_NAMES)
+        and any(re.fullmatch(rf"(\w+_)?{known}(_\w+)?", name) for known in DENOISER_NAMES)
     ]
 
 

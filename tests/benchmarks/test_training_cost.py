@@ -30,7 +30,7 @@ class Work:
 @contextmanager
 def counted(case: Case) -> Iterator[Work]:
     work = Work()
-    model: Any = case.walker.denoiser
+    model: Any = case.loop.denoiser
     forward = model.forward
 
     def went_back(gradient: Tensor) -> None:
@@ -70,7 +70,7 @@ def test_same_gradient_more_work() -> None:
     assert not work.weights
     assert (ours[1:] != 0).all()
     close = {"rtol": 1e-5, "atol": 1e-5 * float(ours.abs().max())}
-    every = {name for name, _ in case.walker.denoiser.named_parameters()}
+    every = {name for name, _ in case.loop.denoiser.named_parameters()}
 
     spared, work = measured(case, lambda: released_iteration(case, through_teacher=False))
     assert (work.forwards, work.graphs, work.backwards) == (5, 4, 2)

@@ -18,7 +18,7 @@ from harmonica_rt import Schedule
 from harmonica_rt.cli import loading, signals
 from harmonica_training import TrainingInterrupted
 from harmonica_training.checkpoint import latest_checkpoint
-from harmonica_training.progress import ConsoleProgress
+from harmonica_training.console_progress import ConsoleProgress
 from tests.cli.running import run
 from tests.training.small import config, dit
 

@@ -153,7 +153,7 @@ def test_out_of_memory_names_the_options_that_help(
     def exhausted(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    monkeypatch.setattr("harmonica_training.trainer._Training.step", exhausted)
+    monkeypatch.setattr("harmonica_training.trainer.Iterations.step", exhausted)
     with pytest.raises(HarmonicaError, match=r"out of memory: CUDA .*takes less with a smaller --batch or --checkpoin"):
         run(str(trainable), str(tmp_path / "s.json"), *FEW, "--guidance", "1", "--target-cur", "0.4")
 
@@ -163,7 +163,7 @@ def test_a_full_disk_under_the_log_is_named(tmp_path: Path, monkeypatch: pytest.
 
     from torch.utils.tensorboard import SummaryWriter
 
-    from harmonica_training.progress import TensorBoardLog
+    from harmonica_training.tensorboard_log import TensorBoardLog
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -18,8 +18,8 @@ from harmonica_training.baselines import SmoothCacheErrors, calibrate, fewer_ste
 from harmonica_training.baselines.rules import nearest
 from harmonica_training.cached_forward import CachedForward
 from harmonica_training.costs import SiteCosts, count_costs
+from harmonica_training.denoising_loop import DenoisingLoop
 from harmonica_training.errors import TrainingError
-from harmonica_training.walk import Walker
 from tests import tiny
 
 SITES = ("blocks.0.attn", "blocks.0.ff", "blocks.1.attn", "blocks.1.ff")
@@ -51,17 +51,17 @@ def rows(schedule: Schedule, site: int = 0) -> str:
     return "".join("01"[int(entry)] for entry in schedule.compute[:, site])
 
 
-def calibrated(name: str, steps: int = 5, **options: Any) -> tuple[Walker, SmoothCacheErrors, SiteCosts]:
+def calibrated(name: str, steps: int = 5, **options: Any) -> tuple[DenoisingLoop, SmoothCacheErrors, SiteCosts]:
     family = tiny.families()[name]
     torch.manual_seed(0)
-    walker = Walker(family.build(), steps=steps)
-    sites = find_sites(walker.denoiser)
+    loop = DenoisingLoop(family.build(), steps=steps)
+    sites = find_sites(loop.denoiser)
     count = len(family.guided.get("class_labels", [0]))
-    errors = calibrate(walker, CachedForward(walker.denoiser, sites), [(family.guided, generators(count))], **options)
-    _, costs = walker.probe(
-        family.guided, generators(count), lambda call: count_costs(walker.denoiser, sites, call.forward)
+    errors = calibrate(loop, CachedForward(loop.denoiser, sites), [(family.guided, generators(count))], **options)
+    _, costs = loop.probe(
+        family.guided, generators(count), lambda call: count_costs(loop.denoiser, sites, call.forward)
     )
-    return walker, errors, costs
+    return loop, errors, costs
 
 
 def test_known_errors_give_the_known_schedule() -> None:
@@ -155,10 +155,10 @@ def outputs_of(pipeline: Any, sites: Sequence[str], steps: int, count: int, **ar
 
 @pytest.mark.parametrize("name", ["dit", "pixart-alpha", "flux", "sd3"])
 def test_errors_are_those_of_a_plain_run(name: str) -> None:
-    walker, measured, _ = calibrated(name, steps=5, lookahead=2)
+    loop, measured, _ = calibrated(name, steps=5, lookahead=2)
     family = tiny.families()[name]
     count = len(family.guided.get("class_labels", [0]))
-    seen = outputs_of(walker.pipeline, measured.sites, 5, count, **family.guided)
+    seen = outputs_of(loop.pipeline, measured.sites, 5, count, **family.guided)
     streams = 2 if name == "flux" else 1  # true guidance calls the model twice per step
     assert all(len(found) == 5 * streams for found in seen)
     expected = np.full((2, 5, len(seen)), np.nan)
@@ -201,12 +201,12 @@ def test_batches_are_averaged_and_the_pipeline_is_left_alone() -> None:
     family = tiny.families()["dit"]
     pipeline = family.build()
     pipeline.transformer.train()
-    walker = Walker(pipeline, steps=3)
-    cached = CachedForward(walker.denoiser, find_sites(walker.denoiser))
+    loop = DenoisingLoop(pipeline, steps=3)
+    cached = CachedForward(loop.denoiser, find_sites(loop.denoiser))
     first = ({"class_labels": [1]}, 3)
     second = ({"class_labels": [2]}, 8)
     both, one, other = (
-        calibrate(walker, cached, [(inputs, generators(seed=seed)) for inputs, seed in batches])
+        calibrate(loop, cached, [(inputs, generators(seed=seed)) for inputs, seed in batches])
         for batches in ([first, second], [first], [second])
     )
     np.testing.assert_allclose(both.errors, (one.errors + other.errors) / 2)
@@ -262,16 +262,14 @@ class Scaling:
 def test_errors_of_tied_blocks_and_of_zero_outputs_are_known() -> None:
     model = TwiceABlock()
     sites = ["attn", "ff"]
-    walker = Walker(Loop(model), steps=3)
-    errors = calibrate(
-        walker, CachedForward(model, sites), [({"start": torch.full((2, 4), 1e-3)}, generators(2))]
-    ).errors
+    loop = DenoisingLoop(Loop(model), steps=3)
+    errors = calibrate(loop, CachedForward(model, sites), [({"start": torch.full((2, 4), 1e-3)}, generators(2))]).errors
     # all outputs double from step to step, so half of the new one is news, and three quarters after two
     np.testing.assert_allclose(errors[0, 1:, 0], 0.5, rtol=1e-6)
     np.testing.assert_allclose(errors[1, 2, 0], 0.75, rtol=1e-6)
     assert (errors[0, 1:, 1] == 0.0).all()
     with pytest.raises(TrainingError, match="attn is not finite at step 0"):
-        calibrate(walker, CachedForward(model, sites), [({"start": torch.full((2, 4), np.inf)}, generators(2))])
+        calibrate(loop, CachedForward(model, sites), [({"start": torch.full((2, 4), np.inf)}, generators(2))])
 
 
 def test_fora_spaces_its_steps_evenly() -> None:
@@ -326,12 +324,12 @@ def test_nearest_finds_the_nearest_of_many(count: int) -> None:
 
 
 def test_bad_input_is_refused() -> None:
-    walker = Walker(tiny.dit(), steps=3)
-    cached = CachedForward(walker.denoiser, find_sites(walker.denoiser))
+    loop = DenoisingLoop(tiny.dit(), steps=3)
+    cached = CachedForward(loop.denoiser, find_sites(loop.denoiser))
     with pytest.raises(TrainingError, match="got none"):
-        calibrate(walker, cached, [])
+        calibrate(loop, cached, [])
     with pytest.raises(TrainingError, match="lookahead: expected at least 1"):
-        calibrate(walker, cached, [], lookahead=0)
+        calibrate(loop, cached, [], lookahead=0)
     with pytest.raises(ValueError, match=r"lookahead, steps, 4"):
         SmoothCacheErrors(np.zeros((3, 5, 2)), SITES)
     with pytest.raises(ValueError, match="'kind' or 'site'"):

@@ -12,8 +12,8 @@ import torch
 
 import harmonica_rt as hrt
 from harmonica_training.cached_forward import CachedForward
+from harmonica_training.denoising_loop import DenoisingLoop
 from harmonica_training.iepo import ImageError, ImageErrors
-from harmonica_training.walk import Walker
 from tests import tiny
 
 STEPS = 5
@@ -31,7 +31,7 @@ class Case:
         self.model = pipeline.transformer
         self.inputs = {**described.guided, "class_labels": [1]} if family == "dit" else described.guided
         sites = hrt.find_sites(self.model)
-        self.walker = Walker(pipeline, steps=STEPS)
+        self.loop = DenoisingLoop(pipeline, steps=STEPS)
         self.cached = CachedForward(self.model, sites)
         self.scores = torch.rand(STEPS, len(sites), generator=torch.Generator().manual_seed(0))
         self.scores[0] = 1.0
@@ -44,7 +44,7 @@ class Case:
     def errors(self, scores: torch.Tensor | None = None) -> ImageErrors:
         scores = self.scores if scores is None else scores
         return ImageErrors(
-            self.walker,
+            self.loop,
             self.cached,
             scores,
             np.array(scores > 0.3),
@@ -82,15 +82,15 @@ def test_shared_prefixes_save_half_of_the_calls(method: ImageError) -> None:
     def count(share: bool) -> int:
         calls: list[int] = []
         forward = type(case.model).forward
-        original = case.walker.denoiser.forward
+        original = case.loop.denoiser.forward
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             calls.append(1)
             return original(*args, **kwargs)
 
-        case.walker.denoiser.forward = counted
+        case.loop.denoiser.forward = counted
         case.errors().weights(method, share_prefixes=share)
-        del case.walker.denoiser.forward
+        del case.loop.denoiser.forward
         assert type(case.model).forward is forward
         return len(calls)
 

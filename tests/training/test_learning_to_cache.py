@@ -48,14 +48,14 @@ def test_the_error_of_a_pair_follows_its_definition() -> None:
     scores = torch.zeros(8, len(setting.sites))
     scores[0::2] = 1.0
     with frozen(setting.model):
-        walked = objective.walk(0, scores, (scores > 0.1).numpy(), 1.0)
-        (step,) = np.flatnonzero(walked.drawn)
+        losses = objective.losses(0, scores, (scores > 0.1).numpy(), 1.0)
+        (step,) = np.flatnonzero(losses.drawn)
         assert step % 2 == 1
-        assert (walked.mse > 0).nonzero().flatten().tolist() == [step]
-        assert walked.by_score.any(dim=1).nonzero().flatten().tolist() == [step]
+        assert (losses.mse > 0).nonzero().flatten().tolist() == [step]
+        assert losses.by_score.any(dim=1).nonzero().flatten().tolist() == [step]
 
         (entry,) = setting.entries(0)
-        scheduler = setting.walker.pipeline.scheduler
+        scheduler = setting.loop.pipeline.scheduler
         scheduler.set_timesteps(8)
         before, now = scheduler.timesteps[step - 1], scheduler.timesteps[step]
         noise = torch.randn(4, 4, 4, generator=setting.generators(0)[0])[None]
@@ -69,7 +69,7 @@ def test_the_error_of_a_pair_follows_its_definition() -> None:
                 lambda: model(x, timestep=now[None], class_labels=label), [False] * len(setting.sites), cache
             )
         expected = (reused.sample - target).square().mean().double()
-    torch.testing.assert_close(walked.mse[step], expected, rtol=1e-4, atol=1e-10)
+    torch.testing.assert_close(losses.mse[step], expected, rtol=1e-4, atol=1e-10)
 
 
 def test_a_number_of_images_other_than_of_conditions_is_refused() -> None:

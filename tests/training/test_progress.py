@@ -11,17 +11,10 @@ from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from harmonica_training.console_progress import PLAIN_LINES, ConsoleProgress
 from harmonica_training.errors import TrainingError
-from harmonica_training.progress import (
-    CELL,
-    PLAIN_LINES,
-    ConsoleProgress,
-    IterationRecord,
-    Progress,
-    Several,
-    Silent,
-    TensorBoardLog,
-)
+from harmonica_training.progress import IterationRecord, Progress, Several, Silent
+from harmonica_training.tensorboard_log import CELL, TensorBoardLog
 
 SCORES = np.array([[1.0, 1.0, 1.0], [0.0, 0.5, 0.25]])
 COMPUTE = SCORES > 0.3

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import harmonica_rt as hrt
 from harmonica_training.cached_forward import CachedForward, frozen
+from harmonica_training.denoising_loop import DenoiserCall, DenoisingLoop
 from harmonica_training.errors import TrainingError
-from harmonica_training.sdt import Walked, step_losses
-from harmonica_training.walk import DenoiserCall, Walker
+from harmonica_training.sdt import StepLosses, step_losses
 from tests import tiny
 
 STEPS = 4
@@ -33,16 +33,16 @@ class Case:
         }
         self.inputs = {**arguments, "class_labels": [1]} if family == "dit" else arguments
         self.sites = hrt.find_sites(self.model)
-        self.walker = Walker(self.pipeline, steps=STEPS)
+        self.loop = DenoisingLoop(self.pipeline, steps=STEPS)
         self.cached = CachedForward(self.model, self.sites, **options)
         self.scores = torch.rand(STEPS, len(self.sites), generator=torch.Generator().manual_seed(0)).to(dtype)
         self.scores[0] = 1.0
 
-    def walk(self, scores: Tensor | None = None, **options: Any) -> Walked:
+    def losses(self, scores: Tensor | None = None, **options: Any) -> StepLosses:
         scores = self.scores if scores is None else scores
         with frozen(self.model):
             return step_losses(
-                self.walker,
+                self.loop,
                 self.cached,
                 self.inputs,
                 [torch.Generator().manual_seed(5)],
@@ -57,45 +57,45 @@ class Case:
 @pytest.mark.parametrize("holds", ["computed", "blended"])
 def test_gradient_of_each_step_is_its_finite_difference(family: str, rtol: float, holds: Any) -> None:
     case = Case(family, torch.float64)
-    by_score = case.walk(holds=holds).by_score
+    by_score = case.losses(holds=holds).by_score
     eps = 1e-6
     for step, site in [(1, 0), (2, 3), (3, 1)]:
         errors = []
         for sign in (1, -1):
             moved = case.scores.clone()
             moved[step, site] += sign * eps
-            errors.append(case.walk(moved, holds=holds).mse[step])
+            errors.append(case.losses(moved, holds=holds).mse[step])
         slope = (errors[0] - errors[1]) / (2 * eps)
         torch.testing.assert_close(by_score[step, site], slope, rtol=rtol, atol=1e-12)
     assert not by_score[0].any()
 
 
 def test_nothing_is_lost_where_everything_computes() -> None:
-    walked = Case().walk(torch.ones(STEPS, 4))
-    assert not walked.mse.any()
-    assert (walked.power[1:] > 0).all()
-    assert walked.drawn.tolist() == [False, True, True, True]
+    losses = Case().losses(torch.ones(STEPS, 4))
+    assert not losses.mse.any()
+    assert (losses.power[1:] > 0).all()
+    assert losses.drawn.tolist() == [False, True, True, True]
 
 
-def test_the_student_walks_its_own_path() -> None:
+def test_the_student_goes_its_own_way() -> None:
     """The targets of later steps are taken at the latents that caching led to."""
     case = Case()
     reused = case.scores.clone()
     reused[1] = 0.0
-    assert not torch.equal(case.walk(reused).power[2], case.walk(torch.ones_like(reused)).power[2])
-    assert torch.equal(case.walk(reused).power[:2], case.walk(torch.ones_like(reused)).power[:2])
+    assert not torch.equal(case.losses(reused).power[2], case.losses(torch.ones_like(reused)).power[2])
+    assert torch.equal(case.losses(reused).power[:2], case.losses(torch.ones_like(reused)).power[:2])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_checkpointing_and_loss_scale_change_no_number(checkpointing: bool) -> None:
-    plain, other = Case().walk(), Case(checkpointing=checkpointing).walk(scale=1024.0)
+    plain, other = Case().losses(), Case(checkpointing=checkpointing).losses(scale=1024.0)
     assert torch.equal(plain.mse, other.mse)
     assert torch.equal(plain.by_score, other.by_score)
 
 
 def test_bf16_is_near_fp32() -> None:
-    plain = Case().walk()
-    low = Case().walk(precision=lambda: torch.autocast("cpu", torch.bfloat16))
+    plain = Case().losses()
+    low = Case().losses(precision=lambda: torch.autocast("cpu", torch.bfloat16))
     assert not torch.equal(plain.mse, low.mse)
     torch.testing.assert_close(low.mse, plain.mse, rtol=0.15, atol=1e-3)
     cosine = torch.nn.functional.cosine_similarity(plain.by_score.flatten(), low.by_score.flatten(), dim=0)
@@ -124,14 +124,14 @@ def test_no_activation_outlives_its_step() -> None:
             return blend(*args)
 
     case.cached.blend = counted  # type: ignore[method-assign]
-    case.walk()
+    case.losses()
     assert alive == [0] * (STEPS - 1)
 
 
 def test_a_stream_that_sets_in_late_computes_first() -> None:
     case = Case()
     calls: list[tuple[int, Any]] = []
-    walk = case.walker.walk
+    run = case.loop.run
 
     def relabelled(inputs: Any, generators: Any, denoise: Any, **options: Any) -> Tensor:
         def answer(call: DenoiserCall) -> Any:
@@ -139,15 +139,15 @@ def test_a_stream_that_sets_in_late_computes_first() -> None:
             calls.append((call.step, stream))
             return denoise(DenoiserCall(call.step, stream, call.forward))
 
-        return walk(inputs, generators, answer, **options)
+        return run(inputs, generators, answer, **options)
 
-    case.walker.walk = relabelled  # type: ignore[method-assign]
-    walked = case.walk()
-    assert (walked.mse > 0).tolist() == [False, True, False, True]
+    case.loop.run = relabelled  # type: ignore[method-assign]
+    losses = case.losses()
+    assert (losses.mse > 0).tolist() == [False, True, False, True]
 
 
 def test_a_wrong_number_of_steps_is_refused() -> None:
     case = Case()
     with pytest.raises(TrainingError, match="expected a run of 3 steps"):
-        case.walk(torch.ones(3, 4))
-    assert case.walk().mse.isfinite().all()  # and the next walk is right
+        case.losses(torch.ones(3, 4))
+    assert case.losses().mse.isfinite().all()  # and the next run is right

@@ -16,7 +16,7 @@ from harmonica_training import DivergenceError, TrainingError, train
 from harmonica_training.checkpoint import latest_checkpoint
 from harmonica_training.harmonica import HarmoniCa
 from harmonica_training.progress import IterationRecord, Silent
-from harmonica_training.sdt import Walked
+from harmonica_training.sdt import StepLosses
 from tests import tiny
 from tests.training.small import PAPER, SITES, config, dit
 
@@ -158,9 +158,9 @@ def test_divergence_ends_the_training() -> None:
     class FarOff(HarmoniCa):
         """Finds predictions that are off by eleven times their own size."""
 
-        def walk(self, *args: Any) -> Walked:
-            walked = super().walk(*args)
-            return replace(walked, mse=11 * walked.power)
+        def losses(self, *args: Any) -> StepLosses:
+            losses = super().losses(*args)
+            return replace(losses, mse=11 * losses.power)
 
     with pytest.raises(DivergenceError, match="iteration 0: under cache the prediction is off by 11 times"):
         train(dit(), config(image_error=None), objective=FarOff)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import harmonica_rt as hrt
+from harmonica_training.denoising_loop import DenoisingLoop
 from harmonica_training.setting import Setting
 from harmonica_training.validation import APART, Validation
-from harmonica_training.walk import Walker
 from tests.training.small import config, dit
 
 
@@ -23,8 +23,8 @@ def test_image_error_is_that_of_the_runtime() -> None:
     found = Validation(setting).image_error(mask)
 
     def latents(batch: int) -> torch.Tensor:
-        walker = Walker(pipeline, steps=8, arguments={"guidance_scale": 1.0})
-        return walker.walk(setting.inputs(batch), setting.generators(batch), lambda call: call.forward()).double()
+        loop = DenoisingLoop(pipeline, steps=8, arguments={"guidance_scale": 1.0})
+        return loop.run(setting.inputs(batch), setting.generators(batch), lambda call: call.forward()).double()
 
     batches = (APART, APART + 1)
     plain = torch.cat([latents(batch) for batch in batches])

@@ -1,6 +1,14 @@
 """Learns cache schedules for Diffusion Transformers: `train` a pipeline by a `TrainConfig`, and save the schedule.
 
-This is plain PyTorch without Triton. Of the runtime it uses only `harmonica_rt.schedule` and what that is made of.
+In: a diffusers pipeline, a `TrainConfig`, and conditions (class labels or prompts); no images. Out: a `Schedule`.
+This is plain PyTorch without Triton; of the runtime it uses only `harmonica_rt.schedule` and what that is made of.
+
+Hazard: a gradient is worth nothing if training does not see what will run. So every iteration runs the pipeline's own
+denoising loop, under the cache that it is learning, and the student's errors carry on to the next step.
+
+Reading order: `trainer` (the iterations) with `training_state`; `harmonica` (the objective) with `sdt` and `iepo`;
+`denoising_loop` and `cached_forward` (how a pipeline runs with a cache); `router`, `target` and `settling` (from
+scores to a schedule that meets its target); `costs`; `progress`, `checkpoint`; `baselines/` and `digits/`.
 """
 
 from harmonica_training.checkpoint import TrainingInterrupted

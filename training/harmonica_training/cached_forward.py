@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from harmonica_rt.changes import Changes
 from harmonica_rt.schedule.sites import check_sites
 from harmonica_training.errors import TrainingError
-from harmonica_training.walk import replace_forward
+from harmonica_training.forward_replacement import replace_forward
 
 Forward = Callable[[], Any]
 Cache = dict[tuple[int, int], Any]

@@ -28,8 +28,8 @@ class TrainConfig:
         arguments: further arguments of the call (height, width, ...).
         patterns: globs that choose the sites, in place of the rule.
         image_error: lambda of IEPO, renewed every `renew_every` iterations; None weights all steps equally (SDT alone).
-        renew_every: C. An iteration walks all steps, so the paper's C = 500 at 20 steps corresponds to 25.
-        iterations: number of runs to walk. The paper's 20,000 optimiser steps at 20 steps correspond to 1,000.
+        renew_every: C. An iteration goes through all steps, so the paper's C = 500 at 20 steps corresponds to 25.
+        iterations: number of runs. The paper's 20,000 optimiser steps at 20 steps correspond to 1,000.
         batch: samples per iteration, over all processes.
         learning_rate: learning rate of AdamW, with weight decay 0.
         decay: share of the iterations, at the end, over which the learning rate falls to a tenth.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harmonica_training import distributed
 from harmonica_training.iepo import ImageErrors
-from harmonica_training.sdt import Walked, step_losses
+from harmonica_training.sdt import StepLosses, step_losses
 from harmonica_training.setting import Setting
 
 
@@ -23,7 +23,7 @@ class Objective(Protocol):
         method: the method's name in the schedules it makes.
         free: bool `[steps]`, the steps that may reuse.
         weights: `[steps]`, lambda.
-        renewed: whether the last call of `walk` computed a new lambda.
+        renewed: whether the last call of `losses` computed a new lambda.
     """
 
     method: str
@@ -31,7 +31,7 @@ class Objective(Protocol):
     weights: Tensor
     renewed: bool
 
-    def walk(self, iteration: int, scores: Tensor, computes: NDArray[np.bool_], scale: float) -> Walked:
+    def losses(self, iteration: int, scores: Tensor, computes: NDArray[np.bool_], scale: float) -> StepLosses:
         """Errors and their gradients w.r.t. the scores, on this process's share of the iteration's batch."""
 
 
@@ -46,12 +46,12 @@ class HarmoniCa:
         self.weights = torch.ones(setting.steps, dtype=torch.float64, device=setting.device)
         self.renewed = False
 
-    def walk(self, iteration: int, scores: Tensor, computes: NDArray[np.bool_], scale: float) -> Walked:
-        """See `Objective.walk`."""
+    def losses(self, iteration: int, scores: Tensor, computes: NDArray[np.bool_], scale: float) -> StepLosses:
+        """See `Objective.losses`."""
         setting, config = self._setting, self._config
         inputs = setting.inputs(iteration)
-        walked = step_losses(
-            setting.walker,
+        losses = step_losses(
+            setting.loop,
             setting.cached,
             inputs,
             setting.generators(iteration),
@@ -64,7 +64,7 @@ class HarmoniCa:
         self.renewed = config.image_error is not None and iteration % config.renew_every == 0
         if self.renewed:
             errors = ImageErrors(
-                setting.walker,
+                setting.loop,
                 setting.cached,
                 scores,
                 computes,
@@ -74,9 +74,9 @@ class HarmoniCa:
                 precision=setting.precision,
             )
             self._renew(
-                distributed.mean(errors.weights(config.image_error)), distributed.mean(walked.mse), iteration == 0
+                distributed.mean(errors.weights(config.image_error)), distributed.mean(losses.mse), iteration == 0
             )
-        return replace(walked, by_score=walked.by_score * self.weights[:, None].to(scores))
+        return replace(losses, by_score=losses.by_score * self.weights[:, None].to(scores))
 
     def _renew(self, weights: Tensor, mse: Tensor, first: bool) -> None:
         if self._config.image_error != "sensitivity":

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from harmonica_training.cached_forward import Cache, CachedForward, CacheHolds, cloned
+from harmonica_training.denoising_loop import DenoiserCall, DenoisingLoop, StreamKey
 from harmonica_training.sdt import Precision
-from harmonica_training.walk import DenoiserCall, StreamKey, Walker
 
 ImageError = Literal["leave-one-out", "progressive", "sensitivity"]
 
@@ -36,7 +36,7 @@ class ImageErrors:
     """Errors in the final latents of runs that cache at some steps and not at others.
 
     Args:
-        walker: walks the pipeline.
+        loop: runs the pipeline's denoising loop.
         cached: runs its denoiser with caching.
         scores: r, `[steps, sites]`.
         computes: bool `[steps, sites]`, r > tau.
@@ -48,7 +48,7 @@ class ImageErrors:
 
     def __init__(
         self,
-        walker: Walker,
+        loop: DenoisingLoop,
         cached: CachedForward,
         scores: Tensor,
         computes: NDArray[np.bool_],
@@ -58,7 +58,7 @@ class ImageErrors:
         holds: CacheHolds,
         precision: Precision,
     ) -> None:
-        self._walker = walker
+        self._loop = loop
         self._cached = cached
         self._scores = scores
         self._computes = computes
@@ -121,7 +121,7 @@ class ImageErrors:
                 record[call.step, call.stream] = cloned(output)
             return output
 
-        return self._walker.walk(self._inputs, self._generators(), denoise)
+        return self._loop.run(self._inputs, self._generators(), denoise)
 
     def _forward(self, call: DenoiserCall, held: Caches, caches: bool) -> tuple[Any, Cache]:
         with self._precision():

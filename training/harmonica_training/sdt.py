@@ -1,11 +1,11 @@
 """Step-wise denoising training (SDT), arXiv 2410.01723, section 4.1.
 
-One iteration starts from noise and walks all steps, like a run. At each step the uncached model gives the target, the
-cached model is compared with it at the same latents, and the cached prediction is passed to the scheduler. So training
-sees what will run, drift included, and needs no images.
+One iteration starts from noise and goes through all steps, like a run. At each step the uncached model gives the
+target, the cached model is compared with it at the same latents, and the cached prediction is passed to the
+scheduler. So training sees what will run, drift included, and needs no images.
 
-Losses of different steps share only the caches, which carry no gradient. So each step's gradient is taken immediately,
-and the activations of at most one step are held.
+Losses of different steps share only the caches, which carry no gradient. So each step's gradient is taken
+immediately, and the activations of at most one step are held.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from harmonica_training.cached_forward import Cache, CachedForward, CacheHolds, detached, first_tensor
+from harmonica_training.denoising_loop import DenoiserCall, DenoisingLoop, StreamKey
 from harmonica_training.errors import TrainingError
-from harmonica_training.walk import DenoiserCall, StreamKey, Walker
 
 Precision = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
-class Walked:
+class StepLosses:
     """The result of one iteration of SDT.
 
     Attributes:
@@ -45,7 +45,7 @@ class Walked:
 
 
 def step_losses(
-    walker: Walker,
+    loop: DenoisingLoop,
     cached: CachedForward,
     inputs: Mapping[str, Any],
     generators: Sequence[torch.Generator],
@@ -57,11 +57,11 @@ def step_losses(
     scale: float = 1.0,
     window: tuple[int, int] | None = None,
     start: Tensor | None = None,
-) -> Walked:
-    """Walk one batch and differentiate the loss of every step.
+) -> StepLosses:
+    """Run the loop for one batch and differentiate the loss of every step.
 
     Args:
-        walker: walks the pipeline.
+        loop: runs the pipeline's denoising loop.
         cached: runs its denoiser with caching.
         inputs: conditions of the B samples.
         generators: B generators of noise.
@@ -71,10 +71,10 @@ def step_losses(
         precision: makes a context for forwards (autocast, or nothing).
         scale: factor on the loss, applied before the gradient is taken and divided out afterwards, so that the
             gradient does not underflow in half precision.
-        window, start: see `Walker.walk`; by default a whole run from noise.
+        window, start: see `DenoisingLoop.run`; by default a whole run from noise.
 
     Raises:
-        TrainingError: the walk has more steps than the scores, or no site reaches the prediction.
+        TrainingError: the run has more steps than the scores, or no site reaches the prediction.
     """
     leaf = scores.detach().clone().requires_grad_()
     caches: dict[StreamKey, Cache] = {}  # one per denoiser call of a step
@@ -104,9 +104,9 @@ def step_losses(
         power[call.step] += target.square().mean() / len(caches)
         return detached(output)
 
-    walker.walk(inputs, generators, denoise, window=window, start=start)
+    loop.run(inputs, generators, denoise, window=window, start=start)
     by_score = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad / scale
-    return Walked(by_score, mse, power, np.arange(len(scores)) > 0)
+    return StepLosses(by_score, mse, power, np.arange(len(scores)) > 0)
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from harmonica_training.cached_forward import CachedForward
 from harmonica_training.conditions import Conditions, class_labels, draw
 from harmonica_training.config import TrainConfig
 from harmonica_training.costs import count_costs
-from harmonica_training.walk import Walker
+from harmonica_training.denoising_loop import DenoisingLoop
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,15 +39,15 @@ class Setting:
         if config.guidance is not None:
             arguments["guidance_scale"] = config.guidance
         self.config = config
-        self.walker = Walker(pipeline, steps=config.steps, arguments=arguments)
-        self.model = self.walker.denoiser
+        self.loop = DenoisingLoop(pipeline, steps=config.steps, arguments=arguments)
+        self.model = self.loop.denoiser
         self.conditions = class_labels(pipeline) if conditions is None else conditions
         self.sites = find_sites(self.model, config.patterns)
         self.cached = CachedForward(self.model, self.sites, checkpointing=config.checkpointing)
         self.device = next(self.model.parameters()).device
         self.samples = distributed.share(config.batch)
         first = self.conditions.arguments(draw(self.conditions, config.seed, 0, [0]))
-        self.timesteps, self.costs = self.walker.probe(
+        self.timesteps, self.costs = self.loop.probe(
             first, noise(config.seed, 0, [0]), lambda call: count_costs(self.model, self.sites, call.forward)
         )
         self.steps = len(self.timesteps)
@@ -74,7 +74,7 @@ class Setting:
         """`schedule` with the model, sampler, timesteps and guidance that it was made for."""
         return schedule.with_provenance(
             model=ModelInfo.of(self.model),
-            sampler=SamplerInfo.of(self.walker.pipeline.scheduler),
+            sampler=SamplerInfo.of(self.loop.pipeline.scheduler),
             timesteps=self.timesteps,
             guidance=self.config.guidance,
         )

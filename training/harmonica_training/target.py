@@ -117,7 +117,7 @@ class Steering:
     """
 
     def __init__(self, target: Target, config: TrainConfig, shape: tuple[int, int]) -> None:
-        self._target = target
+        self.target = target
         self._middle = logit(config.tau)
         self._soft = config.gates == "soft"
         self.beta = config.beta
@@ -140,10 +140,10 @@ class Steering:
             computes: bool `[steps, sites]`, r > tau.
         """
         seen = torch.from_numpy((drawn & free)[:, None] & (self._soft | ~computes))
-        prices = (-by_score.cpu() / torch.from_numpy(self._target.weights)).float()[seen]
+        prices = (-by_score.cpu() / torch.from_numpy(self.target.weights)).float()[seen]
         old = self.prices[seen]
         self.prices[seen] = torch.where(old == 0, prices, torch.lerp(old, prices, MEMORY))
-        goal = self._target.goal
+        goal = self.target.goal
         if goal is None or not len(prices):
             return
         if not self._soft:
@@ -154,19 +154,19 @@ class Steering:
 
     def follow(self, logits: Tensor, learning_rate: float, free: NDArray[np.bool_]) -> None:
         """After an optimiser step, correct beta towards the goal; with hard gates, do nothing."""
-        goal = self._target.goal
+        goal = self.target.goal
         if goal is None or self.beta is None or not self._soft:
             return
         reuses = ((self._middle - logits) / SOFTNESS).sigmoid()
         reuses[torch.from_numpy(~free)] = 0.0
-        saved = self._target.saved(reuses)
+        saved = self.target.saved(reuses)
         change = 0.0 if self._saved is None else saved - self._saved
         self._saved = saved
         self.beta *= math.exp(GAIN * learning_rate * (goal - saved) - DAMPING * change)
 
     def penalty(self) -> Tensor:
         """The cost per unit of each site's score at every step, `[sites]`."""
-        return torch.from_numpy(self._target.weights).float() * (self.beta or 0.0)
+        return torch.from_numpy(self.target.weights).float() * (self.beta or 0.0)
 
     def state(self) -> dict[str, float | None]:
         """The values that a checkpoint keeps in addition to `prices`."""

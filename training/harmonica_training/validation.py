@@ -19,8 +19,8 @@ from torch import Tensor
 
 from harmonica_training import distributed
 from harmonica_training.cached_forward import Cache
+from harmonica_training.denoising_loop import DenoiserCall, StreamKey
 from harmonica_training.setting import Setting
-from harmonica_training.walk import DenoiserCall, StreamKey
 
 APART = 2**31  # offset of validation batches among iteration numbers: samples that no iteration draws
 SMALLEST = 1e-20  # lower bound on errors, so that they have a logarithm
@@ -39,7 +39,7 @@ class Validation:
         self._uncached: list[Tensor] = []
 
     def logs(self, computes: NDArray[np.bool_]) -> Iterator[float]:
-        """Logarithm of each batch's image error under `computes`, bool `[steps, sites]`; batches are walked lazily."""
+        """Logarithm of each batch's image error under `computes`, bool `[steps, sites]`; batches are run lazily."""
         if not self._uncached:
             self._uncached = [self._latents(batch, np.ones_like(computes)) for batch in self._batches]
         for batch, uncached in zip(self._batches, self._uncached, strict=True):
@@ -65,4 +65,4 @@ class Validation:
             return output
 
         with torch.no_grad():
-            return setting.walker.walk(setting.inputs(batch), setting.generators(batch), denoise)
+            return setting.loop.run(setting.inputs(batch), setting.generators(batch), denoise)

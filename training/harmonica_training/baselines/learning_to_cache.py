@@ -17,7 +17,7 @@ from torch import Tensor
 
 from harmonica_training.errors import TrainingError
 from harmonica_training.harmonica import Objective
-from harmonica_training.sdt import Walked, step_losses
+from harmonica_training.sdt import StepLosses, step_losses
 from harmonica_training.setting import Setting
 
 
@@ -28,7 +28,7 @@ def learning_to_cache(latents: Tensor, *, pairs: int | None = None) -> Callable[
         latents: `[N, ...]`, images as the pipeline's denoiser sees them without noise (encoded and scaled); entry i
             goes with entry i of the conditions.
         pairs: steps drawn in an iteration; by default half as many as a run has, so that an iteration costs about as
-            much as a walk.
+            much as a run of the loop.
     """
     return lambda setting: LearningToCache(setting, latents, pairs)
 
@@ -44,8 +44,8 @@ class LearningToCache:
             raise TrainingError(
                 f"expected a condition for each of the {len(latents)} images, got {len(setting.conditions)}"
             )
-        if not hasattr(setting.walker.pipeline.scheduler, "add_noise"):
-            name = type(setting.walker.pipeline.scheduler).__name__
+        if not hasattr(setting.loop.pipeline.scheduler, "add_noise"):
+            name = type(setting.loop.pipeline.scheduler).__name__
             raise TrainingError(f"Learning-to-Cache noises images with its scheduler's add_noise, which {name} lacks")
         self._setting = setting
         self._latents = latents
@@ -53,8 +53,8 @@ class LearningToCache:
         self.weights = torch.ones(setting.steps, dtype=torch.float64, device=setting.device)
         self._pairs = int(self.free.sum()) if pairs is None else pairs
 
-    def walk(self, iteration: int, scores: Tensor, computes: NDArray[np.bool_], scale: float) -> Walked:
-        """See `Objective.walk`; steps that were not drawn have no gradient."""
+    def losses(self, iteration: int, scores: Tensor, computes: NDArray[np.bool_], scale: float) -> StepLosses:
+        """See `Objective.losses`; steps that were not drawn have no gradient."""
         steps = len(scores)
         drawn = np.random.default_rng([self._setting.config.seed, iteration]).choice(
             np.flatnonzero(self.free), size=self._pairs
@@ -68,20 +68,20 @@ class LearningToCache:
             power[step] += pair.power[1]
         counts = torch.from_numpy(np.bincount(drawn, minlength=steps)).to(scores.device).clamp(min=1)
         chosen = np.isin(np.arange(steps), drawn)
-        return Walked(by_score / counts[:, None], mse / counts, power / counts, chosen)
+        return StepLosses(by_score / counts[:, None], mse / counts, power / counts, chosen)
 
-    def _pair(self, number: int, step: int, scores: Tensor, computes: NDArray[np.bool_], scale: float) -> Walked:
+    def _pair(self, number: int, step: int, scores: Tensor, computes: NDArray[np.bool_], scale: float) -> StepLosses:
         setting, config = self._setting, self._setting.config
         entries = setting.entries(number)
         images = self._latents[entries].to(setting.device)
         generators = setting.generators(number)
         noises = [torch.randn(image.shape, generator=g) for image, g in zip(images, generators, strict=True)]
-        scheduler = copy.deepcopy(setting.walker.pipeline.scheduler)
+        scheduler = copy.deepcopy(setting.loop.pipeline.scheduler)
         scheduler.set_timesteps(config.steps)
         timesteps = scheduler.timesteps[step - 1].repeat(len(images)).to(setting.device)
         window = slice(step - 1, step + 1)
         return step_losses(
-            setting.walker,
+            setting.loop,
             setting.cached,
             setting.conditions.arguments(entries),
             generators,

@@ -28,9 +28,9 @@ from harmonica_rt.schedule.producers import site_kind
 from harmonica_training.baselines.rules import nearest
 from harmonica_training.cached_forward import Cache, CachedForward, frozen
 from harmonica_training.costs import SiteCosts
+from harmonica_training.denoising_loop import DenoiserCall, DenoisingLoop, StreamKey
 from harmonica_training.errors import TrainingError
 from harmonica_training.sdt import Precision, wide
-from harmonica_training.walk import DenoiserCall, StreamKey, Walker
 
 By = Literal["kind", "site"]
 """What decides together: all sites of a kind (`attn1`, `ff`, ...; as published), or each site by itself."""
@@ -127,7 +127,7 @@ class SmoothCacheErrors:
 
 
 def calibrate(
-    walker: Walker,
+    loop: DenoisingLoop,
     cached: CachedForward,
     batches: Iterable[Batch],
     *,
@@ -140,7 +140,7 @@ def calibrate(
     over batches and over the calls of the denoiser in a step. Holds the sites' outputs of the last `lookahead` steps.
 
     Args:
-        walker: walks the pipeline.
+        loop: runs the pipeline's denoising loop.
         cached: its denoiser with the sites.
         batches: inputs of the pipeline's call for B samples, and B generators of their noise.
         lookahead: the most steps between an output and its reuse.
@@ -153,7 +153,7 @@ def calibrate(
         raise TrainingError(f"lookahead: expected at least 1 step, got {lookahead}")
     changes = _Changes(cached.sites, lookahead)
     samples = 0
-    with frozen(walker.denoiser):
+    with frozen(loop.denoiser):
         for inputs, generators in batches:
 
             def denoise(call: DenoiserCall) -> Any:
@@ -163,7 +163,7 @@ def calibrate(
                 return output
 
             changes.begin_run()
-            walker.walk(inputs, generators, denoise)
+            loop.run(inputs, generators, denoise)
             samples += len(generators)
     if not samples:
         raise TrainingError("expected one batch or more to calibrate on, got none")

@@ -1,7 +1,12 @@
 """The bundled digits model: a latent DiT on the UCI handwritten digits, trained and measured from here.
 
-`python -m harmonica_training.digits` makes it. Quality benchmarks use the classifier and
-its features.
+In: the digits that scikit-learn carries. Out: an autoencoder, a denoiser and a classifier, saved as a pipeline that
+`from_pretrained` loads, by `python -m harmonica_training.digits`. Quality benchmarks use the classifier and its
+features.
+
+Hazard: quality is measured on this model alone, so its images must be recognisable and its numbers reproducible.
+
+Reading order: `run`, then `data`, `autoencoder`, `denoiser` with `noisy_batch`, `classifier`, `evaluate`, `export`.
 """
 
 from harmonica_training.digits.classifier import (

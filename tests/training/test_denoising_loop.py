@@ -1,4 +1,4 @@
-"""A walk is a run of the pipeline itself: same numbers, nothing of the pipeline changed, walks may nest."""
+"""A run of the loop is a run of the pipeline itself: same numbers, nothing of the pipeline changed; runs may nest."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import diffusers as d
 import pytest
 import torch
 
+from harmonica_training.denoising_loop import DenoiserCall, DenoisingLoop
 from harmonica_training.errors import TrainingError
-from harmonica_training.walk import DenoiserCall, Walker
 from tests import tiny
 
 SCHEDULERS: dict[str, Any] = {
@@ -47,30 +47,30 @@ def latents_of(pipeline: Any, steps: int, count: int, **arguments: Any) -> torch
 
 @pytest.mark.parametrize("family", sorted(tiny.families()))
 @pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
-def test_a_walk_gives_the_latents_of_the_pipeline(family: str, guided: bool) -> None:
+def test_a_run_of_the_loop_gives_the_latents_of_the_pipeline(family: str, guided: bool) -> None:
     described = tiny.families()[family]
     arguments = described.guided if guided else described.unguided
     pipeline = tiny.built(described.build)
     count = len(arguments.get("class_labels", [0]))
     expected = latents_of(pipeline, 5, count, **arguments)
-    assert torch.equal(Walker(pipeline, steps=5).walk(arguments, generators(count), plain), expected)
+    assert torch.equal(DenoisingLoop(pipeline, steps=5).run(arguments, generators(count), plain), expected)
 
 
 @pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
-def test_a_walk_gives_the_same_latents_under_every_scheduler(scheduler: str) -> None:
+def test_a_run_of_the_loop_gives_the_same_latents_under_every_scheduler(scheduler: str) -> None:
     pipeline = tiny.built(tiny.dit)
     pipeline.scheduler = SCHEDULERS[scheduler]()
     arguments = {"class_labels": [1, 2], "guidance_scale": 2.0}
     expected = latents_of(pipeline, 4, 2, **arguments)
-    walker = Walker(pipeline, steps=4, arguments={"guidance_scale": 2.0})
+    loop = DenoisingLoop(pipeline, steps=4, arguments={"guidance_scale": 2.0})
     calls: list[int] = []
 
     def counted(call: DenoiserCall) -> Any:
         calls.append(call.step)
         return call.forward()
 
-    assert torch.equal(walker.walk({"class_labels": [1, 2]}, generators(2), counted), expected)
-    timesteps, _ = walker.probe({"class_labels": [1]}, generators(1), lambda call: None)
+    assert torch.equal(loop.run({"class_labels": [1, 2]}, generators(2), counted), expected)
+    timesteps, _ = loop.probe({"class_labels": [1]}, generators(1), lambda call: None)
     assert calls == list(range(len(timesteps)))  # Heun: 7 steps (NFE) for 4 inference steps
     assert len(timesteps) == (7 if scheduler == "heun" else 4)
 
@@ -79,27 +79,27 @@ def test_a_walk_gives_the_same_latents_under_every_scheduler(scheduler: str) -> 
 def test_added_noise_is_the_samples_own(scheduler: Any) -> None:
     pipeline = tiny.dit()  # its pipeline hands no generator to the scheduler
     pipeline.scheduler = scheduler()
-    walker = Walker(pipeline, steps=4, arguments={"guidance_scale": 2.0})
-    both = walker.walk({"class_labels": [1, 2]}, generators(2), plain)
-    assert torch.equal(walker.walk({"class_labels": [1, 2]}, generators(2), plain), both)
+    loop = DenoisingLoop(pipeline, steps=4, arguments={"guidance_scale": 2.0})
+    both = loop.run({"class_labels": [1, 2]}, generators(2), plain)
+    assert torch.equal(loop.run({"class_labels": [1, 2]}, generators(2), plain), both)
     for index, label in enumerate([1, 2]):
-        alone = walker.walk({"class_labels": [label]}, generators(1, seed=3 + index), plain)
+        alone = loop.run({"class_labels": [label]}, generators(1, seed=3 + index), plain)
         torch.testing.assert_close(alone[:1], both[index : index + 1], rtol=1e-4, atol=1e-4)
 
 
-def test_walks_nest_and_leave_the_pipeline_alone() -> None:
+def test_runs_of_the_loop_nest_and_leave_the_pipeline_alone() -> None:
     pipeline = tiny.dit()
-    walker = Walker(pipeline, steps=3)
+    loop = DenoisingLoop(pipeline, steps=3)
     inputs = {"class_labels": [1]}
-    alone = walker.walk(inputs, generators(1), plain)
+    alone = loop.run(inputs, generators(1), plain)
     inner: list[torch.Tensor] = []
 
     def nesting(call: DenoiserCall) -> Any:
-        inner.append(walker.walk(inputs, generators(1), plain))
+        inner.append(loop.run(inputs, generators(1), plain))
         return call.forward()
 
     scheduler, timesteps = pipeline.scheduler, pipeline.scheduler.timesteps.clone()
-    assert torch.equal(walker.walk(inputs, generators(1), nesting), alone)
+    assert torch.equal(loop.run(inputs, generators(1), nesting), alone)
     assert all(torch.equal(latents, alone) for latents in inner)
     assert pipeline.scheduler is scheduler
     assert torch.equal(scheduler.timesteps, timesteps)
@@ -108,24 +108,24 @@ def test_walks_nest_and_leave_the_pipeline_alone() -> None:
 
 
 @pytest.mark.parametrize("family", ["dit", "pixart-alpha", "flux"])
-def test_windows_join_to_a_whole_walk(family: str) -> None:
+def test_windows_join_to_a_whole_run(family: str) -> None:
     described = tiny.families()[family]
     pipeline = described.build()
     if family == "pixart-alpha":
         pipeline.scheduler = d.DDIMScheduler()  # solvers of higher order begin a window without their history
     arguments = {**described.unguided, "class_labels": [1]} if family == "dit" else described.unguided
-    walker = Walker(pipeline, steps=5)
-    whole = walker.walk(arguments, generators(1), plain)
-    first = walker.walk(arguments, generators(1), plain, window=(0, 2))
+    loop = DenoisingLoop(pipeline, steps=5)
+    whole = loop.run(arguments, generators(1), plain)
+    first = loop.run(arguments, generators(1), plain, window=(0, 2))
     assert not torch.equal(first, whole)
-    assert torch.equal(walker.walk(arguments, generators(1), plain, window=(2, 5), start=first), whole)
+    assert torch.equal(loop.run(arguments, generators(1), plain, window=(2, 5), start=first), whole)
 
 
 def test_bad_input_is_refused() -> None:
     pipeline = tiny.dit()
     with pytest.raises(TrainingError, match="DiTPipeline takes no argument hight"):
-        Walker(pipeline, steps=3, arguments={"hight": 64})
+        DenoisingLoop(pipeline, steps=3, arguments={"hight": 64})
     with pytest.raises(TrainingError, match="has no denoiser"):
-        Walker(object(), steps=3)
+        DenoisingLoop(object(), steps=3)
     with pytest.raises(TrainingError, match="no steps 2 to 5"):
-        Walker(pipeline, steps=3).walk({"class_labels": [1]}, generators(1), plain, window=(2, 6))
+        DenoisingLoop(pipeline, steps=3).run({"class_labels": [1]}, generators(1), plain, window=(2, 6))

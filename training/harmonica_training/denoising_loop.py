@@ -1,9 +1,9 @@
 """Runs a pipeline's own denoising loop with a replacement for its denoiser.
 
 Hazard: every pipeline mixes guidance, splits learned variances, and scales and shifts timesteps in its own way, and
-higher-order solvers keep a history. A second loop written here would be right for only some of them. So a walk is one
-call of the pipeline itself, on a copy that shares the modules but has its own scheduler (walks may nest), and it ends
-with the last `scheduler.step`: nothing is decoded.
+higher-order solvers keep a history. A second loop written here would be right for only some of them. So a run of the
+loop is one call of the pipeline itself, on a copy that shares the modules but has its own scheduler (runs may nest),
+and it ends with the last `scheduler.step`: nothing is decoded.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from harmonica_rt.changes import Changes
+from harmonica_rt.wrappers import DENOISER_NAMES, named_denoiser
 from harmonica_training.errors import TrainingError
-
-_DENOISER_NAMES = ("transformer", "unet", "denoiser")
+from harmonica_training.forward_replacement import own_forward, replace_forward
+from harmonica_training.scheduler_patches import give_generators, limit, start_from
 
 T = TypeVar("T")
 StreamKey = tuple[int, tuple[torch.Size, ...]]
@@ -31,10 +32,10 @@ StreamKey = tuple[int, tuple[torch.Size, ...]]
 
 @dataclass(frozen=True)
 class DenoiserCall:
-    """One call of the denoiser in a walk.
+    """One call of the denoiser in a run of the loop.
 
     Attributes:
-        step: number of `scheduler.step` calls before it in this walk.
+        step: number of `scheduler.step` calls before it in this run.
         stream: which of the step's calls it is, by its position and the shapes of its tensors; each stream has its own
             cache.
         forward: runs the denoiser with the arguments that the pipeline passed.
@@ -49,8 +50,8 @@ Denoise = Callable[[DenoiserCall], Any]
 """Replaces a call of the denoiser: returns what the denoiser would."""
 
 
-class Walker:
-    """Walks a pipeline from noise to its final latents.
+class DenoisingLoop:
+    """The denoising loop of a pipeline, from noise to its final latents.
 
     Args:
         pipeline: a diffusers pipeline, or anything that is called like one and has a `scheduler` and a denoiser.
@@ -71,7 +72,7 @@ class Walker:
         if unknown:
             raise TrainingError(f"{type(pipeline).__name__} takes no argument {', '.join(unknown)}")
 
-    def walk(
+    def run(
         self,
         inputs: Mapping[str, Any],
         generators: Sequence[torch.Generator],
@@ -86,7 +87,7 @@ class Walker:
             inputs: arguments of the pipeline's call for this batch of B samples.
             generators: one per sample, for the noise that the run starts from and that its scheduler adds.
             denoise: called in place of the denoiser.
-            window: walk only the steps `first <= step < last` of the run; the walk still counts them from 0.
+            window: run only the steps `first <= step < last`; calls still count them from 0.
             start: latents `[B, ...]` to start from, instead of noise.
 
         Returns:
@@ -99,14 +100,14 @@ class Walker:
         counter = _Counter()
         arguments = dict(inputs)
         if window is not None:
-            _limit(scheduler, *window)
+            limit(scheduler, *window)
         if start is not None and "latents" in self._parameters:
             arguments["latents"] = start
         elif start is not None:
-            _start_from(scheduler, start)
-        _give_generators(scheduler, list(generators))
+            start_from(scheduler, start)
+        give_generators(scheduler, list(generators))
         _count_steps(scheduler, counter)
-        latents: Tensor = self._run(scheduler, arguments, generators, denoise, counter)
+        latents: Tensor = self._call_pipeline(scheduler, arguments, generators, denoise, counter)
         return latents
 
     def probe(
@@ -121,10 +122,10 @@ class Walker:
         def first(call: DenoiserCall) -> Any:
             raise _Ended((tuple(float(t) for t in scheduler.timesteps), visit(call)))
 
-        found: tuple[tuple[float, ...], T] = self._run(scheduler, inputs, generators, first, _Counter())
+        found: tuple[tuple[float, ...], T] = self._call_pipeline(scheduler, inputs, generators, first, _Counter())
         return found
 
-    def _run(
+    def _call_pipeline(
         self,
         scheduler: Any,
         inputs: Mapping[str, Any],
@@ -133,7 +134,7 @@ class Walker:
         counter: _Counter,
     ) -> Any:
         """Call the pipeline, with `denoise` as its denoiser, until `_Ended` is raised; returns the value it carries."""
-        forward = _own_forward(self.denoiser)
+        forward = own_forward(self.denoiser)
 
         def answer(*args: Any, **kwargs: Any) -> Any:
             shapes = tuple(leaf.shape for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
@@ -165,44 +166,20 @@ def find_denoiser(pipeline: Any) -> nn.Module:
     Raises:
         TrainingError: there is no module of a known name, or it is a compiled model.
     """
-    for name in _DENOISER_NAMES:
-        module = getattr(pipeline, name, None)
-        if isinstance(module, nn.Module):
-            if isinstance(vars(module).get("given"), nn.Module):
-                raise TrainingError(
-                    f"{name} is a compiled model; schedules are learned on plain ones: pipe.{name} = pipe.{name}.given"
-                )
-            return module
+    found = named_denoiser(pipeline, nn.Module)
+    if found is not None:
+        name, module = found
+        if isinstance(vars(module).get("given"), nn.Module):
+            raise TrainingError(
+                f"{name} is a compiled model; schedules are learned on plain ones: pipe.{name} = pipe.{name}.given"
+            )
+        return module
     if isinstance(pipeline, str | os.PathLike):
         remedy = f"DiffusionPipeline.from_pretrained({os.fspath(pipeline)!r})"
         raise TrainingError(f"expected a pipeline, got the path {os.fspath(pipeline)!r}; load it first: {remedy}")
     raise TrainingError(
-        f"{type(pipeline).__name__} has no denoiser: expected a module named {' or '.join(_DENOISER_NAMES)}"
+        f"{type(pipeline).__name__} has no denoiser: expected a module named {' or '.join(DENOISER_NAMES)}"
     )
-
-
-def replace_forward(module: nn.Module, forward: Callable[..., Any], changes: Changes) -> None:
-    """Let calls of `module` run `forward`, inside the hooks of the module, until `changes` are undone."""
-    replacement = _Replacement(forward, _own_forward(module))
-    if "_compiled_call_impl" in module.__dict__:
-        changes.set(module.__dict__, "_compiled_call_impl", None)
-    changes.set(module.__dict__, "forward", replacement)
-
-
-class _Replacement:
-    """Replaces a forward and remembers the original, since walks may nest."""
-
-    def __init__(self, call: Callable[..., Any], original: Callable[..., Any]) -> None:
-        self._call = call
-        self.original = original
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(*args, **kwargs)
-
-
-def _own_forward(module: nn.Module) -> Callable[..., Any]:
-    forward: Callable[..., Any] = module.forward
-    return forward.original if isinstance(forward, _Replacement) else forward
 
 
 @dataclass
@@ -212,7 +189,7 @@ class _Counter:
 
 
 class _Ended(Exception):
-    """Raised to end a walk; carries its result."""
+    """Raised to end a run of the loop; carries its result."""
 
     def __init__(self, value: Any) -> None:
         super().__init__()
@@ -220,7 +197,7 @@ class _Ended(Exception):
 
 
 def _count_steps(scheduler: Any, counter: _Counter) -> None:
-    """Count the scheduler's steps, and end the walk after the last."""
+    """Count the scheduler's steps, and end the run after the last."""
     step = scheduler.step
 
     @functools.wraps(step)  # pipelines look at its signature
@@ -233,61 +210,3 @@ def _count_steps(scheduler: Any, counter: _Counter) -> None:
         return result
 
     scheduler.step = counted
-
-
-def _give_generators(scheduler: Any, generators: list[torch.Generator]) -> None:
-    """Let a scheduler that adds noise draw it from `generators` if the pipeline passes none (DiT's does not).
-
-    Walks must be repeatable, and a sample's noise must not depend on the other samples in its batch.
-    """
-    step = scheduler.step
-    if "generator" not in inspect.signature(step).parameters:
-        return
-
-    @functools.wraps(step)
-    def repeatable(model_output: Any, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("generator") is None:  # guidance may have doubled the batch
-            kwargs["generator"] = generators * max(1, len(sample) // len(generators))
-        return step(model_output, timestep, sample, *args, **kwargs)
-
-    scheduler.step = repeatable
-
-
-def _limit(scheduler: Any, first: int, last: int) -> None:
-    """Make `set_timesteps` set only the timesteps of the steps `first <= step < last`."""
-    set_timesteps = scheduler.set_timesteps
-    set_begin_index = getattr(scheduler, "set_begin_index", None)
-
-    @functools.wraps(set_timesteps)
-    def limited(*args: Any, **kwargs: Any) -> Any:
-        set_timesteps(*args, **kwargs)
-        if not 0 <= first < last <= len(scheduler.timesteps):
-            raise TrainingError(f"a run of {len(scheduler.timesteps)} steps has no steps {first} to {last - 1}")
-        scheduler.timesteps = scheduler.timesteps[first:last]
-        if set_begin_index is not None:
-            set_begin_index(first)
-
-    scheduler.set_timesteps = limited
-    if set_begin_index is not None:  # pipelines that call it begin at what is now the first step
-        scheduler.set_begin_index = lambda index=0: set_begin_index(first + index)
-
-
-def _start_from(scheduler: Any, start: Tensor) -> None:
-    """Replace the latents that the pipeline drew by `start`, at the first scaling and the first step."""
-    scale, step = scheduler.scale_model_input, scheduler.step
-    begun = False
-
-    def begin(sample: Tensor) -> Tensor:  # guidance may have doubled the batch
-        return start.to(sample).repeat(len(sample) // len(start), *[1] * (start.ndim - 1))
-
-    def scaled(sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return scale(sample if begun else begin(sample), *args, **kwargs)
-
-    @functools.wraps(step)
-    def stepped(model_output: Any, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        nonlocal begun
-        if not begun:
-            begun, sample = True, begin(sample)
-        return step(model_output, timestep, sample, *args, **kwargs)
-
-    scheduler.scale_model_input, scheduler.step = scaled, stepped
