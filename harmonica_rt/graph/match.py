@@ -1,7 +1,8 @@
 """Matches the nodes of a graph against declared patterns.
 
 A pattern is a tree: `Op` for a call of an operator, `Operand` for any node, `Number` for a number, `LastDim` for the
-last dimension, and a plain value for itself. A match binds the names in the pattern to what stands in their places.
+last dimension, `Anything` for whatever stands there, and a plain value for itself. A match binds the names in the
+pattern to what stands in their places.
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ class Number:
     """A Python number."""
 
     name: str
+
+
+@dataclass(frozen=True)
+class Anything:
+    """Any argument, given or not."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,8 @@ def _matches(pattern: Any, value: Any, bound: Bound) -> Iterator[Bound]:
     elif isinstance(pattern, Number):
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             yield {**bound, pattern.name: float(value)}
+    elif isinstance(pattern, Anything):
+        yield bound
     elif isinstance(pattern, Op):
         if isinstance(value, fx.Node) and value.target in pattern.targets:
             yield from _calls(pattern, value, bound)

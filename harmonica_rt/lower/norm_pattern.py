@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from harmonica_rt.graph.facts import arguments_of, only_user, value_of
-from harmonica_rt.graph.match import LastDim, Number, Op, Operand, matches
+from harmonica_rt.graph.match import Anything, LastDim, Number, Op, Operand, matches
 from harmonica_rt.lower.casts import arithmetic, as_dtype, is_cast, unwidened
 
 aten = torch.ops.aten
@@ -33,7 +33,8 @@ VIEWS: dict[Any, Any] = {
 
 _ADD = (aten.add.Tensor, aten.add.Scalar)
 SQUARE = Op((aten.pow.Tensor_Scalar,), (Operand("squared"), 2))
-MEAN_SQUARE = Op((aten.mean.dim,), (SQUARE, LastDim(), True))
+# The mean may be told its dtype; the operators compute in theirs.
+MEAN_SQUARE = Op((aten.mean.dim,), (SQUARE, LastDim(), True, Anything()))
 INVERSE_RMS = Op((aten.rsqrt.default,), (Op(_ADD, (MEAN_SQUARE, Number("eps"))),))
 WRITTEN_OUT_RMS = Op((aten.mul.Tensor,), (Operand("x"), INVERSE_RMS), commutes=True)
 ONE_ADDED = Op(_ADD, (Operand("scale"), 1))

@@ -194,7 +194,7 @@ def _results(group: list[fx.Node]) -> list[fx.Node]:
 def _region(group: list[fx.Node], inputs: list[fx.Node], results: list[fx.Node]) -> Region:
     rebuilt = Rebuild()
     for index, node in enumerate(inputs):
-        rebuilt.placeholder(node, f"input_{index}")
+        rebuilt[node] = rebuilt.graph.placeholder(f"input_{index}")  # no value: Inductor may compile for it instead
 
     def copy(node: fx.Node) -> fx.Node:
         """Copy a node under a name that tells only its position, and first the views that it takes."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from harmonica_rt.graph.match import LastDim, Number, Op, Operand, matches
+from harmonica_rt.graph.match import Anything, LastDim, Number, Op, Operand, matches
 
 aten = torch.ops.aten
 
@@ -62,6 +62,12 @@ def test_an_argument_that_is_not_listed_has_its_default() -> None:
     plain = Op((aten.add.Tensor,), (Operand("x"), Operand("y")))
     assert len(list(matches(plain, traced(lambda x, y: torch.add(x, y), 2)))) == 1
     assert list(matches(plain, traced(lambda x, y: torch.add(x, y, alpha=2), 2))) == []
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_an_argument_may_be_anything(dtype: torch.dtype | None) -> None:
+    mean = Op((aten.mean.dim,), (Operand("x"), LastDim(), True, Anything()))
+    assert len(list(matches(mean, traced(lambda x: x.mean(-1, keepdim=True, dtype=dtype), 1)))) == 1
 
 
 @pytest.mark.parametrize(("dim", "matched"), [(-1, True), (1, True), (0, False)])

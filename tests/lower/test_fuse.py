@@ -319,6 +319,9 @@ NORMS = {
     "cast around all": lambda m, h, s, b: (m.wide(h).float() * (1 + s.float()) + b.float()).type_as(h),
     "rms": lambda m, h, s, b: m.rms(h) * (1 + s) + b,
     "rms written out": lambda m, h, s, b: m.own_rms(h) * (1 + s) + b,
+    "rms with the mean's dtype": lambda m, h, s, b: (
+        h * torch.rsqrt(h.float().pow(2).mean(-1, keepdim=True, dtype=torch.float32) + 1e-6)
+    ).to(h.dtype),
 }
 
 

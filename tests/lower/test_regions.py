@@ -105,6 +105,13 @@ def run(plan: Plan, step: StepGraph, graph: fx.Graph) -> Iterator[Tensor]:
     yield from (*results, *stored)
 
 
+def test_a_region_carries_no_values() -> None:
+    model = stack()
+    found = regions_of(*bodies(model, stack_call(0), random_schedule(find_sites(model), 4)))
+    assert found.all
+    assert not any("val" in node.meta for region in found.all for node in region.graph.nodes)
+
+
 @pytest.mark.parametrize("family", ["dit", "pixart", "stack", "unfused stack"])
 def test_a_divided_graph_computes_the_same(family: str) -> None:
     call: dict[str, Any]
