@@ -79,7 +79,7 @@ def _dit_xl_rows() -> list[Row]:
 def _peak(kind: Kind, quick: bool) -> int:
     """Growth of the resident size in one iteration, in bytes."""
     case = bundled(2 if quick else 8, 3)  # what a step holds does not depend on the number of steps
-    plain = case.loop.walk(case.inputs, case.generators(), lambda call: call.forward())
+    plain = case.loop.run(case.inputs, case.generators(), lambda call: call.forward())
     del plain
     before = resident_bytes()
     with PeakMemory() as memory:

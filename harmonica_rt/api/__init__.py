@@ -12,6 +12,7 @@ Reading order: `subject` (finds the model), `compiled_model` (what a model becom
 
 from harmonica_rt.api.comparing import reference, verify
 from harmonica_rt.api.compiled_model import CompiledModel
+from harmonica_rt.api.compiled_model import _compile_copy as _compiled_again  # noqa: F401  # the name in earlier pickles
 from harmonica_rt.api.compiling import compile, get_compiled, load, uncompile
 
 __all__ = ["CompiledModel", "compile", "get_compiled", "load", "reference", "uncompile", "verify"]

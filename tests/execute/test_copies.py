@@ -112,6 +112,14 @@ class TestCompiledModel:
         verified = hrt.compile(model, schedule, lowering="plain", verify=True)
         assert type(copied(verified).engine) is type(verified.engine) is not type(compiled.engine)
 
+    def test_a_pickle_that_was_written_when_api_was_one_file_can_be_read(self) -> None:
+        model = stack()
+        compiled = hrt.compile(model, random_schedule(model, STEPS, seed=1))
+        data = pickle.dumps(compiled, protocol=0)
+        now, then = b"charmonica_rt.api.compiled_model\n_compile_copy\n", b"charmonica_rt.api\n_compiled_again\n"
+        assert data.count(now) == 1
+        assert all(map(torch.equal, outputs(pickle.loads(data.replace(now, then))), outputs(compiled)))
+
     def test_a_copy_of_one_in_a_pipeline_is_a_model_by_itself(
         self, one: CompiledPipeline, copied: Callable[[Any], Any]
     ) -> None:
