@@ -378,7 +378,7 @@ def test_schedules_swapped_in_a_callback_hold_from_the_next_run_on(
 
     pipeline(swap)
     (line,) = [line for line in caplog.messages if "in the middle of a run" in line]
-    assert "holds from the next run on" in line
+    assert "applies from the next run on" in line
     assert not [line for line in caplog.messages if "outside a sampling run" in line]
     again = pipeline()
     hrt.uncompile(pipeline)
