@@ -375,7 +375,7 @@ def test_nothing_is_looked_at_twice_where_nothing_changed(monkeypatch: pytest.Mo
         compiled.reset()
         for step in range(STEPS):
             compiled(**stack_call(step))
-        monkeypatch.setattr(ModelWatch, "_read_anew", lambda self: pytest.fail("the model was read anew"))
+        monkeypatch.setattr(ModelWatch, "_inspect", lambda self: pytest.fail("the model was read anew"))
 
 
 NO_CHANGES: dict[str, Callable[[Model], object]] = {
