@@ -120,7 +120,7 @@ def test_what_cannot_be_batched_is_computed_step_by_step(monkeypatch: pytest.Mon
 def test_where_nobody_waits_an_overwritten_input_is_raised_at_the_end(
     model: Conditioned, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conditioning, "_is_read_at_once", lambda tensor: False)
+    monkeypatch.setattr(conditioning, "_is_compared_at_once", lambda tensor: False)
     compiled = compiled_for(model)
     with torch.inference_mode():
         prompt = CALLS[0]["prompt_embeds"].clone()
@@ -207,7 +207,7 @@ def test_a_forecast_that_was_wrong_is_forgotten(model: Conditioned) -> None:
 def test_in_inference_mode_a_buffer_that_is_written_in_every_step(
     model: Conditioned, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conditioning, "_is_read_at_once", lambda tensor: False)
+    monkeypatch.setattr(conditioning, "_is_compared_at_once", lambda tensor: False)
     compiled = compiled_for(model)
     truth = hrt.reference(model, compiled.schedule)
     with torch.inference_mode():
