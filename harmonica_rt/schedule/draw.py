@@ -135,7 +135,7 @@ def _append_rows(text: Text, schedule: ScheduleData, room: int) -> None:
             text.append(" " * (cells - part.shape[1]))
         text.append(f" {cur:6.1%}\n")
     text.append("\n█ compute  · reuse", "dim")
-    text.append(f"  ▓░ some of {group} sites a column\n" if group > 1 else "\n", "dim")
+    text.append(f"  ▓░ some of {group} sites per column\n" if group > 1 else "\n", "dim")
 
 
 def _shares(compute: NDArray[np.bool_], group: int) -> NDArray[np.float64]:

@@ -52,7 +52,7 @@ def find_sites(model: nn.Module, patterns: Sequence[str] | None = None) -> list[
     sites = list(dict.fromkeys(_by_rule(model))) if patterns is None else _by_globs(model, patterns)
     if not sites:
         raise SiteError(
-            f"no sites were found in {type(model).__name__}: it has no ModuleList of alike blocks with attention or "
+            f"no sites were found in {type(model).__name__}: it has no ModuleList of blocks of one class with attention or "
             'feed-forward children. Choose the sub-layers yourself: find_sites(model, patterns=["blocks.*.mlp"])'
         )
     check_not_nested(sites)
@@ -134,7 +134,7 @@ def _block_sites(block: nn.Module) -> list[str]:
 
 
 def _is_attention(name: str, module: nn.Module) -> bool:
-    if not _has_weights(module) or _NORM.search(name) or _NORM.search(type(module).__name__):
+    if not _has_parameters(module) or _NORM.search(name) or _NORM.search(type(module).__name__):
         return False
     return bool(_ATTENTION_NAME.match(name) or _ATTENTION_CLASS.search(type(module).__name__))
 
@@ -142,14 +142,14 @@ def _is_attention(name: str, module: nn.Module) -> bool:
 def _is_feed_forward(name: str, module: nn.Module) -> bool:
     from torch import nn
 
-    if not _has_weights(module) or isinstance(module, nn.Linear):
+    if not _has_parameters(module) or isinstance(module, nn.Linear):
         return False
     if _NORM.search(name) or _NORM.search(type(module).__name__):
         return False
     return bool(_FEED_FORWARD_NAME.match(name) or _FEED_FORWARD_CLASS.search(type(module).__name__))
 
 
-def _has_weights(module: nn.Module) -> bool:
+def _has_parameters(module: nn.Module) -> bool:
     """Whether a module has parameters; an activation (`mlp_act`) has none and is not a sub-layer."""
     return next(module.parameters(), None) is not None
 

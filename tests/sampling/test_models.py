@@ -1,4 +1,4 @@
-"""Models compiled by themselves: one call a step, `reset()` between runs."""
+"""Models compiled by themselves: one call per step, `reset()` between runs."""
 
 from __future__ import annotations
 

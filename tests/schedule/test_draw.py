@@ -57,13 +57,13 @@ def test_rows_fit_into_the_width(steps: int, sites: list[str], width: int) -> No
     assert len(rows) == steps + 1
     assert max(map(len, rows)) <= width
     fits = len(sites) + 10 + 3 * len({site.split(".")[-1] for site in sites}) <= width
-    assert ("sites a column" in drawing) == (not fits)
+    assert ("sites per column" in drawing) == (not fits)
 
 
 def test_shades_tell_the_share_of_a_column() -> None:
     mask = np.array([[1] * 40, [1, 1, 1, 0, 0, 0, 1, 0] * 5], dtype=bool)
     drawing = render(Schedule.from_array(mask, blocks(40, "ff")), width=24).plain
-    assert "some of 4 sites a column" in drawing
+    assert "some of 4 sites per column" in drawing
     assert "▓░" * 5 in drawing
 
 

@@ -1,4 +1,4 @@
-"""The file: round trip, byte stability, one line a step, atomic writing, and every error of reading."""
+"""The file: round trip, byte stability, one line per step, atomic writing, and every error of reading."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def model_of(name: str, config: Mapping[str, Any]) -> Any:
 
 
 def calls_of(entry: Entry, model: nn.Module, size: Size, steps: int) -> list[dict[str, Any]]:
-    """One call a step; the values that are the same in every step are the same tensors."""
+    """One call per step; the values that are the same in every step are the same tensors."""
     generator = torch.Generator().manual_seed(0)
     drawn = entry.inputs(model.config, size)
     drawn = pytree.tree_map_only(Draw, lambda value: value if value.each_step else value.make(0, generator), drawn)
