@@ -96,11 +96,11 @@ def test_the_printed_command_ends_where_an_uninterrupted_training_does(
 def test_a_second_ctrl_c_ends_at_once(trainable: Path, tmp_path: Path) -> None:
     """Writing the checkpoint never ends, until Ctrl-C comes again. SIGTERM does not drop what is being written."""
     code = (
-        "import sys, time; from harmonica_rt import cli; from harmonica_training import trainer\n"
+        "import sys, time; from harmonica_rt import cli; from harmonica_training import training_state\n"
         "def never(*_):\n"
         "    print('writing', file=sys.stderr, flush=True)\n"
         "    time.sleep(600)\n"
-        "trainer.save_checkpoint = never\n"
+        "training_state.save_checkpoint = never\n"
         "cli.main()"
     )
     command = [sys.executable, "-c", code, "train", trainable, tmp_path / "s.json", *MANY, "--work", tmp_path / "work"]
