@@ -52,7 +52,7 @@ def find_sites(model: nn.Module, patterns: Sequence[str] | None = None) -> list[
     sites = list(dict.fromkeys(_by_rule(model))) if patterns is None else _by_globs(model, patterns)
     if not sites:
         raise SiteError(
-            f"no sites were found in {type(model).__name__}: it has no ModuleList of blocks of one class with attention "
+            f"no sites were found in {type(model).__name__}: it has no ModuleList of equal blocks with attention "
             'or feed-forward children. Choose the sub-layers yourself: find_sites(model, patterns=["blocks.*.mlp"])'
         )
     check_not_nested(sites)
