@@ -3,7 +3,7 @@
 #   make test PYTEST_ARGS="-k gate" part of the tests
 
 PYTHON ?= python3
-PYTEST_ARGS ?= -n 2 --dist worksteal
+PYTEST_ARGS ?= -n 2
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
