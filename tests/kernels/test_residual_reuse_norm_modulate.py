@@ -28,7 +28,7 @@ SHAPES = [
 
 
 class Arguments(NamedTuple):
-    """Of the op, less rms and eps."""
+    """The arguments of the op except rms and eps."""
 
     x: Tensor
     caches: list[Tensor]

@@ -2,6 +2,7 @@
 
 import io
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from harmonica_training import tensorboard_log
 from harmonica_training.console_progress import PLAIN_LINES, ConsoleProgress
 from harmonica_training.errors import TrainingError
 from harmonica_training.progress import IterationRecord, Progress, Several, Silent
@@ -157,3 +159,22 @@ def read(directory: Path) -> EventAccumulator:
 
 def points(events: EventAccumulator, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_a_log_that_cannot_be_closed_is_left_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after an interruption that left the lock of TensorBoard's queue held."""
+    released = threading.Event()
+    written = TensorBoardLog(tmp_path)
+    written.begin(2, 0)
+    written.iteration(record(1))
+    writer = written._writer
+    assert writer is not None
+    close = writer.close
+    monkeypatch.setattr(writer, "close", released.wait)
+    monkeypatch.setattr(tensorboard_log, "PATIENCE", 0.05)
+    written.end()
+    assert "did not close its file" in caplog.text
+    released.set()
+    close()

@@ -17,6 +17,7 @@ import torch
 from harmonica_training import TrainConfig, distributed, train
 from harmonica_training.checkpoint import load_checkpoint
 from harmonica_training.errors import CheckpointError, TrainingError
+from harmonica_training.progress import IterationRecord, Silent
 from tests import tiny
 
 CONFIG = TrainConfig(steps=4, iterations=2, batch=2, guidance=1.0, target_cur=0.3, validation_batches=1)
@@ -139,3 +140,25 @@ def free_port() -> int:
         one.bind(("127.0.0.1", 0))
         port: int = one.getsockname()[1]
         return port
+
+
+def test_an_interrupted_training_is_saved_before_its_log_is_closed(tmp_path: Path) -> None:
+    """Closing may take long, and a second Ctrl-C meanwhile loses nothing and waits for nothing."""
+
+    class SlowToClose(Silent):
+        """Is interrupted after the first iteration, and again while it is closed."""
+
+        found: tuple[str, ...] = ()
+
+        def iteration(self, record: IterationRecord) -> None:
+            if record.iteration == 1:
+                raise KeyboardInterrupt
+
+        def end(self) -> None:
+            self.found = tuple(path.name for path in tmp_path.iterdir())
+            raise KeyboardInterrupt
+
+    shown = SlowToClose()
+    with pytest.raises(KeyboardInterrupt):
+        train(pipeline(), CONFIG, directory=tmp_path, progress=shown)
+    assert shown.found == ("iteration-000001.safetensors",)

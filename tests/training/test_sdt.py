@@ -52,7 +52,7 @@ class Case:
             )
 
 
-# flux: two streams a step, and rotary embeddings in float32 whatever the model is in
+# flux: two streams per step, and rotary embeddings in float32 whatever the model is in
 @pytest.mark.parametrize(("family", "rtol"), [("dit", 1e-5), ("flux", 5e-3)], ids=["dit", "flux"])
 @pytest.mark.parametrize("holds", ["computed", "blended"])
 def test_gradient_of_each_step_is_its_finite_difference(family: str, rtol: float, holds: Any) -> None:

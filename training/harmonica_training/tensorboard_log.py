@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,9 @@ from harmonica_training.progress import IterationRecord
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+log = logging.getLogger(__name__)
+
+PATIENCE = 10  # seconds to wait for the event file to be closed
 CELL = 8  # side length, in pixels, of one (step, site) in an image
 
 
@@ -76,11 +81,28 @@ class TensorBoardLog:
             writer.flush()
 
     def end(self) -> None:
-        """Close the event file."""
+        """Close the event file; after `PATIENCE` seconds it is left open.
+
+        Hazard: an interruption may leave the lock of TensorBoard's queue held, and closing then waits for it forever.
+        Everything reported was flushed before, so nothing is lost.
+        """
         if self._writer is not None:
             writer, self._writer = self._writer, None
+            failures: list[OSError] = []
+            closing = threading.Thread(target=self._close, args=(writer, failures), daemon=True)
+            closing.start()
+            closing.join(PATIENCE)
+            if closing.is_alive():
+                log.warning("TensorBoard did not close its file in %s within %d seconds", self._directory, PATIENCE)
+            for failure in failures:
+                raise failure
+
+    def _close(self, writer: SummaryWriter, failures: list[OSError]) -> None:
+        try:
             with self._failures_named():
                 writer.close()
+        except OSError as error:
+            failures.append(error)
 
     def _scalars(self, scalars: dict[str, float], iteration: int) -> None:
         writer = self._opened()

@@ -99,6 +99,7 @@ def train(
     state.resume(checkpoints)
     shown = progress if progress is not None and distributed.rank() == 0 else Silent()
     history = []
+    stopped = False
     try:
         try:
             shown.begin(config.iterations, state.iteration)
@@ -109,12 +110,17 @@ def train(
                     iterations.tell(history[-1], shown)  # after keep(), so that it can no longer be lost
                     if checkpoints is not None and state.iteration % config.checkpoint_every == 0:
                         state.save(checkpoints)
+        except KeyboardInterrupt as stop:  # at any instruction: only the state that was kept last is valid
+            stopped = True
+            raise state.interrupted(checkpoints) from stop  # saved before the log is closed, which may take long
         finally:
             shown.end()
         if checkpoints is not None:
             state.save(checkpoints)
         return iterations.result(tuple(history))
-    except KeyboardInterrupt as stop:  # at any instruction: only the state that was kept last is valid
+    except KeyboardInterrupt as stop:
+        if stopped:  # a second one, which waits for nothing
+            raise
         raise state.interrupted(checkpoints) from stop
 
 
