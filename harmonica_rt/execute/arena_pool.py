@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
+from harmonica_rt.execute.graph_memory import GraphMemory
 from harmonica_rt.execute.graph_replay import GraphedPrograms
 from harmonica_rt.execute.slot_buffers import SlotBuffers
-from harmonica_rt.execute.static_tensors import HoistedMemory
 
 
 @dataclass(frozen=True, eq=False)
 class StreamMemory:
-    """What belongs to one stream and outlives it: its slots, the graphs that hold addresses, and what they read."""
+    """What belongs to one stream and outlives it: its slots, and its graphs with what they read and write."""
 
     buffers: SlotBuffers
-    graphs: GraphedPrograms | None
-    hoisted: HoistedMemory | None
-
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """The tensors that are written again and again, each storage at least once."""
-        yield from self.buffers.arenas.values()
-        if self.graphs is not None:
-            yield from self.graphs.tensors
-        if self.hoisted is not None:
-            yield from self.hoisted.owned
+    graphed: GraphMemory | None
 
 
 class ArenaPool:
@@ -64,7 +53,7 @@ class ArenaPool:
     @property
     def graphs(self) -> tuple[GraphedPrograms, ...]:
         """The graphs of all arenas."""
-        return tuple(memory.graphs for memory in self._held if memory.graphs is not None)
+        return tuple(memory.graphed.graphs for memory in self._held if memory.graphed is not None)
 
     @property
     def slot_bytes(self) -> int:
@@ -73,10 +62,8 @@ class ArenaPool:
 
     @property
     def static_bytes(self) -> int:
-        """Bytes of the tensors that graphs read their inputs from."""
-        return sum(
-            m.graphs.nbytes + m.hoisted.nbytes for m in self._held if m.graphs is not None and m.hoisted is not None
-        )
+        """Bytes of the tensors at fixed addresses that graphs use besides slots."""
+        return sum(memory.graphed.nbytes for memory in self._held if memory.graphed is not None)
 
     @property
     def _held(self) -> tuple[StreamMemory, ...]:

@@ -19,6 +19,7 @@ import torch
 
 from harmonica_rt.engine import RunKey
 from harmonica_rt.errors import RunError
+from harmonica_rt.execute.step_counter import StepCounter
 from harmonica_rt.indices import StepIndex
 
 MAX_FORECASTS = 16  # kept; the least recently learned one is dropped first
@@ -65,6 +66,41 @@ class Forecasts:
             self._known.popitem(last=False)
 
 
+class TimestepLog:
+    """The timesteps that a stream is given in a run.
+
+    Args:
+        steps: number of steps of a run.
+
+    Attributes:
+        rows: `[steps, ...]` for each timestep argument; None before the first call.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.rows: Timesteps | None = None
+        self._steps = steps
+
+    def begin(self, step: StepIndex, timesteps: Timesteps) -> None:
+        """Before `step`, the first one of a run; those before it are computed too, with any timestep."""
+        if self.rows is None:
+            with torch.inference_mode(False):
+                self.rows = tuple(t.new_empty((self._steps, *t.shape)) for t in timesteps)
+        for row, timestep in zip(self.rows, timesteps, strict=True) if step else ():
+            row[:step] = timestep
+
+    def write(self, step: StepIndex, timesteps: Timesteps, *, but: torch.device | None = None) -> None:
+        """Write down what the model is given in `step`, but for timesteps on the device `but`."""
+        for row, timestep in zip(self.rows or (), timesteps, strict=True):
+            if timestep.device != but:
+                row[step].copy_(timestep)
+
+    def write_at(self, counter: StepCounter, timesteps: Timesteps) -> None:
+        """Write down those that lie on the device of `counter`, for the step that it holds."""
+        for row, timestep in zip(self.rows or (), timesteps, strict=True):
+            if timestep.device == counter.device:
+                row.index_copy_(0, counter.tensor, timestep.unsqueeze(0))
+
+
 class Forecast:
     """The forecast that one stream runs with in one run, and the timesteps that it is given.
 
@@ -73,20 +109,23 @@ class Forecast:
         key: what its own is kept under.
         comparable: whether timesteps can be compared at every step without waiting. Where they cannot, a run without
             scheduler timesteps has no forecast.
+        log: where the timesteps are written down, if at a fixed address.
 
     Attributes:
-        comparable: as given.
+        comparable, log: as given.
         trusted: True if some step took its values from the forecast without comparing.
     """
 
-    def __init__(self, forecasts: Forecasts, key: ForecastKey, *, comparable: bool) -> None:
+    def __init__(
+        self, forecasts: Forecasts, key: ForecastKey, *, comparable: bool, log: TimestepLog | None = None
+    ) -> None:
         self.comparable = comparable
         self.trusted = False
+        self.log = log or TimestepLog(forecasts.steps)
         self._forecasts = forecasts
         self._key = key
         self._first = key.run.first if key.run is not None else StepIndex(0)
         self._foreseen = forecasts.get(key) if comparable or key.run is not None else None
-        self._given: Timesteps | None = None
         self._visited: list[int] = []
 
     def usable_at(self, step: StepIndex) -> Timesteps | None:
@@ -98,15 +137,10 @@ class Forecast:
         foreseen = self._foreseen
         return foreseen is not None and all(torch.equal(a[step], b) for a, b in zip(foreseen, timesteps, strict=True))
 
-    def record(self, step: StepIndex, timesteps: Timesteps) -> None:
-        """Write down what the model was given in `step`."""
-        if self._given is None:
-            with torch.inference_mode(False):
-                self._given = tuple(t.new_empty((self._forecasts.steps, *t.shape)) for t in timesteps)
-            for log, timestep in zip(self._given, timesteps, strict=True):
-                log[:step] = timestep  # skipped steps are computed too, with any timestep that the model takes
-        for log, timestep in zip(self._given, timesteps, strict=True):
-            log[step].copy_(timestep)
+    def visit(self, step: StepIndex, timesteps: Timesteps) -> None:
+        """A step begins, whose timesteps are then written to the log."""
+        if not self._visited:
+            self.log.begin(step, timesteps)
         self._visited.append(step)
 
     def end(self) -> None:
@@ -115,17 +149,16 @@ class Forecast:
         Raises:
             RunError: they are not those that it was computed with.
         """
-        given, foreseen = self._given, self._foreseen
-        if given is None:
+        given, foreseen, rows = self.log.rows, self._foreseen, self._visited
+        if given is None or not rows:
             return
         wrong = False
         if self.trusted and foreseen is not None:
-            rows = self._visited
             wrong = not all(torch.equal(a[rows], b[rows]) for a, b in zip(foreseen, given, strict=True))
         if wrong:
             self._forecasts.forget(self._key)
-        if len(self._visited) == self._forecasts.steps - self._first:
-            self._forecasts.learn(self._key, given)
+        if len(rows) == self._forecasts.steps - self._first:
+            self._forecasts.learn(self._key, tuple(timesteps.clone() for timesteps in given))
         if wrong:
             raise RunError(
                 "this run came with other timesteps than the last one of the same scheduler timesteps, and was "
@@ -136,4 +169,4 @@ class Forecast:
     def tensors(self) -> Iterator[torch.Tensor]:
         """The tensors that it holds."""
         yield from self._foreseen or ()
-        yield from self._given or ()
+        yield from self.log.rows or ()

@@ -1,65 +1,72 @@
-"""The CUDA graphs of one stream: one per step program and addresses of its slots, and one for the prologue."""
+"""The CUDA graphs of one stream: what runs plainly first, is recorded next, and replayed from then on."""
 
 from __future__ import annotations
 
-import functools
-import itertools
 import logging
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from harmonica_rt.execute.cuda_graphs import Body, Graph, Pool, copies
-from harmonica_rt.execute.lowered_prologue import LoweredPrologue
-from harmonica_rt.execute.static_tensors import StaticTensors
 from harmonica_rt.lower.cuda_graph_rules import GraphRefusal, obstacle
-from harmonica_rt.lower.plain import Program
+from harmonica_rt.plan.step_graph import TabledGraph
 
 log = logging.getLogger(__name__)
 
-PAYS = 0.98  # a graph is kept if it takes at most this fraction of the time of plain launches
+MOST_OF_PLAIN = 1.02  # a graph is kept unless it takes more than this fraction of the time of plain launches
 ROUNDS = 3  # of measurement; the best time counts
 MOVES = 3  # consecutive runs with moved parameters after which graphs are no longer recorded anew
 RESTLESS = GraphRefusal("parameters lie elsewhere in every run (is offloading on?)")
 
 
+@dataclass(frozen=True, eq=False)
+class Recordable:
+    """Launches that may become a graph.
+
+    Attributes:
+        name: what they are, for messages.
+        owner: what a refusal is kept under; it holds for everything with this owner.
+        parts: the graphs of operators that run in `body`.
+        body: launches them, reading and writing at fixed addresses only; returns the outputs.
+        restore: makes `body` run for the same step again.
+    """
+
+    name: str
+    owner: Hashable
+    parts: tuple[TabledGraph, ...]
+    body: Body
+    restore: Callable[[], None]
+
+
 class GraphedPrograms:
-    """The graphs of one stream and the static tensors that they read.
+    """The graphs of one stream.
 
     A body runs plainly at its first use, which warms it up, is recorded at its second, and replayed from then on. A
     thread records only what it warmed up itself: libraries create handles per thread, which recording forbids.
 
     Args:
         pool: records the graphs.
-        measured: keep a graph only where it is faster than plain launches.
+        measured: keep a graph only where it is not slower than plain launches.
+
+    Attributes:
+        refusals: why something runs plainly, by `Recordable.owner`.
     """
 
     def __init__(self, pool: Pool, *, measured: bool) -> None:
-        self.refusals: dict[Hashable, GraphRefusal] = {}  # what runs plainly (programs, the prologue), and why
+        self.refusals: dict[Hashable, GraphRefusal] = {}
         self._pool = pool
         self._measured = measured
         self._warm = _Warm()
-        self._graphs: dict[Hashable, Graph] = {}  # by number of the program with its slots, or by prologue
+        self._graphs: dict[Hashable, Graph] = {}
         self._moves = 0  # consecutive runs, up to this one, in which something had moved
-        self._leaves = StaticTensors()
-        self._request = StaticTensors()
 
     def __len__(self) -> int:
         """Number of graphs."""
         return len(self._graphs)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the static tensors; the pool counts its own."""
-        return self._leaves.nbytes + self._request.nbytes
-
-    @property
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """The static tensors."""
-        return itertools.chain(self._leaves.tensors.values(), self._request.tensors.values())
 
     def begin_run(self, *, moved: bool) -> None:
         """A run begins; with `moved`, something that graphs hold the address of was replaced, and they are dropped."""
@@ -69,112 +76,60 @@ class GraphedPrograms:
         else:
             self.refusals = {whose: reason for whose, reason in self.refusals.items() if reason is not RESTLESS}
 
-    def run(
-        self,
-        number: int,
-        program: Program,
-        bound: tuple[Any, ...],
-        leaves: Sequence[Any],
-        slots: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
-        hoisted: Mapping[str, torch.Tensor],
-    ) -> tuple[Any, ...]:
-        """Run one step as `Program.__call__` does; the outputs are the caller's to keep.
+    def run(self, key: Hashable, recordable: Callable[[], Recordable]) -> tuple[Any, ...]:
+        """Replay the graph that is kept under `key`; if there is none, run the launches, or record and replay them.
 
         Args:
-            number: the number of this program with these slots; see `Plan.addressed_programs`.
-            program: the program.
-            bound: its parameters and constants.
-            leaves: leaves of the call; those it takes are copied to where graphs read them.
-            slots: the slots that it reads, and those that it writes.
-            hoisted: values at fixed addresses.
+            key: stands for these launches at these addresses.
+            recordable: returns the launches; called only if there is no graph.
+
+        Returns:
+            The outputs, which are the caller's to keep.
         """
-        self._leaves.put({str(index): leaves[index] for index in program.step.inputs})
-        graph = self._graphs.get(number)
-        if graph is not None:
-            return copies(graph.replay())
-        fixed = [self._leaves.tensors.get(str(index)) for index in range(len(leaves))]
-        given = [hoisted[name] for name in program.step.hoisted]
-        body = functools.partial(program, bound, fixed, *slots, given)
-        return self._warm_up_or_record(number, program, body, lambda: obstacle(program.step, self._pool.device))
+        graph = self._graphs.get(key)
+        return copies(graph.replay()) if graph is not None else self._run(key, recordable())
 
-    def run_prologue(
-        self,
-        prologue: LoweredPrologue,
-        leaves: Sequence[Any],
-        foreseen: Sequence[torch.Tensor],
-        body: Callable[[Sequence[Any], Sequence[torch.Tensor]], None],
-    ) -> None:
-        """Run the prologue of all steps.
-
-        Args:
-            prologue: the prologue.
-            leaves: leaves of the call; those that it reads are copied to where its graph reads them.
-            foreseen: the timesteps of all steps, one tensor for each timestep argument; copied likewise.
-            body: computes the values from such leaves and timesteps and stores them at fixed addresses. Its first run
-                allocates these, so it runs once before it is warmed up.
-        """
-        indices = {*prologue.once.part.inputs, *prologue.each.part.inputs} - {*prologue.prologue.timesteps}
-        timesteps = {f"timesteps {number}": values for number, values in enumerate(foreseen)}
-        self._request.put({**{str(index): leaves[index] for index in indices}, **timesteps})
-        graph = self._graphs.get(prologue)
-        if graph is not None:
-            graph.replay()
-            return
-        tensors = self._request.tensors
-        fixed = [tensors[str(index)] if index in indices else None for index in range(len(leaves))]
-
-        def fill() -> tuple[Any, ...]:
-            body(fixed, [tensors[name] for name in timesteps])
-            return ()
-
-        if prologue not in self._warm.keys:
-            fill()
-        parts = (prologue.once.part, prologue.each.part)
-        self._warm_up_or_record(
-            prologue,
-            prologue,
-            fill,
-            lambda: next(filter(None, (obstacle(part, self._pool.device) for part in parts)), None),
-        )
-
-    def _warm_up_or_record(
-        self, key: Hashable, whose: Hashable, body: Body, find_obstacle: Callable[[], GraphRefusal | None]
-    ) -> tuple[Any, ...]:
+    def _run(self, key: Hashable, work: Recordable) -> tuple[Any, ...]:
         if self._moves >= MOVES:
-            self.refusals.setdefault(whose, RESTLESS)
-        if whose in self.refusals:
-            return body()
+            self.refusals.setdefault(work.owner, RESTLESS)
+        if work.owner in self.refusals:
+            return work.body()
         if key not in self._warm.keys:
-            reason = find_obstacle()
+            reason = next(filter(None, (obstacle(part, self._pool.device) for part in work.parts)), None)
             if reason is not None:
-                return self._refuse(whose, reason, body)
+                return self._refuse(work, reason)
             with _casting_anew():
-                outputs = self._pool.warm_up(body)
+                outputs = self._pool.warm_up(work.body)
             self._warm.keys.add(key)
             return outputs
-        reason = self._record(key, body)
-        return copies(self._graphs[key].replay()) if reason is None else self._refuse(whose, reason, body)
+        reason = self._record(key, work)
+        return copies(self._graphs[key].replay()) if reason is None else self._refuse(work, reason)
 
-    def _record(self, key: Hashable, body: Body) -> GraphRefusal | None:
-        """Record `body`, or say why not."""
+    def _record(self, key: Hashable, work: Recordable) -> GraphRefusal | None:
+        """Record the launches, or say why not."""
         try:
             with _casting_anew():
-                graph = self._pool.record(body)
+                graph = self._pool.record(work.body)
         except RuntimeError as error:
             return GraphRefusal(f"it cannot be recorded: {str(error).partition(chr(10))[0]}")
         if self._measured:
-            plain, replayed = (min(self._pool.seconds(run) for _ in range(ROUNDS)) for run in (body, graph.replay))
-            if replayed > PAYS * plain:
+            plain, replayed = (min(self._times(run, work)) for run in (work.body, graph.replay))
+            if replayed > MOST_OF_PLAIN * plain:
                 times = f"{replayed * 1e3:.2f} ms, plain launches take {plain * 1e3:.2f} ms"
-                return GraphRefusal(f"a graph does not pay: {times}")
+                return GraphRefusal(f"a graph is slower: {times}")
         self._graphs[key] = graph
         return None
 
-    def _refuse(self, whose: Hashable, reason: GraphRefusal, body: Body) -> tuple[Any, ...]:
-        what = "the prologue" if isinstance(whose, LoweredPrologue) else "a step program"
-        log.info("%s runs without a graph: %s", what, reason)
-        self.refusals[whose] = reason
-        return body()
+    def _times(self, run: Callable[[], object], work: Recordable) -> Iterator[float]:
+        """Seconds of each measurement. What follows runs for the same step once more."""
+        for _ in range(ROUNDS):
+            yield self._pool.seconds(run)
+            work.restore()
+
+    def _refuse(self, work: Recordable, reason: GraphRefusal) -> tuple[Any, ...]:
+        log.info("%s runs without a graph: %s", work.name, reason)
+        self.refusals[work.owner] = reason
+        return work.body()
 
 
 class _Warm(threading.local):

@@ -12,13 +12,14 @@ from harmonica_rt.engine import RunKey
 from harmonica_rt.execute.arena_pool import ArenaPool, StreamMemory
 from harmonica_rt.execute.cuda_graphs import Graphs, Pool
 from harmonica_rt.execute.forecast import Forecast, ForecastKey, Forecasts
-from harmonica_rt.execute.graph_replay import GraphedPrograms
+from harmonica_rt.execute.graph_memory import GraphMemory
+from harmonica_rt.execute.graphed_prologue import GraphedPrologue
+from harmonica_rt.execute.graphed_stream import GraphedStream
 from harmonica_rt.execute.launch_order import LaunchOrder
 from harmonica_rt.execute.lowered_plan import LoweredPlan
 from harmonica_rt.execute.parameter_binding import ParameterBinding, Parameters
 from harmonica_rt.execute.plan_stream import PlanStream
 from harmonica_rt.execute.slot_buffers import SlotBuffers
-from harmonica_rt.execute.static_tensors import HoistedMemory
 from harmonica_rt.execute.stream_prologue import StreamPrologue
 
 log = logging.getLogger(__name__)
@@ -83,22 +84,20 @@ class PlanRuntime:
 
     def new_stream(self) -> PlanStream:
         """A stream with arenas of its own."""
-        order = self.arenas.lent
+        key = ForecastKey(self._run, self.arenas.lent)
         memory = self.arenas.lend()
+        buffers, graphed, prologue = memory.buffers, memory.graphed, self.lowered.prologue
         if self._debug:
-            with self.launches.turn(memory.tensors):
-                memory.buffers.poison_all()
-        prologue = None
-        if self.lowered.prologue is not None:
-            comparable = self.pool is None and self.lowered.takes_inputs_on_cpu
-            prologue = StreamPrologue(
-                self.lowered.prologue,
-                self.parameters.of,
-                Forecast(self.forecasts, ForecastKey(self._run, order), comparable=comparable),
-                memory=memory.hoisted,
-                graphs=memory.graphs,
-            )
-        return PlanStream(self.lowered, self.parameters, self.launches, memory, prologue, debug=self._debug)
+            with self.launches.turn(lambda: buffers.arenas.values()):
+                buffers.poison_all()
+        given = self.lowered, self.parameters, self.launches, buffers
+        if graphed is not None:
+            forecast = Forecast(self.forecasts, key, comparable=False, log=graphed.log)
+            values = GraphedPrologue(prologue, self.parameters.of, forecast, graphed) if prologue is not None else None
+            return GraphedStream(*given, values, memory=graphed, debug=self._debug)
+        forecast = Forecast(self.forecasts, key, comparable=self.lowered.takes_inputs_on_cpu)
+        own = StreamPrologue(prologue, self.parameters.of, forecast) if prologue is not None else None
+        return PlanStream(*given, own, debug=self._debug)
 
 
 def _pool(graphs: Graphs | None, device: torch.device, parameters: Parameters) -> Pool | None:
@@ -114,8 +113,7 @@ def _memory(lowered: LoweredPlan, pool: Pool | None, *, measured: bool) -> Calla
     """Makes the memory of one stream."""
 
     def make() -> StreamMemory:
-        if pool is None:
-            return StreamMemory(SlotBuffers(lowered.plan), None, None)
-        return StreamMemory(SlotBuffers(lowered.plan), GraphedPrograms(pool, measured=measured), HoistedMemory())
+        graphed = GraphMemory(lowered, pool, measured=measured) if pool is not None else None
+        return StreamMemory(SlotBuffers(lowered.plan), graphed)
 
     return make

@@ -1,4 +1,4 @@
-"""A stream: runs step programs on one set of slots and on the values hoisted for them."""
+"""A stream: runs step programs on one set of slots and on the values hoisted for them, operator by operator."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 from torch.utils import _pytree as pytree
 
 from harmonica_rt.call.call import Call
-from harmonica_rt.execute.arena_pool import StreamMemory
 from harmonica_rt.execute.launch_order import LaunchOrder
 from harmonica_rt.execute.lowered_plan import LoweredPlan
 from harmonica_rt.execute.parameter_binding import ParameterBinding
+from harmonica_rt.execute.slot_buffers import SlotBuffers, StepSlots
 from harmonica_rt.execute.stream_prologue import StreamPrologue
 from harmonica_rt.indices import StepIndex
+from harmonica_rt.lower.plain import Program
 
 
 class PlanStream:
@@ -24,7 +25,7 @@ class PlanStream:
         lowered: the plan.
         parameters: what its programs are bound to.
         launches: the order of launches on memory that outlives a call.
-        memory: slots, and what belongs to them, for this stream alone.
+        buffers: the slots of this stream.
         prologue: the hoisted values of this stream; None where nothing is hoisted.
         debug: fill slots with NaN after their last read.
     """
@@ -34,16 +35,15 @@ class PlanStream:
         lowered: LoweredPlan,
         parameters: ParameterBinding,
         launches: LaunchOrder,
-        memory: StreamMemory,
+        buffers: SlotBuffers,
         prologue: StreamPrologue | None,
         *,
         debug: bool,
     ) -> None:
         self.lowered = lowered
-        self.buffers = memory.buffers
+        self.buffers = buffers
         self.parameters = parameters
         self._launches = launches
-        self._memory = memory
         self._prologue = prologue
         self._debug = debug
 
@@ -61,28 +61,26 @@ class PlanStream:
     def run(self, step: StepIndex, call: Call, *, catch_up: bool) -> Any:
         """See `Stream.run`."""
         with self._launches.turn(self._tensors):
-            return self._run(step, call, catch_up=catch_up)
+            outputs = self._run(step, call, catch_up=catch_up)
+            if self._debug:
+                self.buffers.poison_dead(step)
+        return pytree.tree_unflatten(outputs, self.lowered.plan.captured.out_spec)
 
     def _tensors(self) -> Iterator[torch.Tensor]:
-        yield from self._memory.tensors()
+        """What outlives a call: each storage at least once."""
+        yield from self.buffers.arenas.values()
         if self._prologue is not None:
             yield from self._prologue.tensors()
 
-    def _run(self, step: StepIndex, call: Call, *, catch_up: bool) -> Any:
-        lowered, leaves, graphs = self.lowered, call.leaves, self._memory.graphs
+    def _run(self, step: StepIndex, call: Call, *, catch_up: bool) -> tuple[Any, ...]:
         hoisted = self._prologue.at(step, call) if self._prologue is not None else {}
-        slots: tuple[list[torch.Tensor], list[torch.Tensor]]
-        if catch_up:
-            program, filled = lowered.catch_up(step)
-            slots = [], [self.buffers.slots[slot] for slot in filled]
-        else:
-            program, slots = lowered.program(step), self.buffers.steps[step]
-        bound = self.parameters.of(program)
-        if graphs is not None and not catch_up:
-            number = lowered.plan.addressed_programs[step]
-            outputs = graphs.run(number, program, bound, leaves, slots, hoisted)
-        else:
-            outputs = program(bound, leaves, *slots, [hoisted[name] for name in program.step.hoisted])
-        if self._debug:
-            self.buffers.poison_dead(step)
-        return pytree.tree_unflatten(outputs, lowered.plan.captured.out_spec)
+        program, slots = self._program(step, catch_up=catch_up)
+        given = [hoisted[name] for name in program.step.hoisted]
+        return program(self.parameters.of(program), call.leaves, *slots, given)
+
+    def _program(self, step: StepIndex, *, catch_up: bool) -> tuple[Program, StepSlots]:
+        """The program of a step, and the slots that it reads and writes."""
+        if not catch_up:
+            return self.lowered.program(step), self.buffers.steps[step]
+        program, filled = self.lowered.catch_up(step)
+        return program, ([], [self.buffers.slots[slot] for slot in filled])

@@ -10,6 +10,8 @@ from harmonica_rt.graph.layout import distinct
 from harmonica_rt.indices import StepIndex
 from harmonica_rt.plan.plan import Plan
 
+StepSlots = tuple[list[torch.Tensor], list[torch.Tensor]]  # the slots that a step reads, and those that it writes
+
 
 class SlotBuffers:
     """The memory of one stream: an arena per device, and for each slot a tensor that views its part of an arena."""
@@ -22,7 +24,7 @@ class SlotBuffers:
                 for device, size in plan.table.arena_bytes.items()
             }
             self.slots = [self._view(slot.value, slot.offset) for slot in plan.table.slots]
-        self.steps = [  # what each step reads and what it writes
+        self.steps: list[StepSlots] = [
             ([self.slots[slot] for slot in step.reads], [self.slots[slot] for slot in step.writes])
             for step in plan.steps
         ]

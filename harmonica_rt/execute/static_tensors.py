@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from harmonica_rt.graph.layout import distinct, extent
-from harmonica_rt.indices import StepIndex
-
-ALIGNMENT = 64  # bytes
-
-_Kind = tuple[torch.dtype, torch.device]
+from harmonica_rt.call.roles import Role
+from harmonica_rt.graph.layout import distinct, expanded_dims
 
 
 class StaticTensors:
@@ -27,142 +25,98 @@ class StaticTensors:
 
     def put(self, values: Mapping[str, torch.Tensor]) -> None:
         """Copy each value to the tensor of its name; one call per dtype, which takes few launches on a GPU."""
-        copied: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         for name, value in values.items():
             if name not in self.tensors:
                 self.tensors[name] = _empty(value)
-            target = self.tensors[name]
-            to, of = copied.setdefault(value.dtype, ([], []))
-            to.append(distinct(target))
-            of.append(distinct(value, target))
-        for to, of in copied.values():
-            torch._foreach_copy_(to, of)
+        for copied in _copies({name: self.tensors[name] for name in values}):
+            copied.run(values)
 
 
-class StaticRows:
-    """Per-step values, packed so that one copy per dtype and device loads a whole step.
+class StaticLeaves:
+    """The tensors of a stream's calls at fixed addresses.
+
+    Those of the request are copied once per request, the others at every call.
 
     Args:
-        examples: the values of one step; all steps have their layout. Views of one tensor share its place.
+        indices: the leaves to hold.
+        roles: the role of each leaf of a call.
+
+    Attributes:
+        tensors: the tensor of each leaf; None for leaves that are not held, and before the first call.
     """
 
-    def __init__(self, examples: Mapping[str, torch.Tensor]) -> None:
-        owners: dict[tuple[_Kind, int], list[str]] = {}
-        for name, value in examples.items():
-            owners.setdefault((_kind(value), value.untyped_storage().data_ptr()), []).append(name)
-        self._places: dict[str, tuple[_Kind, int]] = {}  # name -> kind, first element
-        sizes: dict[_Kind, int] = {}
-        for (kind, _), names in owners.items():
-            start, unit = sizes.get(kind, 0), ALIGNMENT // kind[0].itemsize
-            first = min(int(examples[name].storage_offset()) for name in names)
-            last = max(_end(examples[name]) for name in names)
-            for name in names:
-                self._places[name] = (kind, start + int(examples[name].storage_offset()) - first)
-            sizes[kind] = start + -(-(last - first) // unit) * unit
-        with torch.inference_mode(False), torch.no_grad():
-            self._row = {kind: torch.empty(size, dtype=kind[0], device=kind[1]) for kind, size in sizes.items()}
-            self.tensors = {
-                name: self._row[kind].as_strided(examples[name].shape, examples[name].stride(), start)
-                for name, (kind, start) in self._places.items()
-            }
-        self._table: dict[_Kind, torch.Tensor] = {}
+    def __init__(self, indices: Collection[int], roles: Sequence[Role]) -> None:
+        self.tensors: list[torch.Tensor | None] = [None] * len(roles)
+        self._request = [index for index in indices if roles[index] is Role.REQUEST]
+        self._changing = [index for index in indices if roles[index] is not Role.REQUEST]
+        self._copies_of_request: list[_Copies] = []
+        self._copies_of_call: list[_Copies] | None = None
+        self._has_request = False
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the row and of the table."""
-        return sum(tensor.nbytes for tensor in self.owned)
-
-    @property
-    def owned(self) -> tuple[torch.Tensor, ...]:
-        """The row and the table."""
-        return (*self._row.values(), *self._table.values())
-
-    def put(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Load the given values of a step, without the table."""
-        names = list(values)
-        for kind in self._row:
-            chosen = [name for name in names if self._places[name][0] == kind]
-            targets = [self.tensors[name] for name in chosen]
-            torch._foreach_copy_(
-                [distinct(target) for target in targets],
-                [distinct(values[name], target) for name, target in zip(chosen, targets, strict=True)],
-            )
-
-    def tabulate(self, names: Sequence[str], stacked: Sequence[torch.Tensor]) -> None:
-        """Keep the values of all steps, `[steps, ...]` each, for `select`."""
-        steps = stacked[0].shape[0]
-        for kind, row in self._row.items():
-            if kind not in self._table or self._table[kind].shape[0] != steps:
-                with torch.inference_mode(False), torch.no_grad():
-                    self._table[kind] = row.new_empty((steps, row.numel()))
-        for name, values in zip(names, stacked, strict=True):
-            kind, start = self._places[name]
-            table, one = self._table[kind], self.tensors[name]
-            column = table.as_strided((steps, *one.shape), (table.shape[1], *one.stride()), start)
-            distinct(column).copy_(distinct(values, column))
-
-    def select(self, step: int) -> None:
-        """Load the values of a step from the table."""
-        for kind, row in self._row.items():
-            row.copy_(self._table[kind][step])
-
-
-class HoistedMemory:
-    """Hoisted values at fixed addresses, for one stream after another."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, torch.Tensor] = {}
-        self._once = StaticTensors()
-        self._each: StaticRows | None = None
+    def held(self) -> Iterator[torch.Tensor]:
+        """All of them."""
+        return (tensor for tensor in self.tensors if tensor is not None)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all of them."""
-        return self._once.nbytes + (self._each.nbytes if self._each is not None else 0)
+        return sum(distinct(tensor).nbytes for tensor in self.held)
 
-    @property
-    def owned(self) -> Iterator[torch.Tensor]:
-        """The tensors whose memory holds all of them."""
-        yield from self._once.tensors.values()
-        if self._each is not None:
-            yield from self._each.owned
+    def begin(self) -> None:
+        """The next call belongs to another request."""
+        self._has_request = False
 
-    def begin(
-        self, once: Mapping[str, torch.Tensor], each: Sequence[str], steps: tuple[torch.Tensor, ...] | None
-    ) -> None:
-        """Store the values of a request, and those of all its steps where they are known."""
-        self._once.put(once)
-        self.tensors.update(self._once.tensors)
-        if steps is not None:
-            self._rows({name: value[0] for name, value in zip(each, steps, strict=True)}).tabulate(each, steps)
+    def put(self, leaves: Sequence[Any]) -> None:
+        """Copy the leaves of a call."""
+        if self._copies_of_call is None:
+            for index in (*self._request, *self._changing):
+                self.tensors[index] = _empty(leaves[index])
+            self._copies_of_request, self._copies_of_call = map(self._copies, (self._request, self._changing))
+        for copied in self._copies_of_call:
+            copied.run(leaves)
+        if not self._has_request:
+            for copied in self._copies_of_request:
+                copied.run(leaves)
+            self._has_request = True
 
-    def select(self, step: StepIndex) -> dict[str, torch.Tensor]:
-        """All values, after loading those of `step`."""
-        if self._each is not None:
-            self._each.select(step)
-        return self.tensors
-
-    def put(self, each: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """All values, after loading the given ones of a step."""
-        self._rows(each).put(each)
-        return self.tensors
-
-    def _rows(self, examples: Mapping[str, torch.Tensor]) -> StaticRows:
-        if self._each is None:
-            self._each = StaticRows(examples)
-            self.tensors.update(self._each.tensors)
-        return self._each
+    def _copies(self, indices: Sequence[int]) -> list[_Copies]:
+        return _copies({index: tensor for index in indices if (tensor := self.tensors[index]) is not None})
 
 
-def _kind(value: torch.Tensor) -> _Kind:
-    return value.dtype, value.device
+@dataclass(frozen=True, eq=False)
+class _Copies:
+    """Copies to tensors of one dtype, made by one call.
+
+    Attributes:
+        keys: what to copy: keys or indices.
+        targets: the tensor for each, without repeated elements.
+        expanded: for each tensor that has repeated elements, its position and the tensor.
+    """
+
+    keys: list[Any]
+    targets: list[torch.Tensor]
+    expanded: list[tuple[int, torch.Tensor]]
+
+    def run(self, values: Any) -> None:
+        """Copy `values[key]` for each key."""
+        sources = [values[key] for key in self.keys]
+        for position, target in self.expanded:
+            sources[position] = distinct(sources[position], target)
+        torch._foreach_copy_(self.targets, sources)
+
+
+def _copies(targets: Mapping[Any, torch.Tensor]) -> list[_Copies]:
+    found: dict[torch.dtype, _Copies] = {}
+    for key, target in targets.items():
+        copied = found.setdefault(target.dtype, _Copies([], [], []))
+        if expanded_dims(target):
+            copied.expanded.append((len(copied.keys), target))
+        copied.keys.append(key)
+        copied.targets.append(distinct(target))
+    return list(found.values())
 
 
 def _empty(value: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode(False), torch.no_grad():
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-
-
-def _end(value: torch.Tensor) -> int:
-    """The element of its storage behind the last one of the tensor."""
-    return int(value.storage_offset()) + extent(value.shape, value.stride())

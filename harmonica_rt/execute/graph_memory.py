@@ -1,0 +1,59 @@
+"""What the graphs of one stream read and write, at addresses that outlive the stream."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+
+import torch
+
+from harmonica_rt.execute.cuda_graphs import Pool
+from harmonica_rt.execute.forecast import TimestepLog
+from harmonica_rt.execute.graph_replay import GraphedPrograms
+from harmonica_rt.execute.hoisted_memory import HoistedMemory
+from harmonica_rt.execute.lowered_plan import LoweredPlan
+from harmonica_rt.execute.static_tensors import StaticLeaves, StaticTensors
+from harmonica_rt.execute.step_counter import StepCounter
+
+
+class GraphMemory:
+    """The graphs of one stream, and everything at fixed addresses but its slots.
+
+    Args:
+        lowered: the plan.
+        pool: records the graphs.
+        measured: see `GraphedPrograms`.
+
+    Attributes:
+        graphs: the graphs.
+        leaves: the tensors of the current call.
+        foreseen: the timesteps of all steps, where they are foreseen.
+        hoisted: the values that the prologue computes.
+        counter: the current step.
+        log: the timesteps of the run so far.
+        allocated: what has run once, so that it now finds all its memory allocated.
+    """
+
+    def __init__(self, lowered: LoweredPlan, pool: Pool, *, measured: bool) -> None:
+        steps = len(lowered.plan.steps)
+        self.graphs = GraphedPrograms(pool, measured=measured)
+        self.leaves = StaticLeaves(sorted(set(lowered.plan.captured.inputs.values())), lowered.roles)
+        self.foreseen = StaticTensors()
+        self.hoisted = HoistedMemory(steps)
+        self.counter = StepCounter(pool.device)
+        self.log = TimestepLog(steps)
+        self.allocated: set[Hashable] = set()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds; the pool of the graphs counts its own."""
+        small = sum(tensor.nbytes for tensor in (self.counter.tensor, *(self.log.rows or ())))
+        return self.leaves.nbytes + self.foreseen.nbytes + self.hoisted.nbytes + small
+
+    @property
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """The tensors, each storage at least once."""
+        yield from self.leaves.held
+        yield from self.foreseen.tensors.values()
+        yield from self.hoisted.owned
+        yield self.counter.tensor
+        yield from self.log.rows or ()
