@@ -21,7 +21,7 @@ class StreamMemory:
     hoisted: HoistedMemory | None
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """The tensors that are written again and again, each storage at least once."""
+        """The tensors that every run writes again; each storage appears at least once."""
         yield from self.buffers.arenas.values()
         if self.graphs is not None:
             yield from self.graphs.tensors
@@ -30,10 +30,10 @@ class StreamMemory:
 
 
 class ArenaPool:
-    """Arenas with what belongs to them: as many as the plan ever had streams at the same time.
+    """The memory of all streams of a plan: as many arenas as it ever had streams at once.
 
     Args:
-        make: makes one more.
+        make: makes the memory of one more stream.
     """
 
     def __init__(self, make: Callable[[], StreamMemory]) -> None:
@@ -46,7 +46,7 @@ class ArenaPool:
         self._free, self._lent = [*self._free, *reversed(self._lent)], []
 
     def lend(self) -> StreamMemory:
-        """Arenas for one stream; free ones are lent in the order of the last run."""
+        """Memory for one stream; free memory is lent in the order of the last run."""
         memory = self._free.pop() if self._free else self._make()
         self._lent.append(memory)
         return memory

@@ -5,8 +5,8 @@ scheduler. So every run records the timesteps it is given, as the forecast for l
 timesteps.
 
 Hazard: a forecast may be wrong. Where a comparison is free (on a CPU), each step compares. Elsewhere, reading a value
-would make the host wait for the device, so a stream that begins with the run uses its forecast unseen and compares when
-it ends, where a difference is an error; any other stream goes without.
+would make the host wait for the device, so a stream that begins with the run uses its forecast unchecked and compares
+when it ends, where a difference is an error; any other stream goes without.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from harmonica_rt.engine import RunKey
 from harmonica_rt.errors import RunError
 from harmonica_rt.indices import StepIndex
 
-MAX_FORECASTS = 16  # kept; the least recently learned one is dropped first
+MAX_FORECASTS = 16  # per plan; the least recently learned one is dropped first
 
-Timesteps = tuple[torch.Tensor, ...]  # one for each timestep argument
+Timesteps = tuple[torch.Tensor, ...]  # one per timestep argument
 
 
 class ForecastKey(NamedTuple):
@@ -31,7 +31,7 @@ class ForecastKey(NamedTuple):
 
     Attributes:
         run: key of the run; None where no scheduler drives it.
-        order: index of the stream among those of its plan: a model may be called twice per step with other timesteps.
+        order: index of the stream among those of its plan: a model may be called twice per step, at other timesteps.
     """
 
     run: RunKey | None
@@ -70,7 +70,7 @@ class Forecast:
 
     Args:
         forecasts: the forecasts of its plan.
-        key: what its own is kept under.
+        key: the key of this stream's forecast.
         comparable: whether timesteps can be compared at every step without waiting. Where they cannot, a run without
             scheduler timesteps has no forecast.
 
@@ -99,21 +99,21 @@ class Forecast:
         return foreseen is not None and all(torch.equal(a[step], b) for a, b in zip(foreseen, timesteps, strict=True))
 
     def record(self, step: StepIndex, timesteps: Timesteps) -> None:
-        """Write down what the model was given in `step`."""
+        """Record the timesteps that the model got in `step`."""
         if self._given is None:
             with torch.inference_mode(False):
                 self._given = tuple(t.new_empty((self._forecasts.steps, *t.shape)) for t in timesteps)
-            for log, timestep in zip(self._given, timesteps, strict=True):
-                log[:step] = timestep  # skipped steps are computed too, with any timestep that the model takes
-        for log, timestep in zip(self._given, timesteps, strict=True):
-            log[step].copy_(timestep)
+            for rows, timestep in zip(self._given, timesteps, strict=True):
+                rows[:step] = timestep  # the prologue computes skipped steps too; any valid timestep will do
+        for rows, timestep in zip(self._given, timesteps, strict=True):
+            rows[step].copy_(timestep)
         self._visited.append(step)
 
     def end(self) -> None:
         """The run is over: learn its timesteps.
 
         Raises:
-            RunError: they are not those that it was computed with.
+            RunError: the run was computed with other timesteps.
         """
         given, foreseen = self._given, self._foreseen
         if given is None:
@@ -128,9 +128,9 @@ class Forecast:
             self._forecasts.learn(self._key, given)
         if wrong:
             raise RunError(
-                "this run came with other timesteps than the last one of the same scheduler timesteps, and was "
-                "computed with those: its result is wrong, the next run will be right. A step was left out or "
-                "repeated, or the pipeline changes timesteps from run to run"
+                "the model got other timesteps than in the previous run with the same scheduler timesteps, and this run was "
+                "computed with the old ones: its result is wrong, the next run's will be right. A step was left "
+                "out or repeated, or the pipeline changes timesteps from run to run"
             )
 
     def tensors(self) -> Iterator[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The CUDA graphs of one stream: one per step program and addresses of its slots, and one for the prologue."""
+"""The CUDA graphs of one stream: one per step program and set of slot addresses, and one for the prologue."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 PAYS = 0.98  # a graph is kept if it takes at most this fraction of the time of plain launches
 ROUNDS = 3  # of measurement; the best time counts
 MOVES = 3  # consecutive runs with moved parameters after which graphs are no longer recorded anew
-RESTLESS = GraphRefusal("parameters lie elsewhere in every run (is offloading on?)")
+RESTLESS = GraphRefusal("parameters are at new addresses in every run (is offloading on?)")
 
 
 class GraphedPrograms:
@@ -42,7 +42,7 @@ class GraphedPrograms:
         self._pool = pool
         self._measured = measured
         self._warm = _Warm()
-        self._graphs: dict[Hashable, Graph] = {}  # by number of the program with its slots, or by prologue
+        self._graphs: dict[Hashable, Graph] = {}  # by a step's entry in `Plan.addressed_programs`, or by prologue
         self._moves = 0  # consecutive runs, up to this one, in which something had moved
         self._leaves = StaticTensors()
         self._request = StaticTensors()
@@ -62,7 +62,7 @@ class GraphedPrograms:
         return itertools.chain(self._leaves.tensors.values(), self._request.tensors.values())
 
     def begin_run(self, *, moved: bool) -> None:
-        """A run begins; with `moved`, something that graphs hold the address of was replaced, and they are dropped."""
+        """A run begins; `moved` says that something whose address graphs hold was replaced, so they are dropped."""
         self._moves = self._moves + 1 if moved else 0
         if moved:
             self._graphs.clear()
@@ -81,10 +81,10 @@ class GraphedPrograms:
         """Run one step as `Program.__call__` does; the outputs are the caller's to keep.
 
         Args:
-            number: the number of this program with these slots; see `Plan.addressed_programs`.
+            number: the number of this program with these slot addresses; see `Plan.addressed_programs`.
             program: the program.
             bound: its parameters and constants.
-            leaves: leaves of the call; those it takes are copied to where graphs read them.
+            leaves: leaves of the call; those that the program takes are copied to where graphs read them.
             slots: the slots that it reads, and those that it writes.
             hoisted: values at fixed addresses.
         """
@@ -109,9 +109,9 @@ class GraphedPrograms:
         Args:
             prologue: the prologue.
             leaves: leaves of the call; those that it reads are copied to where its graph reads them.
-            foreseen: the timesteps of all steps, one tensor for each timestep argument; copied likewise.
-            body: computes the values from such leaves and timesteps and stores them at fixed addresses. Its first run
-                allocates these, so it runs once before it is warmed up.
+            foreseen: the timesteps of all steps, one tensor per timestep argument; copied likewise.
+            body: computes the values from the copied leaves and timesteps, and stores them at fixed addresses. Its
+                first run allocates these, so it runs once before it is warmed up.
         """
         indices = {*prologue.once.part.inputs, *prologue.each.part.inputs} - {*prologue.prologue.timesteps}
         timesteps = {f"timesteps {number}": values for number, values in enumerate(foreseen)}
@@ -140,6 +140,14 @@ class GraphedPrograms:
     def _warm_up_or_record(
         self, key: Hashable, whose: Hashable, body: Body, find_obstacle: Callable[[], GraphRefusal | None]
     ) -> tuple[Any, ...]:
+        """Run `body` plainly, or record and replay it.
+
+        Args:
+            key: what its graph is kept under.
+            whose: the program or prologue that a refusal applies to.
+            body: what to run.
+            find_obstacle: says why `body` cannot be recorded, before it is warmed up; None if it can.
+        """
         if self._moves >= MOVES:
             self.refusals.setdefault(whose, RESTLESS)
         if whose in self.refusals:
@@ -156,7 +164,7 @@ class GraphedPrograms:
         return copies(self._graphs[key].replay()) if reason is None else self._refuse(whose, reason, body)
 
     def _record(self, key: Hashable, body: Body) -> GraphRefusal | None:
-        """Record `body`, or say why not."""
+        """Record `body` and keep its graph; otherwise return why not."""
         try:
             with _casting_anew():
                 graph = self._pool.record(body)
@@ -165,7 +173,7 @@ class GraphedPrograms:
         if self._measured:
             plain, replayed = (min(self._pool.seconds(run) for _ in range(ROUNDS)) for run in (body, graph.replay))
             if replayed > PAYS * plain:
-                times = f"{replayed * 1e3:.2f} ms, plain launches take {plain * 1e3:.2f} ms"
+                times = f"it takes {replayed * 1e3:.2f} ms, plain launches take {plain * 1e3:.2f} ms"
                 return GraphRefusal(f"a graph does not pay: {times}")
         self._graphs[key] = graph
         return None
@@ -186,7 +194,7 @@ class _Warm(threading.local):
 
 @contextmanager
 def _casting_anew() -> Iterator[None]:
-    """Within this block autocast caches no casts of parameters: a graph holds a cast's address, not the cast itself."""
+    """Keep autocast from caching casts of parameters: a graph would hold the address of a cast that autocast frees."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

@@ -1,4 +1,4 @@
-"""Tensors at fixed addresses, which graphs read and changing values are copied into."""
+"""Tensors at fixed addresses: changing values are copied into them, and CUDA graphs read them there."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class StaticTensors:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all of them."""
+        """Bytes of all tensors."""
         return sum(distinct(tensor).nbytes for tensor in self.tensors.values())
 
     def put(self, values: Mapping[str, torch.Tensor]) -> None:
@@ -32,18 +32,18 @@ class StaticTensors:
             if name not in self.tensors:
                 self.tensors[name] = _empty(value)
             target = self.tensors[name]
-            to, of = copied.setdefault(value.dtype, ([], []))
-            to.append(distinct(target))
-            of.append(distinct(value, target))
-        for to, of in copied.values():
-            torch._foreach_copy_(to, of)
+            targets, sources = copied.setdefault(value.dtype, ([], []))
+            targets.append(distinct(target))
+            sources.append(distinct(value, target))
+        for targets, sources in copied.values():
+            torch._foreach_copy_(targets, sources)
 
 
 class StaticRows:
     """Per-step values, packed so that one copy per dtype and device loads a whole step.
 
     Args:
-        examples: the values of one step; all steps have their layout. Views of one tensor share its place.
+        examples: the values of one step; all steps have their layout. Views of one tensor share memory here too.
     """
 
     def __init__(self, examples: Mapping[str, torch.Tensor]) -> None:
@@ -108,7 +108,7 @@ class StaticRows:
 
 
 class HoistedMemory:
-    """Hoisted values at fixed addresses, for one stream after another."""
+    """The hoisted values of one stream at a time, at fixed addresses."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
@@ -117,12 +117,12 @@ class HoistedMemory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all of them."""
+        """Bytes of all values."""
         return self._once.nbytes + (self._each.nbytes if self._each is not None else 0)
 
     @property
     def owned(self) -> Iterator[torch.Tensor]:
-        """The tensors whose memory holds all of them."""
+        """The tensors that own the memory of all values."""
         yield from self._once.tensors.values()
         if self._each is not None:
             yield from self._each.owned
@@ -130,7 +130,13 @@ class HoistedMemory:
     def begin(
         self, once: Mapping[str, torch.Tensor], each: Sequence[str], steps: tuple[torch.Tensor, ...] | None
     ) -> None:
-        """Store the values of a request, and those of all its steps where they are known."""
+        """Store the values of a request, and those of all its steps where they are known.
+
+        Args:
+            once: the values of the request by name.
+            each: names of the values that differ from step to step.
+            steps: those values, `[steps, ...]` each; None if they are not known yet.
+        """
         self._once.put(once)
         self.tensors.update(self._once.tensors)
         if steps is not None:
@@ -164,5 +170,5 @@ def _empty(value: torch.Tensor) -> torch.Tensor:
 
 
 def _end(value: torch.Tensor) -> int:
-    """The element of its storage behind the last one of the tensor."""
+    """Index into the storage, one past the last element of the tensor."""
     return int(value.storage_offset()) + extent(value.shape, value.stride())

@@ -1,4 +1,4 @@
-"""Runs the prologue of one stream: in one batched pass over all steps if timesteps are foreseen, else step by step."""
+"""Runs the prologue of one stream: for all steps in one batch if the timesteps are foreseen, else step by step."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class PrologueGraphs(Protocol):
 
 @dataclass
 class HoistedValues:
-    """The hoisted values of the current request, where they are passed on as they are.
+    """The hoisted values of the current request, as far as they are computed.
 
     Attributes:
         once: the values of the request by name; None before its first step.
-        given: those among them that the timestep part takes.
+        given: those of them that the timestep part takes.
         all_known: whether the values of all steps are known.
         steps: those values, `[steps, ...]` each, unless a memory holds them.
     """
@@ -46,7 +46,7 @@ class HoistedValues:
     steps: tuple[torch.Tensor, ...] = ()
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """All of them."""
+        """All tensors here."""
         yield from (self.once or {}).values()
         yield from self.given
         yield from self.steps
@@ -58,8 +58,8 @@ class StreamPrologue:
     Args:
         lowered: the prologue.
         bind: returns the parameters and constants of a part, as the model holds them in this run.
-        forecast: the timesteps that the stream is expected to be given.
-        memory: where the values are stored for graphs to read; None passes them on as they are.
+        forecast: the timesteps that the stream is expected to get.
+        memory: where the values are stored for graphs to read; None passes on the values as computed.
         graphs: records the prologue itself too; None runs it launch by launch.
     """
 
@@ -110,12 +110,12 @@ class StreamPrologue:
         """The run is over: learn its timesteps.
 
         Raises:
-            RunError: they are not those that it was computed with.
+            RunError: the run was computed with other timesteps.
         """
         self._forecast.end()
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """The tensors that it computed itself and keeps between calls."""
+        """The tensors that this object keeps between calls."""
         yield from self._values.tensors()
         yield from self._forecast.tensors()
 
