@@ -128,8 +128,8 @@ class Forecast:
             self._forecasts.learn(self._key, given)
         if wrong:
             raise RunError(
-                "the model got other timesteps than in the previous run with the same scheduler timesteps, and this run was "
-                "computed with the old ones: its result is wrong, the next run's will be right. A step was left "
+                "the model got other timesteps than in the previous run with the same scheduler timesteps, and this "
+                "run was computed with the old ones: its result is wrong, the next run will be right. A step was left "
                 "out or repeated, or the pipeline changes timesteps from run to run"
             )
 
