@@ -20,7 +20,7 @@ from harmonica_rt.schedule.checks import check_number
 from harmonica_rt.untrusted import strict_json
 
 DEFAULT_GUIDANCE = 4.0  # DiTPipeline's own default
-DIFFERENCE_SCALE = 10  # factor on the row of differences, which would be too dark to see
+DIFFERENCE_SCALE = 10  # brightens the row of differences, which would be too dark to see
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ def _left_over(pipeline: Any) -> Denoiser | None:
 
 
 def put_temporarily(pipeline: Any, denoiser: Denoiser | None, changes: Changes) -> None:
-    """Run `denoiser` (None: the plain module) in the pipeline until `changes` are undone; then restore what ran."""
+    """Run `denoiser` (None: the plain module) in the pipeline until `changes` are undone; undoing restores what ran."""
     before = installed(denoiser_module(pipeline))
     changes.undone_by(functools.partial(_put_back, pipeline, before, before.pipelines if before is not None else []))
     if denoiser is None:

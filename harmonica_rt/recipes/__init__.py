@@ -4,9 +4,9 @@ In: the name of a bundled recipe, or a file. Out: a `Recipe`; `cli.options` make
 Hazard: if a misspelt field or option were ignored, another set-up would run. So unknown and missing fields are errors
 here, and unknown options are errors where a command takes the recipe.
 
-A file holds `about` (what it is, and where its values come from), `model` (a Hub id, or null), and by
-option name `options` (for all commands) and `train` (for the command `train` alone). The module `uvit` defines U-ViT,
-the model of one of the set-ups, which diffusers lacks.
+A file holds `about` (what it is, and where its values come from), `model` (a Hub id, or null), `options` (for all
+commands) and `train` (for the command `train` alone); the last two map names of options to values. The module `uvit`
+defines U-ViT, the model of one of the set-ups, which diffusers lacks.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class TorchArchive:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ForbiddenNameError: the file names more than plain values, tensors and `argparse.Namespace`.
+        ForbiddenNameError: the file names something other than containers, tensors and `argparse.Namespace`.
         ArchiveError: the file is not an archive of `torch.save`, or is damaged.
     """
 
@@ -169,7 +169,7 @@ def tensor_of(value: object) -> StoredTensor | str:
 
 
 def _look_for_code(path: str | os.PathLike[str]) -> None:
-    """Raise ForbiddenNameError if a file in the pre-1.6 torch format, or a bare pickle, names more than data."""
+    """Raise ForbiddenNameError if a file in the pre-1.6 torch format, or a bare pickle, names what is not data."""
     try:
         stream = io.BytesIO(Path(path).read_bytes())
         for _ in range(_OLD_FORMAT_PICKLES):
