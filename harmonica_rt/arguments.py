@@ -26,9 +26,9 @@ def check_schedule(given: object) -> None:
     """Raise ArgumentError unless `given` is a schedule."""
     if isinstance(given, Schedule):
         return
-    remedy = "Schedule.load(path) reads one, Schedule.every(2, steps=20, sites=hrt.find_sites(model)) makes one"
+    remedy = "Schedule.load(path) reads one; Schedule.every(2, steps=20, sites=hrt.find_sites(model)) makes one"
     if given is Schedule:
-        remedy = "make one of it, as with Schedule.every(2, steps=20, sites=hrt.find_sites(model))"
+        remedy = "create one, as with Schedule.every(2, steps=20, sites=hrt.find_sites(model))"
     elif isinstance(given, str | os.PathLike):
         remedy = f"read it first: Schedule.load({os.fspath(given)!r})"
     elif isinstance(given, nn.Module) or is_pipeline(given):
@@ -38,7 +38,7 @@ def check_schedule(given: object) -> None:
     elif isinstance(getattr(given, "schedule", None), Schedule):
         remedy = "it holds one: pass its `.schedule`"
     elif hasattr(given, "__array__"):
-        remedy = "Schedule.from_array(mask, sites) makes one of a mask"
+        remedy = "Schedule.from_array(mask, sites) makes one from a mask"
     raise ArgumentError(f"expected a harmonica_rt.Schedule, got {described(given)}; {remedy}")
 
 
@@ -49,16 +49,16 @@ def check_subject(given: object) -> None:
     if is_pipeline(given):
         if not (type(given).__weakrefoffset__ and hasattr(given, "__dict__")):
             raise ArgumentError(
-                f"{described(given)} allows no weak references or has no __dict__, which following its scheduler "
-                "needs; put the model and the scheduler into an object of a class of your own, as `transformer` and "
-                "`scheduler`"
+                f"{described(given)} allows no weak references or has no __dict__, and both are needed to follow its "
+                "scheduler; put the model and the scheduler into an object of a class of your own, as `transformer` "
+                "and `scheduler`"
             )
         return
     remedy = "pass the model, or a pipeline that has a scheduler"
     if getattr(given, "scheduler", given) is None:
-        remedy = "its scheduler is None, and a pipeline is followed by its scheduler"
+        remedy = "its scheduler is None, and the steps of a pipeline are followed through its scheduler"
     elif isinstance(given, type):
-        remedy = f"make an object of it, as with {given.__name__}.from_pretrained(...)"
+        remedy = f"create an object, as with {given.__name__}.from_pretrained(...)"
     elif isinstance(given, Schedule):
         remedy = "the model or pipeline comes first, the schedule second"
     elif isinstance(given, str | os.PathLike):
@@ -73,8 +73,8 @@ def check_pipeline(given: object) -> None:
     check_subject(given)
     if isinstance(given, Denoiser):
         raise ArgumentError(
-            f"expected a pipeline, got {described(given)}, which is a compiled model by itself: report() and save() "
-            "are its own methods, and its `model` is as it was"
+            f"expected a pipeline, got {described(given)}, a compiled model without a pipeline: call its own "
+            "report() and save(); its `model` is the plain model, unchanged"
         )
     if isinstance(given, nn.Module):
         raise ArgumentError(f"expected a pipeline, got {described(given)}; pass the pipeline that was compiled")
@@ -83,14 +83,16 @@ def check_pipeline(given: object) -> None:
 def check_seed(given: object) -> None:
     """Raise ArgumentError unless `given` is an int (a bool does not count)."""
     if isinstance(given, bool) or not isinstance(given, int):
-        raise ArgumentError(f"seed is a whole number, got {described(given)}")
+        raise ArgumentError(f"seed must be a whole number, got {described(given)}")
 
 
 def check_tolerance(given: object) -> None:
     """Raise ArgumentError unless `given` is the name of a tolerance: numbers are measured, not chosen."""
     if not isinstance(given, str) or given not in get_args(Tolerance):
         names = ", ".join(get_args(Tolerance))
-        raise ArgumentError(f"tolerance is one of {names}, got {described(given)}; `measured` finds the number itself")
+        raise ArgumentError(
+            f"tolerance must be one of {names}, got {described(given)}; `measured` finds the number itself"
+        )
 
 
 def check_path(given: object) -> None:

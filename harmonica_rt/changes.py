@@ -65,7 +65,7 @@ def _put_back(held: dict[str, Any], name: str, before: Any, value: Any) -> None:
 
 
 def in_this_thread(call: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that runs `call` in the thread that made it, and `elsewhere` in all others."""
+    """A function that runs `call` in the current thread, and `elsewhere` in all others."""
     thread = threading.get_ident()
 
     @functools.wraps(call)
@@ -81,7 +81,7 @@ class _Turn:
 
 
 class Turns:
-    """A lock, held by one call at a time, that neither an interrupted call nor a fork can leave locked."""
+    """A lock that one call holds at a time, and that neither an interrupted call nor a fork can leave locked."""
 
     def __init__(self) -> None:
         self._taken: dict[int, _Turn] = {}  # by process: an entry copied by a fork does not count in the child

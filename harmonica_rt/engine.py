@@ -82,7 +82,7 @@ class Engine(Protocol):
         """Whether a step may start before the model is checked for changes, so that the device works meanwhile."""
 
     def state(self, call: Call) -> object:
-        """The model's current state, compared by identity: features stored in one are never reused in another."""
+        """The model's current state, compared by identity: features stored in one state are never reused in another."""
 
     def begin_run(self, key: RunKey | None = None) -> None:
         """A sampling run begins: all streams of the last one are over.

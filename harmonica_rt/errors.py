@@ -1,7 +1,7 @@
-"""All errors that harmonica-rt raises on purpose.
+"""The errors of harmonica-rt; a few more are defined beside the code that raises them.
 
-Each error also derives from the built-in a caller would expect (`ValueError` for a bad schedule, `RuntimeError` for a
-run that went wrong), so that code which does not know this package can still handle it.
+Each error also derives from the built-in that a caller would expect (`ValueError` for a bad schedule, `RuntimeError`
+for a run that went wrong), so that code which does not know this package can still handle it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ScheduleMismatchError(ScheduleError):
 
 
 class ScheduleWriteError(ScheduleError, OSError):
-    """A schedule cannot be written; `errno`, `strerror` and `filename` are those of the OSError that was its cause.
+    """A schedule cannot be written; `errno`, `strerror` and `filename` are those of the OSError that caused it.
 
     It is also a FileNotFoundError, PermissionError, IsADirectoryError or NotADirectoryError if the cause is one.
     """
@@ -54,7 +54,7 @@ class SiteError(HarmonicaError, ValueError):
 
 
 class SignatureError(HarmonicaError, TypeError):
-    """A call of the denoiser holds arguments that it does not take, or that cannot be told apart safely."""
+    """The denoiser was called with arguments that it does not take, or that no plan can be made for."""
 
 
 class RunError(HarmonicaError, RuntimeError):
@@ -66,7 +66,7 @@ class ConcurrentRunError(RunError):
 
 
 class InvariantError(HarmonicaError, AssertionError):
-    """A plan or a graph breaks a rule that every one must keep: a defect of this package, not of its caller."""
+    """A plan or a graph breaks a rule that all of them must keep: a defect of this package, not of its caller."""
 
 
 class RegionError(HarmonicaError, RuntimeError):
@@ -78,7 +78,7 @@ class Obstacle(enum.Enum):
 
     EXPORT = "the model cannot be traced into one graph"
     MUTATION = "the model changes its inputs or its buffers while it runs"
-    STATE = "the model goes on from where its last call left it, so that one graph cannot stand for all its calls"
+    STATE = "the model carries state from one call to the next, so one graph cannot stand for all its calls"
     HOOKS = "modules inside the model carry hooks, which a graph would bypass"
     TRAINING = "the model is in training mode"
     SITE = "a site has no output that a graph could cut at"

@@ -1,4 +1,4 @@
-"""The options of compilation: checked once, where the caller can still correct them, and passed on as one object."""
+"""The options of compilation, checked when the caller gives them and passed on as one object."""
 
 from __future__ import annotations
 
@@ -74,12 +74,12 @@ def check_flags(**given: object) -> None:
     """Raise ArgumentError unless all are True or False: `strict="no"` would be taken for yes."""
     for name, value in given.items():
         if not isinstance(value, bool):
-            raise ArgumentError(f"{name} is either True or False, got {described(value)}")
+            raise ArgumentError(f"{name} must be True or False, got {described(value)}")
 
 
 def check_whole_number(name: str, given: object, least: int) -> None:
     """Raise ArgumentError unless `given` is an int of at least `least`."""
     if isinstance(given, bool) or not isinstance(given, int):
-        raise ArgumentError(f"{name} is a whole number, got {described(given)}")
+        raise ArgumentError(f"{name} must be a whole number, got {described(given)}")
     if given < least:
-        raise ArgumentError(f"{name} is a whole number of at least {least}, got {given}")
+        raise ArgumentError(f"{name} must be a whole number of at least {least}, got {given}")

@@ -82,7 +82,7 @@ class ReferenceStream:
             _replace_sites(self._model, self._schedule.sites, reuse, self.cache, fresh, changes)
             output = own_forward(self._model)(**call.kwargs)
         self.cache.update({site: outputs for site, outputs in fresh.items() if outputs})
-        self._watch.accept()  # tables that a model builds at its first call are not a change by others
+        self._watch.accept()  # tables that the model itself built in this call do not count as a change
         return output
 
 
@@ -106,7 +106,7 @@ def _replace_sites(
 
 
 class _Reused:
-    """Stands in for a site's call: its k-th call in a forward hands out its k-th cached output."""
+    """Stands in for a site's call: the k-th call in a forward returns the k-th cached output."""
 
     def __init__(self, outputs: list[Any]) -> None:
         self._outputs = iter(outputs)

@@ -1,4 +1,4 @@
-"""Let one thread capture at a time, and leave that thread's torch state as it was.
+"""Lets one thread capture at a time, and restores that thread's torch state afterwards.
 
 Hazard: while torch traces, it replaces methods of `nn.Module` for the whole process, and takes its stacks of modes
 apart and rebuilds them. Two concurrent traces break each other: they fail, or attribute what they trace to the other's
@@ -46,7 +46,7 @@ os.register_at_fork(after_in_child=_free_in_child)
 def keep_torch_state(changes: Changes) -> None:
     """Restore this thread's grad mode, dispatch keys and stacks of modes when `changes` are undone.
 
-    Torch's own context managers do so too, unless they are interrupted.
+    Torch's own context managers restore these too, unless they are interrupted.
     """
     keys = torch._C._PreserveDispatchKeyGuard()
     changes.undone_by(functools.partial(keys.__exit__, None, None, None))

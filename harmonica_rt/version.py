@@ -1,3 +1,3 @@
-"""The version, on its own so that any module may import it. `setup.py` says it too."""
+"""The version, on its own so that any module may import it. `setup.py` repeats it: change both."""
 
 __version__ = "0.1.0"

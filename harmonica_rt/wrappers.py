@@ -1,4 +1,4 @@
-"""Finds the denoiser in a pipeline, and the model inside its wrappers, which stay around it."""
+"""Finds the denoiser in a pipeline, and the model inside its wrappers; the wrappers are left in place."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-DENOISER_NAMES = ("transformer", "unet", "denoiser")  # under which pipelines hold the model that each step calls
+DENOISER_NAMES = ("transformer", "unet", "denoiser")  # attributes of pipelines for the model that each step calls
 
 _PASS_ON = ("torch.nn.parallel.distributed",)
 
 
 def named_denoiser(pipeline: Any, kind: type[T]) -> tuple[str, T] | None:
-    """The first attribute of a pipeline that has the name of a denoiser and is of this kind, with its name, or None."""
+    """Name and value of a pipeline's first attribute in `DENOISER_NAMES` that is a `kind`; None if there is none."""
     named = ((name, getattr(pipeline, name, None)) for name in DENOISER_NAMES)
     return next(((name, held) for name, held in named if isinstance(held, kind)), None)
 
@@ -48,7 +48,7 @@ def _inside(model: Any) -> Any | None:
     children: Mapping[str, Any] = getattr(model, "__dict__", {}).get("_modules") or {}
     if (compiled := children.get("_orig_mod")) is not None:
         return compiled
-    # The module that defines its `forward`: a class derived from one of these may do something else.
+    # Wrappers are recognised by where `forward` is defined: a derived class may define another one.
     home = str(getattr(getattr(type(model), "forward", None), "__module__", ""))
     if "base_model" in children and home.startswith("peft."):
         return model.get_base_model()

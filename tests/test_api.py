@@ -62,7 +62,7 @@ NO_SCHEDULES: dict[str, tuple[Any, str]] = {
     "mask": (np.ones((4, 4), bool), r"Schedule\.from_array\(mask, sites\) makes one"),
     "tensor": (torch.ones(4, 4), r"Schedule\.from_array\(mask, sites\) makes one"),
     "nothing": (None, r"got None; Schedule\.load\(path\) reads one"),
-    "class": (hrt.Schedule, r"got the class Schedule itself; make one of it"),
+    "class": (hrt.Schedule, r"got the class Schedule itself; create one, as with"),
     "list": ([1, 0], r"got a list; Schedule\.load\(path\) reads one"),
     "result": (SimpleNamespace(schedule=hrt.Schedule.all_compute(steps=2, sites=["a"])), r"pass its `\.schedule`"),
     "model": (stack(), r"got a Stack; the model or pipeline comes first, the schedule second"),
@@ -86,8 +86,8 @@ def test_what_is_no_schedule(pipeline: Any, function: str, given: str) -> None:
 
 
 NO_SUBJECTS: dict[str, tuple[Any, str]] = {
-    "pipeline-class": (d.DiTPipeline, r"the class DiTPipeline itself; make an object of it"),
-    "model-class": (Stack, r"the class Stack itself; make an object of it"),
+    "pipeline-class": (d.DiTPipeline, r"the class DiTPipeline itself; create an object"),
+    "model-class": (Stack, r"the class Stack itself; create an object"),
     "hub-id": (
         "facebook/DiT-XL-2-256",
         r"load it first: DiffusionPipeline\.from_pretrained\('facebook/DiT-XL-2-256'\)",
@@ -138,18 +138,18 @@ def test_swapped_arguments(pipeline: Any, schedule: hrt.Schedule, function: str)
 def test_a_model_where_a_pipeline_is_expected(compiled: hrt.CompiledModel, function: Callable[[Any], Any]) -> None:
     with pytest.raises(ArgumentError, match="expected a pipeline, got a Stack"):
         function(compiled.model)
-    with pytest.raises(ArgumentError, match="a compiled model by itself"):
+    with pytest.raises(ArgumentError, match="a compiled model without a pipeline"):
         function(compiled)
 
 
 BAD_OPTIONS: dict[str, tuple[str, Any, str]] = {
     f"{name}={value!r}": (name, value, message)
     for name, values, message in (
-        ("max_plans", (2.5, True, "8", None), "max_plans is a whole number, got"),
-        ("max_plans", (0, -1), "max_plans is a whole number of at least 1, got"),
-        ("strict", ("no", 1, None), "strict is either True or False, got"),
-        ("debug", ("on", 0, []), "debug is either True or False, got"),
-        ("verify", ("step", 1), "verify is either True or False, got"),
+        ("max_plans", (2.5, True, "8", None), "max_plans must be a whole number, got"),
+        ("max_plans", (0, -1), "max_plans must be a whole number of at least 1, got"),
+        ("strict", ("no", 1, None), "strict must be True or False, got"),
+        ("debug", ("on", 0, []), "debug must be True or False, got"),
+        ("verify", ("step", 1), "verify must be True or False, got"),
         ("lowering", ("cuda", None, True, ["plain"]), "is not known; choose one of plain, fused, inductor"),
         ("graphs", (True, None, "yes", 0), "is not known; choose one of auto, on, off"),
     )
@@ -220,9 +220,9 @@ def test_verify_takes_calls_as_dicts(compiled: hrt.CompiledModel, calls: Any, me
         ({}, r"DiTPipeline cannot be called like this: missing a required argument: 'class_labels'"),
         ({**CALL, "prompt": "a cat"}, r"DiTPipeline takes no prompt"),
         ({**CALL, "calls": []}, r"calls=\[\.\.\.\] is for a model by itself"),
-        ({**CALL, "seed": "x"}, r"seed is a whole number, got 'x'"),
-        ({**CALL, "seed": 1.5}, r"seed is a whole number, got 1\.5"),
-        ({**CALL, "tolerance": 1e-3}, r"tolerance is one of auto, exact, measured, got 0\.001"),
+        ({**CALL, "seed": "x"}, r"seed must be a whole number, got 'x'"),
+        ({**CALL, "seed": 1.5}, r"seed must be a whole number, got 1\.5"),
+        ({**CALL, "tolerance": 1e-3}, r"tolerance must be one of auto, exact, measured, got 0\.001"),
         ({**CALL, "lowering": "best"}, r"lowering 'best' is not known"),
     ],
     ids=["none", "unknown", "calls", "seed-text", "seed-float", "tolerance", "lowering"],

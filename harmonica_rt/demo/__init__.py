@@ -1,4 +1,4 @@
-"""The demo: samples the bundled model uncached, with the reference and compiled; compares, measures and draws.
+"""The demo: samples a model uncached, with the reference and compiled; compares, measures and draws.
 
 In: a `DiTPipeline` (by default the bundled one), a schedule, a `DemoRequest`. Out: a `DemoResult` and a picture.
 Hazard: a speed-up is worth nothing if the images are wrong, and timings on a busy machine drift. So parity is checked
@@ -31,7 +31,7 @@ def bundled_schedule() -> Path:
 
 
 def demo_pipeline() -> DiTPipeline:
-    """Load the bundled pipeline, to try things out: digits, classes 0 ... 9, images of 64 x 64, on the CPU.
+    """Load the bundled pipeline, to try things out: it draws digits (classes 0 ... 9, 64 x 64 pixels) on the CPU.
 
     Nothing is downloaded. `demo_pipeline()([3], num_inference_steps=20, guidance_scale=2.0).images[0]` is a three.
     """

@@ -1,4 +1,4 @@
-"""Latency of a pipeline, uncached against compiled: whole runs and the denoiser alone, in turn, medians."""
+"""Times a pipeline uncached and compiled, in turn: whole runs, and the denoiser calls in them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from harmonica_rt.pipelines.install import denoiser_module, put_temporarily
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of each repeat: of the whole pipeline call, and of the denoiser calls in it, until the device is done."""
+    """Seconds per repeat, until the device is done: of the whole pipeline call, and of all denoiser calls in it."""
 
     pipeline: tuple[float, ...]
     denoiser: tuple[float, ...]
@@ -45,7 +45,7 @@ class Comparison:
 
     @property
     def realised(self) -> float:
-        """Denoiser speed-up as a share of the theoretical one."""
+        """Denoiser speed-up as a fraction of the theoretical one."""
         return self.denoiser_speedup / self.theoretical
 
 
@@ -57,14 +57,14 @@ def compare(
     repeats: int,
     begun: Callable[[int], object] | None = None,
 ) -> Comparison:
-    """Time `generate` with the plain denoiser and with `compiled` in turn, after one run of each that does not count.
+    """Time `generate` with the plain denoiser and with `compiled` in turn, after a warm-up run of each.
 
     Args:
         pipeline: the pipeline that `generate` calls.
         compiled: its compiled denoiser.
         generate: runs the pipeline once, always with the same arguments.
-        repeats: rounds, at least 1.
-        begun: told the number of each round as it begins, from 1; not told of the warm-up.
+        repeats: number of timed rounds, at least 1.
+        begun: called with the number of each timed round as it begins, from 1.
     """
     samples: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     for number in range(repeats + 1):
@@ -81,12 +81,12 @@ def compare(
 
 
 def median(seconds: tuple[float, ...]) -> float:
-    """Median."""
+    """The median."""
     return float(np.median(seconds))
 
 
 def spread(seconds: tuple[float, ...]) -> tuple[float, float]:
-    """20th and 80th percentile."""
+    """The 20th and the 80th percentile."""
     low, high = np.percentile(seconds, [20, 80])
     return float(low), float(high)
 
@@ -101,7 +101,7 @@ def _run(model: nn.Module, generate: Callable[[], object]) -> tuple[float, float
 
 
 def _now(device: torch.device) -> float:
-    """Seconds on a clock, once the device is done with what it was asked to do: calls on a GPU return before that."""
+    """A clock's seconds, read once the device has finished its work: calls on a GPU return earlier."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -109,7 +109,7 @@ def _now(device: torch.device) -> float:
 
 @contextmanager
 def _call_times(model: nn.Module, device: torch.device) -> Iterator[list[float]]:
-    """Seconds of each call of `model` within this block, however it is called."""
+    """A list that receives the seconds of each call of `model` within this block, however it is called."""
     begun: list[float] = []
     took: list[float] = []
     before = model.register_forward_pre_hook(lambda *_: begun.append(_now(device)))

@@ -1,4 +1,4 @@
-"""The demo's picture: rows of images side by side, and the schedule below them."""
+"""Draws the demo's picture: rows of images, and the schedule below them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def draw(rows: Mapping[str, NDArray[np.float32]], schedule: Schedule, title: str
     """Write a PNG.
 
     Args:
-        rows: label -> images `[N, H, W, C]` in 0 ... 1; the same N for each. A second line of a label is small.
+        rows: label -> images `[N, H, W, C]` in 0 ... 1; the same N for each. The second line of a label is set smaller.
         schedule: drawn as a heat map below the images.
         title: one line at the top.
         path: where to write.

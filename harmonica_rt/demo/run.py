@@ -1,4 +1,4 @@
-"""Runs the demo: parity, pictures and times of a pipeline under a schedule."""
+"""Runs the demo: checks the parity of a pipeline under a schedule, times it and draws its images."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from harmonica_rt.report import Report
 from harmonica_rt.schedule.checks import check_number
 from harmonica_rt.untrusted import strict_json
 
-DEFAULT_GUIDANCE = 4.0  # what DiTPipeline itself uses
-DIFFERENCE_SCALE = 10  # of the row that shows what the cache changed
+DEFAULT_GUIDANCE = 4.0  # DiTPipeline's own default
+DIFFERENCE_SCALE = 10  # brightens the row of differences, which would be too dark to see
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class DemoResult:
     """What the demo found.
 
     Attributes:
-        request: what was asked for.
+        request: what was sampled and measured.
         parity: compiled against reference, per step.
         latency: uncached against compiled.
         report: the report of the compiled model.
@@ -92,7 +92,7 @@ def run_demo(
         images: NDArray[np.float32] = pipeline(**arguments, generator=generator, output_type="np").images
         return images
 
-    say("compile and hold every step against the reference")
+    say("compile, and compare every step with the reference")
     parity = hrt.verify(pipeline, schedule, seed=request.seed, **arguments)
     say("sample uncached")
     rows = {"uncached": generate()}

@@ -19,10 +19,10 @@ class StreamMemory:
 
 
 class ArenaPool:
-    """Arenas with what belongs to them: as many as the plan ever had streams at the same time.
+    """The memory of all streams of a plan: as many arenas as it ever had streams at once.
 
     Args:
-        make: makes one more.
+        make: makes the memory of one more stream.
     """
 
     def __init__(self, make: Callable[[], StreamMemory]) -> None:
@@ -35,7 +35,7 @@ class ArenaPool:
         self._free, self._lent = [*self._free, *reversed(self._lent)], []
 
     def lend(self) -> StreamMemory:
-        """Arenas for one stream; free ones are lent in the order of the last run."""
+        """Memory for one stream; free memory is lent in the order of the last run."""
         memory = self._free.pop() if self._free else self._make()
         self._lent.append(memory)
         return memory

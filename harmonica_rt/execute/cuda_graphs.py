@@ -1,4 +1,4 @@
-"""CUDA graphs: record the launches of a step once, then repeat them all with a single launch.
+"""CUDA graphs: the launches of a step are recorded once, and then repeated with a single launch.
 
 A graph holds addresses, so everything it reads and writes must stay in place. The values it computes lie in a pool that
 all graphs of a plan share: the outputs of one are overwritten by the next, and must be copied at once.
@@ -18,7 +18,7 @@ import torch
 
 from harmonica_rt.execute.launch_order import has_streams
 
-MAX_FAILURES = 3  # failed recordings allowed per pool; the memory that each one took is not given back
+MAX_FAILURES = 3  # failed recordings allowed per pool; torch does not free the memory that each one took
 
 # torch allows one recording at a time. Its CUDA streams are few and handed out in turn, so two pools may get the same
 # one: what one thread launches there would end up in the recording of another thread.
@@ -116,7 +116,7 @@ class CudaPool:
         """See `Pool.record`. The same thread must have run `body` before: libraries create handles per thread."""
         if self._failures >= MAX_FAILURES:
             raise RuntimeError(
-                f"{self._failures} recordings of this plan failed already, and kept the memory they took"
+                f"{self._failures} recordings of this plan have failed, and torch does not free the memory they took"
             )
         with _RECORDING:
             torch.cuda.synchronize(self.device)
@@ -173,7 +173,7 @@ class CudaPool:
 
 @contextmanager
 def _own_workspaces() -> Iterator[None]:
-    """Within this block, a recording on the current CUDA stream takes its cuBLAS workspaces from its own pool.
+    """Let a recording on the current CUDA stream take its cuBLAS workspaces from its own pool.
 
     torch keeps one workspace per handle and CUDA stream (before 2.12, in graphs too). A graph that used an existing one
     would share it with plain launches, and one from its pool that was kept afterwards would be overwritten by graphs.

@@ -5,8 +5,8 @@ scheduler. So every run records the timesteps it is given, as the forecast for l
 timesteps.
 
 Hazard: a forecast may be wrong. Where a comparison is free (on a CPU), each step compares. Elsewhere, reading a value
-would make the host wait for the device, so a stream that begins with the run uses its forecast unseen and compares when
-it ends, where a difference is an error; any other stream goes without.
+would make the host wait for the device, so a stream that begins with the run uses its forecast unchecked and compares
+when it ends, where a difference is an error; any other stream goes without.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from harmonica_rt.errors import RunError
 from harmonica_rt.execute.step_counter import StepCounter
 from harmonica_rt.indices import StepIndex
 
-MAX_FORECASTS = 16  # kept; the least recently learned one is dropped first
+MAX_FORECASTS = 16  # per plan; the least recently learned one is dropped first
 
-Timesteps = tuple[torch.Tensor, ...]  # one for each timestep argument
+Timesteps = tuple[torch.Tensor, ...]  # one per timestep argument
 
 
 class ForecastKey(NamedTuple):
@@ -32,7 +32,7 @@ class ForecastKey(NamedTuple):
 
     Attributes:
         run: key of the run; None where no scheduler drives it.
-        order: index of the stream among those of its plan: a model may be called twice per step with other timesteps.
+        order: index of the stream among those of its plan: a model may be called twice per step, at other timesteps.
     """
 
     run: RunKey | None
@@ -106,7 +106,7 @@ class Forecast:
 
     Args:
         forecasts: the forecasts of its plan.
-        key: what its own is kept under.
+        key: the key of this stream's forecast.
         comparable: whether timesteps can be compared at every step without waiting. Where they cannot, a run without
             scheduler timesteps has no forecast.
         log: where the timesteps are written down, if at a fixed address.
@@ -147,7 +147,7 @@ class Forecast:
         """The run is over: learn its timesteps.
 
         Raises:
-            RunError: they are not those that it was computed with.
+            RunError: the run was computed with other timesteps.
         """
         given, foreseen, rows = self.log.rows, self._foreseen, self._visited
         if given is None or not rows:
@@ -161,9 +161,9 @@ class Forecast:
             self._forecasts.learn(self._key, tuple(timesteps.clone() for timesteps in given))
         if wrong:
             raise RunError(
-                "this run came with other timesteps than the last one of the same scheduler timesteps, and was "
-                "computed with those: its result is wrong, the next run will be right. A step was left out or "
-                "repeated, or the pipeline changes timesteps from run to run"
+                "the model got other timesteps than in the previous run with the same scheduler timesteps, and this "
+                "run was computed with the old ones: its result is wrong, the next run will be right. A step was left "
+                "out or repeated, or the pipeline changes timesteps from run to run"
             )
 
     def tensors(self) -> Iterator[torch.Tensor]:

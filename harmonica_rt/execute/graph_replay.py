@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 MOST_OF_PLAIN = 1.02  # a graph is kept unless it takes more than this fraction of the time of plain launches
 ROUNDS = 3  # of measurement; the best time counts
 MOVES = 3  # consecutive runs with moved parameters after which graphs are no longer recorded anew
-RESTLESS = GraphRefusal("parameters lie elsewhere in every run (is offloading on?)")
+RESTLESS = GraphRefusal("parameters are at new addresses in every run (is offloading on?)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ class GraphedPrograms:
         return len(self._graphs)
 
     def begin_run(self, *, moved: bool) -> None:
-        """A run begins; with `moved`, something that graphs hold the address of was replaced, and they are dropped."""
+        """A run begins; `moved` says that something whose address graphs hold was replaced, so they are dropped."""
         self._moves = self._moves + 1 if moved else 0
         if moved:
             self._graphs.clear()
@@ -141,7 +141,7 @@ class _Warm(threading.local):
 
 @contextmanager
 def _casting_anew() -> Iterator[None]:
-    """Within this block autocast caches no casts of parameters: a graph holds a cast's address, not the cast itself."""
+    """Keep autocast from caching casts of parameters: a graph would hold the address of a cast that autocast frees."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

@@ -3,8 +3,8 @@
 A CUDA stream runs its launches one after the other; two CUDA streams run independently of each other. Slots, hoisted
 values and the inputs of graphs are written again in every run, so a run on another CUDA stream than the last one would
 overwrite what the last one is still reading. Therefore every use of such memory takes a turn: it waits, on the device
-and not on the host, until the turn before it is done. The caching allocator is told as well: it hands freed memory to
-the next launch on the CUDA stream that allocated it, unless it knows of the others.
+and not on the host, until the turn before it is done. The caching allocator is notified as well: it hands freed memory
+to the next launch on the CUDA stream that allocated it, unless it knows of other CUDA streams that use it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def has_streams(device: torch.device) -> bool:
 
 
 class LaunchOrder:
-    """Makes the uses of some memory take turns.
+    """Makes the uses of a piece of memory take turns.
 
     Args:
         devices: where the memory lies, and where it is used. Those without CUDA streams need no order.

@@ -1,4 +1,4 @@
-"""A lowered plan: the plan, and everything that compiling made of it, ready to run with any parameters."""
+"""A lowered plan: the plan, its step programs and its prologue, ready to run with any parameters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from harmonica_rt.plan.plan import Plan
 
 
 class LoweredPlan:
-    """A plan, lowered.
+    """A plan with its programs and its prologue.
 
     Args:
         plan: the plan.
@@ -29,7 +29,7 @@ class LoweredPlan:
 
     Attributes:
         plan, roles: as given.
-        lowering: the programs of the plan's step graphs, and what they say of themselves.
+        lowering: the programs of the plan's step graphs, and a report on them.
         prologue: what is computed before the steps; None where nothing is.
         seconds: wall time of lowering.
     """
@@ -56,7 +56,7 @@ class LoweredPlan:
         return self._catch_up[step]
 
     def devices(self) -> set[torch.device]:
-        """Where its inputs, parameters and slots lie."""
+        """The devices of its inputs, parameters and slots."""
         found = map(device_of, self._placeholders())
         return {*self.plan.table.arena_bytes, *(device for device in found if device is not None)}
 

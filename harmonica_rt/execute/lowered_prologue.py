@@ -1,4 +1,4 @@
-"""The prologue as code that runs: the values of a request, and timestep-only values for one step or for all at once."""
+"""The prologue as runnable code: the values of a request, and those of the timesteps, one step or all at once."""
 
 from __future__ import annotations
 
@@ -34,13 +34,19 @@ class LoweredPrologue:
     Args:
         prologue: what to hoist.
         root: module that `get_attr` nodes refer to.
+
+    Attributes:
+        prologue: as given.
+        once: computes the values of a request.
+        each: computes the values of one step, which depend on its timestep.
+        batches: whether `each` can run for all steps at once; True until an operator lacks a batching rule.
     """
 
     def __init__(self, prologue: Prologue, root: nn.Module) -> None:
         self.prologue = prologue
         self.once = LoweredPart(prologue.once, root)
         self.each = LoweredPart(prologue.each, root)
-        self.batches = True  # until an operator turns out to have no batching rule
+        self.batches = True
         self._has_batched = False
 
     def of_request(self, bound: tuple[Any, ...], leaves: Sequence[Any]) -> dict[str, torch.Tensor]:
@@ -55,7 +61,7 @@ class LoweredPrologue:
     def in_steps(
         self, foreseen: Sequence[torch.Tensor], bound: tuple[Any, ...], leaves: Sequence[Any], given: Values
     ) -> tuple[torch.Tensor, ...] | None:
-        """The values of every step of a forecast, `[steps, ...]` each; None where the graph cannot be batched."""
+        """The values of every step of a forecast, `[steps, ...]` each; None if the graph cannot be batched."""
         if not self.batches:
             return None
         part = self.each.part
@@ -68,7 +74,7 @@ class LoweredPrologue:
         )
         try:
             values = tuple(torch.vmap(self.each.run, in_dims=dims)(*bound, *inputs, *given))
-        except (RuntimeError, NotImplementedError) as error:  # as an operator without a batching rule raises
+        except (RuntimeError, NotImplementedError) as error:  # raised by an operator without a batching rule
             if self._has_batched or isinstance(error, torch.OutOfMemoryError):
                 raise
             log.info("timestep-only values are computed step by step: %s", str(error).partition("\n")[0])

@@ -1,4 +1,4 @@
-"""The states of a model that a run meets for the first time: each costs a capture, so there is a limit."""
+"""Counts the states of a model that are new in a run: each costs a capture, so there is a limit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from harmonica_rt.model.facts import Facts
 
 log = logging.getLogger(__name__)
 
-NEW_STATES = 4  # new states of the model per run that plans are made for; in further ones it runs eagerly
+NEW_STATES = 4  # new states of a model per run that get a plan; in further ones the model runs eagerly
 
 
 class NewStates:
@@ -18,7 +18,7 @@ class NewStates:
         name: name of the model in log messages.
 
     Attributes:
-        change: the model's last change, in words, if no plan was made for it yet.
+        change: the model's last change, in words; None once `is_one_too_many` has counted it.
     """
 
     def __init__(self, name: str) -> None:
@@ -33,7 +33,7 @@ class NewStates:
         self._warned = False
 
     def is_one_too_many(self, facts: Facts) -> bool:
-        """Whether the model changed so often in this run that a plan for this state would not pay."""
+        """Count a state without a plan, and log the change; True if this run had so many that a plan would not pay."""
         if facts in self._states:
             return False
         change, self.change = self.change, None
@@ -41,9 +41,9 @@ class NewStates:
             warned, self._warned = self._warned, True
             if not warned:
                 log.warning(
-                    "%s changed more than %d times in this run (last: %s): in a state that no plan was made for, it "
-                    "runs eagerly and reuses nothing. Keep what changes in every step out of the model, or pass it as "
-                    "a tensor argument",
+                    "%s changed more than %d times in this run (last: %s): in a state without a plan, it runs eagerly "
+                    "and reuses nothing. Keep what changes at every step out of the model, or pass it as a tensor "
+                    "argument",
                     *(self._name, NEW_STATES - 1, change),
                 )
             return True

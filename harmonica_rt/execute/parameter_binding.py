@@ -28,8 +28,8 @@ class ParameterBinding:
         fetch: returns the model's parameters and buffers by name. The same mapping object means the same tensors,
             whatever their values.
         constants: tensors that tracing made, by name.
-        on_addresses: called with whether anything has moved when the parameters of a run are first used, where graphs
-            hold addresses; None where none do.
+        on_addresses: for graphs, which hold addresses: called when a run first uses its parameters, with True if any of
+            them has moved. None without graphs.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class ParameterBinding:
             return
         addresses = (
             *(tensor.data_ptr() for tensor in parameters.values()),
-            # numbers on the CPU are read when a graph is recorded
+            # recording reads constants on the CPU by value, so writing to one counts as a move
             *((c.data_ptr(), c._version if c.device.type == "cpu" else 0) for c in self._constants.values()),
         )
         self._on_addresses(bool(self._addresses) and addresses != self._addresses)

@@ -1,4 +1,4 @@
-"""The plans of one model by the signature of their calls, bounded in number and in bytes."""
+"""A cache of the plans of one model by the signature of their calls, bounded in number and in bytes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class PlanKey(NamedTuple):
         return str(self.signature)
 
     def without_request_values(self) -> PlanKey:
-        """The key of this plan's calls, without the values of their request."""
+        """This key without request values, as a call has it before a plan is found."""
         return self._replace(signature=dataclasses.replace(self.signature, request_values=()))
 
 
@@ -53,7 +53,7 @@ class Plans:
         model_name: name of the model in log messages.
         options: how plans are made and kept. Their bytes are arenas, inputs of graphs, and what graphs reserve; a plan
             in use is kept, however large it is.
-        graphs: how step programs become graphs; None runs them launch by launch.
+        graphs: how step programs become CUDA graphs; None runs them launch by launch.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Plans:
             plan: the plan.
             parameters: see `ParameterBinding`.
             roles: roles of the leaves of its calls.
-            started: `time.perf_counter()` when its making began.
+            started: `time.perf_counter()` when work on the plan began.
             loaded: whether it comes from a file.
 
         Raises:
@@ -164,7 +164,7 @@ class Plans:
         return limit is not None and self.nbytes + coming > limit
 
     def _byte_limit(self) -> int | None:
-        """What was asked for, or a share of the device's memory; None for no limit."""
+        """`max_plan_bytes`, or else a share of the GPU's memory; None for no limit."""
         if self.options.max_plan_bytes is not None or not self._held:
             return self.options.max_plan_bytes
         device = next(reversed(self._held)).signature.device

@@ -32,7 +32,7 @@ class PlanRuntime:
         lowered: the plan.
         parameters: see `ParameterBinding`.
         device: where its calls run.
-        graphs: how step programs become graphs, in a pool for this plan alone; None runs them launch by launch.
+        graphs: how step programs become CUDA graphs, in a pool of this plan; None runs them launch by launch.
         debug: fill slots with NaN before they are written and after their last read.
 
     Attributes:
@@ -40,9 +40,9 @@ class PlanRuntime:
         parameters: what programs are bound to in this run.
         arenas: the memory of its streams.
         launches: the order of launches on that memory.
-        forecasts: the timesteps that its streams are expected to be given.
+        forecasts: the timesteps that its streams are expected to get.
         pool: records step programs as graphs; None where none are recorded.
-        compile_seconds: from the call to the plan, checks included; set by whoever made the plan.
+        compile_seconds: wall time of making the plan, checks included; set by `Plans.add`.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class PlanRuntime:
         self.lowered = lowered
         self.pool = _pool(graphs, device, parameters)
         self.arenas = ArenaPool(_memory(lowered, self.pool, measured=graphs is not None and graphs.measured))
-        tell_graphs = self.arenas.begin_run_of_graphs if self.pool is not None else None
-        self.parameters = ParameterBinding(parameters, lowered.plan.captured.constants, tell_graphs)
+        on_addresses = self.arenas.begin_run_of_graphs if self.pool is not None else None
+        self.parameters = ParameterBinding(parameters, lowered.plan.captured.constants, on_addresses)
         self.launches = LaunchOrder(lowered.devices())
         self.forecasts = Forecasts(len(lowered.plan.steps))
         self.compile_seconds = 0.0
@@ -77,7 +77,7 @@ class PlanRuntime:
         return self.arenas.lent > 0
 
     def begin_run(self, key: RunKey | None = None) -> None:
-        """Take back all arenas, to be lent in the same order again; fetch the parameters anew at their first use."""
+        """Take back all arenas, to be lent in the same order again; parameters are fetched anew at their first use."""
         self._run = key
         self.arenas.begin_run()
         self.parameters.begin_run()
@@ -104,13 +104,15 @@ def _pool(graphs: Graphs | None, device: torch.device, parameters: Parameters) -
     """The pool of a plan for calls on `device`; None where no graphs are recorded."""
     pool = graphs.make_pool(device) if graphs is not None else None
     if pool is not None and any(map(is_traceable_wrapper_subclass, parameters().values())):
-        log.info("no graphs: parameters are tensors made of others (quantised?), which are not seen to be replaced")
+        log.info(
+            "no CUDA graphs: some parameters are made of other tensors (quantised?), which may be replaced unnoticed"
+        )
         return None
     return pool
 
 
 def _memory(lowered: LoweredPlan, pool: Pool | None, *, measured: bool) -> Callable[[], StreamMemory]:
-    """Makes the memory of one stream."""
+    """A function that makes the memory of one stream."""
 
     def make() -> StreamMemory:
         graphed = GraphMemory(lowered, pool, measured=measured) if pool is not None else None

@@ -129,13 +129,13 @@ class PlannedEngine:
         """All plans for the model's current state, as plain JSON values.
 
         Raises:
-            PlanFileError: a plan cannot be expressed so, or the model has changed since they were made.
+            PlanFileError: a plan cannot be expressed as JSON, or the model has changed since all of them were made.
         """
         facts = self.watch.look().facts
         fitting = {key: runtime for key, runtime in self.plans.items() if key.model is facts}
         if self.plans and not fitting:
             raise PlanFileError(
-                f"the plans are of the model as it was: {self.watch.difference}. Run it once more, then save"
+                f"the model has changed since it was planned: {self.watch.difference}. Run it once more, then save"
             )
         model, changes = ModelFacts.of(self._model), Changes()
         with changes, changes:
@@ -176,7 +176,7 @@ class PlannedEngine:
         try:
             captured = capture(self._model, call, self._schedule.sites)
         except CaptureError as error:
-            # What the user can fix at once is raised, rather than running slowly because of it.
+            # What the user can easily fix is raised; running eagerly instead would only be slow.
             if self.options.strict or error.failure.obstacle in (Obstacle.TRAINING, Obstacle.SITE):
                 raise
             self.failures = {key: failure for key, failure in self.failures.items() if self.watch.knows(key.model)}
@@ -193,12 +193,12 @@ class PlannedEngine:
         return self.cache.add(key, plan, self.watch.live_tensors, roles(call), started=started)
 
     def _key(self, call: Call) -> PlanKey:
-        """The key that a plan for this call is kept under."""
+        """The key of a plan for this call."""
         state = self._state or self.state(call)
         return PlanKey(call.signature, state.facts)
 
     def _may_plan(self, key: PlanKey) -> bool:
-        """Whether a plan for the model's current state pays; False where the model keeps changing in this run."""
+        """Whether to plan for the model's current state; False if the model keeps changing in this run."""
         facts = key.model
         if facts is None or any(held.model is facts for held in self.plans):
             return True

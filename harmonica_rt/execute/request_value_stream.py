@@ -10,12 +10,12 @@ from harmonica_rt.capture.request_values import RequestValues
 from harmonica_rt.engine import Stream
 from harmonica_rt.indices import StepIndex
 
-HeldStream = tuple[Stream, RequestValues | None]  # with the values of the request that it holds for; None for all
+HeldStream = tuple[Stream, RequestValues | None]  # a stream and the request values it holds for; None for all
 StreamFor = Callable[[Call], HeldStream]
 
 
 class RequestValueStream:
-    """A stream over plans that hold only for requests with certain values: those that the model asked for at capture.
+    """A stream over plans that hold only for requests with certain values: those that the model read at capture.
 
     Args:
         stream_for: makes a stream for a call, with the request values that it holds for.
@@ -26,7 +26,7 @@ class RequestValueStream:
     def __init__(self, stream_for: StreamFor, stream: Stream, values: RequestValues) -> None:
         self._stream_for = stream_for
         self._held: list[HeldStream] = [(stream, values)]  # the one in use first
-        self._asked = True  # whether the stream in use is known to hold for the current request
+        self._chosen = True  # whether the stream in use is known to hold for the current request
         self._begun = False
 
     @property
@@ -37,7 +37,7 @@ class RequestValueStream:
     def begin(self) -> None:
         """See `Stream.begin`."""
         self.in_use.begin()
-        self._asked = not self._begun  # the first request is the one that the stream was made for
+        self._chosen = not self._begun  # the first request is the one that the stream was made for
         self._begun = True
 
     def end(self) -> None:
@@ -46,13 +46,13 @@ class RequestValueStream:
 
     def run(self, step: StepIndex, call: Call, *, catch_up: bool) -> Any:
         """See `Stream.run`."""
-        if not self._asked:
+        if not self._chosen:
             self._choose(call)
         return self.in_use.run(step, call, catch_up=catch_up)
 
     def _choose(self, call: Call) -> None:
         """Switch to the stream that holds for the values of this request."""
-        self._asked = True
+        self._chosen = True
         fitting = next((one for one in self._held if one[1] is None or one[1].hold(call.leaves)), None)
         if fitting is self._held[0]:
             return

@@ -1,4 +1,4 @@
-"""The memory of one stream: arenas, and the slots in them."""
+"""The memory of one stream: an arena per device, and the slots in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ StepSlots = tuple[list[torch.Tensor], list[torch.Tensor]]  # the slots that a st
 
 
 class SlotBuffers:
-    """The memory of one stream: an arena per device, and for each slot a tensor that views its part of an arena."""
+    """Allocates an arena per device, and makes a tensor per slot that views its part of an arena."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan

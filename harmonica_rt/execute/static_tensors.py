@@ -1,4 +1,4 @@
-"""Tensors at fixed addresses, which graphs read and changing values are copied into."""
+"""Tensors at fixed addresses: changing values are copied into them, and CUDA graphs read them there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class StaticTensors:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all of them."""
+        """Bytes of all tensors."""
         return sum(distinct(tensor).nbytes for tensor in self.tensors.values())
 
     def put(self, values: Mapping[str, torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Runs the prologue of one stream: in one batched pass over all steps if timesteps are foreseen, else step by step."""
+"""Runs the prologue of one stream: for all steps in one batch if the timesteps are foreseen, else step by step."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ class StreamPrologue:
         """The run is over: learn its timesteps.
 
         Raises:
-            RunError: they are not those that it was computed with.
+            RunError: the run was computed with other timesteps.
         """
         self._forecast.end()
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """The tensors that it computed itself and keeps between calls."""
+        """The tensors that this object keeps between calls."""
         yield from self._values.tensors()
         yield from self._forecast.tensors()
 

@@ -10,7 +10,7 @@ from harmonica_rt.sampling.finding import FindsItsPipeline
 
 
 class PipelineDenoiser(FindsItsPipeline, Denoiser):
-    """A `Denoiser` that checks its caller: at the first call by a pipeline that holds it, it is installed there."""
+    """A `Denoiser` that installs itself in a pipeline that holds it, at the first call that comes from there."""
 
     def _follow(self, pipeline: Any) -> None:
         install_assigned(pipeline)

@@ -38,7 +38,7 @@ def check_fit(model: nn.Module, schedule: Schedule) -> None:
     if wanted is not None and wanted.config_fingerprint not in (None, info.config_fingerprint):
         raise ScheduleMismatchError(
             f"the schedule was made for a {wanted.class_name} with another config ({wanted.config_fingerprint}, this "
-            f"one is {info.config_fingerprint}). To use it all the same, drop its record: "
+            f"one is {info.config_fingerprint}). To use it anyway, drop its record of the model: "
             "dataclasses.replace(schedule, model=None)"
         )
 
@@ -48,7 +48,7 @@ def warn_about_sampler(pipeline: Any, schedule: Schedule) -> None:
     name = type(pipeline.scheduler).__name__
     if schedule.sampler is not None and schedule.sampler.class_name != name:
         log.warning(
-            "the schedule was made for %s and this pipeline samples with %s: parity holds, image quality may not",
+            "the schedule was made for %s and this pipeline samples with %s: parity holds, but images may be worse",
             schedule.sampler.class_name,
             name,
         )

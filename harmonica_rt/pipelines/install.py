@@ -1,4 +1,4 @@
-"""Put a denoiser under a schedule into a pipeline, and remove it again.
+"""Puts a denoiser under a schedule into a pipeline, and removes it again.
 
 The pipeline's own module stays where it is, with its class, attributes and parameters; only its call is replaced, in
 the attribute that `nn.Module.compile` uses. Copies and saved files of the module are unaffected.
@@ -25,14 +25,14 @@ _last_installed: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Denoiser]] = w
 
 
 def is_pipeline(candidate: Any) -> bool:
-    """Whether this is a pipeline or another non-module object that holds a denoiser and the scheduler it steps."""
+    """Whether this is a pipeline, or another object (no module) that holds a denoiser and the scheduler it steps."""
     if isinstance(candidate, (nn.Module, type)) or getattr(candidate, "scheduler", None) is None:
         return False
     return callable(candidate) or named_denoiser(candidate, nn.Module) is not None
 
 
 def denoiser_module(pipeline: Any) -> nn.Module:
-    """The model that a pipeline calls at every step, without its wrappers.
+    """The model that a pipeline calls at each step, without its wrappers.
 
     Raises:
         HarmonicaError: the pipeline has no module of a known name.
@@ -57,7 +57,7 @@ def held_denoiser(pipeline: Any) -> nn.Module:
 
 
 def other_denoisers(pipeline: Any) -> list[str]:
-    """Names of other denoisers of the pipeline, which run uncached: a denoiser's name with a prefix or suffix."""
+    """Names of the pipeline's other denoisers, which run uncached: a denoiser's name with a prefix or suffix."""
     denoiser = denoiser_module(pipeline)
     return [
         name
@@ -110,27 +110,27 @@ class _NotTraced:
 
 
 def follower_of(module: nn.Module) -> Denoiser | None:
-    """The denoiser last installed for `module`, if it still follows pipelines, replaced or not."""
+    """The denoiser last installed in `module`, if it still follows pipelines, even if its call was replaced since."""
     last = _last_installed.get(module)
     denoiser = last() if last is not None else None
     return denoiser if denoiser is not None and denoiser.pipelines else None
 
 
 def install_assigned(pipeline: Any) -> None:
-    """Compile a pipeline to which a compiled model was assigned.
+    """Install a compiled model that was assigned to a pipeline.
 
-    This is what `pipe.transformer = compile(pipe.transformer, schedule)` means. The pipeline gets its own module back,
+    This makes `pipe.transformer = compile(pipe.transformer, schedule)` work. The pipeline gets its own module back,
     with the call of that module replaced.
 
     Raises:
-        HarmonicaError: it was assigned to a module other than the denoiser.
+        HarmonicaError: it was assigned in place of a module other than the denoiser.
     """
     assigned = {name: value for name, value in vars(pipeline).items() if isinstance(value, Denoiser)}
     for name, denoiser in assigned.items():
         if denoiser_module(pipeline) is not denoiser.model:
             raise HarmonicaError(
-                f"{type(pipeline).__name__}.{name} is a compiled model, but the denoiser of this pipeline is another "
-                f"one, and only the denoiser can be compiled. Restore the plain model: pipe.{name} = pipe.{name}.model"
+                f"{type(pipeline).__name__}.{name} is a compiled model, but this pipeline has another denoiser, and "
+                f"only the denoiser can be compiled. Restore the plain model: pipe.{name} = pipe.{name}.model"
             )
         install(pipeline, denoiser)
         setattr(pipeline, name, denoiser.given)  # last: if interrupted before, the next call still finds it assigned
@@ -152,7 +152,7 @@ def uninstall(pipeline: Any) -> None:
         if before.model is not module and any(one is not pipeline for one in before.pipelines):
             before.leave(pipeline)  # other pipelines still run it
             continue
-        if installed(before.model) is before:  # first: one that is called but follows no pipeline would miscount
+        if installed(before.model) is before:  # first: a denoiser that is called but follows no pipeline miscounts
             del before.model._compiled_call_impl
         before.detach()
 
@@ -167,7 +167,7 @@ def _left_over(pipeline: Any) -> Denoiser | None:
 
 
 def put_temporarily(pipeline: Any, denoiser: Denoiser | None, changes: Changes) -> None:
-    """Run `denoiser` (None: the plain module) in the pipeline until `changes` are undone, then what ran before."""
+    """Run `denoiser` (None: the plain module) in the pipeline until `changes` are undone; undoing restores what ran."""
     before = installed(denoiser_module(pipeline))
     changes.undone_by(functools.partial(_put_back, pipeline, before, before.pipelines if before is not None else []))
     if denoiser is None:

@@ -1,4 +1,4 @@
-"""Tensors that tracing made, as JSON."""
+"""Constants (tensors that tracing made) as JSON."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ LARGEST_CONSTANT = 2**20  # bytes; larger constants are not saved
 
 
 def encode_constant(name: str, tensor: torch.Tensor) -> dict[str, Any]:
-    """The elements of a tensor in base64.
+    """The record of a constant: its elements in base64.
 
     Args:
         name: what the tensor is called in messages.
         tensor: the tensor.
 
     Raises:
-        PlanFileError: it is too large.
+        PlanFileError: it takes more than `LARGEST_CONSTANT` bytes.
     """
     if layout_of(tensor).nbytes > LARGEST_CONSTANT or tensor.nbytes > LARGEST_CONSTANT:
         raise PlanFileError(
@@ -43,7 +43,8 @@ def decode_constant(value: Any, layout: Layout, where: str) -> torch.Tensor:
         where: where the value stands in the file, for messages.
 
     Raises:
-        PlanFileError: the value is no text in base64, or not as long as the layout asks for.
+        PlanFileError: the value is not text in base64, its length does not match the layout, or the constant takes more
+            than `LARGEST_CONSTANT` bytes.
     """
     nbytes = math.prod(layout.shape) * layout.dtype.itemsize
     if max(nbytes, layout.nbytes) > LARGEST_CONSTANT:
@@ -56,6 +57,6 @@ def decode_constant(value: Any, layout: Layout, where: str) -> torch.Tensor:
     if len(data) != nbytes:
         raise PlanFileError(f"{where}: expected {nbytes} bytes, got {len(data)}")
     if layout.dtype is torch.bool and not set(data) <= {0, 1}:
-        raise PlanFileError(f"{where}: expected bytes of 0 and 1")
+        raise PlanFileError(f"{where}: expected only the bytes 0 and 1, as the dtype is bool")
     flat = torch.frombuffer(data, dtype=layout.dtype) if data else torch.empty(0, dtype=layout.dtype)
     return laid_out(flat.view(layout.shape).to(layout.device), layout.stride)

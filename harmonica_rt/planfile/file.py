@@ -1,7 +1,7 @@
 """The file of a compiled model: its schedule and plans, so that another process need not capture and plan again.
 
 The file is JSON without parameters and without code. Hazard: such files are passed around, and a reader must not
-execute what one says. So a digest of the contents detects damage and careless edits; and since anyone can compute a
+execute what one says. So a digest of the contents detects damage and careless edits. Since anyone can compute a
 digest, all contents are also checked against the model and against what this package writes. At worst, a forged file
 gives wrong images, or takes as much memory and time as a large model would. Compiled kernels are not in the file;
 Triton and Inductor keep theirs on disk themselves.
@@ -34,7 +34,7 @@ VERSION = 2
 LARGEST_FILE = 2**28  # bytes; a plan of 1000 steps and 10000 operators takes about a hundredth of that
 
 _FIELDS = ("format", "version", "torch", "harmonica_rt", "digest", "model", "lowering", "schedule", "plans")
-_AGAIN = "compile the model and save it again"
+_REMEDY = "compile the model and save it again"
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def write(
 
 
 def contents_digest(document: dict[str, Any]) -> str:
-    """The digest of all of a file but its `digest` field; line breaks and the order of fields do not matter."""
+    """The digest of a file without its `digest` field; line breaks and the order of fields do not matter."""
     rest = {name: value for name, value in document.items() if name != "digest"}
     text = json.dumps(rest, allow_nan=False, sort_keys=True, separators=(",", ":"))
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
@@ -106,22 +106,22 @@ def _parse(data: bytes, model: nn.Module) -> SavedModel:
         raise PlanFileError("not a saved plan; CompiledModel.save writes them")
     version = document.get("version")
     if type(version) is not int or version != VERSION:
-        raise PlanFileError(f"version {quoted(version)}, this harmonica-rt reads {VERSION}; {_AGAIN}")
+        raise PlanFileError(f"version {quoted(version)}, this harmonica-rt reads {VERSION}; {_REMEDY}")
     for package, here in (("torch", str(torch.__version__)), ("harmonica_rt", __version__)):
         if document.get(package) != here:
-            raise PlanFileError(f"made with {package} {quoted(document.get(package))}, this is {here!r}; {_AGAIN}")
+            raise PlanFileError(f"made with {package} {quoted(document.get(package))}, this is {here!r}; {_REMEDY}")
     fields_of(document, "the file", _FIELDS)
     if document["digest"] != contents_digest(document):
-        raise PlanFileError(f"damaged or edited: its contents are not those that its digest is of; {_AGAIN}")
+        raise PlanFileError(f"damaged or edited: its contents do not match its digest; {_REMEDY}")
     if document["model"] != digest(model):
         raise PlanFileError(
             f"made for another {type(model).__name__}: its class or its code, configuration, attributes, "
-            f"or the layout, dtype, device or sharing of its parameters differ; {_AGAIN}"
+            f"or the layout, dtype, device or sharing of its parameters differ; {_REMEDY}"
         )
     if document["lowering"] not in LOWERINGS:
         raise refused("lowering", f"one of {', '.join(LOWERINGS)}", document["lowering"])
     try:
         schedule = Schedule(**format.parse(json.dumps(document["schedule"]).encode()))
     except ScheduleError as error:
-        raise PlanFileError(f"damaged, schedule: {error}; {_AGAIN}") from error
+        raise PlanFileError(f"damaged, schedule: {error}; {_REMEDY}") from error
     return SavedModel(schedule, document["lowering"], tuple(items_of(document["plans"], "plans")))

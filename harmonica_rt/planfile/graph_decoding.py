@@ -1,4 +1,4 @@
-"""JSON values -> a captured graph.
+"""Decodes a captured graph from JSON values.
 
 Hazard: anyone may have written the file. So operators are looked up in an allow-list and their arguments checked
 against their schemas; nodes get new names; placeholders are checked against the model and the signature; layouts are
@@ -60,7 +60,7 @@ def decode_graph(
     found = _site_outputs(graph, facts, sites, f"{where}.site_outputs")
     numbers = {node: number for number, node in enumerate(nodes)}
     if [[numbers[node] for node in outputs] for outputs in found] != entry["site_outputs"]:
-        raise PlanFileError(f"{where}.site_outputs: not the values that leave the sites of the schedule in this graph")
+        raise PlanFileError(f"{where}.site_outputs: not the outputs of the schedule's sites in this graph")
     return CapturedGraph(
         graph=graph,
         root=nn.Module(),
@@ -98,23 +98,23 @@ class _Decoder:
     def _placeholder(self, record: Any, where: str) -> fx.Node:
         kind = next((kind for kind in _PLACEHOLDERS if isinstance(record, dict) and kind in record), "call")
         entry = fields_of(record, where, (kind, "value"))
-        said = decode_layout(entry["value"], self._facts.devices, f"{where}.value")
+        claimed = decode_layout(entry["value"], self._facts.devices, f"{where}.value")
         node = self.graph.placeholder(f"{kind}_{len(self.nodes)}")
         if kind == "weight":
             name = text_of(entry[kind], f"{where}.weight")
             found = _own_layout(self._facts.tensors, name, f"{where}.weight")
             self.parameters[node.name] = name
         elif kind == "constant":
-            tensor = self._constant(entry[kind], said, f"{where}.constant")
+            tensor = self._constant(entry[kind], claimed, f"{where}.constant")
             found = layout_of(tensor)
             self.constants[node.name] = tensor
         else:
             index = integer_of(entry[kind], f"{where}.input", most=len(self._signature.leaves) - 1)
-            found = _leaf_layout(self._signature.leaves[index], said, f"{where}.input")
+            found = _leaf_layout(self._signature.leaves[index], claimed, f"{where}.input")
             if index in self.inputs.values():
-                raise PlanFileError(f"{where}.input: another node stands for the argument {index} of the call")
+                raise PlanFileError(f"{where}.input: another node already stands for argument {index} of the call")
             self.inputs[node.name] = index
-        _check_same(found, said, f"{where}.value")
+        _check_same(found, claimed, f"{where}.value")
         node.meta["val"] = self.inference.tensor(found, where)
         return node
 
@@ -144,11 +144,11 @@ class _Decoder:
         node = self.graph.call_function(target, args, kwargs)
         check_node(node, where)
         node.meta["val"] = self.inference.run(node, where)
-        said = entry["value"]
-        if isinstance(said, list):
-            layouts: Any = [decode_layout(item, devices, f"{where}.value[{i}]") for i, item in enumerate(said)]
+        claimed = entry["value"]
+        if isinstance(claimed, list):
+            layouts: Any = [decode_layout(item, devices, f"{where}.value[{i}]") for i, item in enumerate(claimed)]
         else:
-            layouts = decode_layout(said, devices, f"{where}.value")
+            layouts = decode_layout(claimed, devices, f"{where}.value")
         _check_same(layouts_of(node.meta["val"]), layouts, f"{where}.value")
         modules = items_of(entry.get("modules", []), f"{where}.modules")
         for path in modules:
@@ -163,25 +163,25 @@ def _own_layout(tensors: Mapping[str, torch.Tensor], name: str, where: str) -> L
         raise refused(where, "the name of a tensor of the model", name)
     if is_traceable_wrapper_subclass(tensors[name]):
         raise PlanFileError(
-            f"{where}: {name} is made of other tensors (quantised?): its plan cannot be saved or loaded"
+            f"{where}: {name} is made of other tensors (quantised?), so its plan cannot be saved or loaded"
         )
     return layout_of(tensors[name])
 
 
-def _leaf_layout(leaf: Any, said: Layout, where: str) -> Layout:
-    """The layout of a leaf; where signatures omit a stride (in dimensions of size 1), it is the file's."""
+def _leaf_layout(leaf: Any, claimed: Layout, where: str) -> Layout:
+    """The layout of a leaf; signatures omit the strides of dimensions of size 1, so those come from the file."""
     if not isinstance(leaf, tuple):
         raise refused(where, "the index of an argument that is a tensor", leaf)
     shape, stride, dtype, device = leaf
-    if said.shape == shape:
-        stride = tuple(other if n == 1 else s for n, s, other in zip(shape, stride, said.stride, strict=True))
+    if claimed.shape == shape:
+        stride = tuple(other if n == 1 else s for n, s, other in zip(shape, stride, claimed.stride, strict=True))
     return Layout(shape, stride, dtype, device)
 
 
-def _check_same(found: Any, said: Any, where: str) -> None:
-    if found != said:
-        told = [one_line(", ".join(map(str, v)) if isinstance(v, list) else v) for v in (found, said)]
-        raise PlanFileError(f"{where}: expected {told[0]}, got {told[1]}")
+def _check_same(found: Any, claimed: Any, where: str) -> None:
+    if found != claimed:
+        expected, got = (one_line(", ".join(map(str, v)) if isinstance(v, list) else v) for v in (found, claimed))
+        raise PlanFileError(f"{where}: expected {expected}, got {got}")
 
 
 def _result(value: Any, decoder: _Decoder, where: str) -> Any:
@@ -189,7 +189,7 @@ def _result(value: Any, decoder: _Decoder, where: str) -> Any:
     result = decode_value(value, decoder._facts.devices, where, decoder.nodes)
     if isinstance(result, fx.Node):
         if not isinstance(result.meta["val"], torch.Tensor):
-            raise refused(where, "one tensor", value)
+            raise refused(where, "a node with one tensor", value)
     elif result is not None and not isinstance(result, (bool, int, float, str)):
         raise refused(where, "a tensor or a plain value", value)
     return result

@@ -1,4 +1,4 @@
-"""A captured graph -> JSON values, without parameters.
+"""Encodes a captured graph as JSON values, without parameters.
 
 The record holds the operators by their registered names, their arguments, what each placeholder stands for, and the
 layouts of values.
@@ -27,13 +27,13 @@ def encode_graph(captured: CapturedGraph, facts: ModelFacts) -> dict[str, Any]:
     Constants that are plain tensors of the model are saved by name, all other constants by value.
 
     Raises:
-        PlanFileError: it holds something that cannot be saved: a nested region, an operator that is not on the
+        PlanFileError: it holds something that cannot be saved: a nested graph, an operator that is not on the
             allow-list, a large constant, or values of the request that the model reads.
     """
     if captured.request_values is not None:
         raise PlanFileError(
-            "the model reads values of its request (the length of a prompt, say), and this plan holds for those of "
-            "one: it cannot be saved"
+            "the model reads values of its request (such as the length of a prompt), and this plan holds for one "
+            "request's values only, so it cannot be saved"
         )
     numbers: dict[fx.Node, int] = {}
     nodes = []
@@ -55,7 +55,7 @@ def _encode_node(
     node: fx.Node, captured: CapturedGraph, facts: ModelFacts, numbers: Mapping[fx.Node, int]
 ) -> dict[str, Any]:
     if node.op not in ("placeholder", "call_function"):
-        raise PlanFileError(f"{node.name}: a graph with nested regions ({node.op}) cannot be saved")
+        raise PlanFileError(f"{node.name}: a graph with nested graphs ({node.op}) cannot be saved")
     try:
         layouts = layouts_of(node.meta.get("val"))
     except PlanFileError as error:

@@ -1,4 +1,4 @@
-"""The properties of a model that a saved plan is checked against."""
+"""Collects the properties of a model that a saved plan is checked against."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harmonica_rt.planfile.values import Devices
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The properties of a model that a saved graph is checked against.
+    """The properties of a model, at one time, that a saved plan is checked against.
 
     Attributes:
         model: the model.

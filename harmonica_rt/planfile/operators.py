@@ -88,13 +88,13 @@ _ZEROS = {
     "aten.empty_like.default": "aten.zeros_like.default",
     "aten.new_empty.default": "aten.new_zeros.default",
 }
-# The output size of these depends on values for some arguments (a mask, no `num_classes`), which inference refuses.
+# With some arguments (a mask, no `num_classes`) the output size of these depends on values; inference refuses those.
 _SIZED = (torch.ops.aten.index.Tensor, torch.ops.aten.one_hot.default)
 _HARMONICA = frozenset(("gated_residual", "residual_reuse", "residual_reuse_norm_modulate"))
 
 
 def name_of(node: fx.Node) -> str:
-    """The name of the node's operator in a file; if it leaves its values uninitialised, that of its zeros variant.
+    """The name of the node's operator in a file; if it leaves memory uninitialised, that of its zeros variant.
 
     Raises:
         PlanFileError: the node calls something that a plan file may not hold.
@@ -170,10 +170,10 @@ def check_arguments(target: Any, args: Sequence[Any], kwargs: dict[str, Any], wh
                 raise PlanFileError(f"{where}: {target} needs the argument {argument.name!r}")
         elif not _fits(given[argument.name], argument.real_type, argument.N):
             value = quoted(given[argument.name])
-            raise PlanFileError(f"{where}: {target}: {argument.name} is a {argument.real_type}, got {value}")
+            raise PlanFileError(f"{where}: {target}: {argument.name} must be of type {argument.real_type}, got {value}")
     if by_position and by_position[0].type.kind() == "TensorType" and not isinstance(args[0], fx.Node):
-        between_two = torch.Tag.pointwise in target.tags and any(isinstance(value, fx.Node) for value in args)
-        if not between_two:  # as `1 + x` is
+        number_first = torch.Tag.pointwise in target.tags and any(isinstance(value, fx.Node) for value in args)
+        if not number_first:  # as in `1 + x`
             raise PlanFileError(f"{where}: {target} takes a tensor first, got {quoted(args[0])}")
 
 
@@ -181,11 +181,11 @@ def check_node(node: fx.Node, where: str) -> None:
     """Raise PlanFileError if a node draws random numbers, has a data-dependent size, or updates training statistics."""
     tags: Any = getattr(node.target, "tags", ())
     if torch.Tag.dynamic_output_shape in tags and node.target not in _SIZED:
-        raise PlanFileError(f"{where}: {node.target} gives a size that depends on values; no saved plan holds one")
+        raise PlanFileError(f"{where}: {node.target} has a data-dependent size; a saved plan may not hold it")
     if node.target is torch.ops.aten.batch_norm.default and node.args[5] is not False:
-        raise PlanFileError(f"{where}: {node.target} writes to its statistics in training; no saved plan holds that")
+        raise PlanFileError(f"{where}: {node.target} updates training statistics; a saved plan may not hold it")
     if draws_numbers(node):
-        raise PlanFileError(f"{where}: {node.target} draws random numbers; no saved plan holds any")
+        raise PlanFileError(f"{where}: {node.target} draws random numbers; a saved plan may not hold it")
 
 
 def _check_getitem(args: Sequence[Any], kwargs: dict[str, Any], where: str) -> None:

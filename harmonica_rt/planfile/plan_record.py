@@ -1,4 +1,4 @@
-"""A plan as JSON: its graph, the signature it is for, and where its slots lie. Weights stay with the model.
+"""A plan as JSON: its graph, the signature it is for, and the offsets of its slots. Parameters stay with the model.
 
 What follows from the graph and the schedule (step graphs, lifetimes, slot sizes) is left out and computed again. What
 follows from the model (the order of arguments, their roles) is compared with the model.
@@ -96,7 +96,7 @@ def _decode_leaf(value: Any, facts: ModelFacts, where: str) -> Any:
 
 
 def _decode_signature(value: Any, facts: ModelFacts, where: str) -> Call:
-    """A call with the saved signature, normalised as calls of the model are; its tensors are fake."""
+    """A call with the saved signature, normalised like any call of the model; its tensors are fake."""
     entry = fields_of(value, where, ("tree", "leaves", "autocast"))
     spec = decode_tree(entry["tree"], f"{where}.tree")
     leaves = items_of(entry["leaves"], f"{where}.leaves")
@@ -122,7 +122,7 @@ def _decode_signature(value: Any, facts: ModelFacts, where: str) -> Call:
     except SignatureError as error:
         raise PlanFileError(f"{where}: {error}") from error
     if call.signature != signature:
-        raise PlanFileError(f"{where}: not the form that calls of the model have")
+        raise PlanFileError(f"{where}: not a signature that a call of this model can have")
     return call
 
 

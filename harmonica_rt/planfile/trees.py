@@ -93,14 +93,14 @@ def _decode(value: Any, where: str) -> Any:
         except (TypeError, ValueError) as error:
             raise refused(where, f"the fields of a {kind.__qualname__}", list(made)) from error
     if len(value) != 1:
-        raise refused(where, "an object of one entry", value)
+        raise refused(where, "an object with one field", value)
     ((name, content),) = value.items()
     if name == "dict":
         if not isinstance(content, dict):
             raise refused(where, "an object", content)
         return {key: _decode(item, f"{where}.{quoted(key)}") for key, item in content.items()}
     if name not in ("list", "tuple"):
-        raise refused(where, "a list, tuple, dict or class", name)
+        raise refused(where, "the field list, tuple, dict or class", name)
     items = [_decode(item, f"{where}[{i}]") for i, item in enumerate(items_of(content, where))]
     return items if name == "list" else tuple(items)
 
@@ -115,6 +115,6 @@ def _container(value: Any, where: str) -> Any:
         found = vars(found).get(name) if isinstance(found, (ModuleType, type)) else None
     if not isinstance(found, type) or not _is_container(found):
         raise PlanFileError(
-            f"{where}: {quoted('.'.join(names))} is no container that is imported here; import it before loading"
+            f"{where}: {quoted('.'.join(names))} is not an imported container class; import it before loading"
         )
     return found

@@ -1,7 +1,7 @@
 """Plain values of graphs and signatures as JSON: numbers, torch constants by name, devices, references to nodes.
 
-A device is saved as its type alone, so that a plan moves with its model: `cuda` means the CUDA device on which the
-model's tensors lie when the plan is loaded.
+A device is saved as its type alone, so that a plan moves with its model: `cuda` means the CUDA device that
+holds the model's tensors when the plan is loaded.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _names_of(kind: type) -> dict[str, Any]:
     return {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, kind)}
 
 
-# Values by name. Names are looked up here and not in torch itself, where looking up a name may import something.
+# Values by name. Names from a file are looked up here, as looking them up in torch itself may import something.
 _NAMED: dict[str, dict[str, Any]] = {
     "dtype": _names_of(torch.dtype),
     "layout": _names_of(torch.layout),
@@ -46,7 +46,7 @@ class Devices:
         tensors: the model's parameters and buffers.
 
     Raises:
-        PlanFileError: the tensors lie on several devices of one type.
+        PlanFileError: the tensors are on several devices of one type.
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -54,8 +54,8 @@ class Devices:
         for device in dict.fromkeys(tensor.device for tensor in tensors):
             if self._by_type.setdefault(device.type, device) != device:
                 raise PlanFileError(
-                    f"the model lies on several devices ({self._by_type[device.type]}, {device}): no plan of it can be "
-                    "saved or loaded"
+                    f"the model's tensors are on several devices ({self._by_type[device.type]}, {device}): none of its "
+                    "plans can be saved or loaded"
                 )
 
     def name_of(self, device: torch.device) -> str:
@@ -66,7 +66,7 @@ class Devices:
         """
         own = self._by_type.get(device.type)
         if own is None or (device.type != "cpu" and device != own):
-            raise PlanFileError(f"the plan holds values on {device}, where the model does not lie: it cannot be saved")
+            raise PlanFileError(f"the plan holds values on {device}, not a device of the model: it cannot be saved")
         return device.type
 
     def named(self, value: Any, where: str) -> torch.device:
@@ -76,12 +76,12 @@ class Devices:
             PlanFileError: the value is not the name of one of the model's devices.
         """
         if not isinstance(value, str) or value not in self._by_type:
-            raise refused(where, f"a device that the model lies on ({', '.join(self._by_type)})", value)
+            raise refused(where, f"a device of the model ({', '.join(self._by_type)})", value)
         return self._by_type[value]
 
 
 def encode_value(value: Any, devices: Devices, numbers: Mapping[fx.Node, int] | None = None) -> Any:
-    """The value as JSON: plain values as they are, everything else as an object with one entry that says what it is.
+    """The value as JSON: plain values as they are, everything else as an object with one field that says what it is.
 
     Args:
         value: an argument of a node, or a leaf of a call.
@@ -124,7 +124,7 @@ def decode_value(value: Any, devices: Devices, where: str, nodes: Sequence[fx.No
     if isinstance(value, int):
         return integer_of(value, where, least=-LARGEST_INTEGER)
     if not isinstance(value, dict) or len(value) != 1:
-        raise refused(where, "a number, a string, or an object of one entry", value)
+        raise refused(where, "a number, a string, or an object with one field", value)
     ((kind, content),) = value.items()
     if kind == "node":
         return nodes[integer_of(content, where, most=len(nodes) - 1)]

@@ -1,12 +1,12 @@
-"""Recipes: options of the commands for known set-ups, as JSON files. Those of the paper come with the package.
+"""Recipes: command options for known set-ups, as JSON files. Those of the HarmoniCa paper come with the package.
 
 In: the name of a bundled recipe, or a file. Out: a `Recipe`; `cli.options` makes its options the defaults of a command.
-Hazard: a misspelt field or option would be ignored, and the set-up would be another one. Unknown and missing fields are
-errors here, and unknown options are errors where a command takes the recipe.
+Hazard: if a misspelt field or option were ignored, another set-up would run. So unknown and missing fields are errors
+here, and unknown options are errors where a command takes the recipe.
 
-A file holds `about` (what it is, and where its values come from), `model` (the hub's id, or null), `options` (of all
-commands) and `train` (of the command `train` alone), both by the names of the options. `uvit` has the model of one of
-the set-ups, which diffusers lacks.
+A file holds `about` (what it is, and where its values come from), `model` (a Hub id, or null), `options` (for all
+commands) and `train` (for the command `train` alone); the last two map names of options to values. The module `uvit`
+defines U-ViT, the model of one of the set-ups, which diffusers lacks.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Recipe:
 
     Attributes:
         about: what it is, and where its values come from.
-        model: the hub's id of its pipeline; None if it suits any.
-        options: options of all commands.
-        train: options of the command `train` alone.
+        model: the Hub id of its pipeline; None if the recipe suits any.
+        options: options for all commands.
+        train: options for the command `train` alone.
     """
 
     about: str
@@ -72,7 +72,7 @@ def read(name_or_file: str) -> Recipe:
 
 
 def _recipe(fields: dict[str, object]) -> Recipe:
-    """The recipe of these fields, or ValueError saying which of them is wrong."""
+    """The recipe with these fields; raises ValueError naming the field that is wrong."""
     names = [field.name for field in dataclasses.fields(Recipe)]
     if unknown := [name for name in fields if name not in names]:
         raise ValueError(f"{one_line(unknown[0])}: unknown field")

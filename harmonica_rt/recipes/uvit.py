@@ -1,8 +1,8 @@
 """U-ViT ("All are Worth Words: A ViT Backbone for Diffusion Models", arXiv 2209.12152) for ImageNet.
 
-Time, class and patches are tokens alike, and long skip connections join the first blocks to the last. Parameters are
-named as in the paper's code, whose checkpoints can be loaded with `load_state_dict`; config, saving and the call are
-those of diffusers, so that `DiTPipeline` takes it for its transformer.
+Time, class and patches all become tokens, and long skip connections join the first blocks to the last. Parameters are
+named as in the paper's code, so `load_state_dict` loads its checkpoints; config, saving and the call are those of
+diffusers, so `DiTPipeline` accepts it as its transformer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn import functional
 
 
 class Attention(nn.Module):
-    """Self-attention, one projection for queries, keys and values."""
+    """Self-attention with one projection for queries, keys and values."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block; with `skip`, one that takes what a block of the first half gave."""
+    """A transformer block; with `skip`, it also takes the output of a block of the first half."""
 
     def __init__(self, width: int, heads: int, hidden: int, *, skip: bool) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Block(nn.Module):
         self.skip_linear = nn.Linear(2 * width, width) if skip else None
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
-        """`[batch, tokens, width]`, both, to the same."""
+        """`x` and `skip`, each `[batch, tokens, width]`, to the same shape."""
         if self.skip_linear is not None and skip is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
         x = x + self.attn(self.norm1(x))
@@ -71,7 +71,7 @@ class Block(nn.Module):
 
 
 class Patches(nn.Module):
-    """The patches of an image, as tokens."""
+    """Turns the patches of an image into tokens."""
 
     def __init__(self, channels: int, width: int, patch: int) -> None:
         super().__init__()
@@ -88,14 +88,17 @@ class UViT(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     Args:
         sample_size: side of the latents.
-        patch_size: side of a patch.
-        in_channels: of the latents.
-        out_channels: of the result.
-        width: of the tokens.
-        depth: blocks, an odd number: a first half, one in the middle, and a second half with skips.
-        heads: of the attention.
+        patch_size: side of a patch, in pixels of the latents.
+        in_channels: channels of the latents.
+        out_channels: channels of the result.
+        width: width of a token.
+        depth: number of blocks, odd: a first half, one in the middle, and a second half with skips.
+        heads: attention heads.
         mlp_ratio: hidden width of the feed-forward layers / width.
-        num_embeds_ada_norm: classes, by diffusers' name; one label more stands for none.
+        num_embeds_ada_norm: number of classes, by diffusers' name; one more label means no class.
+
+    Raises:
+        ValueError: `depth` is even.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -139,7 +142,7 @@ class UViT(ModelMixin, ConfigMixin):  # type: ignore[misc]
             hidden_states: latents `[batch, channels, size, size]`.
             timestep: `[batch]`, 0 ... 1000.
             class_labels: `[batch]`.
-            return_dict: a `Transformer2DModelOutput`, not a tuple.
+            return_dict: return a `Transformer2DModelOutput` rather than a tuple.
 
         Returns:
             `[batch, channels, size, size]`, as `.sample` or alone in a tuple.
@@ -162,7 +165,7 @@ class UViT(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
 
 def _sinusoidal(timestep: torch.Tensor, width: int) -> torch.Tensor:
-    """`[batch]` to `[batch, width]`: cosines, then sines, of frequencies from 1 down to 1 / 10,000."""
+    """`[batch]` to `[batch, width]`: cosines, then sines, of frequencies that fall from 1 towards 1 / 10,000."""
     half = width // 2
     frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=timestep.device))
     angles = timestep[:, None].float() * frequencies

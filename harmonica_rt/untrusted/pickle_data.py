@@ -1,7 +1,7 @@
 """Reads pickles as data: nothing that they name is imported, and nothing that they call is called.
 
-Hazard: a pickle is a program. Unpicklers that let only known functions run still allocate whatever those are asked for,
-and some of them trust sizes that the file makes up. This one builds dicts, lists, tuples and plain values, and keeps
+Hazard: a pickle is a program. Unpicklers that let only known functions run still allocate as much as the file tells
+them to, and some trust sizes that the file makes up. This one builds dicts, lists, tuples and plain values, and keeps
 every function call as a record of the call; what it makes is never larger than the file. It knows only the opcodes that
 `torch.save` writes, and only the names in `_NAMES`.
 """
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from harmonica_rt.untrusted.text import quoted
 
-# plain containers, and what torch writes for tensors, their storages, dtypes and devices
+# Plain containers, and what torch writes for tensors, their storages, dtypes and devices.
 _NAMES = re.compile(
     r"collections\.OrderedDict|argparse\.Namespace|(__builtin__|builtins)\.(set|complex|bytearray)|_codecs\.encode"
     r"|torch\.(_utils\._rebuild_\w+|_tensor\._rebuild_from_type_v2|\w+Storage|storage\.\w+Storage|Size|device|[a-z0-9_]+)"
@@ -29,7 +29,7 @@ class PickleError(ValueError):
 
 
 class ForbiddenNameError(PickleError):
-    """A pickle asks for something that is not data; `name` is what it asks for."""
+    """A pickle names a function or class that is not data; `name` is that name."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"it asks for {name}")
@@ -69,15 +69,15 @@ def read(stream: BinaryIO) -> object:
     machine = _Machine()
     try:
         for opcode, argument, _ in pickletools.genops(stream):
-            step = _STEPS.get(opcode.name)
-            if step is None:
-                raise PickleError(f"the opcode {opcode.name}, which torch.save does not write")
-            step(machine, argument)
+            handle = _HANDLERS.get(opcode.name)
+            if handle is None:
+                raise PickleError(f"it holds the opcode {opcode.name}, which torch.save does not write")
+            handle(machine, argument)
         return machine.stack.pop()
     except PickleError:
         raise
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        # what the decoder and the steps raise if the opcodes make no sense: an empty stack, a missing mark
+        # raised by the decoder and the handlers if the opcodes make no sense: an empty stack, a missing mark
         raise PickleError(f"not a pickle ({type(error).__name__})") from error
 
 
@@ -97,7 +97,7 @@ class _Machine:
 
     def top(self, count: int) -> list[Any]:
         if count > len(self.stack):
-            raise PickleError("more is taken from the stack than lies on it")
+            raise PickleError("it takes more from the stack than is on it")
         items = self.stack[len(self.stack) - count :]
         del self.stack[len(self.stack) - count :]
         return items
@@ -137,7 +137,7 @@ def _name(machine: _Machine, argument: str) -> None:
 def _call(machine: _Machine, _: object) -> None:
     function, arguments = machine.top(2)
     if not isinstance(function, Name) or not isinstance(arguments, tuple):
-        raise PickleError("a call of something else than a function")
+        raise PickleError("it calls something that is not a function")
     ordered = function.name == "collections.OrderedDict" and not arguments
     machine.stack.append({} if ordered else Call(function.name, arguments))
 
@@ -147,27 +147,27 @@ def _build(machine: _Machine, _: object) -> None:
     if isinstance(machine.stack[-1], Call):
         machine.stack[-1].state = state
     elif not isinstance(machine.stack[-1], dict):  # attributes of an OrderedDict are not needed
-        raise PickleError("attributes of a plain value")
+        raise PickleError("it sets attributes of a plain value")
 
 
 def _append(machine: _Machine, items: list[Any]) -> None:
     target = machine.stack[-1]
     if not isinstance(target, list):
-        raise PickleError("an entry of something else than a list")
+        raise PickleError("it appends to something that is not a list")
     target.extend(items)
 
 
 def _set(machine: _Machine, items: list[Any]) -> None:
     target = machine.stack[-1]
     if not isinstance(target, dict) or len(items) % 2:
-        raise PickleError("a key of something else than a dict")
+        raise PickleError("it sets a key of something that is not a dict")
     for key, value in zip(items[::2], items[1::2], strict=True):
         if not isinstance(key, str | int | float | None):  # others cannot be hashed, or not in bounded time
-            raise PickleError(f"a dict with the key {quoted(key)}")
+            raise PickleError(f"it holds a dict with the key {quoted(key)}")
         target[key] = value
 
 
-_STEPS: dict[str, Callable[[_Machine, Any], None]] = {
+_HANDLERS: dict[str, Callable[[_Machine, Any], None]] = {
     "PROTO": lambda machine, _: None,
     "STOP": lambda machine, _: None,
     **dict.fromkeys(("BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"), _push),

@@ -1,7 +1,7 @@
 """Strict JSON, for every file format of this project.
 
-Hazard: Python's reader is lenient where a file must not be. Of two equal keys the last wins, NaN passes, half of a
-surrogate pair becomes a string that cannot be written; and deep nesting or a long number ends in one of Python's own
+Hazard: Python's reader is lenient where a file must be strict. The last of two equal keys wins, NaN passes, half of a
+surrogate pair becomes a string that cannot be written, and deep nesting or a long number raises one of Python's own
 errors. Here each of these is a `JsonError`, and whatever is parsed from bytes can be written again.
 """
 
@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from harmonica_rt.untrusted.text import quoted
 
-MAX_DIGITS = 400  # of an integer: more than any float holds; Python itself refuses to read more than 4,300
+MAX_DIGITS = 400  # per integer: more than any float holds; Python itself refuses to read more than 4,300
 MAX_DEPTH = 100  # nesting of lists and objects
 
 _SURROGATE = re.compile(r"\\u[dD]")
@@ -79,7 +79,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     value = dict(pairs)
     if len(value) != len(pairs):
         [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise JsonError(f"{quoted(twice)[1:-1]}: the field stands more than once; keep one (a merge gone wrong?)")
+        raise JsonError(f"{quoted(twice)[1:-1]}: the field occurs more than once; keep one (a merge gone wrong?)")
     return value
 
 
@@ -89,7 +89,7 @@ def _constant(name: str) -> NoReturn:
 
 def _int(digits: str) -> int:
     if len(digits.lstrip("-")) > MAX_DIGITS:
-        raise JsonError(f"a number of {len(digits)} digits")
+        raise JsonError(f"a number of {len(digits)} digits, more than {MAX_DIGITS}")
     return int(digits)
 
 
@@ -105,6 +105,6 @@ def _check_values(value: object) -> None:
             if not isinstance(whole, dict | list):
                 continue
             if depth == MAX_DEPTH:
-                raise JsonError(f"JSON nested too deep, more than {MAX_DEPTH} lists and objects in one another")
+                raise JsonError(f"JSON nested too deep, more than {MAX_DEPTH} levels of lists and objects")
             inner += whole.items() if isinstance(whole, dict) else ((name, part) for part in whole)
         level, depth = inner, depth + 1

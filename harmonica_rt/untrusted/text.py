@@ -11,7 +11,7 @@ import reprlib
 from numbers import Number
 from os import PathLike
 
-QUOTED = 120  # characters of a value that a message cites; more would not help a reader
+QUOTED = 120  # the most characters of a value that a message cites; more would not help a reader
 
 
 def printable(text: str) -> str:
@@ -32,7 +32,7 @@ def one_line(text: object, limit: int = QUOTED) -> str:
 
 
 def described(given: object) -> str:
-    """A description of a value in a few words."""
+    """What a value is, in a few words: its `repr` if it is a plain value, otherwise its class."""
     if isinstance(given, type):
         return f"the class {given.__name__} itself"
     if given is None or isinstance(given, bool | int | float | str | bytes | PathLike):

@@ -1,7 +1,7 @@
 """Reads vectors from an archive of `torch.save`, without torch: sizes are checked before anything is allocated.
 
-Hazard: a tensor in such a file is a shape over a storage, and the shape may be anything. A storage of one number with a
-stride of 0 is a tensor of as many numbers as the file claims, and the first operation on it allocates them. Here a
+Hazard: a tensor in such a file is a shape over a storage, and the shape may be anything. With a stride of 0, a storage
+of one number is a tensor of as many numbers as the file claims, and the first operation on it allocates them. Here a
 vector is never longer than the data that the file holds for it. Archives must be zip files of uncompressed entries, so
 that a file cannot unpack to more than its own size either.
 """
@@ -31,7 +31,7 @@ _DTYPES = {
     "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool", "ComplexFloat": "complex64",
     "ComplexDouble": "complex128",
 }  # fmt: skip
-# what zipfile raises for damaged archives
+# What zipfile raises for damaged archives.
 _DAMAGED = (zipfile.BadZipFile, ValueError, LookupError, EOFError, OSError, RuntimeError, struct.error, OverflowError)
 _OLD_FORMAT_PICKLES = 5  # in a file of torch before 1.6: a magic number, a version, the system, the contents, the keys
 
@@ -42,10 +42,10 @@ class ArchiveError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor as the file describes it; only the types of its fields have been checked.
+    """A tensor as the file describes it; of its fields, only the types have been checked.
 
     Attributes:
-        dtype: torch's name of the dtype, without `torch.`.
+        dtype: torch's name for the dtype, without `torch.`.
         shape: in elements.
         stride: in elements.
         offset: into the storage, in elements.
@@ -67,7 +67,7 @@ class TorchArchive:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ForbiddenNameError: the file asks for more than plain values, tensors and `argparse.Namespace`.
+        ForbiddenNameError: the file names something other than containers, tensors and `argparse.Namespace`.
         ArchiveError: the file is not an archive of `torch.save`, or is damaged.
     """
 
@@ -119,8 +119,8 @@ class TorchArchive:
         last = tensor.offset + stride * (count - 1)
         if count < 0 or (count > 1 and stride < 1) or (count and not 0 <= tensor.offset <= last < len(stored)):
             raise ArchiveError(
-                f"{quoted(count)} numbers {quoted(stride)} apart from place {quoted(tensor.offset)} on, of the "
-                f"{len(stored)} that are stored; save a contiguous tensor"
+                f"{quoted(count)} numbers with stride {quoted(stride)} and offset {quoted(tensor.offset)} are not a "
+                f"part of the {len(stored)} that are stored; save a contiguous tensor"
             )
         taken = stored[tensor.offset : last + 1 : max(stride, 1)] if count else stored[:0]
         if tensor.dtype == "bfloat16":
@@ -129,7 +129,7 @@ class TorchArchive:
             return taken.astype(np.float32)
 
     def _storage(self, key: str) -> bytes:
-        if key not in self._storages:  # many tensors may share one
+        if key not in self._storages:  # kept, as many tensors may share one
             try:
                 self._storages[key] = self._zip.read(f"{self._prefix}data/{key}")
             except _DAMAGED as error:
@@ -141,14 +141,14 @@ class TorchArchive:
         entries = self._zip.infolist()
         names = [entry.filename for entry in entries]
         if len(set(names)) != len(names):
-            raise ArchiveError("two entries of one name")
+            raise ArchiveError("it holds two entries of the same name")
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise ArchiveError("compressed entries, which torch.save does not write")
+            raise ArchiveError("it holds compressed entries, which torch.save does not write")
         if sum(entry.file_size for entry in entries) > size:
-            raise ArchiveError("entries that are larger than the file")
+            raise ArchiveError("its entries claim to be larger than the file")
         found = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(found) != 1:
-            raise ArchiveError("no data.pkl in it")
+            raise ArchiveError("it does not hold exactly one data.pkl")
         return found[0].removesuffix("data.pkl"), self._zip.read(found[0])
 
 
@@ -169,7 +169,7 @@ def tensor_of(value: object) -> StoredTensor | str:
 
 
 def _look_for_code(path: str | os.PathLike[str]) -> None:
-    """Raise ForbiddenNameError if a file in the pre-1.6 torch format, or a bare pickle, asks for more than data."""
+    """Raise ForbiddenNameError if a file in the pre-1.6 torch format, or a bare pickle, names what is not data."""
     try:
         stream = io.BytesIO(Path(path).read_bytes())
         for _ in range(_OLD_FORMAT_PICKLES):

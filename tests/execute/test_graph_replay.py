@@ -285,7 +285,7 @@ class TestTimesteps:
         )
         assert close(self.run(compiled), outputs(truth))
         assert close(self.run(compiled), outputs(truth))
-        with pytest.raises(RunError, match="other timesteps than the last one"):
+        with pytest.raises(RunError, match="other timesteps than in the previous run"):
             self.run(compiled, first=1)
         truth.reset()
         assert close(self.run(compiled, first=1), [truth(**stack_call(1 + step)) for step in range(STEPS)])

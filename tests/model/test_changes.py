@@ -507,7 +507,7 @@ def test_a_forward_that_writes_state_has_no_static_plan(kind: str, named: str) -
     before = dict(STRENGTH), Writes.calls
     with pytest.raises(hrt.CaptureError, match=named) as error:
         hrt.compile(tried, schedule, strict=True)(**stack_call(0))
-    assert "goes on from where its last call left it" in str(error.value)
+    assert "carries state from one call to the next" in str(error.value)
     assert (tried.own, tried.store, tried.log, dict(STRENGTH), Writes.calls) == (0, {"maps": {}}, [], *before)
 
     expected = truth(tried, schedule)

@@ -322,7 +322,7 @@ def test_a_forward_that_goes_on_from_where_it_was_has_no_plan(kind: str) -> None
     np.random.seed(0)
     drawn = random.getstate()
     compiled = hrt.compile(model, Schedule.every(2, steps=2, sites=sites))
-    with pytest.warns(FallbackWarning, match="goes on from where its last call left it"):
+    with pytest.warns(FallbackWarning, match="carries state from one call to the next"):
         compiled(**stack_call(0))
     if kind not in ("Python", "numpy"):
         assert random.getstate() == drawn

@@ -136,7 +136,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "a keyword given by position": (call(LINEAR, {"node": 0}, input=1), "takes no argument 'input' by name"),
     "a keyword of Python": (keyword("lambda"), "takes no argument 'lambda' by name"),
     "kwargs that are a list": (lambda d: first(d, LINEAR).update(kwargs=[]), "kwargs: expected an object"),
-    "text that is no argument": (keyword("approximate", "'); import os; ("), "approximate is a str, got"),
+    "text that is no argument": (keyword("approximate", "'); import os; ("), "approximate must be of type str, got"),
     "an unknown mode": (keyword("approximate", "nearly"), r"nodes\[\d+\]: RuntimeError: "),
     "a file": (call("aten.from_file.default"), "not among those that a saved plan may hold"),
     "an image": (call("image.read_file.default"), "not the name of an operator of aten or harmonica"),
@@ -152,7 +152,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "dropout that is on": (call("aten.dropout.default", {"node": 0}, 0.5, True), "draws random numbers"),
     "statistics that are written": (
         call("aten.batch_norm.default", {"node": 2}, None, None, None, None, True, 0.1, 0.1, False),
-        "writes to its statistics",
+        "updates training statistics",
     ),
     "a size that depends on values": (call("aten.nonzero.default", {"node": 0}), "not among those"),
     "no such operator": (call("aten.no_such.default"), "has no operator"),
@@ -160,7 +160,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "a class of torch": (call("aten.__class__.default"), "has no operator"),
     "too few arguments": (call(LINEAR, {"node": 0}), "needs the argument 'weight'"),
     "too many arguments": (call(LINEAR, *[{"node": 0}] * 4), "takes 3 arguments by position, got 4"),
-    "a list for a tensor": (call(LINEAR, {"list": []}, {"node": 0}), "input is a Tensor, got"),
+    "a list for a tensor": (call(LINEAR, {"list": []}, {"node": 0}), "input must be of type Tensor, got"),
     "a number for a tensor": (call(LINEAR, 3, {"node": 0}), "takes a tensor first"),
     "a number of 300 digits": (call("aten.sum.dim_IntList", {"node": 0}, {"list": [10**300]}), "a whole number"),
     "a node that comes later": (call(LINEAR, {"node": 10**6}, {"node": 0}), "a whole number from 0 to"),
@@ -176,14 +176,14 @@ CASES: dict[str, tuple[Change, str]] = {
     "a negative stride": (layout(LINEAR, stride=[-8, 1]), "stride.0.: expected a whole number"),
     "fewer strides": (layout(LINEAR, stride=[1]), "stride: expected 2 numbers"),
     "a value of a megabyte of sizes": (layout(LINEAR, shape=[1] * 10**5), "value.stride: expected"),
-    "a second placeholder": (another_placeholder, "another node stands for the argument 0|value: expected float32"),
+    "a second placeholder": (another_placeholder, "another node already stands for argument 0|value: expected float32"),
     "a weight that is not there": (set_in("weight", weight="blocks.9.attn.weight"), "name of a tensor of the model"),
     "another weight": (set_in("weight", weight="blocks.0.attn.weight"), "value: expected float32"),
     "a weight by number": (set_in("weight", weight=0), "weight: expected a string"),
     "an argument that is not there": (set_in("input", input=7), "input: expected a whole number from 0 to 1"),
-    "another argument": (set_in("input", input=1), "value: expected float32|another node stands"),
-    "a site elsewhere": (other_site_output, "not the values that leave the sites"),
-    "a node of another site": (moved_modules, "not the values that leave the sites"),
+    "another argument": (set_in("input", input=1), "value: expected float32|another node already stands"),
+    "a site elsewhere": (other_site_output, "not the outputs of the schedule's sites"),
+    "a node of another site": (moved_modules, "not the outputs of the schedule's sites"),
     "modules that are not there": (
         lambda d: first(d, LINEAR).update(modules=["\x1b[31m"]),
         "expected paths of modules of the model",
@@ -253,7 +253,7 @@ def test_an_edit_of_meaning_is_noticed(saved: Path) -> None:
         document = json.loads(text)
         change(document)
         saved.write_text(json.dumps(document))
-        with pytest.raises(PlanFileError, match=r"damaged or edited: its contents are not those that its digest is of"):
+        with pytest.raises(PlanFileError, match=r"damaged or edited: its contents do not match its digest"):
             hrt.load(saved, stack())
 
 
@@ -306,7 +306,7 @@ def test_nothing_is_allocated_before_it_is_checked(saved: Path, monkeypatch: pyt
         ({"data": "A"}, {"shape": [1], "stride": [1], "dtype": "uint8"}, "expected text in base64"),
         ({"data": "Ä"}, {"shape": [1], "stride": [1], "dtype": "uint8"}, "expected text in base64"),
         ({"data": 7}, {"shape": [1], "stride": [1], "dtype": "uint8"}, "expected a string"),
-        ({"data": "AgAB"}, {"shape": [3], "stride": [1], "dtype": "bool"}, "expected bytes of 0 and 1"),
+        ({"data": "AgAB"}, {"shape": [3], "stride": [1], "dtype": "bool"}, "expected only the bytes 0 and 1"),
         ({"data": "AAAA"}, {"shape": [3], "stride": [2**30], "dtype": "uint8"}, "a constant of"),
         ({"attribute": "weight"}, {"shape": [1], "stride": [1], "dtype": "uint8"}, "name of a tensor of the model"),
         ({"attribute": "a", "data": "b"}, {"shape": [1], "stride": [1], "dtype": "uint8"}, "expected the fields"),

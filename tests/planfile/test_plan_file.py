@@ -195,7 +195,7 @@ def test_a_file_that_does_not_load_leaves_the_pipeline_plain(tmp_path: Path) -> 
         tmp_path / "plan.json",
         lambda document: document["plans"][0]["signature"]["leaves"][0].update(device="nowhere"),
     )
-    with pytest.raises(PlanFileError, match="expected a device that the model lies on"):
+    with pytest.raises(PlanFileError, match="expected a device of the model"):
         hrt.load(tmp_path / "plan.json", pipeline)
     with pytest.raises(HarmonicaError, match="is not compiled"):
         hrt.get_compiled(pipeline)
@@ -327,7 +327,7 @@ def test_a_class_that_is_not_imported_is_not_imported(tmp_path: Path, monkeypatc
             document["plans"][0]["graph"]["out_spec"]["class"] = [name, "Output"]
 
         forge(tmp_path / "plan.json", change)
-        with pytest.raises(PlanFileError, match=f"{name}.Output' is no container that is imported here"):
+        with pytest.raises(PlanFileError, match=f"{name}.Output' is not an imported container class"):
             hrt.load(tmp_path / "plan.json", model)
 
 

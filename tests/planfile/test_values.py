@@ -1,4 +1,4 @@
-"""Values of plan files: what is written is read again, on the devices that a model lies on."""
+"""Values of plan files: what is written is read again, on the devices of a model."""
 
 from __future__ import annotations
 
@@ -65,15 +65,15 @@ def test_the_current_device_stays_the_current_one() -> None:
 def test_a_plan_over_several_devices_is_refused() -> None:
     with pytest.raises(PlanFileError, match=r"several devices \(cuda:0, cuda:1\)"):
         devices("cuda:0", "cpu", "cuda:1")
-    with pytest.raises(PlanFileError, match="values on cuda:1, where the model does not lie"):
+    with pytest.raises(PlanFileError, match="values on cuda:1, not a device of the model"):
         encode_value(torch.device("cuda:1"), devices("cuda:0"))
-    with pytest.raises(PlanFileError, match="values on cuda:0, where the model does not lie"):
+    with pytest.raises(PlanFileError, match="values on cuda:0, not a device of the model"):
         encode_value(torch.device("cuda:0"), devices("cpu"))
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "", "mps", None, 0, ["cpu"]])
 def test_a_device_that_the_model_does_not_lie_on(name: Any) -> None:
-    with pytest.raises(PlanFileError, match=r"x: expected a device that the model lies on \(cpu\), got"):
+    with pytest.raises(PlanFileError, match=r"x: expected a device of the model \(cpu\), got"):
         decode_value({"device": name}, devices("cpu"), "x")
 
 

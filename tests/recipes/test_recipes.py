@@ -145,7 +145,7 @@ def test_names_that_cannot_be_files_are_refused(tmp_path: Path) -> None:
         ('{"about": "", "model": 3, "options": {}, "train": {}}', "model text or null"),
         (
             '{"about": "", "about": "", "model": null, "options": {}, "train": {}}',
-            "about: the field stands more than once",
+            "about: the field occurs more than once",
         ),
         ('{"about": "", "model": null, "options": {"guidance": NaN}, "train": {}}', "NaN is not JSON"),
         (

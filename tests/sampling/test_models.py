@@ -90,7 +90,7 @@ def test_bad_arguments(model: Stack) -> None:
         compiled(torch.zeros(1, 4, 8), timestamp=1)
     with pytest.raises(HarmonicaError, match="'fast' is not known"):
         hrt.compile(model, schedule, lowering="fast")
-    with pytest.raises(HarmonicaError, match="max_plans is a whole number of at least 1"):
+    with pytest.raises(HarmonicaError, match="max_plans must be a whole number of at least 1"):
         hrt.compile(model, schedule, max_plans=0)
     with pytest.raises(HarmonicaError, match="choose one of the two"):
         hrt.compile(model, schedule, verify=True, debug=True)

@@ -164,8 +164,8 @@ BAD_TEXT = {
     "list": ("[]", "not a schedule file: expected a JSON object, got a list"),
     "nan": ('{"guidance": NaN}', "NaN is not JSON; numbers must be finite"),
     "infinity": ('{"guidance": -Infinity}', "-Infinity is not JSON; numbers must be finite"),
-    "duplicate": ('{"steps": 1, "steps": 1}', "steps: the field stands more than once; keep one"),
-    "duplicate-inside": ('{"model": {"a": 1, "a": 2}}', "a: the field stands more than once"),
+    "duplicate": ('{"steps": 1, "steps": 1}', "steps: the field occurs more than once; keep one"),
+    "duplicate-inside": ('{"model": {"a": 1, "a": 2}}', "a: the field occurs more than once"),
     "deep": ("[" * 100_000, "not a schedule file: JSON nested too deep"),
     "long-number": ('{"guidance": ' + "1" * 10_000 + "}", "not a schedule file: a number of 10000 digits"),
 }

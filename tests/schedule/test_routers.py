@@ -211,7 +211,7 @@ def odd_rows() -> dict[str, tuple[object, str]]:
         return {
             "expanded": (
                 torch.ones(1).expand(2**20),
-                "1048576 numbers 0 apart from place 0 on, of the 1 that are stored",
+                "1048576 numbers with stride 0 and offset 0 are not a part of the 1 that are stored",
             ),
             "687-gigabytes": (torch.ones(1).expand(171_000_000_000), "171000000000 logits are more than any model has"),
             "sparse": (torch.ones(4).to_sparse(), "got what torch._utils._rebuild_sparse_tensor makes"),
@@ -366,7 +366,7 @@ def rewritten(path: Path, edit: Callable[[dict[str, bytes]], None], compression:
 def test_what_unpacks_to_more_than_its_size_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "r.pt", harmonica_rows(), HARMONICA_ARGS)
     rewritten(path, lambda entries: entries.update({"r/data/0": bytes(2**24)}), zipfile.ZIP_DEFLATED)
-    with pytest.raises(ScheduleError, match=r"r\.pt: not a readable torch checkpoint: compressed entries"):
+    with pytest.raises(ScheduleError, match=r"r\.pt: not a readable torch checkpoint: it holds compressed entries"):
         Schedule.from_router(path)
 
 
