@@ -1,4 +1,4 @@
-"""Answers how tensors lie in memory (shared elements, extent, same layout), and copies them to given strides."""
+"""Describes how tensors lie in memory (shared elements, extent, same layout), and copies them to given strides."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class Inference:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """A context without gradients and inference mode; `tensor` and `run` may be called only within it."""
+        """A context with gradients and inference mode off; `tensor` and `run` must be called within it."""
         with torch.inference_mode(False), torch.no_grad():
             yield
 

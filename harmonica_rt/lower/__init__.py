@@ -1,4 +1,4 @@
-"""Lower: turns the step graphs of a plan into programs that run.
+"""Lower: the step graphs of a plan -> programs that run.
 
 In: a `Plan`, and the roles of its inputs. Out: a `Lowering`: one program per step graph, and the prologue, which is
 everything computed before the steps.

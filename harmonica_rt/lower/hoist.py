@@ -1,11 +1,10 @@
 """Hoists values that do not depend on the latents: they are computed before the steps, for all steps at once.
 
-A step graph is cut where values that depend on the latents use values that do not. What remains, the body, takes the
-latter as arguments. The prologue computes them, in two parts of the captured graph: `once` computes what depends only
-on parameters and the request; `each` computes, for every step, what depends on the timestep as well. In a DiT
-this is nearly half of all nodes (time embeddings, adaLN modulation, text projections, keys and values of
-cross-attention), and for a small batch most of the memory traffic, since their parameters are read for one row per
-sample.
+A step graph is cut where values that depend on the latents use values that do not. What remains, the body, takes
+those as arguments. The prologue, two parts of the captured graph, computes them: `once` computes what depends only on
+parameters and the request; `each` computes, for every step, what depends on the timestep as well. In a DiT this is
+nearly half of all nodes (time embeddings, adaLN modulation, text projections, keys and values of cross-attention), and
+for a small batch most of the memory traffic, since their parameters are read for one row per sample.
 
 Requires: functional graphs; step graphs of the captured graph (fused or not). Ensures: values stay the same up to
 rounding.
