@@ -1,5 +1,5 @@
-// Which tensors the loops of this folder take. All others go to an op's reference, which computes them or says what is
-// wrong with them.
+// Decides which tensors the loops of this folder take. All others go to an op's reference, which computes them or says
+// what is wrong with them.
 #pragma once
 
 #include <ATen/Functions.h>
@@ -33,8 +33,8 @@ inline bool broadcasts_to(const at::Tensor& x, const std::optional<at::Tensor>& 
 
 using Gates = c10::List<std::optional<at::Tensor>>;
 
-// The gates with their numbers in memory. The dispatcher turns negated views and zeros without memory into ordinary
-// tensors before it calls an op, but not those in a list of optional tensors.
+// Copies the gates whose values are not those in their memory. The dispatcher turns negated views and zeros without
+// memory into ordinary tensors before it calls an op, but not those in a list of optional tensors.
 inline Gates in_memory(const Gates& gates) {
   const auto is_lazy = [](const std::optional<at::Tensor>& t) {
     return t.has_value() && (t->is_neg() || t->is_conj() || t->_is_zerotensor());

@@ -1,4 +1,4 @@
-// How an element type is loaded into the type that arithmetic is done in, and stored from it.
+// Loads elements into the type that arithmetic is done in, and stores them from it.
 //
 // The conversions are branch-free integer code, because that is what compilers vectorise: a call or a branch in them
 // would make the whole loop scalar. Rounding is to nearest, ties to even, as in PyTorch.
@@ -41,7 +41,7 @@ struct Element<BFloat16> {
   static HARMONICA_ALWAYS_INLINE float load(BFloat16 value) { return bit_cast<float>(uint32_t(value.bits) << 16); }
   static HARMONICA_ALWAYS_INLINE BFloat16 store(float value) { return {uint16_t(rounded(value) >> 16)}; }
 
-  // The number in the upper half, rests of the rounding in the lower.
+  // The bf16 number in the upper 16 bits; the lower 16 are left over from rounding.
   static HARMONICA_ALWAYS_INLINE uint32_t rounded(float value) {
     const uint32_t bits = bit_cast<uint32_t>(value);
     // Rounding could carry a NaN into infinity.
@@ -80,7 +80,7 @@ struct Element<Float16> {
 };
 
 // Two neighbours at a time. For bf16 that is a 32-bit word, which takes a shift for the first and a mask for the second
-// and no move across lanes: loops over pairs are half as long again as fast. (All machines here are little-endian.)
+// and no move across lanes: loops over pairs are 1.5 times as fast. (This assumes a little-endian machine.)
 struct Pair {
   float first, second;
 };
@@ -102,8 +102,8 @@ HARMONICA_ALWAYS_INLINE void store_first(BFloat16* row, int64_t pair, float valu
   row[2 * pair] = Element<BFloat16>::store(value);
 }
 
-// A row of bf16 in fp32, as pairs are loaded and stored: the first of all pairs, then the second of all pairs. The last
-// number of a row of odd length is the first of a pair without a second.
+// A row of bf16 widened to fp32, in two planes: the first numbers of all pairs, then the second numbers of all pairs.
+// The last number of a row of odd length is the first of a pair without a second.
 struct Planes {
   float *first, *second;
 };
@@ -116,6 +116,7 @@ HARMONICA_ALWAYS_INLINE void store_pair(Planes row, int64_t pair, Pair values) {
 }
 HARMONICA_ALWAYS_INLINE void store_first(Planes row, int64_t pair, float value) { row.first[pair] = value; }
 
+// A row that is stored twice: rounded to bf16, and unrounded in fp32.
 struct RoundedAndExact {
   BFloat16* rounded;
   Planes exact;

@@ -27,7 +27,7 @@
 namespace harmonica {
 namespace {
 
-// The gate of a row is a vector along it, one number for all of it, or absent.
+// The gate of a row is a vector along the row, one number for all of it, or absent.
 enum class Gate { vector, scalar, none };
 
 template <typename T, Gate kind>
@@ -97,7 +97,7 @@ void run(at::TensorIterator& iter, bool gated) {
       if (strides[3] == unit) return vector_gate(out, x, y, gate, n);
       if (strides[3] == 0) return scalar_gate(out, x, y, gate, n);
     }
-    for (int64_t i = 0; i < n; ++i) {  // operands that step through memory: correct, not vectorised
+    for (int64_t i = 0; i < n; ++i) {  // other strides: correct, but not vectorised
       auto at = [&](int operand) { return data[operand] + i * strides[operand]; };
       auto read = [&](int operand) { return reinterpret_cast<const T*>(at(operand)); };
       row<T, Gate::vector>(reinterpret_cast<T*>(at(0)), read(1), read(2), gated ? read(3) : &Element<T>::one, 1);

@@ -1,11 +1,11 @@
-// Whether Python containers still hold the very objects that they held when they were noted.
+// Tells whether Python containers still hold the very objects that they held when their contents were noted.
 //
-// A compiled model asks this before each call for some thousand containers with some ten thousand objects: identities
-// are compared, nothing is called and no object is created but the value of an attribute that a class computes.
+// A compiled model asks this before each call, for some thousand containers with some ten thousand objects. So only
+// identities are compared; apart from iterators and attributes that a class computes, nothing is called or created.
 //
-// Hazard: an attribute that is computed, an iterator, and a finalizer that any allocation may set off, are Python code.
-// It may change the containers and the two lists while they are compared. So what is in use is held by a reference of
-// its own, and lengths are read anew.
+// Hazard: computed attributes, iterators, and finalizers (which any allocation may trigger) are Python code, which may
+// change the containers and the two lists during the comparison. So this code holds its own reference to whatever it
+// uses, and reads lengths again each time; otherwise it would read freed memory.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -17,7 +17,7 @@ namespace {
 // Compares what a container yields, one object after another, with what was noted.
 class Noted {
  public:
-  // `items` is held by the caller.
+  // The caller holds a reference to `items`.
   explicit Noted(PyObject* items) : items_(items), count_(PyTuple_GET_SIZE(items)) {}
 
   bool next_is(PyObject* object) { return index_ < count_ && PyTuple_GET_ITEM(items_, index_++) == object; }
@@ -29,8 +29,8 @@ class Noted {
   Py_ssize_t index_ = 0;
 };
 
-// A number that changes whenever a dict does (PEP 509), so that one that nobody touched need not be read. Later versions
-// of Python have none.
+// A number that changes whenever the dict does (PEP 509), so that an untouched dict need not be compared. From Python
+// 3.13 on it is always 0, which means that it is not known.
 #if PY_VERSION_HEX < 0x030D0000
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"
@@ -40,7 +40,7 @@ uint64_t version_of(PyObject* dict) { return reinterpret_cast<PyDictObject*>(dic
 uint64_t version_of(PyObject*) { return 0; }
 #endif
 
-// A reference that is given back at the end of its block.
+// Owns a reference, and releases it at the end of its block.
 class Held {
  public:
   explicit Held(PyObject* own) : object_(own) {}
@@ -81,8 +81,8 @@ PyObject* attributes_of(PyObject* object) {
   return dict;
 }
 
-// What stands under a name in a dict, or as the attribute of an object; None where nothing does. Any error but
-// AttributeError stays set.
+// Compares the entry of a dict, or the attribute of an object, under a name; if there is none, None is compared. Any
+// error other than AttributeError stays set.
 bool same_entry(PyObject* owner, PyObject* name, Noted& noted) {
   if (PyDict_Check(owner)) {
     PyObject* found = PyDict_GetItemWithError(owner, name);
@@ -97,7 +97,8 @@ bool same_entry(PyObject* owner, PyObject* name, Noted& noted) {
   return noted.next_is(or_none(found.get()));
 }
 
-// An error of the iterator stays set. Of a set, what it holds, whatever its class makes of iteration.
+// Compares what a container yields. A set yields what it holds, even if its class overrides iteration. An error of the
+// iterator stays set.
 bool same_iteration(PyObject* container, Noted& noted) {
   getiterfunc iterate = PyObject_GetIter;
   if (PyAnySet_Check(container)) iterate = (PyFrozenSet_Check(container) ? PyFrozenSet_Type : PySet_Type).tp_iter;
@@ -110,8 +111,9 @@ bool same_iteration(PyObject* container, Noted& noted) {
   }
 }
 
-// In the order of `contents` in harmonica_rt/model/identity.py. `version`, if there is one, is that of the container's
-// dict when it was last found to be the same; 0 where it never was. False with an error set where looking failed.
+// Compares in the order of `contents` in harmonica_rt/model/identity.py. `version`, if there is one, is that of the
+// container's dict when it was last found to be the same; 0 if it never was. Returns false with an error set if the
+// comparison failed.
 bool same_contents(PyObject* container, PyObject* items, uint64_t* version) {
   Noted noted(items);
   bool same = true;
@@ -188,5 +190,5 @@ PyModuleDef definition = {
 
 }  // namespace
 
-// The library is loaded by torch for its operators, and imported for this.
+// torch loads this library for its operators; Python also imports it as a module, for `first_change`.
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }

@@ -24,7 +24,7 @@ at::Tensor by_reference(const at::Tensor& x, at::TensorList caches, const Gates&
   return op.call(x, caches, gates);
 }
 
-// The operands of the iterator are out, x, the caches, and the gates that there are.
+// The operands of the iterator are out, x, the caches, and the gates that are present.
 template <typename T>
 void run(at::TensorIterator& iter, const Gates& gates) {
   const size_t count = gates.size();
@@ -47,7 +47,7 @@ void run(at::TensorIterator& iter, const Gates& gates) {
 at::Tensor residual_reuse(const at::Tensor& x, at::TensorList caches, const Gates& given_gates) {
   const Gates gates = in_memory(given_gates);
   if (!is_residual_sum(x, caches, gates)) return by_reference(x, caches, gates);
-  if (caches.size() == 1) return gated_residual(x, caches[0], gates.get(0));  // a loop without terms to go through
+  if (caches.size() == 1) return gated_residual(x, caches[0], gates.get(0));  // its loop has no list of terms
   at::Tensor out = at::empty(x.sizes(), x.options());
   if (out.numel() == 0) return out;
 

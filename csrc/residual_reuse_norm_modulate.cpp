@@ -1,9 +1,9 @@
 // hidden = x + sum_k gate_k * cache_k and out = (norm(hidden) * weight + bias) * (1 + scale) + shift on the CPU, in one
 // pass over memory.
 //
-// A row of hidden stays unrounded in the first-level cache until its statistics are known. What follows the norm is
-// out = normed * factor + offset, with factor = weight * (1 + scale) and offset = bias * (1 + scale) + shift: made once
-// where scale and shift are the same for many rows, as they are in a DiT.
+// A row of hidden stays unrounded in the first-level cache until its statistics are known. Then
+// out = normed * factor + offset, with factor = weight * (1 + scale) and offset = bias * (1 + scale) + shift. These two
+// are computed once where scale and shift are the same for many rows, as they are in a DiT.
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
@@ -38,7 +38,7 @@ struct Sums {
   Acc plain = 0, squares = 0;
 };
 
-// Sums of row[i] - centre and of its square, in 32 lanes whatever the machine: no lane adds up many numbers.
+// Sums of row[i] - centre and of its square, in 32 lanes on every machine, so that no lane adds up many numbers.
 template <typename Acc>
 HARMONICA_ALWAYS_INLINE Sums<Acc> sums_around(Acc centre, const Acc* row, int64_t n) {
   typedef Acc Vector __attribute__((vector_size(32)));
@@ -77,9 +77,9 @@ struct Moments {
   Acc mean, inverse_deviation;
 };
 
-// One pass is enough where the mean is nearer to zero than the numbers are to the mean: the mean square less the square
-// of the mean then loses a bit at most. Elsewhere a second one goes around that mean, and says by how much the first
-// missed it.
+// One pass is enough where the mean is smaller than the standard deviation: the mean square minus the square of the
+// mean then loses one bit at most. Elsewhere a second pass sums around the mean of the first, and also finds the error
+// of that mean.
 template <typename Acc>
 HARMONICA_ALWAYS_INLINE Moments<Acc> moments_of(const Acc* row, int64_t n, bool rms, double eps) {
   Sums<Acc> sums = sums_around(Acc(0), row, n);
@@ -112,7 +112,7 @@ HARMONICA_NORMALISE(double)
 #undef HARMONICA_MOMENTS
 #undef HARMONICA_NORMALISE
 
-// `in`, `factor` and `offset` are the first of Planes, of which the second is `second` numbers further.
+// `in`, `factor` and `offset` point into the first of two Planes; the second lies `second` numbers further on.
 HARMONICA_MULTIVERSION void normalise(BFloat16* out, const float* in, const float* factor, const float* offset,
                                       float mean, float inverse_deviation, int64_t n, int64_t second) {
   const auto at = [=](int64_t i) HARMONICA_INLINE_LAMBDA {
@@ -125,7 +125,7 @@ HARMONICA_MULTIVERSION void normalise(BFloat16* out, const float* in, const floa
 
 constexpr int64_t line = 64;
 
-// What comes `step` bytes after a part of a row of numbers that lie densely: for reading, into the second-level cache.
+// Prefetches what lies `step` bytes after a part of a dense row; what will be read goes into the second-level cache.
 HARMONICA_ALWAYS_INLINE void prefetch_next(const char* part, int64_t step, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += line) __builtin_prefetch(part + step + i, 0, 2);
 }
@@ -133,7 +133,7 @@ HARMONICA_ALWAYS_INLINE void prefetch_next_to_write(char* part, int64_t step, in
   for (int64_t i = 0; i < bytes; i += line) __builtin_prefetch(part + step + i, 1);
 }
 
-// Where the operands of an iterator over the rows are, by number; 0 (which is hidden) stands for one that is absent.
+// The positions of operands in an iterator over the rows; 0, the position of hidden, stands for an absent operand.
 struct Operands {
   c10::SmallVector<int64_t, 32> stride;  // of each operand, along a row, in bytes
   c10::SmallVector<size_t, 16> gates;
@@ -152,7 +152,7 @@ int64_t bytes_along_row(const at::Tensor& t) {
   return is_one_number ? 0 : t.stride(-1) * t.element_size();
 }
 
-// Where scale, shift or bias is absent, it is 0; where weight is, it is 1.
+// Computes factor and offset for one row. An absent scale, shift or bias counts as 0, an absent weight as 1.
 template <typename T, typename Acc>
 void modulation(Acc* factor, Acc* offset, Strided<T> weight, Strided<T> bias, Strided<T> scale, Strided<T> shift,
                 int64_t n) {
@@ -165,7 +165,7 @@ void modulation(Acc* factor, Acc* offset, Strided<T> weight, Strided<T> bias, St
   }
 }
 
-// The operands of the iterator are hidden, out, x, the caches, and the gates, scale and shift that there are.
+// The operands of the iterator are hidden, out, x, the caches, and the gates, scale and shift that are present.
 template <typename T>
 void run(at::TensorIterator& iter, const Operands& operands, const Norm& norm) {
   using Acc = typename Element<T>::Acc;
@@ -177,8 +177,9 @@ void run(at::TensorIterator& iter, const Operands& operands, const Norm& norm) {
   const size_t count = operands.gates.size();
   const int64_t n = norm.width;
 
-  // While a piece of a row is normalised, nothing is read from memory: time to fetch the next row's. On Zen 4 this takes
-  // 10 to 25 % off (pieces of 64 to 384 numbers did alike), and adds as much where all lies in second-level caches.
+  // Normalising a piece of a row reads nothing from memory, so the same piece of the next row is prefetched meanwhile.
+  // On Zen 4 this saves 10 to 25 % of the time (pieces of 64 to 384 numbers did equally well), but costs as much where
+  // everything fits into the second-level caches.
   constexpr int64_t piece = 192, second_level = 1 << 20;
   const int64_t bytes_moved = iter.numel() * n * int64_t(sizeof(T)) * int64_t(3 + count);
   const bool fetches = bytes_moved > second_level * at::get_num_threads();
@@ -256,7 +257,7 @@ Results residual_reuse_norm_modulate(const at::Tensor& x, at::TensorList caches,
   at::Tensor hidden = at::empty(x.sizes(), x.options()), out = at::empty(x.sizes(), x.options());
   if (x.numel() == 0) return {hidden, out};
 
-  // The iterator goes over the first numbers of the rows.
+  // The iterator visits the first number of each row.
   const auto first = [](const at::Tensor& t) { return t.dim() == 0 ? t : t.select(-1, 0); };
   at::TensorIteratorConfig config;
   config.resize_outputs(false).set_check_mem_overlap(false);

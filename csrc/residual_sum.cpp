@@ -1,6 +1,6 @@
-// The numbers are taken in blocks, and the terms in groups. Of a group all streams are read in one loop, and only runs
-// of more terms than a group has pass through a buffer, which stays in the first-level cache. What does not lie densely
-// in memory, and all fp16 (see float16.h), is first copied to a buffer too.
+// The numbers are processed in blocks, and the terms in groups. One loop reads all streams of a group; only sums of
+// more terms than one group holds pass through a buffer, which stays in the first-level cache. Operands that are not
+// dense in memory, and all fp16 operands (see float16.h), are first copied to buffers too.
 
 #include "residual_sum.h"
 
@@ -16,19 +16,19 @@
 namespace harmonica {
 namespace {
 
-// A pass over 8 terms has more pointers than x86 has registers, which costs less than a second pass.
-// fp16 has all its streams in buffers, which the cache has to hold.
+// Terms per group. A pass over 8 terms has more pointers than x86 has registers, which costs less than a second pass.
+// fp16 has all its streams in buffers, which the cache has to hold, so its groups are smaller.
 template <typename T>
 constexpr int64_t group = std::is_same_v<T, Float16> ? 4 : 8;
 
-// DiTs are 384 to 3072 wide in multiples of 384.
+// Numbers per block. DiTs are 384 to 3072 wide in multiples of 384.
 template <typename T>
 constexpr int64_t block = std::is_same_v<T, Float16> ? 384 : 1536;
 
-// Rows of many tensors are more streams than the hardware foresees, and it foresees nothing beyond a page. Prefetched is
-// what comes soon, into the first-level cache: without it bf16 with 8 terms takes a quarter longer (Zen 4; 256 bytes
-// ahead did best, of 256 to 2304). And what comes later, into the second, takes off 5 to 10 % of fp32 and of sums with a
-// norm (2304 bytes ahead, of 768 to 4608); bf16 alone is no faster for it.
+// Rows of many tensors are more streams than the hardware prefetches, and it prefetches nothing beyond a page. So data
+// needed soon are prefetched into the first-level cache: without this, bf16 with 8 terms takes a quarter longer (Zen 4;
+// 256 bytes ahead did best, of 256 to 2304). Data needed later are prefetched into the second level, which saves 5 to
+// 10 % for fp32 and for sums with a norm (2304 bytes ahead did best, of 768 to 4608); bf16 alone gains nothing.
 constexpr int64_t line = 64, soon = 256, later = 2304, step = 32;
 
 template <typename Out>
@@ -43,9 +43,9 @@ HARMONICA_ALWAYS_INLINE void prefetch(const T* row, int64_t begin) {
   }
 }
 template <typename Out>
-HARMONICA_ALWAYS_INLINE void prefetch(Planes, int64_t) {}  // a buffer
+HARMONICA_ALWAYS_INLINE void prefetch(Planes, int64_t) {}  // a buffer, in the cache already
 
-// Calls `some(begin, end)` for every `length` of n numbers, and for the rest.
+// Calls `some(begin, end)` for each run of `length` of the n numbers, and for the rest.
 template <typename Some>
 HARMONICA_ALWAYS_INLINE void in_steps(int64_t n, int64_t length, Some some) {
   int64_t begin = 0;
@@ -53,7 +53,7 @@ HARMONICA_ALWAYS_INLINE void in_steps(int64_t n, int64_t length, Some some) {
   some(begin, n);
 }
 
-// unroll 1: a loop of few and constant turns would be unrolled first, and what is unrolled is not vectorised.
+// unroll 1: the compiler would first unroll a loop with a small constant count, and not vectorise what it unrolled.
 template <typename Out, typename In, typename T, size_t... k>
 HARMONICA_ALWAYS_INLINE void add(Out out, In in, const T* const* caches, const T* const* gates, int64_t n,
                                  std::index_sequence<k...>) {
@@ -74,7 +74,7 @@ HARMONICA_ALWAYS_INLINE void add(Out out, In in, const T* const* caches, const T
 template <typename Out, typename In, size_t... k>
 HARMONICA_ALWAYS_INLINE void add(Out out, In in, const BFloat16* const* caches, const BFloat16* const* gates,
                                  int64_t n, std::index_sequence<k...>) {
-  // The compiler has to take a store of bf16 for one that could change these arrays, unless they are its own.
+  // Copies of the pointers: the compiler must assume that a store of bf16 may change the caller's arrays.
   const BFloat16 *const cache[] = {caches[k]...}, *const gate[] = {gates[k]...};
   in_steps(n / 2, step / 2, [&](int64_t begin, int64_t end) HARMONICA_INLINE_LAMBDA {
     prefetch<Out>(in, 2 * begin);

@@ -9,7 +9,7 @@
 
 namespace harmonica {
 
-// Numbers of type T that lie `stride` bytes apart; 0: one number, over and over.
+// Numbers of type T that lie `stride` bytes apart; a stride of 0 repeats one number.
 template <typename T>
 struct Strided {
   const char* data = nullptr;
@@ -23,11 +23,11 @@ struct Strided {
 template <typename T>
 struct Term {
   Strided<T> cache;
-  Strided<T> gate;  // without data: 1
+  Strided<T> gate;  // no data: a factor of 1
 };
 
-// T: float, double, BFloat16, Float16. Out: a pointer to T; where the sum is needed unrounded, RoundedAndExact for
-// BFloat16, a pointer to float for Float16.
+// T is float, double, BFloat16 or Float16. Out is a pointer to T, or, where the sum is also needed unrounded,
+// RoundedAndExact for BFloat16 and a pointer to float for Float16 (unrounded only).
 template <typename T, typename Out>
 void residual_sum(Out out, Strided<T> x, const Term<T>* terms, int64_t count, int64_t n);
 

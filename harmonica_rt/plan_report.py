@@ -1,4 +1,4 @@
-"""What a plan computes, reuses, stores and holds, and how long it took to make."""
+"""Reports what a plan computes, reuses, stores and holds, and how long it took to make."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class StepReport:
 
 @dataclass(frozen=True)
 class CompileTimes:
-    """Wall time of making a plan, in seconds: by stage, and `total`, which includes the checks of the plan."""
+    """Wall time of making a plan, in seconds, by stage; `total` also includes the checks of the plan."""
 
     capture: float
     plan: float
@@ -42,7 +42,7 @@ class PlanMemory:
         arena_bytes: planned cache bytes per stream, all devices.
         lower_bound_bytes: the most bytes of stored values alive in any step; no arena can be smaller.
         site_addresses_bytes: bytes needed to give each site output one address for the whole run.
-        held_bytes: bytes held now: arenas, the inputs of graphs, and memory that graphs reserved.
+        held_bytes: bytes held now by arenas, by the inputs of CUDA graphs, and by the pool of those graphs.
     """
 
     slots: int
@@ -54,16 +54,16 @@ class PlanMemory:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """One plan.
+    """One plan of a compiled model.
 
     Attributes:
-        signature: shapes and dtypes it is for.
+        signature: the call signature that the plan is for, as text.
         steps: one entry per step.
         programs: number of step programs.
         programs_with_addresses: number of (program, slot addresses) pairs, for a backend that bakes addresses in.
         full_flops: FLOPs of one call of the uncached model.
         times: compile time by stage.
-        memory: slots and arenas.
+        memory: its slots, arenas and CUDA graphs.
         hoisting: what is computed before the steps.
         fusion: what was fused; None where nothing is.
         regions: what Inductor compiled; None where nothing is.
@@ -88,7 +88,7 @@ class PlanReport:
 
     @classmethod
     def of(cls, runtime: PlanRuntime, signature: str) -> PlanReport:
-        """Read a plan and what it was lowered to."""
+        """Report on a plan and what it was lowered to."""
         plan, lowering = runtime.lowered.plan, runtime.lowered.lowering.report()
         return cls(
             signature=signature,

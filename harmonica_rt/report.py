@@ -1,4 +1,4 @@
-"""What a compiled model holds, and what its last run did."""
+"""Reports what a compiled model holds and what its last run did; `print(report)` shows it as text."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from harmonica_rt.untrusted.text import printable
 
 @dataclass(frozen=True)
 class GraphReport:
-    """CUDA graphs of all plans.
+    """The CUDA graphs of all plans.
 
     Attributes:
-        recorded: number of graphs, of step programs and prologues.
-        pool_bytes: bytes that they reserved for the values they compute; the graphs of a plan share one pool.
-        static_bytes: bytes of the tensors that inputs are copied into.
+        recorded: number of recorded graphs, those of step programs and those of prologues.
+        pool_bytes: bytes that the graphs reserve for the values they compute; the graphs of a plan share one pool.
+        static_bytes: bytes of the tensors that the graphs read their inputs and hoisted values from.
         refusals: why step programs and prologues run without a graph, with counts.
     """
 
@@ -32,7 +32,7 @@ class GraphReport:
 
     @classmethod
     def of(cls, plans: Plans) -> GraphReport:
-        """Read the graphs of all plans."""
+        """Report on the graphs of all plans."""
         runtimes = plans.held.values()
         held = [graphs for runtime in runtimes for graphs in runtime.arenas.graphs]
         return cls(
@@ -51,13 +51,13 @@ class Report:
         model: class name of the model.
         cur: cache utilisation ratio of the schedule.
         plans: one entry per plan in the cache; empty before the first call.
-        fallbacks: why calls of some signatures run eagerly.
+        fallbacks: for each signature whose calls run eagerly, the signature and the reason.
         last_calls: denoiser calls of the last (or current) run.
         last_cur: share of entries that the last run actually reused; None before the first run.
         last_catch_ups: steps of the last run that were computed in full because a stream lacked features.
         last_first: the step of the schedule that the last run began with; image-to-image skips those before it.
         cache_bytes: bytes of all arenas held now.
-        graphs: CUDA graphs; None where there are none.
+        graphs: the CUDA graphs; None where no plan uses any.
     """
 
     model: str
@@ -80,7 +80,7 @@ class Report:
         stats: RunStats | None,
         failures: Mapping[PlanKey, CaptureFailure] | None = None,
     ) -> Report:
-        """Read the plans of a model, and what its last run did."""
+        """Report on the plans of a model and on its last run."""
         return cls(
             model=model,
             cur=schedule.cur,
@@ -116,7 +116,7 @@ class Report:
                 f"cache {mebibytes(self.cache_bytes)}"
             )
         if self.last_first:
-            lines.append(f"it began at step {self.last_first} of the schedule: the steps before were left out")
+            lines.append(f"it began at step {self.last_first} of the schedule; the steps before it were skipped")
         if self.last_catch_ups:
             lines.append(f"steps computed in full to catch up: {', '.join(map(str, self.last_catch_ups))}")
         return printable("\n".join(lines))

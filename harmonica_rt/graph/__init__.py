@@ -1,9 +1,9 @@
-"""Graph: tools on `torch.fx` graphs. Not a stage: capture, plan, lower and planfile use them.
+"""Graph: tools for `torch.fx` graphs. This is not a stage: capture, plan, lower and planfile use it.
 
-`facts` has what is known of a node (its value, whether it is a view, what it needs), `match` compares nodes with
+`facts` answers questions about a node (its value, whether it is a view, what it needs), `match` compares nodes with
 declared patterns, `rebuild` copies graphs node by node, `functionalise` rewrites in-place operations, `layout` makes
 and compares strides, `layout_inference` works out the layout of every value from the inputs, `flops` counts
-floating-point operations. None of them knows of schedules or runs.
+floating-point operations. None of them knows about schedules or runs.
 
 Hazard: a rewrite could change bits. Everything dropped or replaced here leaves the values the same bit for bit.
 """

@@ -1,4 +1,4 @@
-"""Facts about the nodes of a `torch.fx` graph, each derived here and nowhere else.
+"""Answers questions about the nodes of a `torch.fx` graph, each of them here and nowhere else.
 
 All functions only read the graph. A node's fake tensor, or list of them, is its *value*.
 """
@@ -19,7 +19,7 @@ def value_of(node: fx.Node) -> Any:
 
 
 def device_of(node: fx.Node) -> torch.device | None:
-    """The device of a node's value; None if the value is no single tensor."""
+    """The device of a node's value; None if the value is not a single tensor."""
     value = node.meta.get("val")
     return value.device if isinstance(value, torch.Tensor) else None
 
@@ -56,7 +56,7 @@ def is_view(node: fx.Node) -> bool:
 
 
 def owner(node: fx.Node) -> fx.Node:
-    """The node that made the memory that a value lies in, or the argument that brought it."""
+    """The node whose memory a value lies in, found by following views and items back to what they were taken from."""
     while is_view(node) or is_item(node):
         source = node.args[0]
         if not isinstance(source, fx.Node):
@@ -80,7 +80,7 @@ def may_alias_argument(node: fx.Node) -> bool:
 
 def _may_return_alias(target: Any) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
-        return True  # getitem and the like: assume the worst
+        return True  # such as getitem: assume the worst
     if any(argument.alias_info is not None for argument in target._schema.arguments):
         return True
     # reshape, to, contiguous and other composites return their input or a copy, which their schema does not say

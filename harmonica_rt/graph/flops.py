@@ -1,4 +1,4 @@
-"""Floating-point operations of graphs, counted by torch's own FlopCounterMode.
+"""Counts the floating-point operations of graphs with torch's own FlopCounterMode.
 
 Each node of the captured graph is counted once, with fake tensors; a step graph then sums the counts of the nodes that
 it kept. On CPU, attention runs as an operator that FlopCounterMode does not know (34 % of a PixArt-1024 block), so the
@@ -46,7 +46,7 @@ def flop_counter() -> FlopCounterMode:
 
 
 def count_nodes(graph: fx.Graph) -> dict[str, int]:
-    """The FLOPs of each node, by name; nodes that do none are left out.
+    """The FLOPs of each node, by name; nodes that do none are left out. Empty if the nodes carry no fake tensors.
 
     A multiply-add counts as two. Element-wise operators count as zero, as is usual in the field.
     """

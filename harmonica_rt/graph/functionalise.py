@@ -23,13 +23,13 @@ from harmonica_rt.graph.layout import same_layout
 def functionalise(exported: torch.export.ExportedProgram) -> bool:
     """Replace the nodes of an exported graph that write in place, and return whether that was possible.
 
-    If not, those nodes are still there, and the whole model has to be traced again. This is so if a nested graph
+    If not, those nodes are still there, and the whole model has to be traced again. This happens if a nested graph
     writes, or returns several views of a written storage; if a value that is read would have another layout than in the
     trace; if the trace used `torch.vmap`, whose values have no storages; or if torch cannot functionalise the writing
     nodes alone.
 
     Raises:
-        CaptureError: an argument of the graph, or a weight, is written to.
+        CaptureError: the graph writes to one of its arguments, a parameter or a buffer.
     """
     graph = exported.graph
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.detach_.default):
@@ -64,7 +64,7 @@ class _Region:
         self._written = written
         for node in graph.nodes:
             taken = [value for value in node.all_input_nodes if self._is_taken(value)]
-            if taken and node.target is not torch.ops.aten.lift_fresh_copy.default:  # of a constant, traced as a view
+            if taken and node.target is not torch.ops.aten.lift_fresh_copy.default:  # copies, but traced as a view
                 self._order.append((node, taken))
                 if self._is_view(node, taken) or is_mutating(node):
                     self._inside.add(node)
@@ -91,7 +91,7 @@ class _Region:
             return False
         made_outside = {value for _, taken in self._order for value in taken if value not in self._inside}
         storages = [storage for value in made_outside for storage in storages_of(value)]
-        return len(storages) == len(set(storages))  # else a write to one could change another unnoticed
+        return len(storages) == len(set(storages))  # otherwise a write to one could change another
 
     def replace(self) -> bool:
         """See `functionalise`."""
@@ -100,7 +100,7 @@ class _Region:
         try:
             with fx.traceback.preserve_node_meta():
                 run = make_fx(torch.func.functionalize(self._run))(*(node.meta["val"] for node in self._inputs))
-        except Exception:  # of many types; a real fault is raised again when the whole is traced
+        except Exception:  # of many types; a real fault is raised again when the whole model is traced
             return False
         traced, output = run.graph, run.graph.output_node()
         copies: Any = output.args[0]
@@ -110,7 +110,7 @@ class _Region:
             return False
         output.args = (current,)
         traced.eliminate_dead_code()
-        if traced.find_nodes(op="get_attr") or any(map(_writes_anew, traced.nodes)):
+        if traced.find_nodes(op="get_attr") or any(map(_still_writes, traced.nodes)):
             return False
         self._splice(traced, current)
         return True
@@ -156,8 +156,8 @@ def written_storages(node: fx.Node) -> Iterator[int]:
                     yield from storages_of(leaf)
 
 
-def _writes_anew(node: fx.Node) -> bool:
-    """Whether a functionalised node writes, other than by the copies back to inputs, which come after all reads."""
+def _still_writes(node: fx.Node) -> bool:
+    """Whether a functionalised node writes; copies back to inputs do not count, as they come after all reads."""
     written: Any = node.args[0] if node.args else None
     return is_mutating(node) and (node.target is not torch.ops.aten.copy_.default or written.op != "placeholder")
 

@@ -1,4 +1,4 @@
-"""Layouts of tensors: which elements share memory, how far a tensor reaches, and copies with given strides."""
+"""Describes how tensors lie in memory (shared elements, extent, same layout), and copies them to given strides."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def expanded_dims(tensor: torch.Tensor) -> list[int]:
-    """The dimensions along which all elements lie at one address."""
+    """The dimensions along which all elements share one address."""
     return [dim for dim, (n, s) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)) if s == 0 and n > 1]
 
 

@@ -1,9 +1,10 @@
 """Infers the layouts of a graph's values from its inputs, and tries each operator on real tensors.
 
-Hazard: compiled code reads memory by the layouts that a graph carries. So the layouts of a saved graph are not taken
-from its file: every operator runs again on fake tensors, starting from the model's own parameters and the signature's
-leaves. But fake tensors allow arguments that real kernels refuse, so each distinct call of an operator also runs once
-on real tensors of zeros. The blocks of a model are alike, so this costs little more than running one of them.
+Hazard: compiled code reads memory by the layouts that a graph carries; wrong ones would make it read foreign memory. So
+the layouts of a saved graph are not taken from its file: every operator runs again on fake tensors, starting from the
+model's own parameters and the signature's leaves. But fake tensors allow arguments that real kernels refuse, so each
+distinct call of an operator also runs once on real tensors of zeros. The blocks of a model are alike, so this costs
+little more than running one of them.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ class Layout(NamedTuple):
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{dtype}{list(self.shape)} of strides {list(self.stride)} on {self.device}"
+        return f"{dtype}{list(self.shape)} with strides {list(self.stride)} on {self.device}"
 
 
 def layout_of(tensor: torch.Tensor) -> Layout:
     """The layout of a tensor.
 
     Raises:
-        PlanFileError: it is not a plain strided tensor of known sizes.
+        PlanFileError: the tensor is not strided, or has a size or stride that is not a known integer.
     """
     if tensor.layout is not torch.strided or not all(isinstance(n, int) for n in (*tensor.shape, *tensor.stride())):
         raise PlanFileError(f"a tensor of layout {tensor.layout} and shape {tuple(tensor.shape)} cannot be saved")
@@ -55,7 +56,7 @@ def layouts_of(value: Any) -> Any:
     """The layout of a tensor, or the list of layouts of several.
 
     Raises:
-        PlanFileError: the value is neither a tensor nor a list or tuple of tensors, or a tensor has no such layout.
+        PlanFileError: the value is neither a tensor nor a list or tuple of tensors, or one of them has no layout.
     """
     if isinstance(value, torch.Tensor):
         return layout_of(value)
@@ -78,15 +79,15 @@ class Inference:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Operators have to run within this block."""
+        """A context with gradients and inference mode off; `tensor` and `run` must be called within it."""
         with torch.inference_mode(False), torch.no_grad():
             yield
 
     def tensor(self, layout: Layout, where: str) -> FakeTensor:
-        """A fake tensor of this layout.
+        """A fake tensor of this layout; `where` begins the messages of errors.
 
         Raises:
-            PlanFileError: no tensor can have this layout.
+            PlanFileError: no tensor can have this layout, or the device has too little memory for it.
         """
         _check_size(layout, where)
         with self._mode:
@@ -121,10 +122,10 @@ class Inference:
         self._tried.add(key)
         try:
             result = _on_real(target, leaves, spec, 0)
-        except Exception:  # zero itself may be refused, as a divisor: only what fails with ones too is an error
+        except Exception:  # zeros may be refused, as divisors: only what fails with ones too is an error
             result = _attempt(where, _on_real, target, leaves, spec, 1)
         if _without_strides(layouts_of(result)) != _without_strides(expected):
-            raise PlanFileError(f"{where}: {target} gives another shape or dtype than was inferred")
+            raise PlanFileError(f"{where}: {target} returns another shape or dtype than was inferred")
 
 
 def _on_real(target: Any, leaves: list[Any], spec: Any, value: int) -> Any:
@@ -151,7 +152,7 @@ def _check_size(layout: Layout, where: str) -> None:
     """Raise PlanFileError if a value is larger than the memory of its device."""
     memory = _memory_of(layout.device)
     if layout.nbytes > memory:
-        raise PlanFileError(f"{where}: a value of {layout.nbytes} bytes; {layout.device} has {memory}")
+        raise PlanFileError(f"{where}: a value needs {layout.nbytes} bytes, but {layout.device} has only {memory}")
 
 
 def _memory_of(device: torch.device) -> int:

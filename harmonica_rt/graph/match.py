@@ -17,12 +17,12 @@ from torch import fx
 
 from harmonica_rt.graph.facts import arguments_of, value_of
 
-Bound = Mapping[str, Any]
+Bound = Mapping[str, Any]  # name in a pattern -> the node or number in its place
 
 
 @dataclass(frozen=True)
 class Operand:
-    """Any node. Wherever a name occurs, it stands for one and the same node."""
+    """Any node. If a name occurs several times in a pattern, it must be the same node each time."""
 
     name: str
 
@@ -36,12 +36,12 @@ class Number:
 
 @dataclass(frozen=True)
 class Anything:
-    """Any argument, given or not."""
+    """Any argument, even one that is left at its default."""
 
 
 @dataclass(frozen=True)
 class LastDim:
-    """A list of one dimension, the last one of the call's first argument."""
+    """A list that holds only the last dimension of the call's first argument."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Op:
     Attributes:
         targets: overloads, all with arguments in the same order.
         args: a pattern for each of the first arguments.
-        commutes: whether the first two arguments may also stand the other way round.
+        commutes: whether the first two arguments may also be swapped.
     """
 
     targets: tuple[torch._ops.OpOverload, ...]

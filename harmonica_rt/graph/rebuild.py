@@ -8,7 +8,7 @@ from torch import fx
 
 
 class Rebuild:
-    """A new graph, and which of its nodes stand for which nodes of the old one.
+    """A new graph, and a table of which of its nodes stand for which nodes of the old graph.
 
     Nodes are added in the order in which they will run. The old graph stays as it is.
 
@@ -32,29 +32,29 @@ class Rebuild:
         self._new[old] = new
 
     def __len__(self) -> int:
-        """The number of old nodes that have one that stands for them."""
+        """The number of old nodes that a new node stands for."""
         return len(self._new)
 
     def placeholder(self, old: fx.Node, name: str | None = None) -> fx.Node:
-        """Add a placeholder for the value of `old`, under its name or another one."""
+        """Add and return a placeholder for the value of `old`, called `name` if given, otherwise as `old` is."""
         self._new[old] = self.graph.placeholder(name or old.name)
         if "val" in old.meta:
             self._new[old].meta["val"] = old.meta["val"]
         return self._new[old]
 
     def copy(self, old: fx.Node) -> fx.Node:
-        """Add a copy of a node whose inputs are in the new graph already."""
+        """Add and return a copy of a node whose inputs are already in the new graph."""
         self._new[old] = self.graph.node_copy(old, self._new.__getitem__)
         return self._new[old]
 
     def copy_with_inputs(self, old: fx.Node) -> fx.Node:
-        """The copy of a node, added with whatever it takes that is not in the new graph yet."""
+        """The copy of a node; if there is none yet, it is added, after those of its inputs that are missing too."""
         if old not in self._new:
             self._new[old] = self.graph.node_copy(old, self.copy_with_inputs)
         return self._new[old]
 
     def new(self, values: Any) -> Any:
-        """A nested tuple, list or dict with new nodes in the place of the old ones."""
+        """A nested tuple, list or dict with each old node replaced by the new one that stands for it."""
         return fx.map_arg(values, self._new.__getitem__)
 
     def finish(self, results: Any) -> fx.Graph:

@@ -1,6 +1,6 @@
 """Lower: the step graphs of a plan -> programs that run.
 
-In: `Plan`, the roles of its inputs. Out: a `Lowering`: one program per step graph, and the prologue, which is
+In: a `Plan`, and the roles of its inputs. Out: a `Lowering`: one program per step graph, and the prologue, which is
 everything computed before the steps.
 
 Hazard: fused operators round differently. Only `plain` can equal the reference bit for bit; the others are held to a
@@ -42,11 +42,11 @@ class Lowering(Protocol):
         """The program of a step graph that is not one of the plan's."""
 
     def report(self) -> LoweringReport:
-        """What it did to the plan."""
+        """What the lowering did to the plan."""
 
 
 def lower(name: str, plan: Plan, roles: Sequence[Role]) -> Lowering:
-    """Lower `plan` by the lowering called `name`, for calls whose leaves have `roles`."""
+    """Lower `plan` by the lowering called `name` (see `options`), for calls whose leaves have `roles`."""
     if name == "plain":
         return PlainLowering(plan)
     if name == "inductor":

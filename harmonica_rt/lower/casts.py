@@ -1,4 +1,4 @@
-"""Casts around the fused operators, and the dtypes that the operators compute in."""
+"""Recognises casts around the fused operators, and says which dtypes those operators take and compute in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from harmonica_rt.graph.facts import value_of
 
 aten = torch.ops.aten
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that the fused operators take
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # those that the fused operators take
 CASTS = (aten.to, aten._to_copy, aten.type_as)
 
 
@@ -24,7 +24,7 @@ def arithmetic(dtype: torch.dtype) -> torch.dtype:
 
 
 def unwidened(node: fx.Node) -> fx.Node:
-    """The node before a cast to the dtype that the operators compute in; the node itself if it is no such cast."""
+    """The input of a cast that keeps the dtype or widens it to the one computed in; for any other node, itself."""
     if is_cast(node):
         (source,) = node.all_input_nodes[:1]
         a, b = value_of(source), value_of(node)
@@ -34,5 +34,5 @@ def unwidened(node: fx.Node) -> fx.Node:
 
 
 def as_dtype(node: fx.Node, dtype: torch.dtype) -> fx.Node | None:
-    """The node or what it was widened from, whichever has `dtype`; None if neither has."""
+    """The node or what it was widened from, whichever has `dtype`; None if neither does."""
     return next((each for each in (node, unwidened(node)) if value_of(each).dtype == dtype), None)

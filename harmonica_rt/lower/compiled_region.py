@@ -1,8 +1,8 @@
-"""Compile a region with Inductor.
+"""Compiles a region with Inductor.
 
 Hazard: compiled code takes the strides and dtypes of its example inputs for granted and would misread any others. But
 hoisted values may come out of a batched pass with other strides, and operators may choose other strides than their fake
-tensors have; so each call compares, and copies inputs whose strides differ. A dtype that differs is an error. Shapes
+tensors have. So each call compares them and copies inputs with other strides; another dtype is an error. Shapes
 cannot differ: signatures and parameters are compared before a step runs.
 """
 
@@ -33,7 +33,7 @@ class CompiledRegion:
     Args:
         region: the region.
         name: its `__name__`, since graphs call their functions by name.
-        written: number of inputs that it writes into; they are the last ones.
+        written: number of inputs that it writes into; these are the last ones.
 
     Raises:
         RegionError: it cannot be compiled.
@@ -47,13 +47,17 @@ class CompiledRegion:
         self._run = _compile(region)
 
     def __call__(self, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Run it."""
+        """Run the region.
+
+        Raises:
+            InvariantError: an input has another dtype, or one that is written into has other strides.
+        """
         for value, dtype in zip(inputs, self._dtypes, strict=True):
             if value.dtype is not dtype:
                 raise InvariantError(f"{self.__name__} was compiled for {dtype} and given {value.dtype}")
         laid = [laid_out(value, strides) for value, strides in zip(inputs, self._strides, strict=True)]
         if any(a is not b for a, b in zip(laid[self._read_only :], inputs[self._read_only :], strict=True)):
-            raise InvariantError(f"{self.__name__} was given memory to write into that lies differently")
+            raise InvariantError(f"{self.__name__} was given memory to write into with other strides than compiled for")
         return self._run(*laid)
 
 
@@ -75,7 +79,7 @@ def _compile(region: Region) -> Callable[..., Sequence[torch.Tensor]]:
             )
         except RuntimeError as error:
             raise RegionError(
-                f"Inductor cannot compile {region.origin}: {_reason(error)}. Use lowering='fused', it compiles nothing"
+                f"Inductor cannot compile {region.origin}: {_reason(error)}. Use lowering='fused' instead"
             ) from error
     return compiled
 

@@ -1,4 +1,4 @@
-"""What keeps a step graph, or a part of the prologue, from being recorded as a CUDA graph."""
+"""Finds what keeps a step graph, or a part of the prologue, from being recorded as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class GraphRefusal:
 
     Attributes:
         reason: what a graph cannot hold, or what went wrong.
-        node: name of the node that it is due to; None where no single one is.
+        node: name of the node that causes it; None where no single node does.
         target: the operator of that node.
         stack: the source lines of the model that the node comes from, where known.
     """
@@ -41,7 +41,7 @@ def obstacle(step: TabledGraph, *others: torch.device) -> GraphRefusal | None:
 
     Args:
         step: the graph.
-        others: devices that it is recorded on or with, which its nodes need not show: all of them may lie on the CPU.
+        others: further devices that the recording uses; the nodes alone do not show them if all lie on the CPU.
     """
     found = (device for node in step.graph.nodes if (device := device_of(node)) is not None)
     devices = list(dict.fromkeys((*others, *found)))
@@ -55,7 +55,7 @@ def obstacle(step: TabledGraph, *others: torch.device) -> GraphRefusal | None:
 def _reason(node: fx.Node, devices: list[torch.device]) -> str | None:
     device = device_of(node)
     if len(devices) > 1 and device is not None and device.type == "cpu":
-        return "lies on the CPU, other values do not"
+        return "lies on the CPU, while other values do not"
     first = next((device for device in devices if device.type != "cpu"), None)
     if device is not None and device.type != "cpu" and device != first:
         return f"lies on {device}, other values on {first}: a graph holds the work of one device"

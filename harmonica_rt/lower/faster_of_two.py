@@ -1,4 +1,4 @@
-"""Two programs of one step graph: the first call measures both, and the faster one stays.
+"""Chooses between two programs of one step graph: the first call measures both, and the faster one stays.
 
 Plain launches are measured, even where the program later becomes a CUDA graph. Running a program again within a step is
 safe: it writes the same slots with the same values up to rounding, and reads no slot that it writes.
@@ -19,6 +19,10 @@ ROUNDS = 3  # of measurement, each timing both programs in turn; the best time o
 
 class Faster(Program):
     """The faster of two programs.
+
+    Args:
+        first, second: programs of the same step graph.
+        clock: returns the time in seconds.
 
     Attributes:
         first, second: the programs.
@@ -64,5 +68,5 @@ class Faster(Program):
 
 
 def _wait(bound: tuple[Any, ...]) -> None:
-    for device in {weight.device for weight in bound if isinstance(weight, torch.Tensor) and weight.is_cuda}:
+    for device in {value.device for value in bound if isinstance(value, torch.Tensor) and value.is_cuda}:
         torch.cuda.synchronize(device)

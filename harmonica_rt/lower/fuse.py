@@ -1,8 +1,8 @@
-"""Fuse residual additions, singly, in chains, and with the norm and modulate that follow, into harmonica operators.
+"""Fuses residual additions, singly, in chains, and with the norm and modulation after them, into harmonica operators.
 
 Requires: a step graph whose nodes carry fake tensors, not yet cut from its prologue (`1 + scale` has to be in it).
-Ensures: the same values up to rounding, the same tables, every stored value still a node, nothing shared with the given
-graph; what does not match is left as it was and counted.
+Ensures: values stay the same up to rounding, the tables stay the same, every stored value is still a node, and nothing
+is shared with the given graph; what does not match is left as it was and counted.
 
 Hazards: a fused call stands where the last addition of its chain stood, and its norm may need operands that come later
 in the graph, or that depend on the sum itself. So operands are moved before the call where possible, and the norm is
@@ -38,7 +38,7 @@ MOST_CACHES = 16  # per call; a longer chain becomes several calls of about equa
 
 @dataclass(frozen=True)
 class FusedStep:
-    """A fused step graph, and what was fused and left in it.
+    """A fused step graph, with counts of what was fused and what was left.
 
     Attributes:
         step: the fused graph.
@@ -54,13 +54,13 @@ class FusedStep:
 
 def fuse(step: StepGraph) -> FusedStep:
     """Rewrite a step graph with fused operators; `step` itself is not changed."""
-    import harmonica_kernels  # noqa: F401  # registers torch.ops.harmonica; here, so that planning alone needs it not
+    import harmonica_kernels  # noqa: F401  # registers torch.ops.harmonica; planning does not need it
 
     copied = replace(step, graph=copy_of(step.graph))
     _drop_idle_casts(copied.graph)
     fusion = _Fusion(copied)
     for node in list(copied.graph.nodes):
-        if node.users:  # erased ones have none
+        if node.users:  # an erased node has none
             fusion.visit(node)
     _restride(copied.graph, fusion.restrided)
     fused = copied.become(FusedGraph)
@@ -206,7 +206,7 @@ def _restride(graph: fx.Graph, restrided: set[fx.Node]) -> None:
         if node.target is aten.view.default:
             node.target = aten.reshape.default
         if node.target is aten.as_strided.default:
-            raise InvariantError(f"{node.name} reads memory by strides that fusing changed; lower this model as plain")
+            raise InvariantError(f"{node.name} reads memory by strides that fusing changed; use lowering='plain'")
         fresh = _run(node)
         if _strides(fresh) != _strides(value_of(node)):
             restrided.add(node)
@@ -233,7 +233,7 @@ def _reasons(graph: fx.Graph, slots: frozenset[fx.Node]) -> dict[str, int]:
         elif is_norm(node):
             source = unwidened(node.args[0])
             if isinstance(find_residual(source, slots), Residual) or is_item(source):
-                reasons["norm: not one that can follow its sum in one call"] += 1
+                reasons["norm: cannot be fused with the sum before it"] += 1
             else:
-                reasons["norm: what it reads is no residual sum"] += 1
+                reasons["norm: its input is not a residual sum"] += 1
     return dict(reasons)

@@ -1,4 +1,4 @@
-"""The `fused` lowering: harmonica ops, hoisted values, linear layers that write into their slots.
+"""The `fused` lowering uses harmonica ops, hoists values, and lets linear layers write directly into their slots.
 
 It is faster than `plain` and equals it up to rounding: ops sum in another order, and a matrix product with one row
 differs in its last bits from one with many rows.
@@ -25,7 +25,7 @@ class FusedLowering:
     Args:
         plan: the plan.
         roles: roles of the leaves of its calls.
-        ops: whether to use harmonica ops; without them, the effect of everything else can be measured.
+        ops: whether to use harmonica ops; False lets a benchmark measure the rest alone.
     """
 
     def __init__(self, plan: Plan, roles: Sequence[Role], *, ops: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""The states of a step graph while it is lowered: a `StepGraph` is fused, cut from its prologue, and divided.
+"""Defines the states of a step graph while it is lowered: a `StepGraph` is fused, cut from its prologue, and divided.
 
 Each state is a type, so that a pass takes only what it can work on.
 """
@@ -22,4 +22,4 @@ class BodyGraph(ProgramGraph):
 
 @dataclass(frozen=True, eq=False)
 class DividedGraph(ProgramGraph):
-    """A body with calls of compiled regions in the place of their nodes."""
+    """A body in which calls of compiled regions replace the nodes of those regions."""

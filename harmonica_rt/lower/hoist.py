@@ -1,13 +1,12 @@
-"""Hoist: values that do not depend on the latents are computed before the steps, for all steps at once.
+"""Hoists values that do not depend on the latents: they are computed before the steps, for all steps at once.
 
-A step graph is cut where values that depend on the latents use values that do not. The latter become arguments of
-what remains, the body, and two parts of the captured graph, the prologue, compute them: `once` computes what depends
-only on parameters and the request; `each` computes, for every step, what depends on the timestep as well. In a DiT
-this is nearly half of all nodes (time embeddings, adaLN modulation, text projections, keys and values of
-cross-attention), and for a small batch most of the memory traffic, since their parameters are read for one row per
-sample.
+A step graph is cut where values that depend on the latents use values that do not. What remains, the body, takes
+those as arguments. The prologue, two parts of the captured graph, computes them: `once` computes what depends only on
+parameters and the request; `each` computes, for every step, what depends on the timestep as well. In a DiT this is
+nearly half of all nodes (time embeddings, adaLN modulation, text projections, keys and values of cross-attention), and
+for a small batch most of the memory traffic, since their parameters are read for one row per sample.
 
-Requires: functional graphs; step graphs of the captured graph (fused or not). Ensures: the same values up to
+Requires: functional graphs; step graphs of the captured graph (fused or not). Ensures: values stay the same up to
 rounding.
 """
 
@@ -35,7 +34,7 @@ LIMIT = 512 * 2**20  # bytes of hoisted values per stream
 
 @dataclass(frozen=True, eq=False)
 class Part(TabledGraph):
-    """A piece of the captured graph that is run before the steps.
+    """One of the two parts of the prologue: a piece of the captured graph that runs before the steps.
 
     Placeholders come in the order parameters, constants, inputs, given; the output node holds one flat tuple.
 
@@ -90,7 +89,7 @@ def plan_prologue(
     late = {node for nodes in captured.site_outputs for node in nodes}
     bound = bindings(captured.graph, captured.inputs, roles, {*captured.parameters, *captured.constants}, late)
     nodes = {node.name: node for node in captured.graph.nodes}
-    held = {*captured.parameters, *captured.constants}  # a view of these is free in the body; hoisted, it costs a copy
+    held = {*captured.parameters, *captured.constants}  # views of these are free in the body; hoisted, they cost copies
     stay = {
         name
         for name, node in nodes.items()
@@ -153,12 +152,12 @@ def cut(step: StepGraph | FusedGraph, names: Collection[str]) -> BodyGraph:
 
 
 def _kept(items: tuple[T, ...], keep: Iterator[bool]) -> tuple[T, ...]:
-    """The items to keep; takes one value of `keep` per item."""
+    """The items to keep; consumes one value of `keep` per item."""
     return tuple(item for item in items if next(keep))
 
 
 def _frontier(steps: Sequence[ProgramGraph], bound: dict[str, Binding], stay: set[str]) -> list[str]:
-    """Names of the values to hoist: independent of the latents, not told to stay, and used by a value of the body."""
+    """Names of the values to hoist: independent of the latents, not in `stay`, and used by a value of the body."""
     found: dict[str, None] = {}
     for step in steps:
         for node in step.graph.nodes:
@@ -176,7 +175,7 @@ def _in_body(node: fx.Node, bound: dict[str, Binding], stay: set[str]) -> bool:
 
 
 def _captured_name(node: fx.Node) -> str | None:
-    """The node of the captured graph that this one computes; None for nodes made by a pass, and for arguments."""
+    """The name of the captured node that this one computes; None for nodes made by a pass, and for arguments."""
     return node.meta.get("captured_name") if node.op == "call_function" else None
 
 

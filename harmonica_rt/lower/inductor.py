@@ -1,4 +1,4 @@
-"""The `inductor` lowering: `fused`, with the rest compiled by Inductor, region by region, and whole where faster.
+"""The `inductor` lowering is `fused` with the rest compiled by Inductor: region by region, or whole where faster.
 
 Blocks are alike, and so are step programs, so few regions are unique. Each is compiled once and takes everything it
 needs, parameters included, as arguments: parameters stay live, and one compiled region serves all blocks and programs.
@@ -34,7 +34,7 @@ from harmonica_rt.plan.step_graph import ProgramGraph, StepGraph
 
 log = logging.getLogger(__name__)
 
-# When step programs are compiled whole as well. On 2 CPU cores 1000 operators take about half a minute.
+# Limits up to which step programs are also compiled whole. 1000 operators take about half a minute on 2 CPU cores.
 MOST_OPERATORS = 1000  # of all step programs together
 MOST_OF_LARGEST = 1.25  # operators of all step programs together, relative to the largest one
 
@@ -101,7 +101,7 @@ class RegionProgram(Program):
     """A step graph that runs with its regions compiled.
 
     Args:
-        step: the undivided step graph, for whoever asks what it computes.
+        step: the undivided step graph, kept to show what the program computes.
         divided: the same graph with calls of regions.
         root: module that its `get_attr` nodes refer to.
     """
@@ -113,7 +113,7 @@ class RegionProgram(Program):
 
 
 class WholeProgram(Program):
-    """A step graph in one piece, stores included.
+    """A step graph compiled in one piece, stores included.
 
     Args:
         step: the step graph.

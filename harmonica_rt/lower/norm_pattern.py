@@ -1,4 +1,4 @@
-"""Norms that follow a residual sum, with the scale and shift after them: what they look like in a graph.
+"""Finds norms that follow a residual sum, with the scale and shift after them.
 
 Hazard: fusing what only looks like a match changes values. So every operand is checked for the shapes and dtypes that
 the fused operators take, and a cast is ignored only where the operators do the same arithmetic internally (half types
@@ -33,7 +33,7 @@ VIEWS: dict[Any, Any] = {
 
 _ADD = (aten.add.Tensor, aten.add.Scalar)
 SQUARE = Op((aten.pow.Tensor_Scalar,), (Operand("squared"), 2))
-# The mean may be told its dtype; the operators compute in theirs.
+# `mean` may be given a dtype; it does not matter, as the fused operators compute in their own.
 MEAN_SQUARE = Op((aten.mean.dim,), (SQUARE, LastDim(), True, Anything()))
 INVERSE_RMS = Op((aten.rsqrt.default,), (Op(_ADD, (MEAN_SQUARE, Number("eps"))),))
 WRITTEN_OUT_RMS = Op((aten.mul.Tensor,), (Operand("x"), INVERSE_RMS), commutes=True)
@@ -68,7 +68,7 @@ def find_norms(total: fx.Node) -> list[Norm]:
     """Matches of the first norm that reads `total`; each entry extends further than the one before it.
 
     Each entry can be replaced on its own: its `out` has the dtype and shape of `total`, and the nodes between have no
-    other readers. The caller must check whether the operands are available before `total`.
+    other users. The caller must check that the operands can be computed before `total`.
     """
     for norm in _norms_of(total):
         found = list(_followed(norm, value_of(total)))
@@ -78,7 +78,7 @@ def find_norms(total: fx.Node) -> list[Norm]:
 
 
 def is_norm(node: fx.Node) -> bool:
-    """Whether `node` is a norm over a last dimension, or the first operation of one written out."""
+    """Whether `node` is a LayerNorm or RMSNorm operator, or the first operation of an RMSNorm written out."""
     return node.target in (*LAYER_NORMS, *RMS_NORMS) or _written_out_rms(node, None) is not None
 
 
@@ -111,7 +111,7 @@ def _norm_operator(node: fx.Node, source: fx.Node, total: torch.Tensor) -> Norm 
     if out is None:
         return None
     eps = arguments["eps"]
-    if eps is None:  # that of the dtype computed in, as in ATen
+    if eps is None:  # the epsilon of the dtype computed in, as in ATen
         eps = torch.finfo(arithmetic(total.dtype)).eps
     return Norm(out, rms=node.target in RMS_NORMS, eps=float(eps), weight=weight, bias=bias)
 
@@ -143,7 +143,7 @@ def _followed(norm: Norm, total: torch.Tensor) -> Iterator[Norm]:
 
 
 def _next(norm: Norm, total: torch.Tensor) -> Norm | None:
-    """`norm` extended by its only reader, if that is a cast or applies a weight, a scale or a shift; else None."""
+    """`norm` extended by its only user, if that is a cast or applies a weight, a scale or a shift; else None."""
     user = only_user(norm.out)
     if user is None or not isinstance(user.meta.get("val"), torch.Tensor):
         return None
@@ -178,7 +178,7 @@ def _one_added(node: fx.Node, dtype: torch.dtype) -> tuple[fx.Node | None, tuple
 
 
 def _other_operand(pattern: Op, node: fx.Node, one: fx.Node) -> fx.Node | None:
-    """What `node` adds to `one` or multiplies it with, if it does and if that is not `one` itself."""
+    """What `node` adds to `one` or multiplies it by; None if it does neither, or if that is `one` itself."""
     return next(
         (bound["other"] for bound in matches(pattern, node) if bound["normed"] is one is not bound["other"]), None
     )

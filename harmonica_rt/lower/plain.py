@@ -1,8 +1,8 @@
-"""The `plain` lowering: the step graph as it is, run operator by operator; bit-exact to the reference on CPU.
+"""The `plain` lowering runs a step graph as it is, operator by operator; on CPU it equals the reference bit for bit.
 
 A stored value is copied into its slot right where it is computed, so that its own memory can be freed at once. (Keeping
 the fresh tensor instead makes every step fault in new pages, which is slower than the copy on CPU.) An output that may
-be a view of a slot, an input or a weight is cloned: the caller keeps outputs, and the memory viewed is written again.
+be a view of a slot, an input or a parameter is cloned: otherwise it would change when that memory is written again.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Program:
             hoisted: one tensor for each of its hoisted values.
 
         Returns:
-            The flat outputs, free of aliases of slots.
+            The flat outputs; none shares memory with a slot, an input or a parameter.
         """
         return self._run(*bound, *(leaves[index] for index in self.step.inputs), *hoisted, *reads, *writes)
 
@@ -98,7 +98,7 @@ def with_stores(step: ProgramGraph, *, direct: bool) -> fx.Graph:
 
 
 def _returned(rebuilt: Rebuild, result: Any) -> Any:
-    """What the program returns for a result of the step graph: a clone of what may view memory written again."""
+    """What the program returns for a result of the step graph: a clone if it may share memory with an argument."""
     if not isinstance(result, fx.Node):
         return result
     value = rebuilt[result]

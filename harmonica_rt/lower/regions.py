@@ -1,4 +1,4 @@
-"""Divide a step graph into regions: pieces to compile that many blocks and step programs have in common.
+"""Divides a step graph into regions: pieces that many blocks and step programs share, so each is compiled once.
 
 A region consists of consecutive operators of the graph, with everything that they take, parameters included, as
 inputs. It ends before a harmonica operator (chains of reused residuals differ from pattern to pattern, so no region
@@ -8,8 +8,8 @@ are dropped, so two blocks that do the same work give equal regions.
 Views cost nothing, so every region makes the views that it needs itself: its inputs and results are not views, and a
 mere view of a result is made outside.
 
-Requires: a step graph whose nodes carry fake tensors. Ensures: the same operators on the same values, the same
-tables, nothing shared with the given graph.
+Requires: a step graph whose nodes carry fake tensors. Ensures: the result applies the same operators to the same
+values, has the same tables, and shares nothing with the given graph.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Region:
         graph: placeholders, operators, and one flat tuple as output; named by position.
         inputs: a fake tensor for each placeholder.
         key: the region as text, including the layouts of its inputs; equal for equal regions.
-        origin: where it was cut out, for messages.
+        origin: the nodes it was cut from, for messages.
     """
 
     graph: fx.Graph
@@ -71,8 +71,8 @@ def divide(
 
     Args:
         step: the body; it is not changed.
-        sections: from the function of that name.
-        compiled: returns a callable for a region, which maps its inputs to its results and has a `__name__`.
+        sections: as the function of that name returns them.
+        compiled: takes a region and returns a callable from its inputs to its results, with a `__name__`.
     """
     rebuilt = Rebuild()
     for node in step.argument_nodes:
@@ -100,14 +100,14 @@ def whole(step: ProgramGraph, graph: fx.Graph) -> Region | None:
         step: the step graph.
         graph: the same, with one extra placeholder per stored value, which the value is copied into.
     """
-    operators = [node for node in step.graph.nodes if node.op not in ("placeholder", "output")]
-    if not all(map(_can_compile_within, operators)) or not all(isinstance(node, fx.Node) for node in step.result_nodes):
+    nodes = [node for node in step.graph.nodes if node.op not in ("placeholder", "output")]
+    if not all(map(_can_compile_within, nodes)) or not all(isinstance(node, fx.Node) for node in step.result_nodes):
         return None
     stored = step.stored_nodes
     if any(expanded_dims(value_of(node)) for node in stored):
         return None  # memory that is written must have an address for each element
     values = tuple(map(value_of, (*step.argument_nodes, *stored)))
-    return Region(graph, values, str(graph), f"a step program of {len(operators)} operators")
+    return Region(graph, values, str(graph), f"a step program of {len(nodes)} operators")
 
 
 def operators(step: ProgramGraph) -> int:
@@ -194,10 +194,11 @@ def _results(group: list[fx.Node]) -> list[fx.Node]:
 def _region(group: list[fx.Node], inputs: list[fx.Node], results: list[fx.Node]) -> Region:
     rebuilt = Rebuild()
     for index, node in enumerate(inputs):
-        rebuilt[node] = rebuilt.graph.placeholder(f"input_{index}")  # no value: Inductor may compile for it instead
+        # without a fake tensor: Inductor might compile for that instead of its example inputs
+        rebuilt[node] = rebuilt.graph.placeholder(f"input_{index}")
 
     def copy(node: fx.Node) -> fx.Node:
-        """Copy a node under a name that tells only its position, and first the views that it takes."""
+        """Copy a node, after the views that it takes, under a name that depends only on its position."""
         if node not in rebuilt:
             args, kwargs = fx.map_arg((node.args, node.kwargs), copy)
             name = f"value_{len(rebuilt)}"

@@ -1,4 +1,4 @@
-"""What a lowering reports about itself."""
+"""Defines the records in which a lowering reports what it did to a plan."""
 
 from __future__ import annotations
 

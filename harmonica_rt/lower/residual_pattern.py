@@ -1,4 +1,4 @@
-"""Residual additions: what they look like in a graph.
+"""Finds residual additions in a graph.
 
 `x + gate * y` also occurs where there is no residual (rotary embeddings are sums of two products). A residual is
 recognised by where `y` comes from: a slot, an input, or another module than the one that adds.
@@ -39,7 +39,7 @@ def find_residual(node: fx.Node, slots: Set[fx.Node]) -> Residual | str | None:
     """Match `node` as a residual addition.
 
     Returns:
-        The residual; or the reason, for one that the operators do not take; or None for anything else.
+        The residual; the reason if it is one that the operators do not take; None if it is not a residual.
     """
     sums = list(matches(SUM, node))
     if not sums:
@@ -48,7 +48,7 @@ def find_residual(node: fx.Node, slots: Set[fx.Node]) -> Residual | str | None:
     found: list[Residual] = []
     reasons: set[str] = set()
     for x, added in ((bound["x"], bound["added"]) for bound in sums):
-        for y, gate in _readings(added, x):
+        for y, gate in _candidates(added, x):
             if value_of(x).shape != shape or not _comes_from_elsewhere(y, node, slots):
                 continue
             tensors = [value_of(each) for each in (node, x, y, gate) if each is not None]
@@ -61,13 +61,13 @@ def find_residual(node: fx.Node, slots: Set[fx.Node]) -> Residual | str | None:
             elif shape:
                 found.append(Residual(node, x, y, gate))
     if found:
-        # Which of several readings: a gate saves a pass, a slot is never the running sum, a sum is likely to be it.
+        # Of several candidates: a gate saves a pass, a slot is never the running sum `x`, a sum is likely to be it.
         return max(found, key=lambda r: (r.gate is not None, r.y in slots, r.x.target is aten.add.Tensor))
     return min(reasons, default=None)
 
 
-def _readings(added: fx.Node, x: fx.Node) -> Iterator[tuple[fx.Node, fx.Node | None]]:
-    """Each possible `(y, gate)` of what is added to `x`: both readings of a product used nowhere else, and no gate."""
+def _candidates(added: fx.Node, x: fx.Node) -> Iterator[tuple[fx.Node, fx.Node | None]]:
+    """Each possible `(y, gate)` of what is added to `x`: a product used nowhere else, both ways round; and no gate."""
     if not _is_own_product(x) and len(added.users) == 1:
         for bound in matches(PRODUCT, added):
             yield bound["y"], bound["gate"]

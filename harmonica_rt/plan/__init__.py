@@ -1,11 +1,11 @@
 """Plan: a captured graph and a schedule -> the whole static program of one call signature.
 
-In: `CapturedGraph`, `Schedule`. Out: a `Plan`: one step graph per pattern of (reuse, store), the table from steps to
-step graphs, and a slot for every stored value.
+In: `CapturedGraph`, `Schedule`. Out: a `Plan`: one step graph per pattern (what is reused, what is stored), the table
+from steps to step graphs, and a slot for every stored value.
 
 Hazard: a value may be overwritten before the last step that reads it. `invariants` checks every plan for this, whoever
 made the plan.
 
 Reading order: `plan` (the stage), `specialise` (a step graph per pattern), `liveness` (how long stored values live),
-`slots` (where they lie), `invariants`; `binding_time` says what each value depends on.
+`slots` (where those values lie), `invariants`; `binding_time` says what each value depends on.
 """

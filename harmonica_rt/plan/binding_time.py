@@ -1,4 +1,4 @@
-"""Binding time: what each value of a graph depends on, and so how often it has to be computed.
+"""Finds the binding time of each value of a graph: what it depends on, and so how often it has to be computed.
 
 Values that depend only on parameters, the timestep and the request can be computed before the run reaches them. A
 site's output cannot, whatever it depends on: under the schedule it may come from an earlier step.
@@ -38,7 +38,7 @@ def bindings(
         roles: the role of each leaf.
         fixed: names of the placeholders that are parameters or constants; a placeholder that is neither one of these
             nor an input counts as depending on the latents.
-        late: nodes that count as depending on the latents, whatever they depend on.
+        late: nodes that count as depending on the latents, whatever their inputs depend on.
     """
     found: dict[fx.Node, Binding] = {}
     for node in graph.nodes:

@@ -1,10 +1,10 @@
-"""The rules every plan keeps, as code. Checked on each plan built; a breach is a defect of this package.
+"""Checks the rules that every plan keeps. Each plan is checked before it runs; a breach is a defect of this package.
 
-1. The schedule and the step table agree: a step's program reuses exactly the sites the schedule reuses.
-2. Every slot read was stored by an earlier step, and no step in between computed its site.
+1. The schedule and the step table agree: a step's program reuses exactly the sites that the schedule reuses.
+2. Every slot that a step reads was stored by an earlier step, and no step in between computed its site.
 3. Nothing is stored that no later step reads.
 4. Slots of one device that are alive in the same step do not overlap; all slots lie inside their arena and are aligned.
-5. A slot has the shape, strides and dtype of the placeholder or value it is bound to.
+5. A slot has the shape, strides, dtype and device of the placeholder or value it is bound to.
 6. Step graphs hold no mutating operator and no node without users (`check_step_graph`).
 7. The arena is no smaller than the lower bound, and equal to it where all slots have one size. It is no larger than
    all slots together.
@@ -40,13 +40,19 @@ def _require(holds: bool, what: str) -> None:
 
 
 def _check_steps(plan: Plan) -> None:
-    _require(len(plan.steps) == plan.schedule.steps, "the plan has another number of steps than its schedule")
+    _require(
+        len(plan.steps) == plan.schedule.steps,
+        f"the plan has {len(plan.steps)} steps, its schedule {plan.schedule.steps}",
+    )
     for index, step in enumerate(plan.steps):
         reused = frozenset(i for i, computed in enumerate(plan.schedule.compute[index]) if not computed)
-        _require(plan.patterns[step.program].reuse == reused, f"step {index}: program and schedule disagree")
+        _require(
+            plan.patterns[step.program].reuse == reused,
+            f"step {index}: the program and the schedule reuse different sites",
+        )
         program = plan.programs[step.program]
-        _require(len(step.reads) == len(program.reads), f"step {index}: reads without slots")
-        _require(len(step.writes) == len(program.stores), f"step {index}: stores without slots")
+        _require(len(step.reads) == len(program.reads), f"step {index}: its reads and their slots differ in number")
+        _require(len(step.writes) == len(program.stores), f"step {index}: its stores and their slots differ in number")
         _check_layout(plan, index, zip(step.reads, program.read_nodes, strict=True))
         _check_layout(plan, index, zip(step.writes, program.stored_nodes, strict=True))
 
@@ -71,13 +77,15 @@ def _check_reads_and_stores(plan: Plan) -> None:
             value = plan.table.slots[slot].value
             _require(value.output == output, f"step {index} reads {output} from the slot of {value.output}")
             _require(slot in stored_in, f"step {index} reads slot {slot}, which nothing stored before")
-            _require(stored_in[slot] == source[index, output.site], f"step {index} reads a stale slot {slot}")
-            _require(index <= value.last, f"step {index} reads slot {slot} after its life")
+            due = source[index, output.site]
+            stale = f"step {index} reads slot {slot}, stored in step {stored_in[slot]} and not in step {due}"
+            _require(stored_in[slot] == due, stale)
+            _require(index <= value.last, f"step {index} reads slot {slot}, which is freed after step {value.last}")
             read.add(slot)
         for output, slot in zip(program.stores, step.writes, strict=True):
             value = plan.table.slots[slot].value
             _require(value.output == output, f"step {index} stores {output} into the slot of {value.output}")
-            _require(value.first == index, f"step {index} stores slot {slot}, whose life begins elsewhere")
+            _require(value.first == index, f"step {index} stores slot {slot}, which step {value.first} should store")
             stored_in[slot] = index
     for planned in plan.table.slots:
         _require(planned.id in stored_in, f"slot {planned.id} is never stored")
@@ -94,7 +102,7 @@ def _check_memory(plan: Plan) -> None:
             alive = [slot for slot in slots if slot.value.first <= step <= slot.value.last]
             _check_disjoint(alive, step)
         bound = plan.table.lower_bound[device]
-        _require(size >= bound, f"an arena of {size} bytes cannot hold {bound}")
+        _require(size >= bound, f"an arena of {size} bytes cannot hold the {bound} bytes alive at once")
         if len({slot.value.size for slot in slots}) == 1:
             _require(size == bound, f"slots of one size take {size} bytes where {bound} are enough")
         total = sum(slot.value.size for slot in slots)

@@ -1,8 +1,8 @@
-"""Derive from a schedule what each step reads and stores, and how long each stored value lives.
+"""Derives from a schedule what each step reads and stores, and how long each stored value lives.
 
 A value is stored only where a later step reads it. Whether a reused site is read at all depends on the graph (its
-result may feed nothing but other reused sites), and what a step reads depends on what it stores; so the two are
-narrowed down together until nothing unread is stored.
+result may feed nothing but other reused sites), and what a step reads depends on what it stores. So `analyse` finds
+what is read, drops what is stored but never read, and repeats this until there is nothing to drop.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from harmonica_rt.plan.specialise import Pattern, live_reads
 
 @dataclass(frozen=True)
 class Lifetime:
-    """One stored value: written in step `first`, read in steps after it, the last time in step `last`."""
+    """One stored value: written in step `first`, read in later steps, for the last time in step `last`."""
 
     output: SiteOutput
     first: StepIndex
@@ -57,7 +57,7 @@ def sources(compute: NDArray[np.bool_]) -> NDArray[np.int64]:
 
 
 def _stores_by_site(captured: CapturedGraph, compute: NDArray[np.bool_]) -> list[set[SiteOutput]]:
-    """For each step, all outputs of the sites that it computes and the next step reuses."""
+    """For each step, all outputs of the sites that this step computes and the next step reuses."""
     reused_next = np.vstack([~compute[1:], np.zeros((1, compute.shape[1]), bool)])
     return [
         {

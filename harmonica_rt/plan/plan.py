@@ -1,4 +1,4 @@
-"""The whole static program of one call signature: step programs, the step -> program table, slots."""
+"""Builds a `Plan`, the static program of one call signature: step graphs, the table from steps to them, slots."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Plan:
     def catch_up_graph(self, step: StepIndex) -> tuple[StepGraph, tuple[SlotId, ...]]:
         """A step graph that computes everything in `step` and fills every slot that a later step may read.
 
-        It is for a stream that missed an earlier step, so that its slots do not hold what the schedule says they hold.
+        It is for a stream that missed an earlier step, and so lacks values that the schedule expects in its slots.
         Returns the step graph and the slot for each of its stores.
         """
         alive = {slot.value.output: slot.id for slot in self.table.slots if slot.value.first <= step < slot.value.last}
@@ -99,14 +99,15 @@ def build_plan(captured: CapturedGraph, schedule: Schedule, *, offsets: Sequence
 
     Args:
         captured: the model's captured graph.
-        schedule: what to reuse when.
-        offsets: byte offsets of the slots, as an earlier plan found them; None searches for them.
+        schedule: which sites to reuse in which step.
+        offsets: byte offsets of the slots, as found for an earlier plan; None searches for them.
 
     Raises:
-        ScheduleMismatchError: the schedule's sites are not those of the captured graph.
+        ScheduleMismatchError: the schedule and the captured graph do not have the same sites in the same order.
+        InvariantError: the number of offsets is not the number of slots.
     """
     if schedule.sites != captured.sites:
-        raise ScheduleMismatchError("the schedule and the captured graph have different sites, or in another order")
+        raise ScheduleMismatchError("the schedule and the captured graph do not have the same sites in the same order")
     started = time.perf_counter()
     rows, lifetimes = analyse(captured, schedule.compute)
     distinct = list(dict.fromkeys(rows))

@@ -1,9 +1,10 @@
-"""Give every stored value a place in one arena per device, so that values alive at the same time never overlap.
+"""Gives every stored value a place in one arena per device, so that values alive at the same time never overlap.
 
-A lifetime is closed at both ends (a slot read in a step may not be overwritten in that step), so storage is an interval
-packing problem. For equal sizes, taking the lowest free place in order of birth is optimal: the arena is as large as
-the most that is ever alive. For unequal sizes the problem is NP-hard; several orders are tried and the best is kept.
-Unless this costs memory, a site returns to the place it had before if that is free, which keeps addresses stable.
+A lifetime is closed at both ends (a slot read in a step may not be overwritten in that step), so placement is an
+interval packing problem. For equal sizes, taking the lowest free place in order of birth is optimal: the arena is as
+large as the most bytes ever alive at once. For unequal sizes the problem is NP-hard; several orders are tried and the
+best is kept. Unless this costs memory, a site returns to the place it had before if that is free, which keeps addresses
+stable.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ALIGNMENT = 64  # bytes; a cache line, and more than any vector load needs
 
 @dataclass(frozen=True)
 class Value:
-    """A value to place: which output it is, the steps it is alive in (both ends included), and its layout."""
+    """A value to place: its site output, the first and last step in which it is alive, and its layout."""
 
     output: SiteOutput
     first: StepIndex
@@ -35,7 +36,7 @@ class Value:
 
     @property
     def size(self) -> int:
-        """Bytes it takes in an arena: first to last element, rounded up to the alignment."""
+        """Bytes it takes in an arena: its extent, rounded up to the alignment."""
         return -(-self.extent // ALIGNMENT) * ALIGNMENT
 
     @property
@@ -63,7 +64,7 @@ class SlotTable:
 
     @property
     def site_addresses_bytes(self) -> int:
-        """Bytes that one fixed address for each site output would take."""
+        """Bytes that an arena would take if each site output had one address for the whole run."""
         return sum({slot.value.output: slot.value.size for slot in self.slots}.values())
 
 
@@ -138,12 +139,12 @@ def _pack(values: list[Value]) -> list[int]:
 def _first_fit(values: list[Value], order: list[int], keep_home: bool) -> list[int]:
     """Place values in the given order as low as possible, or with `keep_home` where the site was before, if free."""
     offsets = [0] * len(values)
-    placed: dict[int, list[int]] = {}  # step -> values alive in it
+    alive: dict[int, list[int]] = {}  # step -> the values placed so far that are alive in it
     home: dict[SiteOutput, int] = {}
     top = 0
     for index in order:
         value = values[index]
-        neighbours = {other for step in range(value.first, value.last + 1) for other in placed.get(step, ())}
+        neighbours = {other for step in range(value.first, value.last + 1) for other in alive.get(step, ())}
         taken = sorted((offsets[other], offsets[other] + values[other].size) for other in neighbours)
         preferred = home.get(value.output) if keep_home else None
         if preferred is not None and preferred + value.size <= top and _is_free(preferred, value.size, taken):
@@ -153,7 +154,7 @@ def _first_fit(values: list[Value], order: list[int], keep_home: bool) -> list[i
         home.setdefault(value.output, offsets[index])
         top = max(top, offsets[index] + value.size)
         for step in range(value.first, value.last + 1):
-            placed.setdefault(step, []).append(index)
+            alive.setdefault(step, []).append(index)
     return offsets
 
 

@@ -1,4 +1,4 @@
-"""Specialise the captured graph for one pattern of (reuse, store).
+"""Specialises the captured graph for one pattern: which sites are reused, which outputs are stored.
 
 Requires: a functional captured graph. Ensures: every reused site is a slot read, nothing that fed only reused sites is
 left, every stored value is an extra output, and no node is shared with the captured graph (parameters are shared: both

@@ -1,4 +1,4 @@
-"""Graphs that run with a model's parameters, and the tables that say what their placeholders stand for."""
+"""Defines graphs that run with a model's parameters, with tables that say what their placeholders stand for."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ProgramGraph(TabledGraph):
     Attributes:
         reads: the site outputs that it takes from slots.
         stores: the site outputs that it returns to be stored.
-        hoisted: names of the values that are computed before the steps; only what was cut from its prologue has any.
+        hoisted: names of the values that are computed before the steps; only a graph cut from its prologue has any.
     """
 
     reads: tuple[SiteOutput, ...]

@@ -1,4 +1,4 @@
-"""The fused operators of harmonica-rt: one schema and an implementation per device for each.
+"""The fused operators of harmonica-rt; each has one schema, and one implementation per device.
 
 An op's `reference.py` is its definition (PyTorch, fp32 arithmetic for half types, one downcast). On the CPU, the C++
 extension `_C` runs instead if it was built; on CUDA, the op's Triton kernel runs instead if Triton is installed.

@@ -27,13 +27,14 @@ _SETUPTOOLS: Final = 77  # major version that the build needs, see pyproject.tom
 class BuildInfo:
     """State of the C++ extension that implements the ops on the CPU.
 
-    extension: True if it is loaded and runs the CPU ops.
-    reason: why it is not loaded; None if it is.
-    chosen: True if the build was told to leave the extension out (HARMONICA_BUILD_CSRC=0).
-    compiler: first line of the compiler's `--version`; None if nothing was built.
-    torch_built: version of torch that the extension was compiled against; None if nothing was built.
-    torch_running: version of torch in this process.
-    cpu_capability: instruction set that ATen uses here, e.g. "AVX2".
+    Attributes:
+        extension: True if it is loaded and runs the CPU ops.
+        reason: why it is not loaded; None if it is.
+        chosen: True if the user had the build leave the extension out (HARMONICA_BUILD_CSRC=0).
+        compiler: first line of the compiler's `--version`; None if nothing was built.
+        torch_built: version of torch that the extension was compiled against; None if nothing was built.
+        torch_running: version of torch in this process.
+        cpu_capability: instruction set that ATen uses here, e.g. "AVX2".
     """
 
     extension: bool
@@ -62,7 +63,7 @@ def rebuild_command(source: str | None) -> str:
         source: the folder that it was built from, as the build recorded it; it may no longer exist.
     """
     command = [sys.executable, "-m", "pip", "install", "--force-reinstall", "--no-deps", "--no-cache-dir"]
-    if _setuptools() >= _SETUPTOOLS:  # otherwise pip fetches it, and builds in isolation
+    if _setuptools() >= _SETUPTOOLS:  # otherwise pip fetches it and builds in isolation
         command.append("--no-build-isolation")
     tree = _FOLDER.parent.parent
     if _is_source(tree):
@@ -101,7 +102,7 @@ def _load() -> BuildInfo:
         reason = record.get("reason") or "the build left no reason"
         reason = reason if chosen else f"{reason}: {rebuild}"
     elif not same_abi(built, running):
-        reason = f"it was built against torch {built}, this is torch {running}: {rebuild}"
+        reason = f"it was built against torch {built}, but this is torch {running}: {rebuild}"
         _warn_unusable(reason)
     else:
         library = _FOLDER / str(record["library"])

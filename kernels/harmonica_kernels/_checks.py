@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops, and their error messages."""
+"""Checks the arguments of the ops, and raises errors with the same messages for all of them."""
 
 from __future__ import annotations
 

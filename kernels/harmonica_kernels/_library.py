@@ -58,7 +58,7 @@ def _without_extension(reference: Callable[..., Any], *arguments: Any, **options
 
 @functools.cache
 def _warn_once_without_extension() -> None:
-    """Warn, the first time that a CPU op runs as eager PyTorch, and say why; silent if the build was told so."""
+    """Warn and say why, the first time that a CPU op runs as eager PyTorch, unless the user chose such a build."""
     info = build_info()
     if not info.chosen:
         warnings.warn(

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: tensors as rows, and the launch with its block sizes.
+"""Holds what the Triton kernels share: tensors as rows, and the launch with its block sizes.
 
 One program works on one row, or on a block of its columns. The start of a row is computed once, so the same code serves
 any strides and broadcasts. Triton compiles a kernel anew for each width, dtype, number of caches, and pattern of
@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
-MAX_BLOCK: Final = 1024  # columns per program if it may split rows. Not measured yet
-MAX_WIDTH: Final = 8192  # columns per program if it may not; no known DiT has more. Not measured yet
-# Warps by columns per program; 1 if there are fewer. 8 columns per thread load 16 bytes in half types. With 16 (two
-# loads), wide rows need no stack (except 56 bytes for 16 caches of 8192 in Triton 3.6 on sm_80). Not measured yet
+MAX_BLOCK: Final = 1024  # columns per program, if a row may be split. Not yet tuned by measurement
+MAX_WIDTH: Final = 8192  # columns per program, if not; no known DiT is wider. Not yet tuned by measurement
+# Warps by columns per program; fewer columns get 1 warp. 8 columns per thread load 16 bytes in half types. With 16 (two
+# loads), wide rows need no stack (except 56 bytes for 16 caches of 8192 in Triton 3.6 on sm_80). Not yet measured
 WARPS: Final = {512: 2, 1024: 4, 2048: 8, 4096: 8, 8192: 16}
 
 
@@ -69,8 +69,8 @@ def in_memory(tensor: torch.Tensor) -> torch.Tensor:
 def takes(x: torch.Tensor, whole: bool = False) -> bool:
     """Whether the kernels support rows like those of `x`; otherwise the reference runs.
 
-    Not supported are fp64, empty tensors, rows too wide for a program that needs them `whole`, and more programs than a
-    grid can hold.
+    They do not support fp64, empty tensors, rows too wide for a program that needs them `whole`, or more programs than
+    a grid can hold.
     """
     width = _width(x)
     return x.dtype in DTYPES and x.numel() > 0 and not (whole and width > MAX_WIDTH) and _programs(x, whole) < 2**31

@@ -1,4 +1,4 @@
-"""The GPU resources that the Triton kernels need (registers, stack, shared memory), determined without a GPU.
+"""Determines the GPU resources that the Triton kernels need (registers, stack, shared memory), without a GPU.
 
 `python -m harmonica_kernels.resources` compiles them ahead of time and prints a table.
 
@@ -37,10 +37,12 @@ DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.fl
 class Variant:
     """A call of an op: `gated_residual`, `residual_reuse` or, with a norm, `residual_reuse_norm_modulate`.
 
-    width: D.
-    caches: number of caches; 0 for `gated_residual`.
-    gate: "none", "batch" [B, 1, D], or "number" [B, 1, 1]. Gates [D] and [B, N, D] run the kernel of "batch".
-    norm: "" for none, "layer", "rms", or either with "+affine" for a weight and, with LayerNorm, a bias.
+    Attributes:
+        dtype: a key of `DTYPES`.
+        width: D.
+        caches: number of caches; 0 for `gated_residual`.
+        gate: "none", "batch" [B, 1, D], or "number" [B, 1, 1]. Gates [D] and [B, N, D] run the kernel of "batch".
+        norm: "" for none, "layer", "rms", or either with "+affine" for a weight and, with LayerNorm, a bias.
     """
 
     dtype: str
@@ -50,7 +52,7 @@ class Variant:
     norm: str = ""
 
     def call(self) -> None:
-        """Call the op."""
+        """Call the Triton implementation of the op."""
         x = torch.zeros(2, 16, self.width, dtype=DTYPES[self.dtype])
         chunk = x.new_zeros(2, 6 * self.width).chunk(6, dim=1)[1].unsqueeze(1)  # as adaLN makes them
         gate = {"none": None, "batch": chunk, "number": chunk[..., :1]}[self.gate]
@@ -68,7 +70,7 @@ class Variant:
             gated_residual_triton(x, x, gate)
 
 
-# A range of cache counts in bf16, in which models run; for the other dtypes, the counts that differ most.
+# A range of cache counts for bf16, in which models run; for the other dtypes, only the counts that differ most.
 _CACHES: Final = {"bf16": (1, 2, 4, 8, 16), "fp16": (2, 16), "fp32": (1, 4, 8)}
 VARIANTS: Final = (
     *(Variant(dtype, caches=k, norm=norm) for norm in ("", "layer") for dtype in DTYPES for k in _CACHES[dtype]),

@@ -216,7 +216,7 @@ def test_a_number_that_was_read_in_recording_is_read_anew_where_it_changed() -> 
     node = next(node for node in step.graph.nodes if node.name in step.constants)
     other = next(node for node in step.graph.nodes if node.op == "call_function")
     other.meta["val"] = other.meta["val"].to("meta")  # another device
-    assert str(obstacle(step)) != f"{node.name} ({node.target}) lies on the CPU, other values do not"
+    assert str(obstacle(step)) != f"{node.name} ({node.target}) lies on the CPU, while other values do not"
 
 
 def test_weights_made_of_other_tensors_are_not_recorded() -> None:

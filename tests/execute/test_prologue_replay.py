@@ -165,7 +165,7 @@ def test_a_part_that_lies_on_the_cpu_is_not_recorded_for_another_device() -> Non
     (runtime,) = compiled.plans.values()
     part = runtime.lowered.prologue.each.part
     assert obstacle(part, torch.device("cpu")) is None
-    assert "lies on the CPU, other values do not" in str(obstacle(part, torch.device("cuda")))
+    assert "lies on the CPU, while other values do not" in str(obstacle(part, torch.device("cuda")))
 
 
 def test_a_failure_after_a_pass_that_was_batched_is_no_missing_rule(

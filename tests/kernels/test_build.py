@@ -53,7 +53,7 @@ def use_copy(folder: Path, record: dict[str, str] | None, library: bytes | None 
 
 def test_other_torch_is_said_once(tmp_path: Path) -> None:
     said = use_copy(tmp_path, {"torch": "1.0.0", "compiler": "cc", "library": "_C.so"}, b"")
-    assert "built against torch 1.0.0, this is torch" in said
+    assert "built against torch 1.0.0, but this is torch" in said
     assert said.count("RuntimeWarning: the C++ extension of harmonica_kernels is not used") == 1
 
 

@@ -14,7 +14,7 @@ from harmonica_kernels._checks import check_residual_sum
 from harmonica_kernels._triton import as_rows, launch, load, takes
 from harmonica_kernels.residual_reuse.reference import residual_reuse_reference
 
-# Caches per launch, by element size in bytes; with more, wide rows need a stack. Not measured yet
+# Caches per launch, by element size in bytes; with more, wide rows need a stack. Not yet measured
 MAX_TERMS: Final = {2: 16, 4: 8}
 
 
