@@ -1,4 +1,4 @@
-"""The progress of a training in a terminal: a bar, or lines where no bar can be drawn."""
+"""Shows the progress of a training in a terminal: a bar, or lines where no bar can be drawn."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Column
 
 from harmonica_training.progress import IterationRecord, Silent
 
-PLAIN_LINES = 20  # that a training prints where no bar can be drawn
+PLAIN_LINES = 20  # about how many lines a training prints where no bar can be drawn
 
 
 class ConsoleProgress(Silent):

@@ -1,9 +1,8 @@
 """The denoiser: a `DiTTransformer2DModel` trained to predict velocity on cached latents.
 
-Two hazards of diffusers' DiT. Every block has a class table of its own and, in training mode, drops labels by
-its own dice; so the model is trained in evaluation mode (it has no other dropout) and the labels are dropped
-here. And the tables have 1,001 rows where 11 are used: the others start at zero, get no gradient and no
-decay, and stay zero.
+Hazards: in diffusers' DiT every block has its own class table and, in training mode, drops labels independently. So the
+model is trained in evaluation mode (it has no other dropout), and labels are dropped here. The tables have 1,001 rows,
+of which 11 are used; the others start at zero, get neither gradient nor decay, and stay zero.
 """
 
 import dataclasses
@@ -28,7 +27,7 @@ from harmonica_training.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 STATE = ("model", "averages", "optimizer", "generator", "step", "losses", "seconds", "resumed")  # of a checkpoint
-LOSS_WINDOW = 100  # steps a reported loss is the mean of
+LOSS_WINDOW = 100  # steps over which a reported loss is averaged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +39,7 @@ class DenoiserTraining:
         steps: training steps done.
         losses: mean loss of each 100 steps in turn.
         seconds: wall time of all training runs that led here, seconds.
-        resumed: steps at which training went on after a break.
+        resumed: steps at which training resumed after a break.
     """
 
     model: DiTTransformer2DModel
@@ -51,7 +50,7 @@ class DenoiserTraining:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """DiT's noise schedule (Peebles and Xie, arXiv 2212.09748), linear over 1,000 steps, but for velocity.
+    """DiT's noise schedule (Peebles and Xie, arXiv 2212.09748), linear over 1,000 steps, but with velocity prediction.
 
     DiT predicts noise, whose error hardly counts at high noise, where the digit is decided: after 1,400 steps with
     min-SNR weights 12 of 40 images were recognised. With velocity (Salimans and Ho, arXiv 2202.00512) it was 40 of
@@ -112,7 +111,7 @@ def train_denoiser(config: DigitsConfig, latents: Tensor, labels: Tensor, checkp
     """Trains on cached latents, going on from `checkpoint` if it exists and writing it every few minutes.
 
     Args:
-        config: a checkpoint must come from the same one; the caller sees to it.
+        config: the caller ensures that a checkpoint comes from the same one.
         latents: [N, 4, S, S], mean 0 and deviation 1.
         labels: int64 [N], 0 to 9.
         checkpoint: file of the model, averages, optimiser, generator and step.
@@ -168,7 +167,7 @@ def train_denoiser(config: DigitsConfig, latents: Tensor, labels: Tensor, checkp
             window.clear()
             progress.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
         now = time.monotonic()
-        # only at a window's edge, so that no loss is lost from the curve
+        # only at the end of a window, so that the loss curve has no gap
         if (not window and now - saved > config.checkpoint_seconds) or last:
             state = {
                 "model": model.state_dict(),
