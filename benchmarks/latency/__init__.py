@@ -1,4 +1,4 @@
-"""Whole denoising runs side by side: harmonica-rt, the plain model, and other caches at equal work.
+"""Times whole denoising runs side by side: harmonica-rt, the plain model, and other caches at equal work.
 
 In: models, batches, schedules and providers. Out: one row per case, schedule and provider, a table and a plot. Hazard:
 a fast wrong output is worthless, so a row has figures only after the gate compared its outputs with the reference.

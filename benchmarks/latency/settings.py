@@ -1,4 +1,4 @@
-"""What to measure, and how."""
+"""The options of the latency benchmark: what to measure, and how."""
 
 from __future__ import annotations
 

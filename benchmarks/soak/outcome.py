@@ -1,4 +1,4 @@
-"""What a run gave, or the error that it raised."""
+"""The outcome of a run: what it gave, or the error that it raised."""
 
 from __future__ import annotations
 

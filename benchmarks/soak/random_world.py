@@ -1,4 +1,4 @@
-"""Random worlds and their schedules, drawn from a seed."""
+"""Draws random worlds and their schedules from a seed."""
 
 from __future__ import annotations
 
