@@ -29,7 +29,7 @@ SEEDS = 3
 
 @dataclass(frozen=True)
 class Trained:
-    """What one training took, in seconds, and the PSNR that it reached, in dB."""
+    """The duration of one training, in seconds, and the PSNR of its schedule, in dB."""
 
     seconds: float
     psnr: float

@@ -5,6 +5,6 @@ a fast wrong output is worthless, so a row has figures only after the gate compa
 
 Reading order: `cases` (models and their calls), `providers/` (one small adapter each), `gate` (outputs compared with
 the reference), `measure` and `nvml` (times, and the state of the GPU during a run), `floor` (what a step cannot go
-below), `alone` (compile time and memory, in a process of its own), `results` and `figures` (rows), `settings`, `run`
+below), `alone` (compile time and memory, in a separate process), `results` and `figures` (rows), `settings`, `run`
 (all of it), `show` (table and plot).
 """

@@ -114,7 +114,7 @@ class Floors:
 
 @dataclass(frozen=True)
 class InOwnProcess:
-    """What was measured with the provider in a process of its own; see `alone`.
+    """What was measured with the provider in its own process; see `alone`.
 
     Attributes:
         alone: why the rest is unknown, if that measurement failed.

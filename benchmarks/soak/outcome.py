@@ -13,7 +13,7 @@ from benchmarks.soak.oracle import Counts
 
 @dataclass
 class Outcome:
-    """What a run gave.
+    """What a run gave on one side.
 
     Attributes:
         latents: the latents after each step.

@@ -54,7 +54,7 @@ DAMAGE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "infinite-prices": ({"prices": torch.full((4, 4), torch.inf)}, {}, "prices holds numbers that are not finite"),
     "nan-lambda": ({"lambda": torch.full((4,), NAN)}, {}, "lambda"),
     "nan-moments": ({"moment.1": torch.full((2, 4), NAN)}, {}, "moment.1 holds numbers that are not finite"),
-    "negative-moments": ({"moment.1": torch.full((2, 4), -1.0)}, {}, "moment.1 or count.1 is no moment or count"),
+    "negative-moments": ({"moment.1": torch.full((2, 4), -1.0)}, {}, "moment.1 or count.1 is not the state"),
     "nan-count": ({"count.1": torch.tensor(NAN)}, {}, "count.1 holds numbers that are not finite"),
     "no-count": ({"count.1": None}, {}, "count.1 is missing"),
     "nan-best": ({"best.logits": torch.full((4, 4), NAN)}, {}, "best.logits holds numbers that are not finite"),

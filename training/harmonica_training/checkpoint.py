@@ -88,7 +88,11 @@ class TrainingInterrupted(KeyboardInterrupt):
     """
 
     def __init__(self, iteration: int, checkpoint: Checkpoint | None, path: Path | None) -> None:
-        kept = "its state is in `.checkpoint`" if path is None else f"to go on, call train with directory={path.parent}"
+        kept = (
+            "its state is in `.checkpoint`"
+            if path is None
+            else f"to go on, call train again with directory={path.parent}"
+        )
         super().__init__(f"interrupted after iteration {iteration}" + (f"; {kept}" if checkpoint else ""))
         self.iteration = iteration
         self.checkpoint = checkpoint
@@ -189,7 +193,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"there is no checkpoint {path}") from error
     except safetensors_file.UnreadableError as error:
         raise CheckpointError(
-            f"{path} is not a complete safetensors file ({error}); delete it, and go on from the one before it"
+            f"{path} is not a complete safetensors file ({error}); delete it, and resume from the one before"
         ) from error
     missing = [key for key in (_VERSION_KEY, _RECORD_KEY) if key not in metadata]
     if missing:

@@ -33,7 +33,7 @@ class ConsoleProgress(Silent):
         """Say where a training continues, and draw the bar if there is a terminal to draw in."""
         self.end()
         if done:
-            text = f"goes on after iteration {done} of {total}"
+            text = f"continuing after iteration {done} of {total}"
             if done >= total:
                 text = f"{done} iterations are done already, and {total} are asked for: nothing is left to learn"
             self._console.print(text, highlight=False)

@@ -46,7 +46,7 @@ class SiteCosts:
     def left(self, row: ArrayLike) -> int:
         """FLOPs of a forward that computes the sites where `row`, `bool[sites]`, is True.
 
-        The forward is taken by itself: a computed site that feeds only reused sites costs nothing here, whereas
+        The forward is counted alone: a computed site that feeds only reused sites costs nothing here, whereas
         `speedup` counts it if a later step reads its output.
 
         Raises:

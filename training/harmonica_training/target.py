@@ -33,7 +33,7 @@ TOLERANCE = 0.02  # relative difference between the target and what a schedule r
 
 
 class Target:
-    """What a schedule saves, and what it should save.
+    """Computes what a schedule saves, and finds the one that saves what the config asks for.
 
     Args:
         config: holds `target_speedup`, `target_cur`, or neither.

@@ -26,7 +26,7 @@ FAILED = -1  # reported as the iteration of a process that could not resume from
 
 
 class TrainingState:
-    """What a training has learned so far.
+    """The state of a training: what it has learned so far.
 
     Args:
         setting: the pipeline with its conditions.
@@ -145,7 +145,7 @@ class TrainingState:
                 moments = found.tensor(f"moment.{index}", torch.stack([row, row])).to(row)
                 count = found.tensor(f"count.{index}", torch.tensor(0.0))
                 if count < 1 or bool((moments[1] < 0).any()):
-                    raise CheckpointError(f"moment.{index} or count.{index} is no moment or count of an optimiser")
+                    raise CheckpointError(f"moment.{index} or count.{index} is not the state of an optimiser")
                 self.optimizer.state[row] = {
                     "step": count.clone(),
                     "exp_avg": moments[0].clone(),

@@ -11,7 +11,7 @@ class DigitsConfig:
     """Training of the classifier, the autoencoder and the denoiser; the defaults made the bundled model.
 
     Attributes:
-        seed: seeds the initial weights, the augmentation, the batches and the noise.
+        seed: seeds the initial parameters, the augmentation, the batches and the noise.
         image_size: side of the square images, pixels; a multiple of 8, at least 16.
         classifier_steps, classifier_batch, classifier_lr: AdamW steps, images per step, peak learning rate.
         autoencoder_steps, autoencoder_batch, autoencoder_lr: the same for the autoencoder.

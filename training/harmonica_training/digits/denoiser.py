@@ -32,7 +32,7 @@ LOSS_WINDOW = 100  # steps over which a reported loss is averaged
 
 @dataclasses.dataclass(frozen=True)
 class DenoiserTraining:
-    """A denoiser with averaged weights, in evaluation mode.
+    """A denoiser with averaged parameters, in evaluation mode.
 
     Attributes:
         model: the denoiser.
@@ -67,7 +67,7 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def build_denoiser(config: DigitsConfig) -> DiTTransformer2DModel:
-    """A denoiser for latents [B, 4, S, S] with the initial weights of DiT, in evaluation mode."""
+    """A denoiser for latents [B, 4, S, S] with the initial parameters of DiT, in evaluation mode."""
     model = DiTTransformer2DModel(
         num_attention_heads=config.heads,
         attention_head_dim=config.head_dim,
@@ -85,7 +85,7 @@ def build_denoiser(config: DigitsConfig) -> DiTTransformer2DModel:
 
 @torch.no_grad()
 def initialise(model: DiTTransformer2DModel) -> None:
-    """DiT's initial weights: each block the identity, the output zero, unused class rows zero. In place."""
+    """Sets DiT's initial parameters: blocks are the identity, the output and unused class rows are zero. In place."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -108,7 +108,7 @@ def initialise(model: DiTTransformer2DModel) -> None:
 
 
 def train_denoiser(config: DigitsConfig, latents: Tensor, labels: Tensor, checkpoint: Path) -> DenoiserTraining:
-    """Trains on cached latents, going on from `checkpoint` if it exists and writing it every few minutes.
+    """Trains on cached latents; resumes from `checkpoint` if it exists, and writes it every few minutes.
 
     Args:
         config: the caller ensures that a checkpoint comes from the same one.
@@ -120,8 +120,8 @@ def train_denoiser(config: DigitsConfig, latents: Tensor, labels: Tensor, checkp
         TrainingError: the checkpoint is damaged, or of another model.
 
     Returns:
-        the denoiser with averaged weights. A resumed run shuffles the latents anew, so it is not bit for bit
-        the run without the break.
+        the denoiser with averaged parameters. A resumed run shuffles the latents again, so it does not equal an
+        uninterrupted run bit for bit.
     """
     torch.manual_seed(config.seed)
     model = build_denoiser(config)
@@ -141,7 +141,7 @@ def train_denoiser(config: DigitsConfig, latents: Tensor, labels: Tensor, checkp
             resumed = [*state["resumed"], first] if first < config.denoiser_steps else list(state["resumed"])
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise TrainingError(f"{checkpoint} is of another model, or damaged: {one_line(error, 300)}") from error
-        logger.info("going on from step %d of %s", first, checkpoint.name)
+        logger.info("resuming from step %d of %s", first, checkpoint.name)
     workers = torch.get_num_threads()
     torch.set_num_threads(1)  # inside operators, until this is done: the workers are the threads
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
