@@ -1,4 +1,4 @@
-"""Benchmarks: whatever is claimed about speed, memory, quality and robustness, by `python -m benchmarks`.
+"""Measures whatever is claimed about speed, memory, quality and robustness: `python -m benchmarks`.
 
 In: the name of a benchmark and options. Out: a table of rows, and with `--save` the same rows in `results/`, each with
 the machine that it was measured on. Hazard: a fast wrong output is worthless, so outputs are compared with the

@@ -1,6 +1,6 @@
-"""What compiling costs: seconds and peak memory at DiT-XL/2 geometry, for 20 steps with 10 distinct patterns.
+"""Measures the cost of compiling: seconds and peak memory at DiT-XL/2 geometry, for 20 steps with 10 patterns.
 
-Also what the `inductor` lowering compiles, and how long a saved plan takes to load.
+Also counts what the `inductor` lowering compiles, and times the loading of a saved plan.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _load_rows(case: models.Case, row: Callable[..., Row], model: hrt.CompiledMo
         loaded = hrt.load(path, case.model, strict=True)
         seconds = time.perf_counter() - started
     if len(loaded.report().plans) != 1:
-        raise ValueError(f"one plan was saved, {len(loaded.report().plans)} came back")
+        raise ValueError(f"one plan was saved, but {len(loaded.report().plans)} were loaded")
     return [
         row("load of the saved plan", seconds, "s"),
         row("saved plan", size, "bytes"),
@@ -72,7 +72,7 @@ def _inductor_rows(case: models.Case, row: Callable[..., Row], schedule: hrt.Sch
     model(**case.calls[0])
     report = model.report().plans[0]
     if report.regions is None:
-        raise ValueError("the `inductor` lowering says nothing of its regions")
+        raise ValueError("the report of the `inductor` lowering has no regions")
     return [
         row("inductor: compile", report.times.total, "s"),
         row("inductor: of that, Inductor's", report.regions.seconds, "s"),

@@ -1,4 +1,4 @@
-"""Whole runs of the `fused` lowering compared with the uncached eager model, and what each part of it gains.
+"""Compares whole runs of the `fused` lowering with the uncached eager model, and measures what each part of it gains.
 
 The theoretical speed-up is FLOPs of the uncached model / FLOPs that the schedule leaves. What the prologue computes is
 not subtracted, so a realised / theoretical ratio above 1 is what a static plan gains beyond the schedule. Providers
@@ -55,7 +55,7 @@ def _case(case: models.Case, repeats: int, target: str) -> list[Row]:
         providers: dict[str, Callable[[], object]] = {"uncached": case.run_uncached}
         for lowering, model in compiled.items():
             providers[lowering] = functools.partial(case.run_compiled, model)
-            case.run_compiled(model)  # the run that the timesteps become known from
+            case.run_compiled(model)  # timesteps become known in this run
         seconds = interleaved(providers, repeats)
         theory = compiled["fused"].report().plans[0].theoretical_speedup
         rows.append(Row("end_to_end", case.name, name, "theoretical speed-up", theory, "ratio"))
@@ -97,7 +97,7 @@ def _check(case: models.Case, schedule: hrt.Schedule) -> None:
     """Compare the first steps with the reference; the reference one precision up makes this slow.
 
     Raises:
-        ParityError: outputs are off.
+        ParityError: outputs differ from the reference.
     """
     first = hrt.Schedule.from_array(schedule.compute[:CHECKED], sites=schedule.sites)
     hrt.verify(case.model, first, calls=case.calls[:CHECKED], lowering="fused")

@@ -1,4 +1,4 @@
-"""Host time of a step whose work is one graph: seconds from the call of the model to its return.
+"""Measures the host time of a step whose work is one graph: seconds from the call of the model to its return.
 
 On a GPU this time is hidden while the device is busy; otherwise it adds to the step. Here graphs launch nothing: a
 stand-in returns what it recorded. The model has DiT-XL/2's 28 blocks and 56 sites at a width of 16, so that copies of
@@ -29,8 +29,9 @@ from harmonica_rt.options import CompileOptions
 
 STEPS = 20
 RUNS = 50  # per repeat
-LOOK = "the look at the model alone"
-TARGETS = {LOOK: "<= 3e-4"}
+CHECK = "check for changes of the model alone"
+CHANGED = "the same check after a change, the model walked again"
+TARGETS = {CHECK: "<= 3e-4"}
 
 
 class IdleGraph:
@@ -85,7 +86,7 @@ def run(*, repeats: int, quick: bool) -> list[Row]:
         return [_seconds(lambda call=call: _least(latents, call, graph)) for call in calls]  # type: ignore[misc]
 
     with torch.no_grad():
-        for _ in range(4):  # forecasts are made and graphs recorded
+        for _ in range(4):  # timesteps are forecast and graphs recorded
             ours()
         found: dict[str, list[float]] = {"compiled model": [], "copies and replay alone": []}
         for _ in range(repeats):
@@ -95,7 +96,7 @@ def run(*, repeats: int, quick: bool) -> list[Row]:
         found |= _looks(model, repeats=repeats, looks=runs * STEPS)
     case = f"DiT, {layers} blocks of width 16, batch 2"
     return [
-        spread_row("host_path", case, "10 patterns", f"host, a step: {name}", samples, "s", TARGETS.get(name))
+        spread_row("host_path", case, "10 patterns", f"host, per step: {name}", samples, "s", TARGETS.get(name))
         for name, samples in found.items()
     ]
 
@@ -104,11 +105,11 @@ def _looks(model: nn.Module, *, repeats: int, looks: int) -> dict[str, list[floa
     """Seconds of a check of a model that did not change, and of walking it again after a change."""
     watch = ModelWatch(model)
     watch.look()
-    found: dict[str, list[float]] = {LOOK: [], "a change seen, the model read anew": []}
+    found: dict[str, list[float]] = {CHECK: [], CHANGED: []}
     for _ in range(repeats):
-        found[LOOK].append(_seconds(lambda: [watch.look() for _ in range(looks)]) / looks)
-        model.scale_of_the_benchmark = len(found[LOOK])  # type: ignore[assignment]
-        found["a change seen, the model read anew"].append(_seconds(watch.look))
+        found[CHECK].append(_seconds(lambda: [watch.look() for _ in range(looks)]) / looks)
+        model.scale_of_the_benchmark = len(found[CHECK])  # type: ignore[assignment]
+        found[CHANGED].append(_seconds(watch.look))
     del model.scale_of_the_benchmark
     return found
 

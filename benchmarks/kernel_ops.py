@@ -1,4 +1,4 @@
-"""The residual_reuse ops to measure: their arguments, what they are compared with, and the traffic of each."""
+"""The residual_reuse ops to measure, with their arguments, baselines and memory traffic."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Op:
         name: name of the op.
         run: the op.
         reference: its definition, which Inductor compiles.
-        eager: what a model computes in its place.
+        eager: the eager operators that a model runs in its place.
         tensors: number of tensors of the size of `x` that the op must move, given the number of caches.
         passes: number of such tensors that eager PyTorch moves.
         targets: wanted share of copy bandwidth, by device.

@@ -1,4 +1,4 @@
-"""The residual_reuse ops: share of copy bandwidth, and speed against eager and compiled PyTorch.
+"""Measures the residual_reuse ops: share of copy bandwidth, and speed against eager and compiled PyTorch.
 
 Consecutive calls use different tensors, so that none is in the cache. On a GPU the calls of a round are one CUDA graph,
 so that no launch is measured. On the CPU the memory pages that a process gets change a ratio by a tenth and more, so
@@ -33,7 +33,7 @@ SHAPES = {
     ("cuda", torch.bfloat16): [(16, 1024, 1152), (8, 4096, 3072)],
 }
 PROCESSES = 5  # on the CPU
-COLD_BYTES = 128 << 20  # of arguments used in turn: more than last-level caches hold
+COLD_BYTES = 128 << 20  # size of the arguments used in turn: more than last-level caches hold
 
 
 Seconds = dict[str, list[float]]
@@ -41,7 +41,7 @@ Seconds = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured at once.
+    """One op on tensors of one shape and dtype.
 
     Attributes:
         op: index of the op in `OPS`.
@@ -134,7 +134,7 @@ def _in_turn(calls: dict[str, list[Callable[[], object]]], repeats: int) -> Seco
 
 def _graphed(calls: dict[str, list[Callable[[], object]]], repeats: int) -> Seconds:
     """The same on a GPU: all calls of a provider are recorded as one graph; its seconds are divided by their number."""
-    graphs, kept = {}, []  # results are kept until all is recorded, else each call would write where the last one did
+    graphs, kept = {}, []  # results are kept until all is recorded, otherwise each call would overwrite the last result
     for name, each in calls.items():
         for call in each:
             call()  # compiles, and fills the allocator's cache

@@ -32,8 +32,8 @@ class Row:
         metric: what was measured.
         value: the figure; the median if it was measured more than once.
         unit: `s`, `ratio`, `bytes`, `count` or `dB`.
-        p20: 20th percentile over the repeats; None if there is one.
-        p80: 80th percentile over the repeats; None if there is one.
+        p20: 20th percentile over the repeats; None if it was measured once.
+        p80: 80th percentile over the repeats; None if it was measured once.
         repeats: how often it was measured.
         target: what the project asks of this figure; None if nothing.
     """
@@ -102,7 +102,7 @@ def merge(path: Path, new: Sequence[Mapping[str, Any]], key: Sequence[str]) -> N
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file, with the index of each one's machine; none if there is no file."""
+    """The rows of a file, each with the index of its machine; empty if there is no file."""
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
     return rows
 

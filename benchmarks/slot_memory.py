@@ -1,4 +1,4 @@
-"""Planned slot memory compared with a lower bound for any plan, for models whose sites have one size or several."""
+"""Compares planned slot memory with a lower bound for any plan, for models whose sites have one size or several."""
 
 from __future__ import annotations
 

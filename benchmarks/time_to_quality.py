@@ -1,8 +1,8 @@
-"""How long training takes to reach the final quality of Learning-to-Cache, at equal speed-up on the bundled model.
+"""Measures how long training takes to reach the final quality of Learning-to-Cache at equal speed-up.
 
-Each method is trained from the start with growing budgets, once per seed: Learning-to-Cache with all of them, ours
-until one is good enough. The methods take turns, so that a drift of the machine affects both. The quality of a schedule
-is the PSNR between its images and the uncached images of the same noise.
+Each method is trained on the bundled model from the start with growing budgets, once per seed: Learning-to-Cache with
+all of them, ours until one is good enough. The methods take turns, so that a drift of the machine affects both. The
+quality of a schedule is the PSNR between its images and the uncached images of the same noise.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from harmonica_training.digits import load_pipeline
 
 POINT = Point(20, 1.5)
 THEIRS = "l2c"
-OURS = ("harmonica", "harmonica-rt")  # the paper's method, and what `train` does unless told otherwise
+OURS = ("harmonica", "harmonica-rt")  # the paper's method, and the default of `train`
 SHARES = (0.125, 0.25, 0.5, 1.0)  # of the iterations in the quality benchmark's budget
 SEEDS = 3
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What one training took, in seconds, and the PSNR that it reached, in dB."""
+    """The duration of one training, in seconds, and the PSNR of its schedule, in dB."""
 
     seconds: float
     psnr: float

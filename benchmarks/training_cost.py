@@ -1,8 +1,9 @@
-"""What training costs: time and memory of an iteration, compared with the work that the released trainer does.
+"""Measures time and memory of a training iteration, compared with the work that the released trainer does.
 
 `ours` is the same training at less cost. `ours, by default` is what `train` does by default: it renews lambda far more
 often and measures schedules on separate samples, so that its iterations cost more and fewer are needed. What each of
-them does is in `training_work`. Optimisers are left out: a step of AdamW takes 2 ms, a walk many seconds.
+them does is in `training_work`. A *walk* is an iteration without lambda: one run with a gradient per step. Optimisers
+are left out: a step of AdamW takes 2 ms, a walk many seconds.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def _dit_xl_rows() -> list[Row]:
     with PeakMemory() as peak:
         case = dit_xl_2(3)
         seconds = interleaved({"ours": lambda: iteration(case)}, 1)["ours"]
-    steps, peak_metric = case.loop.steps - 1, "peak of the process, weights and all"
+    steps, peak_metric = case.loop.steps - 1, "peak of the process, parameters included"
     return [
         _row(case, "ours", "step of SDT", [seconds[0] / steps], "s"),
         Row("training_cost", case.name, "ours", peak_metric, peak.peak, "bytes", target=f"at most {12 * GIB}"),

@@ -1,4 +1,4 @@
-"""One training iteration, ours and with the work of the released trainer, on the same pipeline and batch.
+"""Runs one training iteration, ours or with the work of the released trainer, on the same pipeline and batch.
 
 The released trainer (ModelTC/HarmoniCa) differs in three ways: the model's parameters are not frozen, so that their
 gradients are computed and discarded; the teacher runs with gradients enabled, and the loss is differentiated through it
@@ -38,7 +38,7 @@ class Case:
     Attributes:
         name: model, steps and batch.
         loop: runs the pipeline's steps.
-        cached: the denoiser with its sites' outputs cached.
+        cached: runs its denoiser with caching.
         inputs: arguments of the pipeline's call.
         samples: number of samples in the batch.
     """

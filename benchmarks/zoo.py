@@ -1,4 +1,4 @@
-"""Seconds to compile every transformer class of diffusers with `fused` at its published geometry, without parameters.
+"""Times the compile of every transformer class of diffusers with `fused` at its published geometry.
 
 Models and calls are on the meta device, since compiling uses no values. A class that reads values of its call (lengths
 in masks) or has flex attention cannot be traced there: it is compiled on the CPU, with parameters that are one number

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> None:
         "--format", action="append", choices=sorted(FORMATS), help="format to fuzz; may be repeated (default: all)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: 0)")
-    parser.add_argument("--file", type=int, metavar="N", help="only file N, to reproduce a finding")
+    parser.add_argument("--file", type=int, metavar="N", help="read only file N, to reproduce a finding")
     parser.add_argument(
         "--found", type=Path, default=Path("fuzz-found"), help="folder for the files of findings (default: fuzz-found)"
     )

@@ -1,4 +1,4 @@
-"""Damages JSON documents by their structure: values change in meaning, type or size, fields are lost or doubled.
+"""Damages JSON documents according to their structure: changes values, types and sizes, removes and doubles fields.
 
 A JSON format needs only `damaged_json`; `changed` returns another document, for formats that contain one.
 """

@@ -1,7 +1,7 @@
 """Plan files, read by `harmonica_rt.load`; a plan that was read must run.
 
 Most of the damage here knows the format: the JSON is valid and the digest matches, so that the checks behind both are
-reached. A loaded plan is run for a whole schedule; it may make a wrong image, but do no other harm.
+reached. A loaded plan is run for a whole schedule; it may make a wrong image, but must do no other harm.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def check(result: object, path: Path) -> None:
     assert isinstance(result, hrt.CompiledModel)
     before = [tensor.clone() for tensor in _model().state_dict().values()]
     for batch in (2, 1):
-        with suppress(HarmonicaError):  # documented: no run may be able to follow the changed schedule
+        with suppress(HarmonicaError):  # documented: perhaps no run can follow the changed schedule
             result.reset()
             for step in range(result.schedule.steps):
                 output = result(**_call(step, batch))

@@ -1,7 +1,7 @@
 """Router checkpoints, read by `Schedule.from_router`.
 
-They are damaged on three levels: tensors that are not rows of logits, changed numbers and names in the pickle, and a
-changed archive around it.
+They are damaged on three levels: tensors that are not rows of logits, changed numbers and names in the pickle, and
+changes of the archive around it.
 """
 
 from __future__ import annotations

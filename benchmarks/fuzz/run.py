@@ -1,6 +1,6 @@
 """Reads files of a format, one after the other, and counts the results.
 
-File number `n` depends only on the format, the seed and `n`, which therefore reproduce a finding.
+File `n` depends only on the format, the seed and `n`, so these three reproduce a finding.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One provider in a process of its own: seconds to compile, cold and warm, and peak GPU memory.
+"""Measures one provider in its own process: seconds to compile, cold and warm, and peak GPU memory.
 
 `python -m benchmarks.latency.alone JSON` prints a line of JSON. The compile time is preparation and first run, less the
 median of later runs. Cold means that the caches of Inductor and Triton on disk are empty; warm is the same again in a
@@ -55,7 +55,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Alone:
-    """What it took.
+    """The cost of a provider in its own process.
 
     Attributes:
         compile_seconds: preparation and first run, less the median of later runs.
@@ -105,7 +105,7 @@ def _apart(spec: Spec, places: dict[str, str]) -> Alone:
     command = [sys.executable, "-m", "benchmarks.latency.alone", json.dumps(dataclasses.asdict(spec))]
     result = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True, check=False)
     if result.returncode:
-        raise RuntimeError(f"{spec.provider} in a process of its own: {result.stderr.strip()[-500:]}")
+        raise RuntimeError(f"{spec.provider} failed in its own process: {result.stderr.strip()[-500:]}")
     return Alone(**json.loads(result.stdout.splitlines()[-1]))
 
 

@@ -84,7 +84,7 @@ class Case:
 
     @contextmanager
     def in_precision(self, dtype: torch.dtype) -> Iterator[None]:
-        """Within this block the parameters themselves are in a higher precision, so that there is no second copy."""
+        """A context in which the parameters themselves are in a higher precision, which needs no second copy."""
         tensors = [t for t in (*self.model.parameters(), *self.model.buffers()) if t.is_floating_point()]
         before = [tensor.dtype for tensor in tensors]
         try:

@@ -1,4 +1,4 @@
-"""The figures of a row, from the samples of its provider and of those that it is compared with."""
+"""Computes the figures of a row from the samples of its provider and of those that it is compared with."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def with_figures(
         row: with gate, difference and theory.
         computes: for each step, True if the provider computes everything.
         images: images per run.
-        samples: samples of all providers of the task; those of `eager` are from the runs in turn with this one.
+        samples: samples of all providers of the task; those of `eager` were taken in turn with this provider's, the
+            others at other times.
         name: name of the provider in `samples`.
         peers: names of the peers.
         no_sensor: why nothing is known about the GPU; used if there are no samples of its state.

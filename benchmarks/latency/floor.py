@@ -1,4 +1,4 @@
-"""The floor of a step: a time that it cannot go below, made of its products and of the other bytes that it must move.
+"""Measures the floor of a step: a lower bound of its time, from its products and the other bytes that it must move.
 
 Products are the matmuls, convolutions and attentions that remain in a step after everything that does not depend on the
 latents is hoisted. Each distinct one is timed alone, repeatedly, as the library computes it. The other bytes are the

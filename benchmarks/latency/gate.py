@@ -48,7 +48,7 @@ class Truth:
             "bits equal" or "within tolerance".
 
         Raises:
-            GateError: a step is off; the message says which one, and by how much.
+            GateError: a step differs too much; the message says which one, and by how much.
         """
         allowance = Allowance()
         for expected, higher in zip(self.expected, self.higher, strict=True):
@@ -82,7 +82,7 @@ def gate(role: Role, truth: Truth, outputs: list[Tensor], device: torch.device) 
         the result in words, as rows have it.
 
     Raises:
-        GateError: an output is not finite, or is off.
+        GateError: an output is not finite, or differs too much.
     """
     for step, output in enumerate(outputs):
         if not bool(output.isfinite().all()):

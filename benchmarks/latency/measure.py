@@ -1,4 +1,4 @@
-"""Timing: whole runs in turn, single steps, and how long the host is busy with a step."""
+"""Times whole runs in turn, single steps, and how long the host is busy with a step."""
 
 from __future__ import annotations
 

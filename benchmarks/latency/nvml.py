@@ -1,4 +1,4 @@
-"""State of the GPU before and after a run, from NVML: clocks, temperature, throttle reasons, energy."""
+"""Reads the state of the GPU before and after a run from NVML: clocks, temperature, throttle reasons, energy."""
 
 from __future__ import annotations
 

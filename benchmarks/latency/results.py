@@ -1,4 +1,4 @@
-"""Rows: one for each case, schedule and provider, with all that was measured, or the reason why nothing was.
+"""The rows of the latency benchmark: all that was measured per case, schedule and provider, or why nothing was.
 
 In memory a row is a record of records; on disk it is flat, and a field that is None is left out.
 """
@@ -43,7 +43,7 @@ class Work:
     """What the provider computed, and how that compares.
 
     Attributes:
-        gate: result of the comparison with the reference, or that none is demanded.
+        gate: result of the comparison with the reference, or a note that none is required.
         difference: RMS of the difference from the uncached run's outputs / RMS of those outputs.
         computes: one digit per step, 1 for a step that computes everything.
         theory: theoretical speed-up, FLOPs of an uncached run / FLOPs of this one.
@@ -114,7 +114,7 @@ class Floors:
 
 @dataclass(frozen=True)
 class InOwnProcess:
-    """What was measured with the provider in a process of its own; see `alone`.
+    """What was measured with the provider in its own process; see `alone`.
 
     Attributes:
         alone: why the rest is unknown, if that measurement failed.

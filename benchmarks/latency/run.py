@@ -1,4 +1,4 @@
-"""Measure the chosen providers on the chosen cases: gate, runs in turn, steps, floors, and each in its own process."""
+"""Measures the chosen providers on the chosen cases: gate, runs in turn, steps, floors, each in its own process."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _checked(row: LatencyRow, provider: Provider, runner: Runner, truth: Truth, 
     """The row with gate, difference and theory. Outputs are checked in the first run, and again after the warm-ups.
 
     Raises:
-        GateError: its outputs are off.
+        GateError: its outputs differ too much.
     """
     device = runner.task.case.device
     gate(provider.role, truth, outputs_of(runner), device)

@@ -1,4 +1,4 @@
-"""What to measure, and how."""
+"""The options of the latency benchmark: what to measure, and how."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Settings:
         repeats: timed runs of each provider.
         device: device of model and calls.
         dtype: dtype of the parameters and of floating-point arguments.
-        alone: also measure compile time and memory, with each provider in a process of its own.
+        alone: also measure compile time and memory, with each provider in its own process.
         floor: also time the products of each step alone.
     """
 

@@ -1,4 +1,4 @@
-"""How rows are shown: a Markdown table, and a plot of realised and theoretical speed-up."""
+"""Shows rows as a Markdown table and as a plot of realised and theoretical speed-up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cells of the comparison, and the work on them, which can be resumed: each row is saved when it is done."""
+"""Lists the cells of the comparison and computes them; each row is saved when it is done, so a run can be resumed."""
 
 from __future__ import annotations
 

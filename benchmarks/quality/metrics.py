@@ -1,4 +1,4 @@
-"""How good images are, compared with the uncached images of the same noise and with real digits."""
+"""Compares images with the uncached images of the same noise and with real digits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How rows are shown: a table, and a plot of quality against cost."""
+"""Shows rows as a table and as a plot of quality against cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The methods: each makes a schedule whose speed-up is as close to a point's as it can."""
+"""The methods that are compared: each makes a schedule whose speed-up is as close to a point's as possible."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Budget:
     """What a method may spend on a schedule.
 
     Attributes:
-        iterations: training iterations, each of which walks over all steps.
+        iterations: training iterations, each with a walk: a run with a gradient per step.
         settling: iterations if training also measures schedules; fewer, for about the same work.
         batch: samples per walk.
         learning_rate: learning rate of the routers.

@@ -1,4 +1,4 @@
-"""What a change of a model is, and the ways to make one. Each change can be undone.
+"""Defines what a change of a model is, and the ways to make one. Each change can be undone.
 
 A change has values 0, 1, 2, ...; 0 is the state that the model was built in. Setting a value is idempotent. Setting an
 earlier value again brings back the same objects as before, so that the model is in the same state again.

@@ -1,4 +1,4 @@
-"""All changes that the soak makes to a model: each alters what its forward computes, and can be undone."""
+"""All changes that the soak makes to a model. Each alters what the forward computes, and can be undone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compiled side: it is judged by the plain one."""
+"""The compiled side of a world: runs the compiled pipeline, which is compared with the plain side."""
 
 from __future__ import annotations
 

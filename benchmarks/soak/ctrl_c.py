@@ -1,4 +1,4 @@
-"""Ctrl-C at a chosen line of the package."""
+"""Raises KeyboardInterrupt at a chosen line of the package, as Ctrl-C would."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import harmonica_rt as hrt
 
 @contextmanager
 def ctrl_c_after(count: int) -> Iterator[None]:
-    """Within this block raise KeyboardInterrupt at the `count`-th line of the package in this thread; 0 for never."""
+    """Within this block, raise KeyboardInterrupt at the `count`-th line of the package in this thread; 0 for never."""
     if count == 0:
         yield
         return

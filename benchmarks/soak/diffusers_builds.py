@@ -1,4 +1,4 @@
-"""How tiny pipelines of diffusers are built from a world's seed, variant and sampler; the variant is ignored."""
+"""Builds tiny pipelines of diffusers from a world's seed, variant and sampler; the variant is ignored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How tiny pipelines of diffusers are run for a request, and how their denoisers are called outside a run."""
+"""Runs tiny pipelines of diffusers for a request, and gives arguments to call their denoisers outside a run."""
 
 from __future__ import annotations
 
@@ -152,10 +152,8 @@ def from_image(request: Request, inference_steps: int) -> dict[str, Any]:
     """Arguments for an image-to-image pipeline: a random image, and the strength that leaves the request's steps."""
     generator = torch.Generator().manual_seed(request.seed + 1)
     image = torch.rand(1, 3, (8, 16)[request.size], 8, generator=generator)
-    return {
-        "image": image,
-        "strength": (inference_steps - request.first) / inference_steps - 1e-3,
-    }  # rounded up to the steps that are left
+    # slightly less than the share, because the number of skipped steps is rounded down
+    return {"image": image, "strength": (inference_steps - request.first) / inference_steps - 1e-3}
 
 
 def denoiser_arguments(name: str, pipeline: Any, seed: int) -> dict[str, Any]:

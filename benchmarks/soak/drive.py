@@ -1,4 +1,4 @@
-"""Many worlds, one after the other; runs are counted by kind of world, and faults by what is wrong."""
+"""Runs many worlds, and counts runs by kind of world and faults by what is wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run gave, or the error that it raised."""
+"""The outcome of a run: what it gave, or the error that it raised."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.soak.oracle import Counts
 
 @dataclass
 class Outcome:
-    """What a run gave.
+    """What a run gave on one side.
 
     Attributes:
         latents: the latents after each step.

@@ -1,4 +1,4 @@
-"""Both sides of a world, and what is wrong with the compiled one."""
+"""Runs both sides of a world, and says what is wrong with the compiled one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plain side: it gives what is right."""
+"""The plain side of a world: runs the plain pipeline through the oracle, which gives the right result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random worlds and their schedules, drawn from a seed."""
+"""Draws random worlds and their schedules from a seed."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _random_events(
     elif kind == "prompt":
         pool = draw.sample(range(PROMPTS), 2)
         events += [Event(after, kind, value=draw.choice(pool)) for after in times]
-    elif kind == "prompt in place":  # always new values: old ones that came back could not be told from them
+    elif kind == "prompt in place":  # new values only: the package notices any write, the oracle only other values
         events += [Event(after, kind, value=value) for value, after in enumerate(times[: PROMPTS - 1], start=1)]
     else:
         events.append(Event(times[0], kind))

@@ -1,4 +1,4 @@
-"""One side of a world: a pipeline that is brought into a run's state and sampled; events happen between its steps."""
+"""One side of a world: puts a pipeline into a run's state and samples it; events happen between its steps."""
 
 from __future__ import annotations
 

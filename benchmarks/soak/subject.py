@@ -50,7 +50,7 @@ class Subject:
         guidance: True if it has guidance.
         events: kinds of events that it supports besides changes.
         late: samplers with which a run may start at a later step.
-        before: what may happen right before a run, and how probable it is.
+        before: what may happen right before a run, and its probability.
     """
 
     build: Callable[[int, int, str], Any]

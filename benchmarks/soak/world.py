@@ -70,7 +70,7 @@ class World:
     """A pipeline that is compiled once, and its runs in order.
 
     Attributes:
-        seed: seed of its weights and its schedule.
+        seed: seed of its parameters and its schedule.
         subject: name of the pipeline in `SUBJECTS`.
         interface: how it is compiled: "compile" (the pipeline), "model" (the denoiser alone), "reference" or
             "torch.compile".

@@ -527,5 +527,5 @@ def test_alone_says_what_it_found_in_one_line(
 def test_a_process_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     failed = SimpleNamespace(returncode=1, stdout="", stderr="long trace\nOutOfMemoryError: too much\n")
     monkeypatch.setattr("subprocess.run", lambda *_, **__: failed)
-    with pytest.raises(RuntimeError, match=r"(?s)fused in a process of its own: .*OutOfMemoryError: too much"):
+    with pytest.raises(RuntimeError, match=r"(?s)fused failed in its own process: .*OutOfMemoryError: too much"):
         alone.measure_apart(alone.Spec("tiny", 1, 2, "every(2)", "fused", "cpu", "float32", (1, 1), (True, False)))

@@ -94,6 +94,6 @@ def test_slot_memory_of_a_small_model() -> None:
 
 def test_host_path_has_both_figures() -> None:
     found = host_path.run(repeats=1, quick=True)
-    metrics = [row.metric.removeprefix("host, a step: ") for row in found]
-    assert metrics[:3] == ["compiled model", "copies and replay alone", "the look at the model alone"]
+    metrics = [row.metric.removeprefix("host, per step: ") for row in found]
+    assert metrics[:3] == ["compiled model", "copies and replay alone", "check for changes of the model alone"]
     assert all(row.value > 0 for row in found)

@@ -88,7 +88,7 @@ def test_the_printed_command_ends_where_an_uninterrupted_training_does(
     assert words[:4] == [*PROGRAM, "train"]
     done = run(*words[len(PROGRAM) :])
     assert done.exit_code == 0, done.output
-    assert f"goes on after iteration {kept.iteration} of 12\n" in done.output
+    assert f"continuing after iteration {kept.iteration} of 12\n" in done.output
     assert run("train", trainable, tmp_path / "whole.json", *MANY).exit_code == 0
     assert Schedule.load(out) == Schedule.load(tmp_path / "whole.json")
 
@@ -222,7 +222,9 @@ def test_an_interrupted_call_of_train_has_its_state(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
 
     chosen = config(steps=5, iterations=6, renew_every=2)
-    with pytest.raises(TrainingInterrupted, match="interrupted after iteration 4; call train again with directory="):
+    with pytest.raises(
+        TrainingInterrupted, match="interrupted after iteration 4; to go on, call train again with directory="
+    ):
         train(dit(layers=3), chosen, directory=tmp_path / "kept", progress=Interrupting())
     with pytest.raises(TrainingInterrupted, match=r"its state is in `.checkpoint`") as caught:
         train(dit(layers=3), chosen, progress=Interrupting())

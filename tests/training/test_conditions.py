@@ -158,9 +158,9 @@ def test_embeddings_must_be_of_one_length() -> None:
         {"prompt_embeds": torch.ones(0, 4)},
         {"prompt_embeds": torch.ones(3, 4), "pooled_prompt_embeds": torch.ones(2, 4)},
     ):
-        with pytest.raises(TrainingError, match="of one N"):
+        with pytest.raises(TrainingError, match="with the same N"):
             Embeddings(tensors)
-    with pytest.raises(IndexError, match="0 to 2; chosen were \\[3, -1\\]"):
+    with pytest.raises(IndexError, match="0 to 2; got \\[3, -1\\]"):
         Embeddings({"prompt_embeds": torch.ones(3, 4)}).arguments([0, 3, -1])
 
 
@@ -210,11 +210,11 @@ class NeedsMore(Standin):
 @pytest.mark.parametrize(
     ("pipeline", "guidance", "message"),
     [
-        (Uneven, False, r"shapes \[\(5, 4\), \(9, 4\)\] a prompt; encode with a fixed length, or all in one batch"),
+        (Uneven, False, r"shapes \[\(5, 4\), \(9, 4\)\] per prompt; encode with a fixed length, or all in one batch"),
         (Uneven, True, "takes a negative prompt in words only"),
         (Transposed, False, r"encodes 1 prompts to prompt_embeds of shape \[5, 1, 4\]"),
-        (ForgetsTheMask, False, "does not take mask in its call, nor makes it anew"),
-        (Unnamed, False, "does not return the same names"),
+        (ForgetsTheMask, False, "neither takes mask in its call nor recreates it"),
+        (Unnamed, False, "return statements name different values"),
         (Compiled, False, "source cannot be read"),
         (NeedsMore, False, "also needs image"),
         (tiny.dit, False, "has no encode_prompt"),

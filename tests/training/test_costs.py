@@ -226,7 +226,7 @@ def test_sites_that_cannot_be_counted_are_told() -> None:
     model = LeavesOut("used", "left_out")
     with pytest.raises(SiteError, match=r"LeavesOut has no module blocks\.7\.attn"):
         costs_of(model, "used", "blocks.7.attn")
-    with pytest.raises(SiteError, match=r"1 of 2 sites give no tensor .* the first is left_out"):
+    with pytest.raises(SiteError, match=r"1 of 2 sites give no tensor .* \(the first is left_out\)"):
         costs_of(model, "used", "left_out")
     with pytest.raises(ValueError, match="call returned no tensor that it computed"):
         count_costs(model, ["used"], lambda: [model(torch.randn(3, 4)), None][1])
@@ -235,9 +235,9 @@ def test_sites_that_cannot_be_counted_are_told() -> None:
 
 def test_masks_that_do_not_fit_are_told() -> None:
     costs = costs_of(Chain("first", "second"), "first", "second")
-    with pytest.raises(ScheduleMismatchError, match=r"\[steps, 2\] was expected, this one is \[4, 3\]"):
+    with pytest.raises(ScheduleMismatchError, match=r"expected a mask of shape \[steps, 2\], got \[4, 3\]"):
         costs.speedup(np.ones((4, 3), bool))
-    with pytest.raises(ScheduleMismatchError, match=r"\[2\] was expected, this one is \[1, 2\]"):
+    with pytest.raises(ScheduleMismatchError, match=r"expected a mask of shape \[2\], got \[1, 2\]"):
         costs.left(np.ones((1, 2), bool))
     with pytest.raises(TypeError, match="float64"):
         costs.speedup(np.ones((4, 2)))

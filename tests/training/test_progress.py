@@ -46,7 +46,7 @@ def test_plain_lines_are_few_and_end_with_the_last_iteration(total: int, done: i
     run(ConsoleProgress(Console(file=out, width=40)), total, done)
     printed = out.getvalue().splitlines()
     if done:
-        assert printed.pop(0) == f"goes on after iteration {done} of {total}"
+        assert printed.pop(0) == f"continuing after iteration {done} of {total}"
     assert len(printed) == lines <= PLAIN_LINES
     assert printed[-1].startswith(f"iteration {total}/{total}  0:00:00 left  loss ")
     assert printed[-1].endswith("CUR 25.0%  speed-up 1.50x  beta 0.001")
@@ -78,7 +78,7 @@ def test_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = out.getvalue()
     assert "30/30" in shown
     assert "speed-up 1.50x" in shown
-    assert shown.count("iteration") == shown.count("goes on after iteration 10 of 30") == 1
+    assert shown.count("iteration") == shown.count("continuing after iteration 10 of 30") == 1
 
 
 def test_tensorboard_reads_back_what_was_logged(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ DAMAGE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "infinite-prices": ({"prices": torch.full((4, 4), torch.inf)}, {}, "prices holds numbers that are not finite"),
     "nan-lambda": ({"lambda": torch.full((4,), NAN)}, {}, "lambda"),
     "nan-moments": ({"moment.1": torch.full((2, 4), NAN)}, {}, "moment.1 holds numbers that are not finite"),
-    "negative-moments": ({"moment.1": torch.full((2, 4), -1.0)}, {}, "moment.1 or count.1 is no moment or count"),
+    "negative-moments": ({"moment.1": torch.full((2, 4), -1.0)}, {}, "moment.1 or count.1 is not the state"),
     "nan-count": ({"count.1": torch.tensor(NAN)}, {}, "count.1 holds numbers that are not finite"),
     "no-count": ({"count.1": None}, {}, "count.1 is missing"),
     "nan-best": ({"best.logits": torch.full((4, 4), NAN)}, {}, "best.logits holds numbers that are not finite"),
@@ -96,7 +96,7 @@ def test_processes_that_start_from_different_states_all_stop(monkeypatch: pytest
         return [*gather(numbers, device), [numbers[0], numbers[1] ^ 1], [-1, 0]]
 
     monkeypatch.setattr(distributed, "gather", another)
-    with pytest.raises(TrainingError, match=r"process 0 at iteration 0 .*process 1 at .*process 2 cannot go on"):
+    with pytest.raises(TrainingError, match=r"process 0 at iteration 0 .*process 1 at .*process 2 cannot resume"):
         train(pipeline(), CONFIG)
 
 
@@ -131,7 +131,7 @@ def test_two_processes_with_different_checkpoints_both_stop(begun: bytes, tmp_pa
         for rank in (0, 1)
     ]
     said = [process.communicate(timeout=300)[0] for process in running]
-    assert all("the processes do not begin alike: process 0 at iteration 2" in text for text in said), said
+    assert all("the processes do not start alike: process 0 at iteration 2" in text for text in said), said
     assert all("process 1 at iteration 0" in text for text in said)
 
 

@@ -162,7 +162,7 @@ def test_divergence_ends_the_training() -> None:
             losses = super().losses(*args)
             return replace(losses, mse=11 * losses.power)
 
-    with pytest.raises(DivergenceError, match="iteration 0: under cache the prediction is off by 11 times"):
+    with pytest.raises(DivergenceError, match="iteration 0: the squared error under cache is 11 times"):
         train(dit(), config(image_error=None), objective=FarOff)
 
 

@@ -1,7 +1,8 @@
 """Learns cache schedules for Diffusion Transformers: `train` a pipeline by a `TrainConfig`, and save the schedule.
 
 In: a diffusers pipeline, a `TrainConfig`, and conditions (class labels or prompts); no images. Out: a `Schedule`.
-This is plain PyTorch without Triton; of the runtime it uses only `harmonica_rt.schedule` and what that is made of.
+This is plain PyTorch without Triton. From the runtime it imports only `harmonica_rt.schedule`, what that imports, and
+`harmonica_rt.changes`.
 
 Hazard: a gradient is worth nothing if training does not see what will run. So every iteration runs the pipeline's own
 denoising loop, under the cache that it is learning, and the student's errors carry on to the next step.

@@ -1,7 +1,7 @@
 """A forward of the denoiser in which each site computes, blends with its cache, or reuses its cache.
 
 Only the calls of the site modules are replaced, and only while a forward runs: any model whose sites are modules can
-be trained, and its weights are never touched.
+be trained, and its parameters are never changed.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class CachedForward:
 
     Raises:
         SiteError: `model` lacks a site.
+        TrainingError: `checkpointing` is set, and a site is a child of `model` itself.
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[str], *, checkpointing: bool = False) -> None:
@@ -94,7 +95,10 @@ class CachedForward:
         def treat(place: tuple[int, int], compute: Forward) -> Any:
             computed = compute()
             if place not in cache:
-                raise TrainingError(f"site {self.sites[place[0]]} runs more often than in the step before")
+                raise TrainingError(
+                    f"site {self.sites[place[0]]} runs more often than in the step before, so it has no cached output; "
+                    f"choose sites that run equally often in every step"
+                )
             blended = _lerp(cache[place], computed, scores[place[0]])
             if computes[place[0]]:
                 after[place] = cloned(blended) if holds == "blended" else detached(computed)

@@ -1,8 +1,8 @@
-"""Checkpoints of a training run that are safe to load and survive a kill at any moment.
+"""Saves and loads checkpoints of a training; a kill at any moment leaves a valid one, and loading one runs no code.
 
 Hazard: a process may die between any two writes, and a partial file must never be taken for a checkpoint. So each
 checkpoint is written beside its final place, synced to disk, and moved there atomically; the previous one is deleted
-only after that. A file is plain safetensors with JSON in its header, so loading one runs no code.
+only after that. A file is plain safetensors with JSON in its header.
 """
 
 from __future__ import annotations
@@ -88,8 +88,12 @@ class TrainingInterrupted(KeyboardInterrupt):
     """
 
     def __init__(self, iteration: int, checkpoint: Checkpoint | None, path: Path | None) -> None:
-        kept = "its state is in `.checkpoint`" if path is None else f"call train again with directory={path.parent}"
-        super().__init__(f"interrupted after iteration {iteration}" + (f"; {kept} to go on" if checkpoint else ""))
+        kept = (
+            "its state is in `.checkpoint`"
+            if path is None
+            else f"to go on, call train again with directory={path.parent}"
+        )
+        super().__init__(f"interrupted after iteration {iteration}" + (f"; {kept}" if checkpoint else ""))
         self.iteration = iteration
         self.checkpoint = checkpoint
         self.path = path
@@ -122,8 +126,8 @@ def save_checkpoint(directory: str | os.PathLike[str], checkpoint: Checkpoint, *
     saved = _saved(directory)
     if saved and max(saved) > checkpoint.iteration:
         raise CheckpointError(
-            f"cannot save iteration {checkpoint.iteration} in {directory}: it holds {saved[max(saved)].name}, from "
-            f"further on or from another run; delete that one, or pass another directory"
+            f"cannot save iteration {checkpoint.iteration} in {directory}: it holds {saved[max(saved)].name}, of a "
+            f"later iteration or of another training; delete that file, or pass another directory"
         )
 
     path = directory / file_name(checkpoint.iteration)
@@ -134,7 +138,7 @@ def save_checkpoint(directory: str | os.PathLike[str], checkpoint: Checkpoint, *
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except OSError as error:  # a full disk is reported without a name
+    except OSError as error:  # the error of a full disk names no file
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
         if error.errno is None:
@@ -155,7 +159,7 @@ def file_name(iteration: int) -> str:
 def latest_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint | None:
     """The readable checkpoint of the highest iteration in `directory`; None if there are no checkpoints.
 
-    A broken one (a kill leaves none behind, a faulty disk may) is skipped with a warning in the log.
+    A broken one (left by a faulty disk, never by a kill) is skipped with a warning in the log.
 
     Raises:
         CheckpointError: there are checkpoints, but none can be read.
@@ -168,7 +172,7 @@ def latest_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint | None:
                 raise CheckpointError(f"{path} holds iteration {checkpoint.iteration}: renamed or damaged; delete it")
         except CheckpointError as error:
             failure = failure or error
-            logger.warning("passing over a checkpoint: %s", error)
+            logger.warning("skipping a checkpoint: %s", error)
         else:
             return checkpoint
     if failure is not None:
@@ -189,15 +193,15 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"there is no checkpoint {path}") from error
     except safetensors_file.UnreadableError as error:
         raise CheckpointError(
-            f"{path} is not a complete safetensors file ({error}); delete it, and go on from the one before it"
+            f"{path} is not a complete safetensors file ({error}); delete it, and resume from the one before"
         ) from error
     missing = [key for key in (_VERSION_KEY, _RECORD_KEY) if key not in metadata]
     if missing:
-        raise CheckpointError(f"{path} is no checkpoint of a training run: its header lacks {', '.join(missing)}")
+        raise CheckpointError(f"{path} is not a checkpoint of a training: its header lacks {', '.join(missing)}")
     if metadata[_VERSION_KEY] != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} is a checkpoint in version {one_line(metadata[_VERSION_KEY])} of the format, this release reads "
-            f"version {FORMAT_VERSION}; go on with the release that wrote it, or start anew"
+            f"{path} is a checkpoint in version {one_line(metadata[_VERSION_KEY])} of the format; this release reads "
+            f"version {FORMAT_VERSION}; continue with the release that wrote it, or start anew"
         )
     iteration, values = _decode(metadata[_RECORD_KEY], path)
     return Checkpoint(iteration, tensors, values)

@@ -1,4 +1,4 @@
-"""What to generate during training: class labels, prompts, or embeddings; no images."""
+"""Says what a training generates: class labels, prompts, or embeddings; no images."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Embeddings:
         counts = {name: len(tensor) if tensor.ndim else 0 for name, tensor in self.tensors.items()}
         if len(set(counts.values())) != 1 or 0 in counts.values():
             raise TrainingError(
-                f"expected embeddings [N, ...] of one N, 1 or more, for all names; got N of {quoted(counts)}"
+                f"expected embeddings [N, ...] with the same N, at least 1, under all names; got N = {quoted(counts)}"
             )
         self._count = next(iter(counts.values()))
 
@@ -189,7 +189,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
         raise TrainingError(f"cannot read prompts from {os.fspath(path)}: {error}") from error
     prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
-        raise TrainingError(f"{os.fspath(path)} holds no prompt; expected one a line")
+        raise TrainingError(f"{os.fspath(path)} holds no prompt; expected one per line")
     return prompts
 
 
@@ -237,7 +237,7 @@ def _joined(name: str, values: Sequence[Tensor | None]) -> Tensor:
     shapes = sorted({tuple(tensor.shape[1:]) for tensor in tensors})
     if len(shapes) > 1 or len(tensors) < len(values):
         raise TrainingError(
-            f"{name} of one batch of prompts is not like that of another: shapes {shapes} a prompt"
+            f"{name} of one batch of prompts is not like that of another: shapes {shapes} per prompt"
             f"{', or none' if len(tensors) < len(values) else ''}; encode with a fixed length, or all in one batch"
         )
     return torch.cat(tensors)
@@ -246,5 +246,5 @@ def _joined(name: str, values: Sequence[Tensor | None]) -> Tensor:
 def _checked(chosen: Sequence[int], count: int) -> list[int]:
     wrong = [index for index in chosen if not 0 <= index < count]
     if wrong:
-        raise IndexError(f"there are {count} conditions, 0 to {count - 1}; chosen were {wrong}")
+        raise IndexError(f"there are {count} conditions, 0 to {count - 1}; got {wrong}")
     return list(chosen)

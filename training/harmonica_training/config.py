@@ -1,4 +1,4 @@
-"""The configuration of a training."""
+"""`TrainConfig`: how a schedule is trained, with every value checked."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class TrainConfig:
         beta: fixed weight of the cost of computing.
         guidance: `guidance_scale` of the call; None leaves the pipeline's own default.
         arguments: further arguments of the call (height, width, ...).
-        patterns: globs that choose the sites, in place of the rule.
-        image_error: lambda of IEPO, renewed every `renew_every` iterations; None weights all steps equally (SDT alone).
+        patterns: globs that choose the sites; None chooses them by the rule of `find_sites`.
+        image_error: how IEPO measures lambda every `renew_every` iterations; None weights all steps alike (SDT alone).
         renew_every: C. An iteration goes through all steps, so the paper's C = 500 at 20 steps corresponds to 25.
         iterations: number of runs. The paper's 20,000 optimiser steps at 20 steps correspond to 1,000.
         batch: samples per iteration, over all processes.

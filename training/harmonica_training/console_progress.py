@@ -1,4 +1,4 @@
-"""The progress of a training in a terminal: a bar, or lines where no bar can be drawn."""
+"""Shows the progress of a training in a terminal: a bar, or lines where no bar can be drawn."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Column
 
 from harmonica_training.progress import IterationRecord, Silent
 
-PLAIN_LINES = 20  # that a training prints where no bar can be drawn
+PLAIN_LINES = 20  # about how many lines a training prints where no bar can be drawn
 
 
 class ConsoleProgress(Silent):
@@ -33,7 +33,7 @@ class ConsoleProgress(Silent):
         """Say where a training continues, and draw the bar if there is a terminal to draw in."""
         self.end()
         if done:
-            text = f"goes on after iteration {done} of {total}"
+            text = f"continuing after iteration {done} of {total}"
             if done >= total:
                 text = f"{done} iterations are done already, and {total} are asked for: nothing is left to learn"
             self._console.print(text, highlight=False)

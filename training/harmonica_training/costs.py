@@ -1,4 +1,4 @@
-"""The cost of each site of a model and the theoretical speed-up of a mask, from the data flow of one forward.
+"""Counts the cost of each site of a model and the theoretical speed-up of a mask, from the data flow of one forward.
 
 Hazard: reusing a site saves more than the work inside its module. Work that fed only reused sites is saved too: in Flux
 single blocks the attention and MLP before `proj_out`, in SD3 a context feed-forward once every attention after it is
@@ -19,7 +19,7 @@ from torch import nn
 
 from harmonica_rt.errors import ScheduleError, ScheduleMismatchError, SiteError
 from harmonica_rt.schedule.sites import check_sites
-from harmonica_training.forward_recording import Recorder, Recording, attention_in_the_open, marked
+from harmonica_training.forward_recording import Recorder, Recording, marked, unfused_attention
 
 
 class SiteCosts:
@@ -46,7 +46,7 @@ class SiteCosts:
     def left(self, row: ArrayLike) -> int:
         """FLOPs of a forward that computes the sites where `row`, `bool[sites]`, is True.
 
-        The forward is taken by itself: a computed site that feeds only reused sites costs nothing here, whereas
+        The forward is counted alone: a computed site that feeds only reused sites costs nothing here, whereas
         `speedup` counts it if a later step reads its output.
 
         Raises:
@@ -96,10 +96,10 @@ class SiteCosts:
     def _checked(self, mask: ArrayLike, dimensions: int) -> NDArray[np.bool_]:
         found = np.asarray(mask)
         if found.dtype != bool:
-            raise TypeError(f"a mask is boolean, True where a site computes; this one is of {found.dtype}")
+            raise TypeError(f"a mask is boolean, True where a site computes; this one has dtype {found.dtype}")
         if found.ndim != dimensions or found.shape[-1] != len(self.sites):
             expected = f"[steps, {len(self.sites)}]" if dimensions == 2 else f"[{len(self.sites)}]"
-            raise ScheduleMismatchError(f"a mask of shape {expected} was expected, this one is {list(found.shape)}")
+            raise ScheduleMismatchError(f"expected a mask of shape {expected}, got {list(found.shape)}")
         return found
 
 
@@ -118,15 +118,15 @@ def count_costs(model: nn.Module, sites: Sequence[str], call: Callable[[], objec
     check_sites(model, sites)
     recording = Recording()
     recorder = Recorder(recording)
-    with marked(model, sites, recorder), attention_in_the_open(), torch.inference_mode(False), torch.no_grad():
+    with marked(model, sites, recorder), unfused_attention(), torch.inference_mode(False), torch.no_grad():
         with recorder:
             outputs = call()
         recording.outputs = recorder.producers(outputs)
     idle = [site for index, site in enumerate(sites) if index not in recording.cuts.values()]
     if idle:
         raise SiteError(
-            f"{len(idle)} of {len(sites)} sites give no tensor in this forward of {type(model).__name__}, the first is "
-            f"{idle[0]}; choose sites that run in every forward"
+            f"{len(idle)} of {len(sites)} sites give no tensor in this forward of {type(model).__name__} (the first is "
+            f"{idle[0]}); choose sites that run in every forward"
         )
     if not recording.outputs:
         raise ValueError("call returned no tensor that it computed; it has to return what the model's forward returns")

@@ -36,8 +36,7 @@ class DenoiserCall:
 
     Attributes:
         step: number of `scheduler.step` calls before it in this run.
-        stream: which of the step's calls it is, by its position and the shapes of its tensors; each stream has its own
-            cache.
+        stream: identifies the call within its step, by position and tensor shapes; each stream has its own cache.
         forward: runs the denoiser with the arguments that the pipeline passed.
     """
 

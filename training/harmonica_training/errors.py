@@ -10,8 +10,8 @@ class TrainingError(HarmonicaError):
 
 
 class DivergenceError(TrainingError):
-    """A loss or a logit is no longer a finite number."""
+    """The error or its gradient is no longer finite, or the error has grown out of bounds."""
 
 
 class CheckpointError(TrainingError):
-    """A checkpoint is missing, broken, or has another format version."""
+    """A checkpoint is missing, damaged, of another format version, or holds numbers that are not finite."""

@@ -45,7 +45,7 @@ class Recorder(TorchDispatchMode):
         self._producer: dict[StorageWeakRef, int] = {}
 
     def producers(self, values: object) -> frozenset[int]:
-        """The nodes that produced the tensors in a pytree; weights and inputs have none."""
+        """The nodes that produced the tensors in a pytree; parameters and inputs have none."""
         found = (self._producer.get(_storage(tensor)) for tensor in _tensors(values))
         return frozenset(node for node in found if node is not None)
 
@@ -111,7 +111,7 @@ def marked(model: nn.Module, sites: Sequence[str], recorder: Recorder) -> Iterat
 
 
 @contextmanager
-def attention_in_the_open() -> Iterator[None]:
+def unfused_attention() -> Iterator[None]:
     """A context in which nn.MultiheadAttention does not run as one fused operator, which has no FLOP formula."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -30,6 +30,6 @@ class _Replacement:
 
 
 def own_forward(module: nn.Module) -> Callable[..., Any]:
-    """The forward of a module, or the one that was replaced."""
+    """The forward of a module; the original one while it is replaced."""
     forward: Callable[..., Any] = module.forward
     return forward.original if isinstance(forward, _Replacement) else forward

@@ -70,7 +70,7 @@ class ImageErrors:
     def weights(self, method: ImageError | None, *, share_prefixes: bool = True) -> Tensor:
         """lambda, float64 `[steps]`: mean squared error of the final latents; 0 at the first step.
 
-        `share_prefixes=False` makes every run from its beginning: the plain definition, for verification.
+        With `share_prefixes=False` every run starts from noise: the plain definition, for verification.
         """
         steps = len(self._scores)
         caching = _progressive if method == "progressive" else _leave_one_out

@@ -1,6 +1,6 @@
-"""What a training reports, and to whom: nobody, or several receivers.
+"""The reports of a training, and who receives them: nobody, or several receivers.
 
-`console_progress` shows it in a terminal, `tensorboard_log` writes it down. Iterations count from 1. Every report
+`console_progress` shows them in a terminal, `tensorboard_log` logs them. Iterations count from 1. Every report
 carries its iteration, so a training resumed after `done` iterations reports those after `done` again, and a log can
 drop its earlier records of them.
 """

@@ -1,7 +1,7 @@
 """Encodes prompts with a pipeline's own `encode_prompt`, and names the outputs as the pipeline's call does.
 
-Hazard: every pipeline returns different values in a different order, and its call takes different ones of them back. So
-the names are read from the return statement. Outputs that the call does not take must come out the same when the others
+Hazard: each pipeline returns other values in another order, and its call takes some of them back. So the names are
+read from the return statement. Outputs that the call does not take must come out the same when the others
 are passed in again. Anything else is an error that asks for embeddings, never a guess.
 """
 
@@ -32,7 +32,7 @@ class PromptEncoder:
         absent: arguments of the call that hold text by default, and must be None when embeddings are given.
 
     Raises:
-        TrainingError: the pipeline is not supported without knowledge of it, or does not take one of the arguments.
+        TrainingError: the pipeline's prompts cannot be encoded in this general way, or it does not take an argument.
     """
 
     def __init__(self, pipeline: Any, *, guidance: bool, arguments: Mapping[str, Any]) -> None:
@@ -104,7 +104,7 @@ class PromptEncoder:
             again = self._run({**words, **taken, "prompt": None})
             changed = [name for name in outputs if name not in taken and not _same(outputs[name], again.get(name))]
             if changed:
-                raise _refusal(self._class, f"does not take {', '.join(changed)} in its call, nor makes it anew")
+                raise _refusal(self._class, f"neither takes {', '.join(changed)} in its call nor recreates it")
         return taken
 
     def _run(self, words: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def encoded_names(pipeline_class: type) -> tuple[str, ...]:
     returns = {tuple(_names(value)) for value in _returns(tree.body[0])}
     names = returns.pop() if len(returns) == 1 else ()
     if not names or "" in names:
-        raise _refusal(pipeline_class, "does not return the same names wherever its encode_prompt returns")
+        raise _refusal(pipeline_class, "has an encode_prompt whose return statements name different values, or none")
     taken = {name for name in names if name in call}
     # the call can recreate the values it does not take only if encode_prompt accepts the others
     if not taken or (len(taken) < len(names) and not taken <= set(encode)):

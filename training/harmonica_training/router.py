@@ -14,7 +14,7 @@ from harmonica_rt.schedule import Schedule
 from harmonica_training.errors import TrainingError
 
 LIMIT = 5.0  # logits stay in [-LIMIT, LIMIT] (released code): beyond, the sigmoid has no useful gradient
-WARM = 2.0  # distance of the logits from that of tau when a training starts from a mask
+WARM = 2.0  # distance of the logits from the logit of tau when a training starts from a mask
 
 
 class Router(nn.Module):

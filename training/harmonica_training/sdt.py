@@ -83,7 +83,7 @@ def step_losses(
 
     def denoise(call: DenoiserCall) -> Any:
         if call.step >= len(scores):
-            raise TrainingError(f"expected a run of {len(scores)} steps, but it goes on after them")
+            raise TrainingError(f"expected a run of {len(scores)} steps, but it has more")
         with precision():
             if call.stream not in caches:  # the first step, or a later one if guidance starts late
                 output, caches[call.stream] = cached.compute(call.forward)

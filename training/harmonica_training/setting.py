@@ -1,4 +1,4 @@
-"""What every training method needs to know about a pipeline: its sites, steps, costs and batches."""
+"""Collects what every training method needs of a pipeline: its sites, steps, costs and batches."""
 
 from __future__ import annotations
 

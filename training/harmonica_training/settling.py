@@ -26,9 +26,7 @@ from harmonica_training.errors import CheckpointError
 from harmonica_training.validation import Validation
 
 LOOK_EVERY = 2  # iterations between measurements of the current schedule
-HOPELESS = (
-    0.2  # in log error: a schedule that is worse than the best by more after some batches is not measured further
-)
+HOPELESS = 0.2  # difference in log error: a schedule that is worse than the best by more is not measured further
 LARGEST_LOG = 700.0  # its exponential still fits a float
 
 
@@ -53,7 +51,7 @@ class Found:
 
 
 class Settling:
-    """The best schedule so far.
+    """Keeps the best schedule so far, and tries swaps in it.
 
     Args:
         validation: measures schedules.

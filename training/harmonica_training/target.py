@@ -1,9 +1,11 @@
-"""Reaches a speed-up or a CUR: steers beta during training, and lands on the target afterwards.
+"""Reaches a speed-up or a CUR: chooses beta, and the mask that meets the target.
 
 A router's loss is `sum_t lambda_t mse_t + beta * sum w_i r[t, i]`, with the site's share of the cost as its weight w.
-Which beta gives which speed-up depends on the model, the sampler and lambda, and is not known beforehand. So beta is
-the multiplier of the constraint "save this share of the cost" and is updated by dual ascent, with damping because
-logits move slowly and the cost that they will lead to is known late.
+Which beta gives which speed-up depends on the model, the sampler and lambda, and is not known beforehand.
+
+With soft gates, beta is the multiplier of the constraint "save this share of the cost" and is updated by dual ascent,
+with damping because logits move slowly and the cost that they will lead to is known late; `land` meets the target once,
+after the last iteration. With hard gates, `land` meets it in every iteration, and beta is the median price of reuse.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ TOLERANCE = 0.02  # relative difference between the target and what a schedule r
 
 
 class Target:
-    """What a schedule saves, and what it should save.
+    """Computes what a schedule saves, and finds the one that saves what the config asks for.
 
     Args:
         config: holds `target_speedup`, `target_cur`, or neither.
@@ -127,7 +129,7 @@ class Steering:
     def observe(
         self, by_score: Tensor, drawn: NDArray[np.bool_], free: NDArray[np.bool_], computes: NDArray[np.bool_]
     ) -> None:
-        """Update the prices from gradients of the error, and choose beta: only at first, or with hard gates each time.
+        """Update the prices from gradients of the error, and choose beta: always with hard gates, else only at first.
 
         The first beta is the one at which entries that make up the goal's share favour reuse. With hard gates, only
         reused entries have a price, and beta is their median: the more expensive half is pulled back towards computing,

@@ -1,4 +1,4 @@
-"""The progress of a training as event files of TensorBoard."""
+"""Writes the progress of a training as event files of TensorBoard."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from harmonica_training.sdt import StepLosses
 from harmonica_training.setting import Setting
 from harmonica_training.training_state import TrainingState
 
-DIVERGED = 10.0  # error of the prediction, relative to its mean square, above which nothing more is learned
+DIVERGED = 10.0  # squared error relative to the uncached prediction's mean square, above which training stops
 LAST_RATE = 0.1  # fraction of the learning rate that is left at the end of its decay
 FP16_SCALE = 1024.0  # loss scale in half precision
 SHOW_EVERY = 10  # iterations between images of the schedule
@@ -70,7 +70,7 @@ def train(
     all return the same schedule.
 
     Args:
-        pipeline: a diffusers pipeline; its weights are not changed.
+        pipeline: a diffusers pipeline; its parameters are not changed.
         config: how to train.
         conditions: what to generate; by default all class labels that the pipeline knows.
         start: a schedule to start from: its scores, or else its mask.
@@ -119,7 +119,7 @@ def train(
             state.save(checkpoints)
         return iterations.result(tuple(history))
     except KeyboardInterrupt as stop:
-        if stopped:  # a second one, which waits for nothing
+        if stopped:  # a second Ctrl-C: nothing more is saved
             raise
         raise state.interrupted(checkpoints) from stop
 
@@ -132,7 +132,7 @@ class Iterations:
         self._config = config = state.setting.config
         # soft gates define no schedule before the end, and under a fixed beta the best images cost the most
         self._settles = config.gates == "hard" and config.beta is None
-        self._stands_for: NDArray[np.bool_]  # what the last iteration left computed
+        self._mask: NDArray[np.bool_]  # the schedule after the last iteration
 
     def step(self) -> IterationRecord:
         """Run one iteration."""
@@ -154,7 +154,7 @@ class Iterations:
         router.clamp()
         steering.follow(router.logits, rate, router.free)
         self._state.iteration += 1
-        self._stands_for = computes = self._computes()
+        self._mask = computes = self._computes()
         if self._settles:
             self._state.settling.follow(self._state.iteration, computes, router.logits)
         cost = float((scores[losses.drawn] * penalty).sum())
@@ -176,9 +176,7 @@ class Iterations:
             progress.renewed(self._state.iteration, self._state.objective.weights.tolist())
         progress.iteration(record)
         if self._state.iteration % SHOW_EVERY == 0 or self._state.iteration == self._config.iterations:
-            progress.schedule(
-                self._state.iteration, self._state.router.scores().double().cpu().numpy(), self._stands_for
-            )
+            progress.schedule(self._state.iteration, self._state.router.scores().double().cpu().numpy(), self._mask)
 
     def _computes(self) -> NDArray[np.bool_]:
         """The current mask: r > tau; with hard gates and a target, tau is the threshold that meets the target."""
@@ -194,7 +192,7 @@ class Iterations:
         return self._state.steering.target.land(scores, self._state.steering.prices.double().numpy(), self._config.tau)
 
     def result(self, history: tuple[IterationRecord, ...]) -> TrainingResult:
-        """The result: the router's schedule now, or when its images were best, on its target."""
+        """The result: the best schedule that was measured, or else the router's current one, on its target."""
         config, setting = self._config, self._state.setting
         mask, threshold = self._land()
         best = self._state.settling.best
@@ -232,8 +230,8 @@ class Iterations:
         relative = float(mse.sum() / power.sum().clamp(min=torch.finfo(torch.float64).tiny))
         if relative > DIVERGED:
             raise DivergenceError(
-                f"iteration {self._state.iteration}: under cache the prediction is off by {relative:.3g} times its own "
-                f"mean square; lower the target or beta, or the learning rate"
+                f"iteration {self._state.iteration}: the squared error under cache is {relative:.3g} times the mean "
+                f"square of the uncached prediction; lower the target or beta, or the learning rate"
             )
         return by_score, mse
 

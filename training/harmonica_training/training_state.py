@@ -1,4 +1,4 @@
-"""The state of a training, and its checkpoints: what is learned, what steers it, and how it resumes."""
+"""Holds the state of a training (what is learned and what steers it), and saves and resumes it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ FAILED = -1  # reported as the iteration of a process that could not resume from
 
 
 class TrainingState:
-    """What a training has learned so far.
+    """The state of a training: what it has learned so far.
 
     Args:
-        setting: what is trained on.
-        objective: what is learned from; it has lambda.
+        setting: the pipeline with its conditions.
+        objective: gives the gradients; it holds lambda.
         start: a schedule to start from; None starts from the config.
 
     Attributes:
@@ -87,8 +87,8 @@ class TrainingState:
 
         Raises:
             CheckpointError: it is damaged, or holds numbers that are not finite.
-            TrainingError: it comes from a training with another config or model, or the processes do not have the same
-                state; in the latter case each of them raises.
+            TrainingError: it comes from a training with another config or model, or the processes have different
+                states; then each of them raises.
         """
         failure: HarmonicaError | None = None
         if directory is not None:
@@ -96,18 +96,18 @@ class TrainingState:
                 self._go_on_from(directory)
             except HarmonicaError as error:  # raised below, once all processes know
                 failure = error
-        stands = self.iteration if failure is None else FAILED
+        reached = self.iteration if failure is None else FAILED
         state = Checkpoint(
             self.iteration, self.tensors(), {**self.values(), "keeps checkpoints": directory is not None}
         )
-        everyone = distributed.gather([stands, state.digest()], self.setting.device)
+        everyone = distributed.gather([reached, state.digest()], self.setting.device)
         if failure is not None:
             raise failure
         if any(one != everyone[0] for one in everyone):
             places = (f"process {rank} {_place(*one)}" for rank, one in enumerate(everyone))
             raise TrainingError(
-                f"the processes do not begin alike: {', '.join(places)}; give all of them the same directory of "
-                f"checkpoints, config, conditions and schedule to start from"
+                f"the processes do not start alike: {', '.join(places)}; give all of them the same directory "
+                f"of checkpoints, config, conditions and schedule to start from"
             )
 
     def _go_on_from(self, directory: Path) -> None:
@@ -118,17 +118,17 @@ class TrainingState:
         values = self.values()
         for name in ("identity", "steering", "settling"):
             if name not in found.values:
-                raise TrainingError(f"the checkpoint {path} has no {name}; give another directory")
+                raise TrainingError(f"the checkpoint {path} has no {name}; pass another directory")
         identity, here = found.values["identity"], values["identity"]
         if identity != here:
             raise TrainingError(
-                f"{path} is a checkpoint of another training: {_differences(identity, here)}. Give another "
+                f"{path} is a checkpoint of another training: {_differences(identity, here)}. Pass another "
                 f"directory, or remove it"
             )
         try:
             self._take_over(found)
         except CheckpointError as error:
-            raise CheckpointError(f"{path} is damaged: {error}; delete it, and go on from the one before it") from error
+            raise CheckpointError(f"{path} is damaged: {error}; delete it, and resume from the one before") from error
 
     def _take_over(self, found: Checkpoint) -> None:
         here = self.tensors()
@@ -145,7 +145,7 @@ class TrainingState:
                 moments = found.tensor(f"moment.{index}", torch.stack([row, row])).to(row)
                 count = found.tensor(f"count.{index}", torch.tensor(0.0))
                 if count < 1 or bool((moments[1] < 0).any()):
-                    raise CheckpointError(f"moment.{index} or count.{index} is no moment or count of an optimiser")
+                    raise CheckpointError(f"moment.{index} or count.{index} is not the state of an optimiser")
                 self.optimizer.state[row] = {
                     "step": count.clone(),
                     "exp_avg": moments[0].clone(),
@@ -185,7 +185,7 @@ class TrainingState:
 
 
 def _place(iteration: int, digest: int) -> str:
-    return "cannot go on" if iteration == FAILED else f"at iteration {iteration} (state {digest:016x})"
+    return "cannot resume" if iteration == FAILED else f"at iteration {iteration} (state {digest:016x})"
 
 
 def _differences(found: object, here: object) -> str:

@@ -1,4 +1,4 @@
-"""The error that a schedule causes in the final latents, measured on samples that no iteration draws.
+"""Measures the error that a schedule causes in the final latents, on samples that no iteration draws.
 
 A run under the schedule is compared with the uncached run, on the same samples each time; the training loss is a proxy
 for this error. A few samples, whose image changes altogether, have errors many times those of the rest, and would

@@ -3,8 +3,8 @@
 In: a `Task` (case and schedule). Out: a `Runner`, which runs its steps in the provider's way. Hazard: hooks and patches
 of one provider must not reach another, so each gets its own module tree and removes in `close` what it changed.
 
-Reading order: `base` (what a provider is, and step masks for equal work), `plain` (no cache), `hooks` (released codes),
-`diffusers_caches` and `cache_dit` (peers), `ours`.
+Reading order: `base` (what a provider is, and step masks for equal work), `plain` (no cache), `hooks` (as in released
+code), `diffusers_caches` and `cache_dit` (peers), `ours`.
 """
 
 from __future__ import annotations

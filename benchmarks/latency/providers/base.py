@@ -11,7 +11,7 @@ from benchmarks.latency.cases import Task
 from harmonica_rt.graph.flops import flop_counter
 
 Role = Literal["uncached", "peer", "hooks", "ours"]
-"""`hooks` and `ours` follow the schedule exactly and are compared with the reference; a peer approximates otherwise."""
+"""`hooks` and `ours` follow the schedule exactly and are compared with the reference; peers approximate differently."""
 
 
 class Runner:
@@ -118,13 +118,13 @@ def mask_within(task: Task, partial: int) -> tuple[bool, ...]:
 
 
 def probe(runner: CountedRunner) -> int:
-    """FLOPs of a step that does not compute everything; the runner must have the mask `one_of`."""
+    """FLOPs of a step that does not compute everything; the runner must have the mask `first_only`."""
     runner.reset()
     runner.step_flops(0)
     return runner.step_flops(1)
 
 
-def one_of(steps: int) -> tuple[bool, ...]:
+def first_only(steps: int) -> tuple[bool, ...]:
     """The step mask that computes the first step only."""
     return evenly(1, steps)
 

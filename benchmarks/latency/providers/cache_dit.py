@@ -1,7 +1,7 @@
 """cache-dit (optional): its static step mask, and DBCache, which decides in every step; eager and under torch.compile.
 
-One first block is always computed, as in cache-dit's published results. DBCache gets the same mask and a threshold that
-every difference stays below: it computes its decision in every step, and does as much work as the schedule leaves.
+The first block is always computed, as in cache-dit's published results. DBCache gets the same mask and a threshold
+above every difference: it computes its decision in every step, and does about as much work as the schedule leaves.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.latency.cases import Task
-from benchmarks.latency.providers.base import CountedRunner, Role, as_bits, mask_within, one_of, probe
+from benchmarks.latency.providers.base import CountedRunner, Role, as_bits, first_only, mask_within, probe
 
 Policy = Literal["static", "dynamic"]
 ANY_DIFFERENCE = 1e9  # a threshold above every difference
@@ -55,7 +55,7 @@ class CacheDitRunner(CountedRunner):
         self._policy = policy
         self._model = task.case.tree()
         super().__init__(task, self._model)
-        self.computes = one_of(task.case.steps)
+        self.computes = first_only(task.case.steps)
         cache_dit.enable_cache(self._model, cache_config=self._config())
         self.computes = task.peer_mask or mask_within(task, probe(self))
         # the FLOPs of compiled products cannot be counted; if a mask is given, they were counted before

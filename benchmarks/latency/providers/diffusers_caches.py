@@ -1,7 +1,8 @@
 """Feature caches of diffusers: FirstBlockCache, TaylorSeer, Pyramid Attention Broadcast.
 
-All decide in every step, in Python. Each makes its decision, but is led to the number of computed steps that brings it
-closest to the schedule's theoretical speed-up, so that methods are compared at equal work and not by thresholds.
+All decide in every step, in Python. Each still makes its decision, but is steered to the number of computed steps whose
+theoretical speed-up is closest to the schedule's without exceeding it. So methods are compared at equal work, not by
+their thresholds.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from benchmarks.latency.providers.base import (
     CountedRunner,
     Role,
     fewest_computed,
+    first_only,
     mask_within,
-    one_of,
     probe,
 )
 
@@ -33,7 +34,7 @@ LEADER = "fbc_leader_block_hook"  # name of the hook that decides
 
 @dataclass(frozen=True)
 class DiffusersCache:
-    """A cache of diffusers, with the runner that leads it."""
+    """A cache of diffusers, with the runner that steers it."""
 
     name: str
     runner: Callable[[Task], CachedRunner]
@@ -79,7 +80,7 @@ class FirstBlockRunner(CachedRunner):
         super().__init__(task, FirstBlockCacheConfig(threshold=0.0))
         registries: Any = (getattr(module, "_diffusers_hook", None) for module in self._model.modules())
         self._leader: Any = next(hook for registry in registries if registry and (hook := registry.get_hook(LEADER)))
-        self.computes = one_of(task.case.steps)
+        self.computes = first_only(task.case.steps)
         self.computes = task.peer_mask or mask_within(task, probe(self))
 
     def step(self, index: int) -> Any:
@@ -99,7 +100,7 @@ class PyramidRunner(CachedRunner):
             current_timestep_callback=lambda: self._timestep,
         )
         super().__init__(task, config)
-        self.computes = one_of(task.case.steps)
+        self.computes = first_only(task.case.steps)
         self.computes = task.peer_mask or mask_within(task, probe(self))
 
     def step(self, index: int) -> Any:

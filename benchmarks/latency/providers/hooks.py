@@ -1,4 +1,4 @@
-"""The same schedule as released codes run it: each site's forward is replaced, and Python reuses outputs from a dict.
+"""Runs the schedule as released code does: each site's forward is replaced, and Python reuses outputs from a dict.
 
 Only the sites are skipped: norm and modulate before a reused site still run, and so does what feeds a site that is the
 last of several layers.

@@ -97,7 +97,7 @@ class Backend:
     def applies(self, task: Task) -> str | None:
         """None if the backend is registered."""
         if "harmonica" not in torch._dynamo.list_backends() or not hasattr(hrt, "attach"):
-            return "the backend is not registered (installing harmonica-rt does it)"
+            return "the backend is not registered; install harmonica-rt to register it"
         return None
 
     def prepare(self, task: Task) -> Runner:

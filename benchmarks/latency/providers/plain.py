@@ -13,7 +13,7 @@ from benchmarks.latency.providers.base import Role, Runner
 
 @dataclass(frozen=True)
 class Eager:
-    """The model itself, to which all speed-ups refer."""
+    """The model itself, the baseline of all speed-ups."""
 
     name: str = "eager"
     role: Role = "uncached"

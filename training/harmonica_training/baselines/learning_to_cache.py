@@ -1,8 +1,8 @@
 """Learning-to-Cache (Ma et al., arXiv 2406.01733) as an objective, as its released code trains.
 
-Images are noised to a step drawn uniformly; that step is computed and fills the caches, the sampler goes one step on,
-and there the model under cache is held against the uncached one. Only every second step may reuse. Nothing is seen of
-how errors build up over a run, nor of what they do to the image, and images are needed.
+One of the steps that may reuse (every second one) is drawn uniformly, and images are noised to the step before it. That
+step is computed and fills the caches; after one sampler step, the cached model is compared with the uncached one. So
+the method needs images, and its loss shows neither how errors build up over a run nor what they do to the image.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from harmonica_training.setting import Setting
 
 
 def learning_to_cache(latents: Tensor, *, pairs: int | None = None) -> Callable[[Setting], Objective]:
-    """The objective for `train(..., objective=learning_to_cache(latents))`.
+    """Make the objective for `train(..., objective=learning_to_cache(latents))`.
 
     Args:
         latents: `[N, ...]`, images as the pipeline's denoiser sees them without noise (encoded and scaled); entry i
             goes with entry i of the conditions.
-        pairs: steps drawn in an iteration; by default half as many as a run has, so that an iteration costs about as
+        pairs: steps drawn per iteration; by default half as many as a run has, so that an iteration costs about as
             much as a run of the loop.
     """
     return lambda setting: LearningToCache(setting, latents, pairs)

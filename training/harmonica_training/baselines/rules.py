@@ -1,4 +1,4 @@
-"""Schedules by rule, at a theoretical speed-up: evenly spaced steps, random entries, and a run of fewer steps."""
+"""Makes schedules by rule, each as near as it can be to a theoretical speed-up."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from harmonica_rt.schedule.producers import check_count, random_mask
 from harmonica_training.costs import SiteCosts
 from harmonica_training.errors import TrainingError
 
-_TRIED = 256  # candidates tried across the whole range; all of them where there are less than twice as many
+_TRIED = 256  # candidates tried across the whole range; if there are fewer than twice as many, all are tried
 
 
 def fora(steps: int, costs: SiteCosts, speedup: float) -> Schedule:
-    """All sites alike, computed at n evenly spaced steps `round(i * steps / n)` (FORA, arXiv 2407.01425).
+    """Compute all sites at n evenly spaced steps `round(i * steps / n)`, none at the others (FORA, arXiv 2407.01425).
 
     Args:
-        steps: of the run (NFE).
-        costs: of the sites.
-        speedup: theoretical; n is the number of steps that comes nearest to it.
+        steps: number of steps (NFE).
+        costs: the costs of the sites.
+        speedup: theoretical speed-up to come near to, at least 1; it determines n.
 
     Raises:
-        TrainingError: the speed-up cannot be reached, even with n = 1.
+        TrainingError: the speed-up is below 1, or cannot be reached even with n = 1.
     """
     check_count(steps, "steps")
 
@@ -41,18 +41,18 @@ def fora(steps: int, costs: SiteCosts, speedup: float) -> Schedule:
 
 
 def random_at(steps: int, costs: SiteCosts, speedup: float, *, seed: int) -> Schedule:
-    """Random entries are reused, none of them at the first step; as many as come nearest to the speed-up.
+    """Reuse random entries after the first step, as many as come nearest to the speed-up.
 
-    With one seed, the entries of a lower speed-up are among those of a higher one.
+    With the same seed, the reused entries of a lower speed-up are among those of a higher one.
 
     Args:
-        steps: of the run (NFE).
-        costs: of the sites.
-        speedup: theoretical.
-        seed: of the order in which entries are drawn.
+        steps: number of steps (NFE).
+        costs: the costs of the sites.
+        speedup: theoretical speed-up to come near to, at least 1.
+        seed: determines the order in which entries are drawn.
 
     Raises:
-        TrainingError: the speed-up cannot be reached, even with every entry reused.
+        TrainingError: the speed-up is below 1, or cannot be reached even with every entry reused.
         ScheduleError: `seed` is negative.
     """
     sites = len(costs.sites)
@@ -70,25 +70,25 @@ def fewer_steps(steps: int, speedup: float) -> int:
     """The number of steps n, 1 ... `steps`, at which a run without a cache is nearest to `speedup` times as fast.
 
     Raises:
-        TrainingError: the speed-up is larger than `steps`.
+        TrainingError: the speed-up is below 1 or above `steps`.
     """
     left_out, _ = nearest(check_count(steps, "steps"), lambda count: steps / (steps - count), speedup)
     return steps - left_out
 
 
 def nearest(count: int, reached: Callable[[int], float], speedup: float) -> tuple[int, float]:
-    """Which of the candidates 0 ... `count - 1` comes nearest to `speedup`, and what it reaches.
+    """The candidate, 0 ... `count - 1`, that comes nearest to `speedup`, and the speed-up that it reaches.
 
-    Of many candidates a part is tried, then all around the best of them: the nearest of all where the speed-up grows
-    with the number of the candidate.
+    If there are many candidates, some across the range are tried, then all around the best of those. That finds the
+    nearest one if the speed-up grows with the candidate's number.
 
     Args:
-        count: of candidates, at least 1.
-        reached: the theoretical speed-up of a candidate.
-        speedup: what to come near to, at least 1.
+        count: number of candidates, at least 1.
+        reached: returns the theoretical speed-up of a candidate.
+        speedup: theoretical speed-up to come near to, at least 1.
 
     Raises:
-        TrainingError: no candidate is as fast.
+        TrainingError: the speed-up is below 1 or not finite, or no candidate is as fast.
     """
     if not 1 <= speedup < math.inf:
         raise TrainingError(f"speedup: expected a number of at least 1, got {speedup}")

@@ -1,10 +1,10 @@
 """SmoothCache (Liu et al., arXiv 2411.10510): reuse while a site's output has changed little in uncached runs.
 
-The hazard: what is measured is how far apart the outputs of one site lie on the uncached trajectory, not what reusing
-does to the image; nothing is known of how errors of sites and steps add up. A threshold makes a schedule of it.
+Hazard: this measures how far apart the outputs of one site lie on the uncached trajectory. It shows neither what reuse
+does to the image nor how the errors of sites and steps add up. A threshold turns the measurements into a schedule.
 
-The released code looks at the farthest step within the threshold, whatever those before it say, and always computes
-the last step. Here, as in the paper, each reused entry is within the threshold.
+The released code reuses up to the farthest step within the threshold, even if a step before it is not, and always
+computes the last step. Here, as in the paper, each reused entry is within the threshold.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from harmonica_training.errors import TrainingError
 from harmonica_training.sdt import Precision, wide
 
 By = Literal["kind", "site"]
-"""What decides together: all sites of a kind (`attn1`, `ff`, ...; as published), or each site by itself."""
+"""Whether all sites of a kind (`attn1`, `ff`, ...) reuse together, as published, or each site by itself."""
 
 Batch = tuple[Mapping[str, Any], Sequence[torch.Generator]]
-_Outputs = dict[int, list[Tensor]]  # of each site that ran, over its output tensors and its calls in the forward
+_Outputs = dict[int, list[Tensor]]  # by site that ran: the output tensors of all its calls in the forward
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,13 +67,13 @@ class SmoothCacheErrors:
         return int(self.errors.shape[1])
 
     def schedule(self, threshold: float, by: By = "kind") -> Schedule:
-        """Computed at step c, a site is reused from c + 1 on while the error against c is below the threshold.
+        """A site that was computed at step c is reused from c + 1 on while its error against c is below the threshold.
 
-        It computes again at the latest `lookahead + 1` steps after c.
+        At most `lookahead` steps in a row are reused.
 
         Args:
-            threshold: on the relative error; at 0 or below nothing is reused.
-            by: decide by kind of site, by the mean error of its sites, or by site.
+            threshold: limit of the relative error; at 0 or below nothing is reused.
+            by: decide per kind of site, by the mean error of its sites, or per site.
         """
         grouped, group_of = self._grouped(by)
         return self._schedule(_mask(grouped, threshold)[:, group_of], threshold, by)
@@ -82,12 +82,12 @@ class SmoothCacheErrors:
         """The schedule of the threshold that comes nearest to a theoretical speed-up.
 
         Args:
-            costs: of the same sites.
-            speedup: at least 1.
+            costs: the costs of the same sites.
+            speedup: theoretical speed-up, at least 1.
             by: see `schedule`.
 
         Raises:
-            ScheduleMismatchError: `costs` is of other sites.
+            ScheduleMismatchError: `costs` has other sites.
             TrainingError: no threshold reaches the speed-up; a longer lookahead may.
         """
         if tuple(costs.sites) != self.sites:
@@ -96,7 +96,7 @@ class SmoothCacheErrors:
             )
         grouped, group_of = self._grouped(by)
         known = np.unique(grouped[np.isfinite(grouped)])
-        # A schedule changes only where the threshold passes an error; above the largest, all within reach is reused.
+        # A schedule changes only where the threshold passes an error; above the largest, all that was seen is reused.
         thresholds = [*known.tolist(), math.nextafter(known[-1], math.inf)] if len(known) else [0.0]
 
         def mask(index: int) -> NDArray[np.bool_]:
@@ -136,15 +136,15 @@ def calibrate(
 ) -> SmoothCacheErrors:
     """Measure the errors in uncached runs of the pipeline, one per batch.
 
-    The norms of a site go over the batch, over its output tensors and over its calls in a forward; errors are averaged
-    over batches and over the calls of the denoiser in a step. Holds the sites' outputs of the last `lookahead` steps.
+    The norm of a site covers the batch, its output tensors and its calls in a forward; errors are averaged over batches
+    and over the calls of the denoiser in a step. The sites' outputs of the last `lookahead` steps are kept in memory.
 
     Args:
         loop: runs the pipeline's denoising loop.
-        cached: its denoiser with the sites.
+        cached: runs its denoiser and returns the outputs of its sites.
         batches: inputs of the pipeline's call for B samples, and B generators of their noise.
         lookahead: the most steps between an output and its reuse.
-        precision: a context for forwards.
+        precision: makes a context for forwards.
 
     Raises:
         TrainingError: there is no batch, `lookahead` is below 1, or a site's output is not finite.
@@ -192,7 +192,7 @@ class _Changes:
             if not math.isfinite(size):
                 raise TrainingError(
                     f"the output of site {self._sites[site]} is not finite at step {call.step}; "
-                    f"run the pipeline in a wider type"
+                    f"run the pipeline in a wider dtype"
                 )
             for step, outputs in past:
                 old, distance = outputs.get(site, []), call.step - step
@@ -217,7 +217,7 @@ def _mask(errors: NDArray[np.float64], threshold: float) -> NDArray[np.bool_]:
     for step in range(1, steps):
         age += 1
         error = errors[np.minimum(age, lookahead) - 1, step, np.arange(groups)]
-        mask[step] = (age > lookahead) | ~(error < threshold)  # NaN is not below anything
+        mask[step] = (age > lookahead) | ~(error < threshold)  # NaN, where nothing could be compared, computes
         age[mask[step]] = 0
     return mask
 

@@ -1,6 +1,6 @@
-"""The bundled digits model: a latent DiT on the UCI handwritten digits, trained and measured from here.
+"""The bundled digits model: a latent DiT on the UCI handwritten digits, which this package trains and measures.
 
-In: the digits that scikit-learn carries. Out: an autoencoder, a denoiser and a classifier, saved as a pipeline that
+In: the digits that scikit-learn ships. Out: an autoencoder, a denoiser and a classifier, saved as a pipeline that
 `from_pretrained` loads, by `python -m harmonica_training.digits`. Quality benchmarks use the classifier and its
 features.
 

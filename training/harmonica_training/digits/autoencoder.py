@@ -1,6 +1,6 @@
-"""The autoencoder: 64x64 greyscale images to 16x16 latents of 4 channels and back.
+"""The autoencoder, from 64x64 greyscale images to 16x16 latents of 4 channels and back.
 
-`DiTPipeline` scales latents by one number and knows no shift. So after training, mean and deviation of every
+`DiTPipeline` scales latents by one number and does not shift them. So after training, mean and deviation of every
 latent channel are folded into the 1x1 convolutions on both sides of the latents (`normalise_latents`, exact
 up to rounding): they come out with mean 0 and deviation 1, and `scaling_factor` is 1.
 """
@@ -64,7 +64,7 @@ def normalise_latents(model: AutoencoderKL, images: Tensor) -> None:
     """Folds per-channel mean and deviation of the latents of `images` into the model, in place.
 
     Args:
-        model: its latents of `images` have mean 0 and deviation 1 afterwards, and decode to what they did.
+        model: afterwards its latents of `images` have mean 0 and deviation 1, and decode to the same images.
         images: [N, 1, H, W] in [0, 1].
 
     Raises:

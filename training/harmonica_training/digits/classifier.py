@@ -71,8 +71,8 @@ def load_classifier(directory: Path | str) -> DigitClassifier:
 
     Raises:
         FileNotFoundError: there is none.
-        TrainingError: a file of it is damaged, or its config has another version, fields that are missing or unknown,
-            or sizes that no classifier has.
+        TrainingError: a file of it is damaged, or its config has another version, missing or unknown fields, or sizes
+            outside 1 ... 1024.
     """
     path = Path(directory) / "config.json"
     match read_json(path):

@@ -1,4 +1,4 @@
-"""What a digits run is made of; everything that changes the weights is in `DigitsConfig`."""
+"""The configuration of a digits run; `DigitsConfig` holds everything that affects the trained parameters."""
 
 import dataclasses
 
@@ -11,16 +11,16 @@ class DigitsConfig:
     """Training of the classifier, the autoencoder and the denoiser; the defaults made the bundled model.
 
     Attributes:
-        seed: seeds the initial weights, the augmentation, the batches and the noise.
-        image_size: side of the square images, pixels; a multiple of 4 (the autoencoder halves twice).
-        classifier_steps, classifier_batch, classifier_lr: AdamW steps, images a step, peak learning rate.
+        seed: seeds the initial parameters, the augmentation, the batches and the noise.
+        image_size: side of the square images, pixels; a multiple of 8, at least 16.
+        classifier_steps, classifier_batch, classifier_lr: AdamW steps, images per step, peak learning rate.
         autoencoder_steps, autoencoder_batch, autoencoder_lr: the same for the autoencoder.
         kl_weight: weight of the mean KL per latent element beside the mean absolute pixel error.
         augmentations: shifted, turned and scaled copies of each training image that are encoded once.
         layers, heads, head_dim: blocks, attention heads and channels per head of the denoiser.
-        denoiser_steps, denoiser_batch, denoiser_lr: AdamW steps, latents a step, peak learning rate.
+        denoiser_steps, denoiser_batch, denoiser_lr: AdamW steps, latents per step, peak learning rate.
         label_dropout: share of the labels replaced by the null class, for guidance.
-        ema_decay: decay of the averaged weights, reached after a warm-up.
+        ema_decay: decay of the averaged parameters; lower during their warm-up.
         checkpoint_seconds: wall time between two checkpoints of the denoiser, seconds.
     """
 
@@ -57,7 +57,7 @@ class DigitsConfig:
 
     @classmethod
     def quick(cls, seed: int = 0) -> "DigitsConfig":
-        """A run of seconds whose model loads and generates, and is good for nothing else."""
+        """A run of a few seconds whose model can be loaded and sampled, but draws no digits."""
         return cls(
             seed=seed, image_size=16, classifier_steps=20, autoencoder_steps=6, autoencoder_batch=16,
             augmentations=1, layers=2, heads=2, head_dim=16, denoiser_steps=6, denoiser_batch=16,

@@ -1,7 +1,7 @@
 """The UCI optical handwritten digits of scikit-learn as images of a size worth generating.
 
-The source images are 8x8 counts of ink, 0 to 16. Plain interpolation makes grey blobs of them, so they get a
-margin, are interpolated, and pass a soft threshold that brings the edges of the strokes back.
+The source images are 8x8 counts of ink, 0 to 16. Plain interpolation turns them into grey blobs, so they get a margin,
+are interpolated, and pass a soft threshold that restores the edges of the strokes.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ def upsample(counts: Tensor, image_size: int) -> Tensor:
 
 
 def load_split(image_size: int) -> DigitsSplit:
-    """The digits of `sklearn.datasets.load_digits`: 1,400 to train, 397 held out, the same ones every time.
+    """The digits of `sklearn.datasets.load_digits`: 1,400 to train, 397 held out, the same split every time.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.

@@ -1,9 +1,8 @@
 """The denoiser: a `DiTTransformer2DModel` trained to predict velocity on cached latents.
 
-Two hazards of diffusers' DiT. Every block has a class table of its own and, in training mode, drops labels by
-its own dice; so the model is trained in evaluation mode (it has no other dropout) and the labels are dropped
-here. And the tables have 1,001 rows where 11 are used: the others start at zero, get no gradient and no
-decay, and stay zero.
+Hazards: in diffusers' DiT every block has its own class table and, in training mode, drops labels independently. So the
+model is trained in evaluation mode (it has no other dropout), and labels are dropped here. The tables have 1,001 rows,
+of which 11 are used; the others start at zero, get neither gradient nor decay, and stay zero.
 """
 
 import dataclasses
@@ -28,19 +27,19 @@ from harmonica_training.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 STATE = ("model", "averages", "optimizer", "generator", "step", "losses", "seconds", "resumed")  # of a checkpoint
-LOSS_WINDOW = 100  # steps a reported loss is the mean of
+LOSS_WINDOW = 100  # steps over which a reported loss is averaged
 
 
 @dataclasses.dataclass(frozen=True)
 class DenoiserTraining:
-    """A denoiser with averaged weights, in evaluation mode.
+    """A denoiser with averaged parameters, in evaluation mode.
 
     Attributes:
         model: the denoiser.
         steps: training steps done.
         losses: mean loss of each 100 steps in turn.
         seconds: wall time of all training runs that led here, seconds.
-        resumed: steps at which training went on after a break.
+        resumed: steps at which training resumed after a break.
     """
 
     model: DiTTransformer2DModel
@@ -51,7 +50,7 @@ class DenoiserTraining:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """DiT's noise schedule (Peebles and Xie, arXiv 2212.09748), linear over 1,000 steps, but for velocity.
+    """DiT's noise schedule (Peebles and Xie, arXiv 2212.09748), linear over 1,000 steps, but with velocity prediction.
 
     DiT predicts noise, whose error hardly counts at high noise, where the digit is decided: after 1,400 steps with
     min-SNR weights 12 of 40 images were recognised. With velocity (Salimans and Ho, arXiv 2202.00512) it was 40 of
@@ -68,7 +67,7 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def build_denoiser(config: DigitsConfig) -> DiTTransformer2DModel:
-    """A denoiser for latents [B, 4, S, S] with the initial weights of DiT, in evaluation mode."""
+    """A denoiser for latents [B, 4, S, S] with the initial parameters of DiT, in evaluation mode."""
     model = DiTTransformer2DModel(
         num_attention_heads=config.heads,
         attention_head_dim=config.head_dim,
@@ -86,7 +85,7 @@ def build_denoiser(config: DigitsConfig) -> DiTTransformer2DModel:
 
 @torch.no_grad()
 def initialise(model: DiTTransformer2DModel) -> None:
-    """DiT's initial weights: each block the identity, the output zero, unused class rows zero. In place."""
+    """Sets DiT's initial parameters: blocks are the identity, the output and unused class rows are zero. In place."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -109,10 +108,10 @@ def initialise(model: DiTTransformer2DModel) -> None:
 
 
 def train_denoiser(config: DigitsConfig, latents: Tensor, labels: Tensor, checkpoint: Path) -> DenoiserTraining:
-    """Trains on cached latents, going on from `checkpoint` if it exists and writing it every few minutes.
+    """Trains on cached latents; resumes from `checkpoint` if it exists, and writes it every few minutes.
 
     Args:
-        config: a checkpoint must come from the same one; the caller sees to it.
+        config: the caller ensures that a checkpoint comes from the same one.
         latents: [N, 4, S, S], mean 0 and deviation 1.
         labels: int64 [N], 0 to 9.
         checkpoint: file of the model, averages, optimiser, generator and step.
@@ -121,8 +120,8 @@ def train_denoiser(config: DigitsConfig, latents: Tensor, labels: Tensor, checkp
         TrainingError: the checkpoint is damaged, or of another model.
 
     Returns:
-        the denoiser with averaged weights. A resumed run shuffles the latents anew, so it is not bit for bit
-        the run without the break.
+        the denoiser with averaged parameters. A resumed run shuffles the latents again, so it does not equal an
+        uninterrupted run bit for bit.
     """
     torch.manual_seed(config.seed)
     model = build_denoiser(config)
@@ -142,7 +141,7 @@ def train_denoiser(config: DigitsConfig, latents: Tensor, labels: Tensor, checkp
             resumed = [*state["resumed"], first] if first < config.denoiser_steps else list(state["resumed"])
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise TrainingError(f"{checkpoint} is of another model, or damaged: {one_line(error, 300)}") from error
-        logger.info("going on from step %d of %s", first, checkpoint.name)
+        logger.info("resuming from step %d of %s", first, checkpoint.name)
     workers = torch.get_num_threads()
     torch.set_num_threads(1)  # inside operators, until this is done: the workers are the threads
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
@@ -168,7 +167,7 @@ def train_denoiser(config: DigitsConfig, latents: Tensor, labels: Tensor, checkp
             window.clear()
             progress.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
         now = time.monotonic()
-        # only at a window's edge, so that no loss is lost from the curve
+        # only at the end of a window, so that the loss curve has no gap
         if (not window and now - saved > config.checkpoint_seconds) or last:
             state = {
                 "model": model.state_dict(),

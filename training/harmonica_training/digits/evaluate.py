@@ -1,4 +1,4 @@
-"""Measures a saved model: does the classifier recognise what was asked for, and are the images different?"""
+"""Measures a saved model: whether the classifier recognises the requested digits, and how the images vary."""
 
 import dataclasses
 import io
@@ -137,7 +137,7 @@ def evaluate(directory: Path, data: DigitsSplit, config: EvaluationConfig) -> tu
 
 
 def save_grid(images: Tensor, path: Path, columns: int = 10) -> None:
-    """Writes images [N, 1, H, W] in [0, 1] as one PNG, row by row, without a last row that is not full."""
+    """Writes images [N, 1, H, W] in [0, 1] as one PNG, row by row; an incomplete last row is left out."""
     from PIL import Image
 
     rows, (height, width) = len(images) // columns, images.shape[-2:]

@@ -86,7 +86,7 @@ def save_model(
         id2label=labels,
     )
     pipe.register_to_config(id2label=labels)  # `DiTPipeline` reads it from the index but does not write it
-    vae.register_to_config(_name_or_path="")  # where it was checkpointed is nobody's business
+    vae.register_to_config(_name_or_path="")  # the local path that it was loaded from
     pipe.save_pretrained(str(directory))
     save_classifier(classifier, directory / "classifier")
 

@@ -1,4 +1,4 @@
-"""Reading the files of a run back, as data: what is damaged is a TrainingError that names the file."""
+"""Reads the files of a run back, as data; a damaged one raises a TrainingError that names it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from harmonica_training.errors import TrainingError
 
 # what torch's reader raises on damaged archives
 _DAMAGED = (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, LookupError, ValueError, AttributeError)
-_REMEDY = "delete it, and it is made again"
+_REMEDY = "delete it, and the next run makes it again"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        TrainingError: it is not strict JSON, or no object.
+        TrainingError: it is not strict JSON, or not an object.
     """
     try:
         return strict_json.parse_object(path.read_bytes())
@@ -38,7 +38,7 @@ def read_torch(path: Path, names: Sequence[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        TrainingError: it is damaged, asks for more than tensors and plain values, or lacks a name.
+        TrainingError: it is damaged, holds more than tensors and plain values, or lacks a name.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

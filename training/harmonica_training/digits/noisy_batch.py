@@ -15,7 +15,7 @@ class NoisyBatch:
     """What one training step learns from.
 
     Attributes:
-        noisy, velocity: [B, 4, S, S], the latents given and the velocity to find in them.
+        noisy, velocity: [B, 4, S, S], the noisy latents and the velocity to predict.
         timesteps, labels: int64 [B], some labels replaced by the null class.
     """
 
@@ -56,8 +56,8 @@ def noisy_batch(
 def backward(model: DiTTransformer2DModel, batch: NoisyBatch, pool: ThreadPoolExecutor, workers: int) -> float:
     """Sets the gradients of the mean squared error and returns it; each worker takes a part of the batch.
 
-    Threads inside the operators would meet at the end of every one of them: on two cores shared with one busy
-    process that took about 3 s per step, and this, with one thread in the optimiser too, 0.65 s.
+    Threads inside an operator would wait for each other at its end: on two cores shared with a busy process, a step
+    took about 3 s that way, and takes 0.65 s this way, with one thread in the optimiser too.
     """
     parameters = list(model.parameters())
 

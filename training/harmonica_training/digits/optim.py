@@ -1,4 +1,4 @@
-"""The two things every stage shares: a learning-rate curve and averaged weights."""
+"""The learning-rate curve of all stages, and the averaged parameters of the denoiser."""
 
 import math
 
@@ -21,7 +21,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 
 
 class AveragedWeights:
-    """Exponential moving average of a module's parameters; the first 9 / (1 - decay) updates are a warm-up.
+    """Exponential moving average of a module's parameters; the first 9 / (1 - decay) updates or so use a lower decay.
 
     Args:
         model: the module whose parameters are followed.
@@ -47,6 +47,6 @@ class AveragedWeights:
         return dict(zip(self.names, self.averages, strict=True))
 
     def restore(self, averages: dict[str, Tensor], updates: int) -> None:
-        """Goes on from a state saved earlier; raises KeyError if a parameter is missing."""
+        """Restores a saved state; raises KeyError if a parameter is missing."""
         self.averages = [averages[name] for name in self.names]
         self.updates = updates

@@ -1,4 +1,4 @@
-"""The whole run: classifier, autoencoder, latents, denoiser, saved model, figures. Stages are kept."""
+"""The whole run: classifier, autoencoder, latents, denoiser, saved model, figures. Finished stages are not repeated."""
 
 import dataclasses
 import json
@@ -34,8 +34,8 @@ def claim_work(work: Path, config: DigitsConfig) -> None:
     """Makes `work` the folder of this configuration.
 
     Raises:
-        ValueError: it holds the stages of another one.
-        TrainingError: what says so is damaged.
+        ValueError: it holds the stages of another configuration.
+        TrainingError: the file that records its configuration is damaged.
     """
     work.mkdir(parents=True, exist_ok=True)
     path = work / "config.json"
@@ -96,13 +96,13 @@ def train_and_save(
     command: str,
     finish: bool = True,
 ) -> Evaluation:
-    """Trains what `work` lacks, writes the model into `out`, measures what was written.
+    """Trains what `work` lacks, writes the model into `out`, and measures it.
 
     Args:
-        config: of the training.
-        evaluation_config: of the measurement.
+        config: configuration of the training.
+        evaluation_config: configuration of the measurement.
         out: directory of the model; its files are overwritten.
-        work: directory of the stages; an interrupted run goes on from there.
+        work: directory of the stages; an interrupted run resumes there.
         command: written to the provenance.
         finish: False takes the denoiser's last checkpoint as it is, to see how far it has come.
 
