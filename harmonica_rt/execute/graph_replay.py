@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from harmonica_rt.plan.step_graph import TabledGraph
 
 log = logging.getLogger(__name__)
 
-MOST_OF_PLAIN = 1.02  # a graph is kept unless it takes more than this fraction of the time of plain launches
+MOST_OF_PLAIN = 1.02  # a graph is kept if it takes at most this multiple of the time of plain launches
 ROUNDS = 3  # of measurement; the best time counts
 MOVES = 3  # consecutive runs with moved parameters after which graphs are no longer recorded anew
 RESTLESS = GraphRefusal("parameters are at new addresses in every run (is offloading on?)")
@@ -33,6 +34,8 @@ class Recordable:
         parts: the graphs of operators that run in `body`.
         body: launches them, reading and writing at fixed addresses only; returns the outputs.
         restore: makes `body` run for the same step again.
+        candidates: bodies that do the same, of which the fastest graph is kept; empty for `body` alone.
+        choose: told the seconds of each candidate's graph; infinite for one that cannot be recorded.
     """
 
     name: str
@@ -40,6 +43,8 @@ class Recordable:
     parts: tuple[TabledGraph, ...]
     body: Body
     restore: Callable[[], None]
+    candidates: tuple[Body, ...] = ()
+    choose: Callable[..., object] | None = None
 
 
 class GraphedPrograms:
@@ -98,33 +103,74 @@ class GraphedPrograms:
             reason = next(filter(None, (obstacle(part, self._pool.device) for part in work.parts)), None)
             if reason is not None:
                 return self._refuse(work, reason)
-            with _casting_anew():
-                outputs = self._pool.warm_up(work.body)
-            self._warm.keys.add(key)
-            return outputs
+            return self._warm_up(key, work)
         reason = self._record(key, work)
         return copies(self._graphs[key].replay()) if reason is None else self._refuse(work, reason)
 
+    def _warm_up(self, key: Hashable, work: Recordable) -> tuple[Any, ...]:
+        first, *others = work.candidates or (work.body,)
+        with _casting_anew():
+            outputs = self._pool.warm_up(first)
+            for other in others:
+                work.restore()
+                outputs = self._pool.warm_up(other)
+        self._warm.keys.add(key)
+        return outputs
+
     def _record(self, key: Hashable, work: Recordable) -> GraphRefusal | None:
         """Record the launches, or say why not."""
+        body = work.body
         try:
-            with _casting_anew():
-                graph = self._pool.record(work.body)
+            if work.candidates:
+                graph, body = self._fastest(work)
+            else:
+                graph = self._recorded(body)
         except RuntimeError as error:
             return GraphRefusal(f"it cannot be recorded: {str(error).partition(chr(10))[0]}")
         if self._measured:
-            plain, replayed = (min(self._times(run, work)) for run in (work.body, graph.replay))
+            plain, replayed = (self._seconds(run, work) for run in (body, graph.replay))
             if replayed > MOST_OF_PLAIN * plain:
-                times = f"{replayed * 1e3:.2f} ms, plain launches take {plain * 1e3:.2f} ms"
+                times = f"it takes {replayed * 1e3:.2f} ms, plain launches take {plain * 1e3:.2f} ms"
                 return GraphRefusal(f"a graph is slower: {times}")
         self._graphs[key] = graph
         return None
 
-    def _times(self, run: Callable[[], object], work: Recordable) -> Iterator[float]:
-        """Seconds of each measurement. What follows runs for the same step once more."""
+    def _fastest(self, work: Recordable) -> tuple[Graph, Body]:
+        """The fastest graph of the candidates, and its body.
+
+        Raises:
+            RuntimeError: none can be recorded.
+        """
+        found: list[tuple[float, Graph, Body]] = []
+        seconds: list[float] = []
+        failure: RuntimeError | None = None
+        for body in work.candidates:
+            seconds.append(math.inf)
+            try:
+                graph = self._recorded(body)
+            except RuntimeError as error:
+                failure = error
+                continue
+            seconds[-1] = self._seconds(graph.replay, work)
+            found.append((seconds[-1], graph, body))
+        if not found:
+            raise failure or RuntimeError("there is nothing to record")
+        if work.choose is not None:
+            work.choose(*seconds)
+        _, graph, body = min(found, key=lambda each: each[0])
+        return graph, body
+
+    def _recorded(self, body: Body) -> Graph:
+        with _casting_anew():
+            return self._pool.record(body)
+
+    def _seconds(self, run: Callable[[], object], work: Recordable) -> float:
+        """The least seconds of several measurements. What follows runs for the same step once more."""
+        found = []
         for _ in range(ROUNDS):
-            yield self._pool.seconds(run)
+            found.append(self._pool.seconds(run))
             work.restore()
+        return min(found)
 
     def _refuse(self, work: Recordable, reason: GraphRefusal) -> tuple[Any, ...]:
         log.info("%s runs without a graph: %s", work.name, reason)

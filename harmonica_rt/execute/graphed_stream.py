@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from harmonica_rt.call.call import Call
+from harmonica_rt.execute.cuda_graphs import Body
 from harmonica_rt.execute.graph_memory import GraphMemory
 from harmonica_rt.execute.graph_replay import Recordable
 from harmonica_rt.execute.graphed_prologue import GraphedPrologue
@@ -17,6 +18,7 @@ from harmonica_rt.execute.parameter_binding import ParameterBinding
 from harmonica_rt.execute.plan_stream import PlanStream
 from harmonica_rt.execute.slot_buffers import SlotBuffers, StepSlots
 from harmonica_rt.indices import StepIndex
+from harmonica_rt.lower.faster_of_two import Faster
 from harmonica_rt.lower.plain import Program
 
 
@@ -77,12 +79,18 @@ class GraphedStream(PlanStream):
         return outputs
 
     def _recordable(self, step: StepIndex, program: Program, bound: tuple[Any, ...], slots: StepSlots) -> Recordable:
+        def body(program: Program) -> Body:
+            return lambda: self._launch(program, bound, slots)
+
+        undecided = program if isinstance(program, Faster) and program.chosen is None else None
         return Recordable(
             name="a step program",
             owner=program,
             parts=(program.step,),
-            body=lambda: self._launch(program, bound, slots),
+            body=body(program),
             restore=lambda: self._memory.counter.set(step),
+            candidates=(body(undecided.first), body(undecided.second)) if undecided is not None else (),
+            choose=undecided.choose if undecided is not None else None,
         )
 
     def _launch(self, program: Program, bound: tuple[Any, ...], slots: StepSlots) -> tuple[Any, ...]:

@@ -10,9 +10,11 @@ to the next launch on the CUDA stream that allocated it, unless it knows of othe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+
+_NO_TURN = nullcontext()
 
 
 def has_streams(device: torch.device) -> bool:
@@ -31,22 +33,27 @@ class LaunchOrder:
         self._devices = tuple(device for device in devices if has_streams(device))
         self._last: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}
 
-    @contextmanager
-    def turn(self, held: Callable[[], Iterable[torch.Tensor]]) -> Iterator[None]:
+    def turn(self, held: Callable[[], Iterable[torch.Tensor]]) -> AbstractContextManager[None]:
         """One turn: whatever uses the memory is launched within this block.
 
         Args:
             held: returns the tensors in use; called only if the CUDA stream is not that of the last turn.
         """
-        uses = [(torch.cuda.current_stream(device), self._take_over(device, held)) for device in self._devices]
+        return self._turn(held) if self._devices else _NO_TURN
+
+    @contextmanager
+    def _turn(self, held: Callable[[], Iterable[torch.Tensor]]) -> Iterator[None]:
+        uses = [self._take_over(device, held) for device in self._devices]
         try:
             yield
         finally:
             for stream, event in uses:
                 event.record(stream)
 
-    def _take_over(self, device: torch.device, held: Callable[[], Iterable[torch.Tensor]]) -> torch.cuda.Event:
-        """Wait for the last turn on `device`; return the event to record when this turn is over."""
+    def _take_over(
+        self, device: torch.device, held: Callable[[], Iterable[torch.Tensor]]
+    ) -> tuple[torch.cuda.Stream, torch.cuda.Event]:
+        """Wait for the last turn on `device`; return its CUDA stream and the event to record when this turn ends."""
         stream = torch.cuda.current_stream(device)
         last, event = self._last.get(device, (stream, None))
         if event is None:
@@ -57,4 +64,4 @@ class LaunchOrder:
                 if tensor.device == device:
                     tensor.record_stream(stream)
         self._last[device] = stream, event
-        return event
+        return stream, event

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from harmonica_rt.call.roles import Role
 from harmonica_rt.execute.lowered_prologue import LoweredPrologue
@@ -55,10 +56,21 @@ class LoweredPlan:
             self._catch_up[step] = self.lowering.program(graph), slots
         return self._catch_up[step]
 
+    def nested(self, outputs: tuple[Any, ...]) -> Any:
+        """What the model returns, of these flat outputs."""
+        return outputs if self._returns_flat_tuple else pytree.tree_unflatten(outputs, self.plan.captured.out_spec)
+
     def devices(self) -> set[torch.device]:
         """The devices of its inputs, parameters and slots."""
         found = map(device_of, self._placeholders())
         return {*self.plan.table.arena_bytes, *(device for device in found if device is not None)}
+
+    @functools.cached_property
+    def _returns_flat_tuple(self) -> bool:
+        spec = self.plan.captured.out_spec
+        numbers = tuple(range(spec.num_leaves))
+        nested = pytree.tree_unflatten(numbers, spec)
+        return type(nested) is tuple and nested == numbers
 
     @functools.cached_property
     def takes_inputs_on_cpu(self) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from harmonica_rt.call.call import Call
 from harmonica_rt.execute.launch_order import LaunchOrder
@@ -64,7 +63,7 @@ class PlanStream:
             outputs = self._run(step, call, catch_up=catch_up)
             if self._debug:
                 self.buffers.poison_dead(step)
-        return pytree.tree_unflatten(outputs, self.lowered.plan.captured.out_spec)
+        return self.lowered.nested(outputs)
 
     def _tensors(self) -> Iterator[torch.Tensor]:
         """What outlives a call: each storage at least once."""

@@ -1,7 +1,8 @@
-"""Chooses between two programs of one step graph: the first call measures both, and the faster one stays.
+"""Chooses between two programs of one step graph: both are measured, and the faster one stays.
 
-Plain launches are measured, even where the program later becomes a CUDA graph. Running a program again within a step is
-safe: it writes the same slots with the same values up to rounding, and reads no slot that it writes.
+What is measured is what will run: graphs where the programs become CUDA graphs, plain launches elsewhere. Running a
+program again within a step is safe: it writes the same slots with the same values up to rounding, and reads no slot
+that it writes.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class Faster(Program):
 
     Attributes:
         first, second: the programs.
-        chosen: the faster one; None before the first call.
-        seconds: the best time of each; None before the first call.
+        chosen: the faster one; None before they are measured.
+        seconds: the best time of each; None before they are measured.
     """
 
     def __init__(self, first: Program, second: Program, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -47,17 +48,22 @@ class Faster(Program):
     ) -> tuple[Any, ...]:
         """See `Program.__call__`."""
         arguments = bound, leaves, reads, writes, hoisted
-        if self.chosen is None:
-            self.chosen = self._measured(arguments)
-        return self.chosen(*arguments)
+        chosen = self.chosen or self.choose(*self._measured(arguments))
+        return chosen(*arguments)
 
-    def _measured(self, arguments: tuple[Any, ...]) -> Program:
+    def choose(self, first: float, second: float) -> Program:
+        """Keep the program that took fewer seconds, and return it."""
+        self.seconds = first, second
+        self.chosen = self.first if first <= second else self.second
+        return self.chosen
+
+    def _measured(self, arguments: tuple[Any, ...]) -> tuple[float, float]:
+        """The best time of plain launches of each, in seconds."""
         for program in (self.first, self.second):
             program(*arguments)  # warm up
         rounds = [[self._time(program, arguments) for program in (self.first, self.second)] for _ in range(ROUNDS)]
-        a, b = (min(seconds) for seconds in zip(*rounds, strict=True))
-        self.seconds = a, b
-        return self.first if a <= b else self.second
+        first, second = (min(seconds) for seconds in zip(*rounds, strict=True))
+        return first, second
 
     def _time(self, program: Program, arguments: tuple[Any, ...]) -> float:
         _wait(arguments[0])

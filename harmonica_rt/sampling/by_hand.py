@@ -44,7 +44,7 @@ class ByHand:
         """
         began, here = self._began, False
         for frame in callers():
-            if any(left.is_of(frame) for left in self._left):
+            if self._left and any(left.is_of(frame) for left in self._left):
                 return False
             if began is not None and began.is_of(frame):
                 here = True
