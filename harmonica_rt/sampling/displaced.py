@@ -25,7 +25,7 @@ class DisplacedRuns:
         self._threads: weakref.WeakKeyDictionary[threading.Thread, Origin | None] = weakref.WeakKeyDictionary()
 
     def suspend(self, current: CurrentRun, scheduler: Any, origin: Origin) -> None:
-        """A scheduler is about to begin a run with this origin: keep the current one in mind if it may go on."""
+        """A scheduler is about to begin a run with this origin: remember the current run if it may go on."""
         before = current.run
         if before is not None and not before.finished and current.origin is not None:
             unknown = not current.origin.known and scheduler is not current.scheduler and not before.untouched
@@ -70,7 +70,7 @@ class DisplacedRuns:
                 raise interleaved()
 
     def check_step(self, current: CurrentRun, scheduler: Any) -> None:
-        """Raise if a run of which only the scheduler is known continues while another run is under way.
+        """Raise ConcurrentRunError if a displaced run, known only by its scheduler, continues during another run.
 
         The calls of both were counted as the latter's, so neither can be trusted.
         """
