@@ -19,7 +19,7 @@ from harmonica_rt.wrappers import unwrapped
 
 
 def held_model(model_or_pipeline: Any) -> nn.Module:
-    """The model as it was given, with its wrappers; of a pipeline, its denoiser.
+    """The model as it was given, with its wrappers; for a pipeline, its denoiser.
 
     Raises:
         ArgumentError: neither a model nor a pipeline was given.
