@@ -47,11 +47,14 @@ def demo(
     directory = model or bundled_model()
     pipeline = load_pipeline(PipelineChoice(directory))
     if type(pipeline).__name__ != "DiTPipeline":
-        raise HarmonicaError(f"the demo is for a DiTPipeline, {directory} holds a {type(pipeline).__name__}; see bench")
+        raise HarmonicaError(
+            f"the demo needs a DiTPipeline, but {directory} holds a {type(pipeline).__name__}; "
+            "`harmonica-rt bench` runs any pipeline"
+        )
     if schedule is not None:
         chosen = read(schedule)
         if steps not in (None, chosen.steps):
-            raise HarmonicaError(f"--steps says {steps}, and {schedule} is for {chosen.steps} steps; leave --steps out")
+            raise HarmonicaError(f"--steps is {steps}, but {schedule} is for {chosen.steps} steps; leave --steps out")
     elif model is None and steps is None:
         chosen = hrt.Schedule.load(bundled_schedule())
     else:

@@ -40,7 +40,7 @@ def read(path: Path) -> Schedule:
     except ScheduleError as error:
         if path.suffix not in _ROUTERS or not path.is_file():
             raise
-        hint = "`harmonica-rt schedule convert` makes schedules of router checkpoints"
+        hint = "`harmonica-rt schedule convert` makes schedules from router checkpoints"
         raise ScheduleError(f"{error}; {hint}") from error
 
 
@@ -77,7 +77,7 @@ def convert(
     kind: str = typer.Option("auto", help="harmonica, l2c-dit, l2c-uvit, or auto."),
     steps: int | None = typer.Option(None, min=1, help="Expected number of steps."),
 ) -> None:
-    """Make a schedule of a router checkpoint of the released HarmoniCa or Learning-to-Cache code."""
+    """Make a schedule from a router checkpoint of the released HarmoniCa or Learning-to-Cache code."""
     from typing import get_args
 
     from harmonica_rt.schedule import RouterKind, Schedule
@@ -105,7 +105,7 @@ def make(
     if sum(option is not None for option in (every, random, mask)) != 1:
         raise HarmonicaError("give exactly one of --every K, --random CUR and --mask 1010...")
     if mask is not None and steps not in (None, len(mask)):
-        raise HarmonicaError(f"--mask has {len(mask)} entries, one per step, and --steps says {steps}; drop one")
+        raise HarmonicaError(f"--mask has {len(mask)} entries, one per step, but --steps is {steps}; drop one of them")
 
     from harmonica_rt import find_sites, model_info
     from harmonica_rt.cli.loading import load_denoiser
