@@ -35,7 +35,7 @@ class Traced:
         exported: the trace.
         written: what the forward changed in the model or in objects reachable from it, in words.
         values: the values of the request that it read. `exported` then returns the tensors read after its own outputs.
-            None if the model was traced without reading any.
+            None if the model was traced without values.
     """
 
     exported: torch.export.ExportedProgram

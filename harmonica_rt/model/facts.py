@@ -1,9 +1,9 @@
 """What a model's forward may take for granted: all that it can use besides its arguments and its parameters' values.
 
 Hazard: a captured graph bakes in whatever Python looked up during the trace - attributes, the objects they hold at any
-depth, classes, closures, the functions that are called by name - and goes on using it after it has changed: a wrong
-image, without an error. So all of it is recorded (`walk`), as a table of facts that can be compared, together with the
-containers that hold it, which show quickly whether anything was touched.
+depth, classes, closures, the functions that are called by name - and keeps using it after it has changed, which gives a
+wrong image without an error. So all of it is recorded (`walk`), as a table of facts that can be compared, together with
+the containers that hold it, which show quickly whether anything was touched.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Checks, before every call of a run, whether the model is still what it was at the last call.
 
-Callbacks, guiders and adapters change a model in mid-run. So it is checked each time, in a way that costs next to
+Callbacks, guiders and adapters change a model mid-run. So it is checked each time, in a way that costs next to
 nothing if nothing changed: the containers that hold what the forward may use still hold the very same objects, and no
 parameter or buffer was written to. Otherwise the model is inspected again, and it is either in a known state (adapters
 switched back) or in a new one. One change goes unnoticed: writing to a parameter through `.data`, or assigning `.data`,

@@ -238,8 +238,8 @@ class Session:
         """
         if self._turns.mine:
             raise ConcurrentRunError(
-                f"a run of {self._model_name} cannot begin or go on within one of its calls (in a hook of the model, "
-                "for example)"
+                f"a run of {self._model_name} cannot begin or continue within one of its calls (in a hook of the "
+                "model, for example)"
             )
         if not self._turns.take(changes):
             raise ConcurrentRunError(
