@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from harmonica_rt.cli.console import console, line, unwrapped
+from harmonica_rt.cli.console import console, line, print_unwrapped
 from harmonica_rt.cli.options import REPEATS, SEED, writable_picture
 from harmonica_rt.cli.schedule import read
 from harmonica_rt.cli.tables import latency_table
@@ -97,4 +97,4 @@ def _print_demo(result: DemoResult) -> None:
         "picture": str(request.picture),
     }
     for name, text in rows.items():
-        unwrapped(line((f"{name:8}", "bold"), " ", (text, "green" if name == "parity" else "")))
+        print_unwrapped(line((f"{name:8}", "bold"), " ", (text, "green" if name == "parity" else "")))

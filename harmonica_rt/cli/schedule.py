@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from harmonica_rt.cli.command import Command
-from harmonica_rt.cli.console import console, unwrapped
+from harmonica_rt.cli.console import console, print_unwrapped
 from harmonica_rt.cli.options import MODEL, PATTERN, SCHEDULE, SCHEDULE_OUT, SEED, one_of, writable_picture
 from harmonica_rt.errors import HarmonicaError, ScheduleError
 
@@ -66,7 +66,7 @@ def plot(
 ) -> None:
     """Draw a schedule as a heat map."""
     read(schedule).plot(out)
-    unwrapped(f"written to {out}")
+    print_unwrapped(f"written to {out}")
 
 
 @app.command(cls=Command)
@@ -85,7 +85,7 @@ def convert(
     one_of("--kind", kind, get_args(RouterKind))
     made = Schedule.from_router(router, threshold=threshold, kind=kind, steps=steps)  # type: ignore[arg-type]
     made.save(out)
-    unwrapped(f"{made}\nwritten to {out}")
+    print_unwrapped(f"{made}\nwritten to {out}")
 
 
 @app.command(cls=Command)
@@ -120,4 +120,4 @@ def make(
         made = Schedule.from_mask(mask or "", sites=sites)
     made = made.with_provenance(model=model_info(denoiser))
     made.save(out)
-    unwrapped(f"{made}\nwritten to {out}")
+    print_unwrapped(f"{made}\nwritten to {out}")

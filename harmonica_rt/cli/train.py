@@ -11,7 +11,7 @@ import typer
 
 from harmonica_rt.cli import signals
 from harmonica_rt.cli.conditions import Subjects, chosen_conditions
-from harmonica_rt.cli.console import console, line, tell, unwrapped
+from harmonica_rt.cli.console import console, line, print_unwrapped, tell
 from harmonica_rt.cli.going_on import how_to_go_on
 from harmonica_rt.cli.keeping import save_anywhere
 from harmonica_rt.cli.options import (
@@ -233,7 +233,7 @@ def _print_result(result: TrainingResult, out: Path) -> None:
     from harmonica_rt.schedule import render
 
     console.print(render(result.schedule))
-    unwrapped(
+    print_unwrapped(
         line(
             (str(out), "bold"),
             f": theoretical speed-up {result.speedup:.3f}x, CUR {result.schedule.cur:.1%}, "
