@@ -1,4 +1,4 @@
-"""The public functions: they check what they are given and hand it to the rooms that do the work.
+"""The public functions: they check what they are given and hand it to the packages that do the work.
 
 In: a model or a diffusers pipeline, a schedule, options. Out: a `CompiledModel`, the same pipeline with its denoiser
 replaced, or a `ParityReport`; every refusal is an error of `harmonica_rt.errors` that says what to do.

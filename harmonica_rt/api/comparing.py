@@ -44,7 +44,7 @@ def reference(model_or_pipeline: Any, schedule: Schedule) -> Any:
     Takes and returns what `compile` does, and `uncompile` undoes it in a pipeline.
 
     Raises:
-        ScheduleMismatchError, SiteError, ArgumentError, HarmonicaError: as `compile`.
+        ScheduleMismatchError, SiteError, ArgumentError, HarmonicaError: see `compile`.
     """
     check_schedule(schedule)
     model = model_to_compile(model_or_pipeline)

@@ -154,7 +154,7 @@ def load(
         PlanFileError: the file is missing, damaged, or made for another model, torch or version.
         CaptureError: the model is in training mode, or has hooks inside.
         RegionError: Inductor cannot compile a region.
-        ArgumentError, HarmonicaError: as `compile`.
+        ArgumentError, HarmonicaError: see `compile`.
     """
     check_path(path)
     options = CompileOptions(graphs=graphs, strict=strict, max_plans=max_plans, max_plan_bytes=max_plan_bytes)
@@ -207,7 +207,7 @@ def get_compiled(pipeline: Any) -> CompiledModel:
             f"this {name} is not compiled by harmonica_rt.compile but by torch.compile; "
             "attach(pipe.transformer).report() reports on it"
         )
-    raise HarmonicaError(f"this {name} is not compiled; harmonica_rt.compile(pipe, schedule) does")
+    raise HarmonicaError(f"this {name} is not compiled; harmonica_rt.compile(pipe, schedule) compiles it")
 
 
 def _planned(model_or_pipeline: Any, schedule: Schedule, options: CompileOptions) -> PlannedEngine:

@@ -1,7 +1,7 @@
 """Finds the model in what a public function was given: a model, perhaps in wrappers, or a pipeline.
 
-Hazard: a model may be held compiled twice, by a wrapper of torch.compile inside or outside of one of ours. Each then
-skips its own share of the work under its own schedule. Such models are refused here, with the remedy.
+Hazard: a model may be compiled twice, by a wrapper of torch.compile inside or outside one of ours. Each then skips its
+own share of the work under its own schedule. Such models are refused here, with the remedy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from harmonica_rt.wrappers import unwrapped
 
 
 def held_model(model_or_pipeline: Any) -> nn.Module:
-    """The model as it was given, with its wrappers; of a pipeline, its denoiser.
+    """The model as it was given, with its wrappers; for a pipeline, its denoiser.
 
     Raises:
         ArgumentError: neither a model nor a pipeline was given.
@@ -38,7 +38,8 @@ def model_to_compile(model_or_pipeline: Any) -> nn.Module:
 
     Raises:
         ArgumentError: neither a model nor a pipeline was given.
-        HarmonicaError: the pipeline has no known denoiser, or a torch.compile wrapper holds the model compiled.
+        HarmonicaError: the pipeline has no known denoiser, torch.compile wraps a `CompiledModel`, or it compiled the
+            model with the backend of this package.
     """
     check_subject(model_or_pipeline)
     if not isinstance(model_or_pipeline, nn.Module):

@@ -1,4 +1,4 @@
-"""`torch.compile(model, backend="harmonica", options={"schedule": schedule})`.
+"""The backend of `torch.compile(model, backend="harmonica", options={"schedule": schedule})`.
 
 In: the graphs that dynamo makes of a model, the options given to `torch.compile`, and a pipeline to follow (`attach`).
 Out: a callable that runs a plan in place of each graph, and the session that counts steps and reports.

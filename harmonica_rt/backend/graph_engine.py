@@ -68,10 +68,10 @@ class _PassedTensors:
         self._held: dict[str, torch.Tensor] = {}
 
     def renew(self, call: GraphCall) -> None:
-        """Take those of a call; the mapping object stays the same if the tensors do."""
-        came = call.parameters()
-        if not same_objects(came.values(), self._held.values()):
-            self._held = came
+        """Hold the tensors passed with a call; the mapping object stays the same if the tensors do."""
+        passed = call.parameters()
+        if not same_objects(passed.values(), self._held.values()):
+            self._held = passed
 
     def __call__(self) -> dict[str, torch.Tensor]:
         return self._held

@@ -28,6 +28,7 @@ _PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, t
 class Signature:
     """What a plan is specialised for. Calls with equal signatures share a plan.
 
+    `leaves` has (shape, strides, dtype, device) for each tensor, and a `PlainValue` for every other leaf.
     A plan may hold only for some values of the request: `request_values` has them. In a call's signature it is empty.
     """
 
@@ -179,7 +180,7 @@ def _autocast() -> tuple[tuple[str, torch.dtype], ...]:
 
 @dataclass(frozen=True)
 class PlainValue:
-    """A plain value with its type: `True == 1 == 1.0`, but each may lead to another program."""
+    """A plain value with its type: `True == 1 == 1.0`, but each may lead to a different program."""
 
     type: type
     value: Any

@@ -50,7 +50,7 @@ class ForwardArguments:
         )
 
     def open_to_any_name(self) -> ForwardArguments:
-        """The same, but any name may be given, and none must be."""
+        """The same, but any name may be given, and none is required."""
         return dataclasses.replace(self, any_name=True, required=())
 
     def bind(self, model_name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class ForwardArguments:
             )
         if len(args) > len(self.positional):
             raise SignatureError(
-                f"{model_name} takes at most {len(self.positional)} positional arguments, {len(args)} came"
+                f"{model_name} takes at most {len(self.positional)} positional arguments, got {len(args)}"
             )
         bound = dict(zip(self.positional, args, strict=False))
         for name, value in kwargs.items():

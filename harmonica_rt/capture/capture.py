@@ -58,7 +58,7 @@ def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph
         read = _drop_outputs(exported.graph, len(values))
         found = request_values_of(exported, read, values, placeholders.inputs, placeholders.constants)
         if found is not None and not found.hold(call.leaves):
-            detail = "the values of its request that it asks for are others when they are computed again"
+            detail = "the values that it reads from its request differ when they are computed again"
             raise CaptureError(CaptureFailure(Obstacle.EXPORT, detail))
         exported.graph.eliminate_dead_code()
     columns = site_columns(model, sites)

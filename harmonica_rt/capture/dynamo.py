@@ -32,7 +32,7 @@ from harmonica_rt.capture.sites import find_site_outputs, site_columns, site_of
 from harmonica_rt.errors import CaptureError, CaptureFailure, Obstacle
 from harmonica_rt.model.training_mode import check_draws_nothing, modes_of
 
-_GRAPH = "torch.compile graph"  # the leaf that tells calls of one graph from those of another
+_GRAPH = "torch.compile graph"  # the leaf that distinguishes calls of one graph from those of another
 _unique = itertools.count()
 
 
@@ -59,8 +59,9 @@ class DynamoGraph:
     Attributes:
         parameters: index of the graph's argument -> its name in the model, or its source if it lies outside the model.
         inputs: index of the graph's argument -> its dotted path in the call.
-        numbers: index of the graph's argument -> its origin, for a number that the graph uses and that dynamo made
-            symbolic because it changed between calls (a size, a scale, an epsilon). Each value gets its own plan.
+        numbers: index of the graph's argument -> its dotted path in the call, or its source, for a number that the
+            graph uses and that dynamo made symbolic because it changed between calls (a size, a scale, an epsilon).
+            Each value gets its own plan.
 
     Raises:
         CaptureError: the graph is only a part of the model's forward and lacks sites, or it holds parameters itself.
@@ -102,7 +103,7 @@ class DynamoGraph:
         """Capture the graph for calls with the signature of `call`.
 
         Raises:
-            CaptureError: as `capture.capture`.
+            CaptureError: the graph cannot be captured; see `capture.capture`.
         """
         started = time.perf_counter()
         values = [_as_number(value) if index in self.numbers else value for index, value in enumerate(call.values)]
@@ -152,7 +153,7 @@ class _GraphArguments(CallConvention):
         super().__init__(frame.model)
         self._forward = self._forward.open_to_any_name()
         self._locals, self._varargs, self._varkw = inspect.getargs(frame.code)
-        # a wrapper may take the model as its first argument, so that the call's begin one later
+        # a wrapper may take the model as its first argument; the call's own arguments then begin one later
         self._offset = 1 if frame.name == f"L['{self._varargs}'][0]" else 0
 
     def path(self, source: str) -> str | None:
@@ -192,7 +193,7 @@ def _digest(graph: fx.Graph, parameters: Sequence[fx.Node]) -> str:
     return hashlib.sha256(f"{used}\n{layouts}".encode()).hexdigest()
 
 
-def _layout(weight: Any) -> Any:
-    if not isinstance(weight, torch.Tensor):
-        return weight
-    return (tuple(weight.shape), weight.stride(), weight.dtype, weight.device)
+def _layout(parameter: Any) -> Any:
+    if not isinstance(parameter, torch.Tensor):
+        return parameter
+    return (tuple(parameter.shape), parameter.stride(), parameter.dtype, parameter.device)

@@ -1,4 +1,4 @@
-"""The frame that torch.compile traces a graph from: which model it belongs to, and what it holds for.
+"""The frame that torch.compile traces a graph from: finds its model, and ties the graph to that model by a guard.
 
 Each argument of a graph has a *source*: an expression over the locals of the traced frame, such as
 `L['self']._modules['embed']` or `L['kwargs']['timestep']`. Only the sources tell which module was traced.
@@ -102,7 +102,7 @@ def source_name(source: Any) -> str:
 
 
 def _value(expression: str, scope: dict[str, Any]) -> Any:
-    """The value of a source's expression; None if it cannot be evaluated (it may use functions only guards have)."""
+    """The value of a source's expression; None if it cannot be evaluated (some use functions known only to guards)."""
     try:
         return eval(expression, dict(scope))
     except (NameError, AttributeError, LookupError, TypeError, SyntaxError):

@@ -1,8 +1,9 @@
-"""Limits to the tracing thread what torch, while it traces, patches for the whole process.
+"""Confines torch's patches during a trace, which apply to the whole process, to the tracing thread.
 
 Other threads may run models during a trace. Without this, their modules would go through this thread's tracer and fail,
 or make the trace fail; `torch.compiler.is_compiling()` would be true for them, so that torch takes other code paths
-(attention rounds differently, optimizers refuse); and `max`, `min` and `math.pow` would be those for symbolic numbers.
+(attention rounds differently, optimizers refuse); and they would get the `max`, `min` and `math.pow` for symbolic
+numbers.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class _Patcher(_symbolic_trace._Patcher):
 
 
 def import_tracer() -> None:
-    """Import the tracer now, which takes a while: during a trace this would change what the model's names refer to."""
+    """Import the tracer before a trace: imported during one, it would change what the model's names refer to."""
     for name in ("torch.export._trace", "torch.export.exported_program"):
         importlib.import_module(name)
 
@@ -77,14 +78,14 @@ def keep_from_other_threads(changes: Changes) -> None:
     tracing = vars(importlib.import_module("torch.export._trace"))
     _keep(tracing, "_compiling_state_context", flags, changes)
     _keep(tracing, "_override_builtin_ops", functions, changes)
-    # It turns oneDNN and cuDNN off for all threads, which would then round differently.
+    # torch's version turns oneDNN and cuDNN off for all threads, which would then round differently.
     for held in (tracing, vars(importlib.import_module("torch.export.exported_program"))):
         if "_ignore_backend_decomps" in held:
             changes.set(held, "_ignore_backend_decomps", contextlib.nullcontext)
 
 
 def _with_globals_of_its_own(function: Any) -> FunctionType:
-    """A copy of `Tracer.trace` that hides its "fx is tracing" flag, or compiled calls of all threads would refuse.
+    """A copy of `Tracer.trace` whose "fx is tracing" flag nobody else sees; otherwise all threads' compiled calls fail.
 
     The flag is not needed within torch.export, where the flag of `is_exporting` is checked first.
     """

@@ -1,9 +1,9 @@
-"""Data-dependent values: a length counted in a mask, a flag taken from a tensor, a list made of a tensor.
+"""Gives a model, while it is traced, data-dependent values: a mask's length, a flag in a tensor, a tensor as a list.
 
 Hazard: tracing has no values, so a model that asks for them cannot be traced as it is. Yet a value that depends on the
 request alone (the length of the prompt) is constant over a run. So whenever the model asks for one, the trace so far is
 evaluated on the request, the model is given the value, and the value is recorded for `request_values`. A value that
-depends on the latents, the timestep or the parameters may change in every step, and such a model has no static plan.
+depends on the latents, the timestep or the parameters may change from step to step; such a model has no static plan.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class RequestValueMode(TorchFunctionMode):
             args = (args[0], self._index(args[1]), *args[2:])
         return func(*args, **kwargs)
 
-    def _read(self, tensor: torch.Tensor, what: Callable[[torch.Tensor], T]) -> T:
-        """`what` applied to the tensor's value.
+    def _read(self, tensor: torch.Tensor, convert: Callable[[torch.Tensor], T]) -> T:
+        """`convert` applied to the tensor's value.
 
         Raises:
             CaptureError: the value does not depend on the request alone.
@@ -108,11 +108,11 @@ class RequestValueMode(TorchFunctionMode):
         node = self._node(tensor)
         if node is None:  # not traced: made from a value that was read, or held by the model
             with _disable_current_modes():
-                return what(tensor.detach().cpu().clone())
+                return convert(tensor.detach().cpu().clone())
         self.tensors.append(tensor.clone())
         with _disable_current_modes(), torch._C.DisableTorchFunction():  # or a tracer would record the value
             self.values.append(self._value(node).cpu())
-            return what(self.values[-1].clone())
+            return convert(self.values[-1].clone())
 
     def _node(self, tensor: torch.Tensor) -> fx.Node | None:
         """The node of a tensor in the current trace; None if it is not part of it."""
@@ -152,9 +152,10 @@ class RequestValueMode(TorchFunctionMode):
         others = [self._call.paths[index] for index in given if role_of[index] is not Role.REQUEST]
         if others or len(given) < len(sources):
             self.refused = True
-            source = others[0] if others else "a weight"
+            source = others[0] if others else "a parameter"
             detail = (
-                f"it reads a value that depends on {source}, which is not the request's: it may change in every step"
+                f"it reads a value that depends on {source}, which is not part of the request, so it may change "
+                "between steps"
             )
             stack = read.meta.get("stack_trace")
             raise CaptureError(CaptureFailure(Obstacle.EXPORT, detail, node=read.name, stack=stack))
@@ -176,7 +177,7 @@ class RequestValueMode(TorchFunctionMode):
 
 
 def keep_lists_whole(changes: Changes) -> None:
-    """Let `RequestValueMode` see `tolist()` of traced tensors until `changes` are undone: their own calls `item()`."""
+    """Let `RequestValueMode` see `tolist()` of traced tensors, whose own calls `item()`, until `changes` are undone."""
     for kind in (kind for kind in _TRACED if "tolist" in kind.__dict__):
         changes.undone_by(functools.partial(setattr, kind, "tolist", kind.__dict__["tolist"]))
         kind.tolist = torch.Tensor.tolist

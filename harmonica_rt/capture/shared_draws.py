@@ -20,7 +20,7 @@ import numpy as np
 from harmonica_rt.changes import Changes
 from harmonica_rt.model.hidden_state import SHARED_GENERATOR, StateAsText
 
-_ONLY_TELL = ("getstate", "__getstate__", "__reduce__")
+_DRAW_NOTHING = ("getstate", "__getstate__", "__reduce__")  # methods of the generator
 
 
 class SharedDraws:
@@ -53,8 +53,8 @@ class SharedDraws:
             python, numpy, changes = random.getstate(), StateAsText(np.random.get_state()), Changes()
             with changes, changes:
                 if self.watching:
-                    changes.undone_by(_going_on(sys.getprofile()))
-                    sys.setprofile(self._look_at)
+                    changes.undone_by(_reinstating(sys.getprofile()))
+                    sys.setprofile(self._profile)
                 changes.undone_by(lambda: self._compare(python, numpy))
                 return forward(*args, **kwargs)
 
@@ -67,19 +67,19 @@ class SharedDraws:
         elif of_numpy:
             self.drew = self.drew_last = True
 
-    def _look_at(self, frame: FrameType, event: str, called: Any) -> None:
+    def _profile(self, frame: FrameType, event: str, called: Any) -> None:
         if event == "c_call":
             name, owner = called.__name__, getattr(called, "__self__", None)
         elif event == "call" and frame.f_code.co_filename == random.__file__:  # some methods are in Python
             name, owner = frame.f_code.co_name, frame.f_locals.get("self")
         else:
             return
-        if owner is SHARED_GENERATOR and name not in _ONLY_TELL:
+        if owner is SHARED_GENERATOR and name not in _DRAW_NOTHING:
             self.drew = self.drew_last = True
 
 
-def _going_on(profiler: Any) -> Callable[[], object]:
+def _reinstating(profiler: Any) -> Callable[[], object]:
     """A function that reinstates a thread's profiler after another one took its place."""
     if profiler is None or callable(profiler):
         return functools.partial(sys.setprofile, profiler)
-    return profiler.enable  # type: ignore[no-any-return]  # cProfile's, which is no function
+    return profiler.enable  # type: ignore[no-any-return]  # cProfile's, which is not a function

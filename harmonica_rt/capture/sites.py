@@ -60,14 +60,14 @@ def find_site_outputs(
     nested = [node for node in graph.nodes if isinstance(node.target, torch._ops.HigherOrderOperator)]
     if idle and nested:
         detail = (
-            f"{len(idle)} sites lie in a nested region ({nested[0].target}), as autocast within the model makes one"
+            f"{len(idle)} sites lie in a nested region ({nested[0].target}), such as autocast inside the model creates"
         )
         raise CaptureError(CaptureFailure(Obstacle.EXPORT, detail, node=nested[0].name))
     if len(idle) == len(sites):
         raise CaptureError(CaptureFailure(Obstacle.SITE, f"none of the {len(sites)} sites does anything in this call"))
     if idle:
-        # Skip-layer guidance leaves whole blocks out of some calls, so this is no error.
-        log.warning("%d of %d sites do nothing in this call, the first is %s", len(idle), len(sites), idle[0])
+        # Skip-layer guidance leaves whole blocks out of some calls, so this is not an error.
+        log.warning("%d of %d sites do nothing in this call; the first is %s", len(idle), len(sites), idle[0])
     return tuple(tuple(dict.fromkeys(nodes)) for nodes in outputs)
 
 
@@ -124,7 +124,7 @@ def check_sizes(graph: fx.Graph, columns: Mapping[str, int]) -> None:
 
 
 class StopsAtUnknownSizes(TorchFunctionMode):
-    """Raises the error of `check_sizes` already while the model is traced: tracing on past such a size takes long."""
+    """Raises the error of `check_sizes` as soon as the trace meets such a size: tracing on past it takes long."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See `TorchFunctionMode`."""

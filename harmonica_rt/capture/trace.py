@@ -34,7 +34,8 @@ class Traced:
     Attributes:
         exported: the trace.
         written: what the forward changed in the model or in objects reachable from it, in words.
-        values: the values of the request that it read, if the exported returns what was read after its own outputs.
+        values: the values of the request that it read. `exported` then returns the tensors read after its own outputs.
+            None if the model was traced without values.
     """
 
     exported: torch.export.ExportedProgram
@@ -45,8 +46,8 @@ class Traced:
 def trace(model: nn.Module, call: Call, sites: Sequence[str], draws: SharedDraws) -> Traced:
     """Trace a model whose forward does not change it.
 
-    A model may build tables at its first call. So a model that changes while it is traced is run once and traced again;
-    if it changes again (a counter, a store), its result may depend on how often it ran.
+    A model may build tables at its first call. So a model that changes while it is traced is run once and traced again.
+    If it changes again (a counter, a store), its result may depend on how often it ran, so it is refused.
 
     Raises:
         CaptureError: the model cannot be traced, or changes whenever it runs. It is then left as it was.
@@ -99,19 +100,19 @@ def _trace_as_it_is(model: nn.Module, call: Call, sites: Sequence[str], draws: S
         return first
     if first.obstacle is not Obstacle.EXPORT or _has_no_values(model, call):
         raise CaptureError(first)
-    second = attempt(_that_reads(forward, mode))
+    second = attempt(_answering_reads(forward, mode))
     if isinstance(second, Traced):
         return dataclasses.replace(second, values=mode.values)
     failure = second if mode.asked else first
-    if failure.obstacle is not Obstacle.EXPORT or mode.refused or not _makes_something(model, call):
+    if failure.obstacle is not Obstacle.EXPORT or mode.refused or not _changes_when_run(model, call):
         raise CaptureError(failure)
-    third = attempt(_that_reads(forward, mode))
+    third = attempt(_answering_reads(forward, mode))
     if isinstance(third, Traced):
         return dataclasses.replace(third, values=mode.values)
     raise CaptureError(third)
 
 
-def _makes_something(model: nn.Module, call: Call) -> bool:
+def _changes_when_run(model: nn.Module, call: Call) -> bool:
     """Run the model, and return whether that changed it."""
     before = Facts(model)
     _run_once(model, call)
@@ -152,7 +153,7 @@ def _stopping_early(forward: Callable[..., Any]) -> Callable[..., Any]:
     return _giving_up(run)
 
 
-def _that_reads(forward: Callable[..., Any], mode: RequestValueMode) -> Callable[..., Any]:
+def _answering_reads(forward: Callable[..., Any], mode: RequestValueMode) -> Callable[..., Any]:
     """`forward` with its reads answered; returns its result and the tensors that were read."""
 
     @functools.wraps(forward)

@@ -38,7 +38,7 @@ def call_arguments(pipeline: Any, given: Sequence[str], steps: int, guidance: fl
     """The arguments of the pipeline's call: the given `name=value` pairs, and defaults for what they leave out.
 
     Raises:
-        HarmonicaError: a pair without `=`, or an argument that the pipeline does not take.
+        HarmonicaError: a pair has no `=`, sets `generator`, repeats `--guidance`, or names an unknown argument.
     """
     known = [name for name in inspect.signature(type(pipeline).__call__).parameters if name != "self"]
     arguments: dict[str, Any] = {"num_inference_steps": steps}
@@ -49,7 +49,7 @@ def call_arguments(pipeline: Any, given: Sequence[str], steps: int, guidance: fl
     chosen = pairs("--arg", given)
     if guidance is not None:
         if "guidance_scale" in chosen:
-            raise HarmonicaError("--guidance and --arg guidance_scale=... say the same; give one of them")
+            raise HarmonicaError("--guidance and --arg guidance_scale=... set the same argument; give one of them")
         arguments["guidance_scale"] = guidance
     for name, value in chosen.items():
         if name == "generator":

@@ -33,10 +33,10 @@ class Command(TyperCommand):
                 raise
             raise HarmonicaError(text) from error
         except ImportError as error:
-            told = packages.remedy(error)
-            if told is None:
+            remedy = packages.remedy(error)
+            if remedy is None:
                 raise
-            raise HarmonicaError(f"{ctx.info_name}: {told}") from error
+            raise HarmonicaError(f"{ctx.info_name}: {remedy}") from error
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise

@@ -1,4 +1,4 @@
-"""What a training generates: class labels, prompts, or prompts encoded before."""
+"""Chooses what a training generates: class labels, prompts, or encoded prompts."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def debugging() -> bool:
     return _debug
 
 
-def unwrapped(text: str | Text) -> None:
+def print_unwrapped(text: str | Text) -> None:
     """Print text that someone may copy or a script may parse: it is neither wrapped nor cut."""
     console.print(text, soft_wrap=True)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from harmonica_rt.cli.console import console, line, unwrapped
+from harmonica_rt.cli.console import console, line, print_unwrapped
 from harmonica_rt.cli.options import REPEATS, SEED, writable_picture
 from harmonica_rt.cli.schedule import read
 from harmonica_rt.cli.tables import latency_table
@@ -47,11 +47,14 @@ def demo(
     directory = model or bundled_model()
     pipeline = load_pipeline(PipelineChoice(directory))
     if type(pipeline).__name__ != "DiTPipeline":
-        raise HarmonicaError(f"the demo is for a DiTPipeline, {directory} holds a {type(pipeline).__name__}; see bench")
+        raise HarmonicaError(
+            f"the demo needs a DiTPipeline, but {directory} holds a {type(pipeline).__name__}; "
+            "`harmonica-rt bench` runs any pipeline"
+        )
     if schedule is not None:
         chosen = read(schedule)
         if steps not in (None, chosen.steps):
-            raise HarmonicaError(f"--steps says {steps}, and {schedule} is for {chosen.steps} steps; leave --steps out")
+            raise HarmonicaError(f"--steps is {steps}, but {schedule} is for {chosen.steps} steps; leave --steps out")
     elif model is None and steps is None:
         chosen = hrt.Schedule.load(bundled_schedule())
     else:
@@ -94,4 +97,4 @@ def _print_demo(result: DemoResult) -> None:
         "picture": str(request.picture),
     }
     for name, text in rows.items():
-        unwrapped(line((f"{name:8}", "bold"), " ", (text, "green" if name == "parity" else "")))
+        print_unwrapped(line((f"{name:8}", "bold"), " ", (text, "green" if name == "parity" else "")))

@@ -62,7 +62,7 @@ def _gpus() -> list[str]:
         driver = pynvml.nvmlSystemGetDriverVersion()
         return [_gpu(index, driver) for index in range(pynvml.nvmlDeviceGetCount())]
     except pynvml.NVMLError as error:
-        return [f"unknown: the driver does not tell ({error})"]
+        return [f"unknown: the driver does not answer ({error})"]
     finally:
         pynvml.nvmlShutdown()
 

@@ -1,4 +1,4 @@
-"""Tells how to go on with a training that was interrupted."""
+"""Tells the user how to continue a training that was interrupted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def how_to_go_on(stop: TrainingInterrupted, work: Path | None, out: Path) -> str:
-    """A message that says what was kept of an interrupted training, and the command that goes on with it.
+    """A message that says what was saved of an interrupted training, and the command that continues it.
 
     Args:
         stop: the interruption.
@@ -37,14 +37,14 @@ def how_to_go_on(stop: TrainingInterrupted, work: Path | None, out: Path) -> str
             path = save_checkpoint(tempfile.mkdtemp(prefix=f"{out.stem}-"), stop.checkpoint)
         arguments = [*arguments, "--work", str(path.parent)]
     if path is not None:
-        return f"interrupted after iteration {stop.iteration}, which is kept in {path}; to go on:\n{command(arguments)}"
+        return f"interrupted after iteration {stop.iteration}, saved in {path}; to continue:\n{command(arguments)}"
     if stop.iteration:
-        return f"interrupted; iteration {stop.iteration} is kept in {work}; to go on:\n{command(arguments)}"
-    return "interrupted before an iteration was finished: there is nothing to keep"
+        return f"interrupted; iteration {stop.iteration} is saved in {work}; to continue:\n{command(arguments)}"
+    return "interrupted before the first iteration ended: there is nothing to save"
 
 
 def command(arguments: Sequence[str]) -> str:
-    """This command line with `arguments`, quoted for a shell; the options of torchrun are not known here."""
+    """This command line with `arguments`, quoted for a shell; under torchrun, its own options are unknown here."""
     program = [sys.argv[0]]
     if Path(program[0]).name == "__main__.py":
         program = [sys.executable, "-m", "harmonica_rt.cli"]

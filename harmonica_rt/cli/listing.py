@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harmonica_rt.cli.console import console, line, unwrapped
+from harmonica_rt.cli.console import console, line, print_unwrapped
 from harmonica_rt.cli.options import MODEL, PATTERN
 
 
@@ -22,7 +22,7 @@ def sites(
     denoiser = load_denoiser(model)
     found = find_sites(denoiser, pattern or None)
     for site in found:
-        unwrapped(site)
+        print_unwrapped(site)
     kinds = Counter(site_kind(site) for site in found)
     counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     console.print(line((f"{len(found)} sites of {type(denoiser).__name__}", "bold"), f": {counted}"))
@@ -36,7 +36,7 @@ def recipes() -> None:
 
     for name in recipes.known():
         recipe = recipes.read(name)
-        unwrapped(name)
+        print_unwrapped(name)
         if recipe.model is not None:
-            unwrapped(f"    model: {recipe.model}")
+            print_unwrapped(f"    model: {recipe.model}")
         console.print(Padding(recipe.about, (0, 0, 1, 4)))

@@ -24,8 +24,8 @@ from harmonica_rt.cli.options import one_of
 from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.pipelines.install import denoiser_module
 
-_REFERENCE = re.compile(r"\s*\([^()]*(?:stack ?trace|traceback)[^()]*\)|[^.\n]*(?:stack ?trace|traceback)[^.\n]*\.?")
-"""A parenthesis or a sentence that sends the reader to a stack trace."""
+_TRACE_HINT = re.compile(r"\s*\([^()]*(?:stack ?trace|traceback)[^()]*\)|[^.\n]*(?:stack ?trace|traceback)[^.\n]*\.?")
+"""A parenthesis or a sentence that refers the reader to a stack trace."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -62,7 +62,7 @@ def load_pipeline(choice: PipelineChoice) -> Any:
     place = _device(choice.device)
     local = (model / "model_index.json").is_file()
     if not local and (model.exists() or len(model.parts) != 2 or model.is_absolute()):
-        what = "holds no diffusers pipeline (no model_index.json in it)" if model.is_dir() else "is no directory"
+        what = "contains no diffusers pipeline (no model_index.json)" if model.is_dir() else "is not a directory"
         raise HarmonicaError(f"{model} {what}; give a directory that a pipeline was saved in, or its id on the hub")
     with nullcontext() if debugging() else _quiet():
         from diffusers import AutoModel, DiffusionPipeline
@@ -86,7 +86,7 @@ def load_pipeline(choice: PipelineChoice) -> Any:
             if out_of_memory(error):
                 raise
             absent = "" if local else f"there is no directory {model}, and "
-            raise HarmonicaError(f"{absent}{what} cannot be loaded: {_said(error)}") from error
+            raise HarmonicaError(f"{absent}{what} cannot be loaded: {_message_of(error)}") from error
     if choice.sampler is not None or choice.sampler_arguments:
         pipeline.scheduler = _scheduler(pipeline.scheduler, choice.sampler, choice.sampler_arguments)
     pipeline = pipeline.to(place)
@@ -102,16 +102,16 @@ def _check_packages(index: Mapping[str, Any], what: str) -> None:
     diffusers would raise an `AttributeError` that does not name the package.
     """
     for value in index.values():
-        if isinstance(value, list) and value and isinstance(value[0], str) and (told := packages.missing(value[0])):
-            raise HarmonicaError(f"{what} has components of {value[0]}: {told}")
+        if isinstance(value, list) and value and isinstance(value[0], str) and (remedy := packages.missing(value[0])):
+            raise HarmonicaError(f"{what} has components of {value[0]}: {remedy}")
 
 
-def _said(error: Exception) -> str:
-    """The message of an error; its cause replaces a reference to a stack trace, which is not shown."""
-    if isinstance(error, ImportError) and (told := packages.remedy(error)):
-        return told
+def _message_of(error: Exception) -> str:
+    """The message of an error; its cause replaces a hint at a stack trace, which is not shown."""
+    if isinstance(error, ImportError) and (remedy := packages.remedy(error)):
+        return remedy
     text = str(error) or "no reason given"
-    kept = _REFERENCE.sub("", text)
+    kept = _TRACE_HINT.sub("", text)
     if kept != text and (cause := error.__cause__ or error.__context__) is not None:
         kept = f"{kept.strip()} ({type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]})"
     plain = isinstance(error, OSError | ValueError | TypeError | AttributeError | ImportError)
@@ -134,7 +134,7 @@ def _scheduler(present: Any, sampler: str | None, given: Sequence[str]) -> Any:
         return made.from_config(present.config, **fields)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise HarmonicaError(
-            f"{cls.__name__} cannot be made of the config of {type(present).__name__}: {error} "
+            f"{cls.__name__} cannot be made from the config of {type(present).__name__}: {error} "
             "(--sampler-arg sets fields)"
         ) from error
 

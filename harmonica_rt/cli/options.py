@@ -91,7 +91,7 @@ def writable(path: Path) -> Path:
 
 
 def _try_to_write_in(folder: Path) -> None:
-    """Raise BadParameter if no file can be made in a folder; its mode does not tell (/proc, a quota, root)."""
+    """Raise BadParameter if no file can be made in a folder; its mode does not show that (/proc, a quota, root)."""
     try:
         with tempfile.NamedTemporaryFile(dir=folder):
             pass

@@ -1,4 +1,4 @@
-"""Which extra of harmonica-rt brings a package that is missing, as the metadata of the installation says."""
+"""Finds the extra of harmonica-rt that installs a missing package, in the metadata of the installation."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _MODULES = {"scikit-learn": "sklearn", "pillow": "PIL", "nvidia-ml-py": "pynvml"
 
 
 def missing(name: str) -> str | None:
-    """How to install a package that one of our extras has or that we require; None if it is installed, or not of these.
+    """How to install a package that we require or one of our extras has; None if it is installed, or is neither.
 
     Args:
-        name: of the package, or the module that it is imported as.
+        name: the package, or the module that it is imported as.
     """
     package = next((package for package, module in _MODULES.items() if module == name), _normal(name))
     if package not in _extras() or _installed(package):
@@ -23,7 +23,7 @@ def missing(name: str) -> str | None:
 
 
 def remedy(error: ImportError) -> str | None:
-    """What to install after a failed import; None where it did not fail for want of a package.
+    """What to install after a failed import; None if it failed for another reason than a missing package.
 
     Libraries that import lazily name the package in the text of an error of their own.
     """
@@ -31,7 +31,7 @@ def remedy(error: ImportError) -> str | None:
         top = error.name.partition(".")[0]
         return missing(top) or f"the package {top} is not installed: pip install {top}"
     words = re.findall(r"[A-Za-z][\w-]*", str(error))
-    return next((told for word in words if (told := missing(word))), None)
+    return next((found for word in words if (found := missing(word))), None)
 
 
 def install(package: str) -> str:
@@ -41,7 +41,7 @@ def install(package: str) -> str:
 
 
 def _extras() -> dict[str, list[str]]:
-    """Our requirements, and for each the extras that have it, the smallest first; none for what is always required."""
+    """Package -> the extras that have it, the smallest first; no extras for a package that is always required."""
     members: dict[str, list[str]] = {}
     always: list[str] = []
     try:

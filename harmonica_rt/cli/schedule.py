@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from harmonica_rt.cli.command import Command
-from harmonica_rt.cli.console import console, unwrapped
+from harmonica_rt.cli.console import console, print_unwrapped
 from harmonica_rt.cli.options import MODEL, PATTERN, SCHEDULE, SCHEDULE_OUT, SEED, one_of, writable_picture
 from harmonica_rt.errors import HarmonicaError, ScheduleError
 
@@ -40,7 +40,7 @@ def read(path: Path) -> Schedule:
     except ScheduleError as error:
         if path.suffix not in _ROUTERS or not path.is_file():
             raise
-        hint = "`harmonica-rt schedule convert` makes schedules of router checkpoints"
+        hint = "`harmonica-rt schedule convert` makes schedules from router checkpoints"
         raise ScheduleError(f"{error}; {hint}") from error
 
 
@@ -66,7 +66,7 @@ def plot(
 ) -> None:
     """Draw a schedule as a heat map."""
     read(schedule).plot(out)
-    unwrapped(f"written to {out}")
+    print_unwrapped(f"written to {out}")
 
 
 @app.command(cls=Command)
@@ -77,7 +77,7 @@ def convert(
     kind: str = typer.Option("auto", help="harmonica, l2c-dit, l2c-uvit, or auto."),
     steps: int | None = typer.Option(None, min=1, help="Expected number of steps."),
 ) -> None:
-    """Make a schedule of a router checkpoint of the released HarmoniCa or Learning-to-Cache code."""
+    """Make a schedule from a router checkpoint of the released HarmoniCa or Learning-to-Cache code."""
     from typing import get_args
 
     from harmonica_rt.schedule import RouterKind, Schedule
@@ -85,7 +85,7 @@ def convert(
     one_of("--kind", kind, get_args(RouterKind))
     made = Schedule.from_router(router, threshold=threshold, kind=kind, steps=steps)  # type: ignore[arg-type]
     made.save(out)
-    unwrapped(f"{made}\nwritten to {out}")
+    print_unwrapped(f"{made}\nwritten to {out}")
 
 
 @app.command(cls=Command)
@@ -105,7 +105,7 @@ def make(
     if sum(option is not None for option in (every, random, mask)) != 1:
         raise HarmonicaError("give exactly one of --every K, --random CUR and --mask 1010...")
     if mask is not None and steps not in (None, len(mask)):
-        raise HarmonicaError(f"--mask has {len(mask)} entries, one per step, and --steps says {steps}; drop one")
+        raise HarmonicaError(f"--mask has {len(mask)} entries, one per step, but --steps is {steps}; drop one of them")
 
     from harmonica_rt import find_sites, model_info
     from harmonica_rt.cli.loading import load_denoiser
@@ -120,4 +120,4 @@ def make(
         made = Schedule.from_mask(mask or "", sites=sites)
     made = made.with_provenance(model=model_info(denoiser))
     made.save(out)
-    unwrapped(f"{made}\nwritten to {out}")
+    print_unwrapped(f"{made}\nwritten to {out}")

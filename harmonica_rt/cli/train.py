@@ -11,7 +11,7 @@ import typer
 
 from harmonica_rt.cli import signals
 from harmonica_rt.cli.conditions import Subjects, chosen_conditions
-from harmonica_rt.cli.console import console, line, tell, unwrapped
+from harmonica_rt.cli.console import console, line, print_unwrapped, tell
 from harmonica_rt.cli.going_on import how_to_go_on
 from harmonica_rt.cli.keeping import save_anywhere
 from harmonica_rt.cli.options import (
@@ -161,7 +161,7 @@ def train(
     )
     for pair in arg:
         if own := _OWN_OPTIONS.get(pair.partition("=")[0]):
-            raise HarmonicaError(f"--arg {pair}: {own} sets this here")
+            raise HarmonicaError(f"--arg {pair}: use {own} instead")
     beginning = read(start) if start else None
     choice = PipelineChoice(model, transformer, sampler, tuple(sampler_arg), dtype, _own_device(device))
     pipeline = load_pipeline(choice)
@@ -204,12 +204,12 @@ def _logs(work: Path | None) -> list[Progress]:
         return [TensorBoardLog(work / "log")]
     except TrainingError as error:
         if os.environ.get("RANK", "0") == "0":
-            tell(f"no log is written, checkpoints are: {error}")
+            tell(f"only checkpoints are written, no TensorBoard log: {error}")
         return []
 
 
 def _how_much(ctx: typer.Context) -> dict[str, Any]:
-    """How much to cache, as the command line says; if it does not, as a recipe says."""
+    """The one option that sets how much to cache: from the command line, or else from a recipe."""
     given = {
         name: ctx.params[name] for name in ("target_speedup", "target_cur", "beta") if ctx.params[name] is not None
     }
@@ -233,7 +233,7 @@ def _print_result(result: TrainingResult, out: Path) -> None:
     from harmonica_rt.schedule import render
 
     console.print(render(result.schedule))
-    unwrapped(
+    print_unwrapped(
         line(
             (str(out), "bold"),
             f": theoretical speed-up {result.speedup:.3f}x, CUR {result.schedule.cur:.1%}, "

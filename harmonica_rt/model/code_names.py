@@ -10,7 +10,7 @@ from typing import Any
 
 @functools.lru_cache(maxsize=4096)
 def names_loaded(code: CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The global names that a code object, with those nested in it, looks up, and the modules that they import."""
+    """The global names that a code object and those nested in it look up, and the modules that they import."""
     loaded, imported = dict[str, None](), dict[str, None]()
     for step in dis.get_instructions(code):
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):

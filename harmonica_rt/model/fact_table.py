@@ -10,9 +10,9 @@ import torch
 SCALARS = (bool, int, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, range)
 BY_TEXT = (float, complex)  # not by value: NaN is unequal to itself, and -0.0 equals 0.0
 
-# A fact is a plain value with its type, or a tuple that begins with what kind of fact it is. Two kinds have names here:
-SAME_AS = "the same as"  # ... an object that was found before, by the index of its fact
-WEIGHT = "weight"  # ... with its metadata
+# A fact is a plain value with its type, or a tuple that begins with the kind of the fact. Two kinds have names here:
+SAME_AS = "same as"  # an object that was found before; followed by the index of its fact
+MODEL_TENSOR = "model tensor"  # a parameter or buffer; followed by its metadata
 
 
 class Is:
@@ -99,6 +99,6 @@ def _difference(path: str, before: Any, now: Any) -> str:
         return f"{where} was removed"
     if _is_plain(before) and _is_plain(now):
         return f"{where} changed from {before[1]!s:.80} to {now[1]!s:.80}"
-    if _is_kind(before, WEIGHT) and _is_kind(now, WEIGHT):
+    if _is_kind(before, MODEL_TENSOR) and _is_kind(now, MODEL_TENSOR):
         return f"{where} changed from {before[1]} to {now[1]}"
     return f"{where} changed"

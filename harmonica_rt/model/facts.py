@@ -1,9 +1,9 @@
 """What a model's forward may take for granted: all that it can use besides its arguments and its parameters' values.
 
 Hazard: a captured graph bakes in whatever Python looked up during the trace - attributes, the objects they hold at any
-depth, classes, closures, the functions that are called by name - and goes on using it after it has changed: a wrong
-image, without an error. So all of it is recorded (`walk`), as a table of facts that can be compared, together with the
-containers that hold it, by which it is quick to tell that nothing was touched.
+depth, classes, closures, the functions that are called by name - and keeps using it after it has changed, which gives a
+wrong image without an error. So all of it is recorded (`walk`), as a table of facts that can be compared, together with
+the containers that hold it, which show quickly whether anything was touched.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from harmonica_rt.model.identity import Contents, contents, first_change, put_ba
 from harmonica_rt.model.scope import CLOSED, package_of
 from harmonica_rt.model.walk import walk
 
-MOST_CHANGES = 5  # that a message names
+MOST_CHANGES = 5  # named in one message
 
 
 class Facts:
@@ -81,7 +81,7 @@ class Facts:
     def put_back(self) -> None:
         """Restore everything to the snapshot, and clear the `lru_cache`s that got new entries since.
 
-        Tracing leaves tensors without values there.
+        Otherwise the model would keep tensors without values, which a trace leaves behind.
         """
         changed = first_change(self.containers, self.noted)
         for index in range(changed, len(self.containers)) if changed >= 0 else ():

@@ -1,4 +1,4 @@
-"""A fingerprint of what tracing bakes in of a model, equal across processes. Parameters count without their values.
+"""A fingerprint of all that tracing bakes in about a model, equal across processes. Parameters count by layout only.
 
 Hazard: anything left out can change unnoticed, and a saved plan then gives wrong images. So code is represented by the
 bytes of the files that define the classes and functions, and by the versions of their packages (for what those files
@@ -115,9 +115,9 @@ class _Description:
             return self._function(value)
         entries = _entries(value)
         if entries is None:
-            raise PlanFileError(f"a {type(value).__name__}, which a saved plan could not be compared with")
-        told = (f"{key!r}: {self._text(item)}" for key, item in entries.items())
-        return f"{self._name(type(value))} {self._many(told)}"
+            raise PlanFileError(f"a {type(value).__name__} does not show its contents, so a change would go unnoticed")
+        described = (f"{key!r}: {self._text(item)}" for key, item in entries.items())
+        return f"{self._name(type(value))} {self._many(described)}"
 
     def _function(self, function: FunctionType) -> str:
         code = function.__code__

@@ -1,4 +1,4 @@
-"""The hooks that run around a module's forward: the one list of them, for whoever compares, refuses or bypasses them.
+"""The hooks that run around a module's forward: one list, shared by all code that compares, refuses or bypasses them.
 
 Torch keeps forward hooks and forward pre-hooks, on a module or on every module. Accelerate wraps a module's forward and
 keeps its hook beside it, and diffusers keeps a registry of hooks. Backward hooks are not listed: results of a compiled

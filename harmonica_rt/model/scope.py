@@ -1,4 +1,4 @@
-"""Which attributes, classes and packages count as a part of a model, and which are taken not to change.
+"""Which attributes, classes and packages count as a part of a model, and which are assumed not to change.
 
 Packages whose code is not the model's (torch, the standard library) are trusted to stay the same: their functions count
 by identity, so that a replaced one is noticed, and are not followed.
@@ -31,7 +31,9 @@ _NOT_OF_A_CLASS = frozenset(
         "__slotnames__",  # copying or pickling an object stores it in the class
     )
 )
-CALLED_UNNAMED = ("forward",)  # besides the dunder methods that Python calls for its syntax, which are all but these:
+# Methods that are called without being named: these, and all dunder methods (Python's syntax calls them) except
+# `_NOT_CALLED`.
+CALLED_UNNAMED = ("forward",)
 _NOT_CALLED = frozenset(
     (
         *("__repr__", "__str__", "__format__", "__dir__", "__sizeof__", "__del__", "__init_subclass__", "__set_name__"),
@@ -43,7 +45,7 @@ _HEAP_TYPE = 1 << 9
 
 
 def own_attributes(module: nn.Module, *, root: bool) -> list[str]:
-    """Names of a module's attributes besides parameters, buffers, children and hooks, and what runs around the root."""
+    """Names of a module's attributes, except parameters, buffers, children, hooks and what runs around the root."""
     held_apart = {"_parameters", "_buffers", "_modules", ACCELERATE_HOOK, DIFFUSERS_HOOKS}
     return sorted(module.__dict__.keys() - (UNUSED_OF_ROOT if root else UNUSED) - held_apart)
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """All parameters and buffers by dotted name; a shared one appears under each of its names.
 
-    One that wraps others (a quantised weight) comes with its inner tensors, under the names torch.export gives them.
+    One that wraps others (a quantised parameter) comes with its inner tensors, under the names torch.export gives them.
     """
     found = {
         **dict(model.named_parameters(remove_duplicate=False)),

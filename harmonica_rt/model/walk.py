@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from harmonica_rt.model.code_walk import CodeWalk
-from harmonica_rt.model.fact_table import BY_TEXT, SAME_AS, SCALARS, WEIGHT, Is, comparable_key
+from harmonica_rt.model.fact_table import BY_TEXT, MODEL_TENSOR, SAME_AS, SCALARS, Is, comparable_key
 from harmonica_rt.model.findings import Agenda, Findings
 from harmonica_rt.model.forward import own_forward
 from harmonica_rt.model.hidden_state import SHARED_GENERATOR, Hidden, hidden_state, is_opaque
@@ -177,7 +177,7 @@ class _Walk:
                 containers.append(tensors)
             for key, tensor in tensors.items():
                 if id(module) in self._tree:
-                    self._weight(fact, f".{key}", tensor)
+                    self._model_tensor(fact, f".{key}", tensor)
                 else:
                     children.append((f".{key}", tensor))
         containers += forward_hooks(module)
@@ -188,14 +188,14 @@ class _Walk:
             children += [(f".{key}", child) for key, child in modules.items()]
         self._agenda.later(fact, children)
 
-    def _weight(self, parent: int, name: str, tensor: torch.Tensor | None) -> None:
-        """Note a parameter or buffer by its metadata: its values are read live, and a replaced one is fetched anew."""
+    def _model_tensor(self, parent: int, name: str, tensor: torch.Tensor | None) -> None:
+        """Note a parameter or buffer by its metadata: plans use its current values, and fetch a replaced one anew."""
         if tensor is None:
             self._note(parent, name, (type(None), None))
         elif id(tensor) in self._agenda.fact_of:
             self._note(parent, name, (SAME_AS, self._agenda.fact_of[id(tensor)]))
         else:
-            self._agenda.fact_of[id(tensor)] = self._note(parent, name, (WEIGHT, metadata(tensor)))
+            self._agenda.fact_of[id(tensor)] = self._note(parent, name, (MODEL_TENSOR, metadata(tensor)))
 
 
 def _slots(cls: type) -> list[str]:

@@ -1,6 +1,6 @@
 """Checks, before every call of a run, whether the model is still what it was at the last call.
 
-Callbacks, guiders and adapters change a model in mid-run. So it is checked each time, in a way that costs next to
+Callbacks, guiders and adapters change a model mid-run. So it is checked each time, in a way that costs next to
 nothing if nothing changed: the containers that hold what the forward may use still hold the very same objects, and no
 parameter or buffer was written to. Otherwise the model is inspected again, and it is either in a known state (adapters
 switched back) or in a new one. One change goes unnoticed: writing to a parameter through `.data`, or assigning `.data`,
@@ -86,7 +86,7 @@ class ModelWatch:
         return any(known is facts for known in self._known)
 
     def begin_run(self) -> None:
-        """Look at the model, and drop all earlier states but their facts: no stream of theirs is left."""
+        """Look at the model, and drop all earlier states, of which no stream is left. Their facts are kept."""
         self._states = [self.look()]
 
     def accept(self) -> None:
@@ -141,7 +141,7 @@ class ModelWatch:
 
     def _inspect(self) -> Facts:
         """The facts of the model now, including the containers that show when they no longer hold."""
-        before, self._now = self._now, None  # first: an interruption must not leave facts in use that no longer watch
+        before, self._now = self._now, None  # first, so that an interruption does not leave released facts in use
         if before is not None:
             before.let_go()
         return Facts(self._model)

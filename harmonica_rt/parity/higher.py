@@ -1,6 +1,6 @@
 """The reference in the next higher precision: the ground truth for measured errors.
 
-Hazard: a copy made when a run begins would miss what a callback changes in mid-run, just as a stale plan does, and so
+Hazard: a copy made when a run begins would miss what a callback changes mid-run, just as a stale plan does, and so
 hide the error. The model is therefore copied anew at each call.
 """
 

@@ -54,7 +54,8 @@ class LockstepEngine:
         self.raise_at_once = raise_at_once
         self._model = model
         self._schedule = schedule
-        self._reference = ReferenceEngine(model, schedule, planned.watch)  # its own edits to the model are no change
+        # One watch for both, or what the model changes in itself in a reference run would count as a change by others.
+        self._reference = ReferenceEngine(model, schedule, planned.watch)
 
     looks_late = False
 

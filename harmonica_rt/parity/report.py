@@ -79,8 +79,8 @@ class ParityReport:
                 )
         if (run := self.trajectory) is not None:
             allowed = "" if run.ok else f" (allowed {run.limit.rms:.3g} and {run.limit.largest:.3g})"
-            told = "equal bit for bit" if run.same_bits else f"rms {run.error.rms:.3g}, largest {run.error.largest:.3g}"
-            lines.append(f"  free-running result: {told}{allowed}")
+            found = f"rms {run.error.rms:.3g}, largest {run.error.largest:.3g}"
+            lines.append(f"  free-running result: {'equal bit for bit' if run.same_bits else found}{allowed}")
         return "\n".join(lines)
 
 

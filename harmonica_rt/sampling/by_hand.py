@@ -55,8 +55,8 @@ class ByHand:
         elif not run.finished and self._calls > 1 and self._left_behind(here):
             raise RunError(
                 f"the function that called reset() and made the calls of this run has returned, after {self._calls} "
-                "calls. Call reset() before the next run; where several functions make the calls of one run, call it "
-                "in the one that calls those"
+                "calls. Call reset() before the next run; where several functions make the calls of one run, call "
+                "reset() in the function that calls them"
             )
         self._calls, self._within = self._calls + 1, self._within and here
         return here or not self._bound or began is None or began.gone

@@ -1,6 +1,6 @@
 """Which inputs of a denoiser make up the request of a stream, and whether they are still the same.
 
-A pipeline may swap the prompt in mid-run, or stop making the unconditional call, so that the k-th call of a step is
+A pipeline may swap the prompt mid-run, or stop making the unconditional call, so that the k-th call of a step is
 suddenly a different one. Reusing features across such a change gives a wrong image without an error. So every stream
 remembers, from its first call on, all inputs except those known to change from step to step (`call.roles`). Identity
 and version are compared first, and values only if those differ; a write through `.data` changes neither, so it goes
@@ -53,7 +53,7 @@ class Conditioning:
         for index, held in self._held.items():
             if held.overwritten is not None and bool(held.overwritten):
                 raise RunError(
-                    f"{self._paths[index]} was overwritten in mid-run under torch.inference_mode(), which records no "
+                    f"{self._paths[index]} was overwritten mid-run under torch.inference_mode(), which records no "
                     "writes: the result of this run is wrong. Pass a new tensor instead, or sample under "
                     "torch.no_grad()"
                 )

@@ -28,9 +28,9 @@ C = TypeVar("C", bound=Callable[..., Any])
 def _outside_dynamo(call: C) -> C:
     """`call`, excluded from torch.compile: a plan is already compiled, and a trace would bake in the state of a run.
 
-    Dynamo traces the one branch and stops there. Outside dynamo nothing of it is imported or run:
-    `torch.compiler.disable` writes to a process-wide dict while another thread exports a model, and fails if two
-    threads do so.
+    Dynamo traces only the branch that disables it. Outside dynamo, nothing of dynamo is imported or run:
+    while another thread exports a model, a disabled function writes to a process-wide dict, and fails if two threads
+    do so.
     """
     untraced: list[Callable[..., Any]] = []
 
@@ -58,7 +58,7 @@ class Denoiser(Session):
         super().__init__(type(model).__name__, schedule, engine)
         self.model, self.given = model, given
         self._convention = CallConvention(model)
-        self.__module__ = type(model).__module__  # with the class's name, what diffusers writes into a saved pipeline
+        self.__module__ = type(model).__module__  # diffusers writes it and the class's name into a saved pipeline
         self._complete = True
 
     @property  # type: ignore[misc]
@@ -74,7 +74,7 @@ class Denoiser(Session):
 
         Raises:
             RunError: the call cannot belong to the current run (no steps left, timesteps reversed, a failed run).
-            ScheduleMismatchError: the pipeline asked for another number of steps than the schedule has.
+            ScheduleMismatchError: the pipeline asked for a number of steps other than the schedule's.
             ConcurrentRunError: another thread is using this denoiser, or two loops alternate on it.
             CaptureError: in strict mode, the model cannot be captured.
         """
@@ -91,7 +91,7 @@ class Denoiser(Session):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copies and pickles hold the model and the schedule; each has its own runs and belongs to no pipeline."""
         if not isinstance(self.engine, ReferenceEngine):
-            raise HarmonicaError(f"{self!r} cannot be copied or pickled while it is verified; copy its `model` instead")
+            raise HarmonicaError(f"{self!r} cannot be copied while it is being verified; copy its `model` instead")
         return _reference_of, (type(self), self.given, self.schedule)
 
     def __repr__(self) -> str:

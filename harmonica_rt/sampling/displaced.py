@@ -1,7 +1,7 @@
-"""Runs that were under way when another one began, and must not go on as if they were the current one.
+"""Runs that were under way when another one began, and must not continue as if they were the current one.
 
 Two threads, or two loops that take turns step by step (as generators do), would take each other's features. A run that
-was abandoned for good is no danger, so a displaced run only counts while the function that it comes from can go on.
+was abandoned for good is harmless, so a displaced run only counts while the function that it comes from can continue.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ class DisplacedRuns:
     """The runs that others displaced in one session."""
 
     def __init__(self) -> None:
-        self._suspended: list[tuple[Origin, Any]] = []  # the origins of runs that may go on, and their schedulers
+        self._suspended: list[tuple[Origin, Any]] = []  # the origins of runs that may continue, and their schedulers
         # Threads whose pipeline run was interrupted when another thread began one, with the origin of the interrupted
         # run. Keys are thread objects, since identifiers are reused.
         self._threads: weakref.WeakKeyDictionary[threading.Thread, Origin | None] = weakref.WeakKeyDictionary()
 
     def suspend(self, current: CurrentRun, scheduler: Any, origin: Origin) -> None:
-        """A scheduler is about to begin a run with this origin: keep the current one in mind if it may go on."""
+        """A scheduler is about to begin a run with this origin: remember the current run if it may continue."""
         before = current.run
         if before is not None and not before.finished and current.origin is not None:
             unknown = not current.origin.known and scheduler is not current.scheduler and not before.untouched
@@ -70,7 +70,7 @@ class DisplacedRuns:
                 raise interleaved()
 
     def check_step(self, current: CurrentRun, scheduler: Any) -> None:
-        """Raise if a run of which only the scheduler is known continues while another run is under way.
+        """Raise ConcurrentRunError if a displaced run, known only by its scheduler, continues during another run.
 
         The calls of both were counted as the latter's, so neither can be trusted.
         """
@@ -83,9 +83,9 @@ class DisplacedRuns:
 
 
 def interleaved() -> ConcurrentRunError:
-    """The error for a run that goes on after another one began."""
+    """The error for a run that continues after another one began."""
     return ConcurrentRunError(
-        "a sampling run went on after another one had begun on this compiled model: two loops take turns step by step "
+        "a sampling run continued after another had begun on this compiled model: two loops take turns step by step "
         "(as generators do), and would take each other's features. Finish one before the other begins, or use a "
         "compiled model for each"
     )

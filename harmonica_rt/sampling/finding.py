@@ -15,7 +15,7 @@ from harmonica_rt.sampling.session import Session
 
 
 class FindsItsPipeline(Session):
-    """Follows a pipeline from the first call by a pipeline that holds what this session runs.
+    """A session that follows a pipeline from its first call on, if the pipeline holds what the session runs.
 
     A pipeline that calls `reset` itself counts its own steps, and is left alone.
     """
@@ -37,7 +37,7 @@ class FindsItsPipeline(Session):
 
     def _follow(self, pipeline: Any) -> None:
         """Follow a pipeline that has been found."""
-        raise NotImplementedError  # abstract: how to follow it depends on the door
+        raise NotImplementedError  # depends on how the model was compiled
 
     def _begins_its_runs(self, pipeline: Any) -> bool:
         return any(one() is pipeline for one in self._counted_by)

@@ -68,7 +68,7 @@ class Run:
         stats: counts of what it has done so far.
         failed: True if a call of it was interrupted or failed, so that it must not continue.
         thread: the thread that it belongs to; None if it has no call yet and any thread may make it.
-        key: what runs alike have in common, from the scheduler that drives it; None where none does.
+        key: equal for runs that are alike, from the scheduler that drives it; None if none drives it.
     """
 
     def __init__(self, schedule: Schedule, engine: Engine, notices: Notices, *, any_thread: bool) -> None:
@@ -130,7 +130,7 @@ class Run:
         if self.finished:
             raise RunError(
                 f"the schedule is for {self._tables.steps} steps and they are over. Call reset() before the next "
-                f"run. {self.stats.calls} calls came, with {self._timesteps.moves + 1} timesteps: each call of a "
+                f"run. It took {self.stats.calls} calls, with {self._timesteps.moves + 1} timesteps: each call of a "
                 "model compiled by itself is a step. Where a step takes several calls (guidance), make them one call "
                 "with a larger batch, or compile an object of a class of your own that has the model as `transformer` "
                 "and the scheduler as `scheduler`: then set_timesteps begins a run and step ends a step"
@@ -217,6 +217,6 @@ def _check_no_gradient(call: Call) -> None:
     for path, leaf in zip(call.paths, call.leaves, strict=True):
         if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
             raise RunError(
-                f"{path} requires a gradient, and the results of a compiled model carry none. Call it under "
+                f"{path} requires a gradient, but the results of a compiled model carry none. Call the model under "
                 "torch.no_grad(), pass a detached tensor, or use the plain model (uncompile the pipeline)"
             )

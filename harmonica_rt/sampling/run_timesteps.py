@@ -36,7 +36,7 @@ class RunTimesteps:
 
     @property
     def key(self) -> tuple[float, ...]:
-        """The values of the timesteps; runs with equal values are alike."""
+        """The values of the timesteps, to compare runs by."""
         return tuple(self.known.tolist())
 
     def belongs_to_another(self, timestep: Any, step: int) -> bool:
@@ -111,7 +111,7 @@ class RunSteps:
 
     @property
     def key(self) -> RunKey | None:
-        """What runs alike have in common; None if the scheduler has no timesteps."""
+        """The key of the run, equal for runs that are alike; None if the scheduler has no timesteps."""
         return RunKey(self.timesteps.key, self.first) if self.timesteps is not None else None
 
 
@@ -124,12 +124,12 @@ def _mismatch(scheduler: str, expected: int, asked: int, left_out: int) -> str:
     if left_out:
         left = asked - left_out
         return (
-            f"the schedule is for {expected} steps, the pipeline asked for {asked} and runs the last {left} of "
+            f"the schedule is for {expected} steps, but the pipeline asked for {asked} and runs the last {left} of "
             f"them ({scheduler} counts model evaluations). Use a schedule for {asked}, of which the last {left} steps "
             f"are used, or one for {left}"
         )
     return (
-        f"the schedule is for {expected} steps, the pipeline asked for {asked} ({scheduler} counts {asked} model "
+        f"the schedule is for {expected} steps, but the pipeline asked for {asked} ({scheduler} counts {asked} model "
         f"evaluations per run). Use a schedule for {asked}, or pass num_inference_steps so that {scheduler} makes "
         f"{expected} steps"
     )

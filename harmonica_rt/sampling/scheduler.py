@@ -62,8 +62,8 @@ def watch(scheduler: Any, listener: Listener) -> None:
     except TypeError as error:
         raise HarmonicaError(
             f"the steps of a {original.__name__} cannot be watched ({error}): its class must be an ordinary Python "
-            "class without __slots__. Wrap it in an object of one, or compile the model itself and call reset() for "
-            "each run"
+            "class without __slots__. Wrap it in an object of such a class, or compile the model itself and call "
+            "reset() for each run"
         ) from error
 
 
@@ -93,16 +93,16 @@ class _Watch:
         self.scheduler = weakref.ref(scheduler)
         self.listener = listener
         self.original = original
-        self._telling = threading.local()
+        self._reporting = threading.local()
 
     def calls(self, name: str, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a method of the scheduler and report it once, even if one version of the method calls another."""
         scheduler = self.scheduler()
-        if getattr(self._telling, name, False):
+        if getattr(self._reporting, name, False):
             return method(*args, **kwargs)
         changes = Changes()
         with changes, changes:
-            changes.set(self._telling.__dict__, name, True)
+            changes.set(self._reporting.__dict__, name, True)
             if name == "set_timesteps":
                 self.listener.run_begins(scheduler)
                 return method(*args, **kwargs)
@@ -125,8 +125,8 @@ class _ReportedMethod:
             return getattr(watched.original, name)
         method = vars(scheduler).get(name) or getattr(super(self.owner, scheduler), name, None)
         if method is None:  # a wrapper that delegates what it lacks
-            hand_on: Callable[[Any, str], Any] = inspect.getattr_static(watched.original, "__getattr__")
-            method = hand_on(scheduler, name)
+            delegate: Callable[[Any, str], Any] = inspect.getattr_static(watched.original, "__getattr__")
+            method = delegate(scheduler, name)
         if watched.scheduler() is not scheduler:
             return method
 

@@ -62,9 +62,9 @@ class Session:
         """Begin a new run: the next call is step 0. A pipeline's denoiser does so automatically.
 
         Args:
-            timesteps: the run's timesteps, one per step of the schedule, in any scale and on any device; they mark it
-                as alike to earlier runs with equal timesteps. On a GPU, where comparing timesteps would wait for the
-                device, only runs that pass them compute timestep work beforehand.
+            timesteps: the run's timesteps, one per step of the schedule, in any scale and on any device; runs with
+                equal timesteps count as alike. On a GPU, where comparing timesteps would wait for the device, only runs
+                that pass them compute timestep work beforehand.
 
         Raises:
             ScheduleMismatchError: the number of timesteps differs from the schedule's number of steps.
@@ -238,8 +238,8 @@ class Session:
         """
         if self._turns.mine:
             raise ConcurrentRunError(
-                f"a run of {self._model_name} cannot begin or go on within one of its calls (in a hook of the model, "
-                "for example)"
+                f"a run of {self._model_name} cannot begin or continue within one of its calls (in a hook of the "
+                "model, for example)"
             )
         if not self._turns.take(changes):
             raise ConcurrentRunError(

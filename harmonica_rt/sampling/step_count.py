@@ -3,8 +3,8 @@
 Normally the scheduler's steps are counted: `scheduler.step` ends one. Hand-written loops may step a copy of the
 scheduler, integrate by themselves, or step once for each of several views, and then that count is wrong. The timestep
 passed to the model reveals it: if it is that of the step before or after the counted one, steps are counted by
-timesteps from there on. A timestep may say nothing (`steps_by_timestep`). If timesteps then advance while no step ends,
-the count is lost, and the plain model computes the rest of the run.
+timesteps from there on. Not every timestep identifies a step (`steps_by_timestep`). If timesteps that identify none
+change while no step ends, the count is lost, and the plain model computes the rest of the run.
 """
 
 from __future__ import annotations

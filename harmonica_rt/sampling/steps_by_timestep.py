@@ -1,7 +1,7 @@
 """Identifies a step by the timestep that the model receives in it.
 
 Pipelines scale and reverse the scheduler's timesteps in a few ways, all of which are tried on the first call. If none
-fits, if the timestep is in half precision, or if it is on a GPU and not the scheduler's own, it says nothing.
+fits, if the timestep is in half precision, or if it is on a GPU and not the scheduler's own, the step stays unknown.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from harmonica_rt.indices import StepIndex
 from harmonica_rt.sampling.run_timesteps import RunTimesteps
 
-COARSE = 1e-4  # eps of half precision is larger; it rounds timesteps to those of other steps, so they say nothing
+COARSE = 1e-4  # eps of half precision is larger: it rounds a timestep to that of another step
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The streams of one run: which of them continues with a call.
 
-Guidance may call twice per step, skip-layer guidance a third time at some steps, and a callback may shrink the batch in
+Guidance may call twice per step, skip-layer guidance a third time at some steps, and a callback may shrink the batch
 mid-run. So a call belongs to the k-th stream of its step with its signature and conditioning. Streams that no call
 continues are kept for a while, in case their conditioning or the model's state comes back.
 """
@@ -28,7 +28,7 @@ class RunStreams:
 
     Args:
         engine: makes the streams.
-        tables: of the schedule.
+        tables: what the schedule says about each step.
         notices: receives a notice when an argument changes at every step.
     """
 

@@ -58,7 +58,7 @@ def check_compute(mask: ArrayLike) -> NDArray[np.bool_]:
     try:
         array = np.asarray(mask)
     except (TypeError, ValueError) as error:
-        raise ScheduleError(f"compute: expected a rectangular array [steps, sites], got none ({error})") from error
+        raise ScheduleError(f"compute: expected a rectangular array [steps, sites]; numpy says: {error}") from error
     if array.ndim != 2:
         raise ScheduleError(f"compute: expected two dimensions [steps, sites], got shape {array.shape}")
     if 0 in array.shape:
@@ -89,7 +89,7 @@ def check_sites(sites: Iterable[object]) -> tuple[str, ...]:
             )
     paths = tuple(check_text(str(name), f"sites[{i}]") for i, name in enumerate(names))
     if twice := sorted(path for path, times in Counter(paths).items() if times > 1):
-        raise ScheduleError(f"sites: each site may stand once, got more than once: {one_line(', '.join(twice))}")
+        raise ScheduleError(f"sites: each site may appear only once, got several times: {one_line(', '.join(twice))}")
     return paths
 
 

@@ -124,7 +124,7 @@ def read_bytes(path: str) -> bytes:
         raise ScheduleFileNotFoundError(f"{path}: no such schedule file") from error
     except IsADirectoryError as error:
         raise ScheduleError(
-            f"{path}: expected a schedule file, and this is a folder; Schedule.from_pretrained reads folders"
+            f"{path}: expected a schedule file, but this is a folder; Schedule.from_pretrained reads folders"
         ) from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise ScheduleError(f"{path}: cannot be read as a schedule file ({error})") from error
@@ -139,9 +139,7 @@ def known_names() -> tuple[str, ...]:
 def read_known(name: str) -> bytes:
     """The bytes of a bundled schedule, or ScheduleFileNotFoundError listing the available names."""
     if name not in known_names():
-        raise ScheduleFileNotFoundError(
-            f"no schedule {quoted(name)} comes with the package; there are {list(known_names())}"
-        )
+        raise ScheduleFileNotFoundError(f"the package has no schedule {quoted(name)}; it has {list(known_names())}")
     return (resources.files("harmonica_rt.schedule") / _KNOWN / f"{name}.json").read_bytes()
 
 
@@ -189,7 +187,7 @@ def _check_header(document: dict[str, object]) -> None:
     name, version = document.get("format"), document.get("version")
     if name != FORMAT:
         raise ScheduleError(
-            f"format: expected {FORMAT!r}, got {quoted(name)}; this is no schedule file of harmonica-rt"
+            f"format: expected {FORMAT!r}, got {quoted(name)}; this is not a schedule file of harmonica-rt"
         )
     if isinstance(version, bool) or version not in READABLE_VERSIONS or not isinstance(version, int):
         readable = ", ".join(map(str, READABLE_VERSIONS))
@@ -233,7 +231,7 @@ def _parse_compute(document: dict[str, object], n_sites: int) -> NDArray[np.bool
         if other := [c for c in row if c not in "01"]:
             raise ScheduleError(
                 f"compute, step {step}: expected only 0 (reuse) and 1 (compute), "
-                f"got {other[0]!r} at place {row.index(other[0])}"
+                f"got {other[0]!r} at position {row.index(other[0])}"
             )
         if len(row) != n_sites:
             raise ScheduleError(f"compute, step {step}: expected one entry per site ({n_sites}), got {len(row)}")

@@ -45,18 +45,18 @@ def find_file(repo_or_dir: str | os.PathLike[str], filename: str, **download: An
     if folder.is_dir():
         return str(folder / filename)
     if folder.exists():
-        raise ScheduleFileNotFoundError(f"{repo_or_dir}: expected a folder, and this is a file; Schedule.load reads it")
+        raise ScheduleFileNotFoundError(f"{repo_or_dir}: expected a folder, but this is a file; Schedule.load reads it")
     if len(folder.parts) > 2 or os.fspath(repo_or_dir).startswith((".", "~", os.sep)):
-        raise ScheduleFileNotFoundError(f"{repo_or_dir}: no such folder, and no repository's id (owner/name)")
+        raise ScheduleFileNotFoundError(f"{repo_or_dir}: no such folder, and not a repository id (owner/name)")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
 
     try:
         path: str = hf_hub_download(os.fspath(repo_or_dir), filename, **download)
     except HFValidationError as error:
-        raise ScheduleFileNotFoundError(f"{repo_or_dir}: no such folder, and no repository's id: {error}") from error
+        raise ScheduleFileNotFoundError(f"{repo_or_dir}: no such folder, and not a repository id: {error}") from error
     except OSError as error:  # anything that the hub refuses, or that keeps us from reaching it
-        raise ScheduleFileNotFoundError(f"{repo_or_dir}: no {filename} to be had: {error}") from error
+        raise ScheduleFileNotFoundError(f"{repo_or_dir}: cannot get {filename} from the hub: {error}") from error
     return path
 
 
@@ -64,7 +64,7 @@ def write_folder(schedule: ScheduleData, folder: str | os.PathLike[str], base_mo
     """Write the schedule, its picture and its card; a card of another library is left unchanged."""
     target = Path(folder)
     if target.is_file():
-        raise ScheduleError(f"{target}: expected a folder, and it is a file; `save` writes single files")
+        raise ScheduleError(f"{target}: expected a folder, but this is a file; `save` writes single files")
     target.mkdir(parents=True, exist_ok=True)
     write_file(target / FILE, to_text(schedule))
     draw.plot(schedule, target / PICTURE)

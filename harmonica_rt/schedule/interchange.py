@@ -56,7 +56,7 @@ def smoothcache_mask(
     if idle := columns.keys() - {found[0] for found in keys if found}:
         raise ScheduleError(
             f"the lists {quoted(sorted(idle))} decide no site: expected the last name of a site's path, as in "
-            f"{quoted(sites[0])}, with or without '-' and the block's number; say components={{name in the file: "
+            f"{quoted(sites[0])}, with or without '-' and the block's number; pass components={{name in the file: "
             f"name in the model}} where they differ"
         )
     return np.stack([columns[found[0]] if found else np.ones(steps, np.bool_) for found in keys], axis=1)
@@ -70,7 +70,7 @@ def smoothcache_text(schedule: ScheduleData, components: Mapping[str, str]) -> s
     for site, column in zip(schedule.sites, schedule.compute.T, strict=True):
         block, component = _keys(site, names)
         if block in blocks and not np.array_equal(blocks[block], column):
-            raise ScheduleError(f"{site}: SmoothCache calls it {block!r}, and so another site that is reused otherwise")
+            raise ScheduleError(f"{site}: its SmoothCache name {block!r} is also that of a site with different entries")
         blocks[block] = column
         kinds.setdefault(component, []).append(block)
     lists: dict[str, NDArray[np.bool_]] = {}
@@ -92,7 +92,7 @@ def step_mask_of(schedule: ScheduleData) -> list[int]:
         reused = int((~schedule.compute[mixed[0]]).sum())
         raise ScheduleError(
             f"step {mixed[0]} reuses {reused} of {len(schedule.sites)} sites and computes the others; a step mask "
-            f"knows whole steps only ({len(mixed)} of {schedule.steps} steps are mixed)"
+            f"has whole steps only ({len(mixed)} of {schedule.steps} steps are mixed)"
         )
     return [int(step) for step in schedule.compute[:, 0]]
 

@@ -59,7 +59,7 @@ def read_checkpoint(source: str) -> RouterCheckpoint:
     except ForbiddenNameError as error:
         raise ScheduleError(
             f"{source}: refused. Only tensors, plain values and argparse.Namespace are read; this file asks "
-            f"for {one_line(error.name)}, and to load that could run code the file brings"
+            f"for {one_line(error.name)}, and loading that could run code from the file"
         ) from error
     except ArchiveError as error:
         raise ScheduleError(f"{source}: not a readable torch checkpoint: {error}") from error

@@ -70,10 +70,10 @@ def read_router(
     rows, width = checkpoint.logits.shape
     found = _kind_of(checkpoint, source) if kind == "auto" else kind
     if steps is not None and rows != steps:
-        raise ScheduleError(f"{source}: the file has routers for {rows} steps, steps={steps} was asked for")
+        raise ScheduleError(f"{source}: the file has routers for {rows} steps, but steps={steps} was asked for")
     if sites is not None and len(sites) != width:
         raise ScheduleError(
-            f"{source}: the routers are for {width // 2} blocks ({width} sites), {len(sites)} sites were "
+            f"{source}: the routers are for {width // 2} blocks ({width} sites), but {len(sites)} sites were "
             f"given; give the attention and the MLP of each block in turn"
         )
     tau = check_number(_THRESHOLDS[found] if threshold is None else threshold, "threshold")
@@ -84,8 +84,8 @@ def read_router(
     compute = np.array([np.ones(width, np.bool_) if row is None else over[row] for row in used])
     if not compute[0].all():
         raise ScheduleError(
-            f"{source}: row {used[0]} runs first and must compute all, but {int((~compute[0]).sum())} of "
-            f"{width} logits are under the threshold {tau}; is the file of another kind than {found!r}?"
+            f"{source}: row {used[0]} runs first and must compute all sites, but {int((~compute[0]).sum())} of "
+            f"{width} scores are not above the threshold {tau}; is the kind of the file really {found!r}?"
         )
     args = checkpoint.args
     known = {name: args[name] for name in _HYPER_PARAMETERS if isinstance(args.get(name), bool | int | float | str)}
@@ -114,11 +114,11 @@ def _kind_of(checkpoint: RouterCheckpoint, source: str) -> Literal["harmonica", 
         return "harmonica"
     if trained_on_images and not fixed:
         return "l2c-dit"
-    writer = "of Learning-to-Cache" if trained_on_images else "none that tell"
-    writer = "of HarmoniCa" if trained_without_images else writer
+    writer = "Learning-to-Cache" if trained_on_images else "neither"
+    writer = "HarmoniCa" if trained_without_images else writer
     raise ScheduleError(
         f"{source}: cannot tell which code wrote this file (its last row is {'' if fixed else 'not '}fixed "
-        f"at {FIXED_LOGIT}, its args are {writer}); pass kind='harmonica', 'l2c-dit' or 'l2c-uvit'"
+        f"at {FIXED_LOGIT}, and its args are those of {writer}); pass kind='harmonica', 'l2c-dit' or 'l2c-uvit'"
     )
 
 

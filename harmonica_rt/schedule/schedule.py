@@ -36,7 +36,8 @@ class Schedule(ScheduleData):
         made_by: the method that made it.
 
     Raises:
-        ScheduleError: a field is invalid. The message names the field, what was expected, what came, and what to do.
+        ScheduleError: a field is invalid. The message names the field, what was expected, what was given, and what to
+            do.
     """
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Writes the files of a schedule; what the file system refuses becomes a ScheduleWriteError."""
+"""Writes the files of a schedule; an error of the file system becomes a ScheduleWriteError."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class _MissingFolderError(ScheduleWriteError, FileNotFoundError):
 
 
 class _PermissionError(ScheduleWriteError, PermissionError):
-    """The file or its folder must not be written."""
+    """There is no permission to write the file or into its folder."""
 
 
 class _IsFolderError(ScheduleWriteError, IsADirectoryError):

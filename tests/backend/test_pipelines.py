@@ -88,7 +88,7 @@ def test_another_number_of_steps_is_an_error(pipeline: Any, attached: bool) -> N
     compile_in(pipeline, random_schedule(pipeline.transformer, STEPS), in_place=True)
     if attached:
         hrt.attach(pipeline)
-    with pytest.raises(ScheduleMismatchError, match="the schedule is for 4 steps, the pipeline asked for 5"):
+    with pytest.raises(ScheduleMismatchError, match="the schedule is for 4 steps, but the pipeline asked for 5"):
         sample(pipeline, STEPS + 1, **CALL)
     sample(pipeline, STEPS, **CALL)
 

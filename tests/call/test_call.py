@@ -62,7 +62,7 @@ def test_paths_name_nested_tensors(convention: CallConvention) -> None:
 @pytest.mark.parametrize(
     ("args", "kwargs", "message"),
     [
-        ((1, 2, 3, 4, 5, 6), {}, "at most 5 positional arguments, 6 came"),
+        ((1, 2, 3, 4, 5, 6), {}, "at most 5 positional arguments, got 6"),
         ((1,), {"sample": 1, "timestep": 1}, "'sample' twice"),
         ((1, 2), {"smaple": 1}, "takes no argument 'smaple'"),
         ((1,), {}, "needs the argument 'timestep'"),

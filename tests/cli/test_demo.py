@@ -41,7 +41,7 @@ def test_demo_is_for_dit(tmp_path: Path) -> None:
     saved_and_loaded(pixart_alpha, tmp_path)
     result = run("demo", "--model", tmp_path)
     assert isinstance(result.exception, HarmonicaError)
-    assert f"the demo is for a DiTPipeline, {tmp_path} holds a PixArtAlphaPipeline" in str(result.exception)
+    assert f"the demo needs a DiTPipeline, but {tmp_path} holds a PixArtAlphaPipeline" in str(result.exception)
 
 
 def test_demo_uses_the_recorded_guidance(tmp_path: Path) -> None:
@@ -57,4 +57,4 @@ def test_demo_uses_the_recorded_guidance(tmp_path: Path) -> None:
 
 def test_demo_steps_that_contradict_the_schedule(model: Path, schedule: Path, tmp_path: Path) -> None:
     result = run("demo", "--model", model, "--schedule", schedule, "--steps", 5, "--out", tmp_path / "demo.png")
-    assert f"--steps says 5, and {schedule} is for 4 steps; leave --steps out" in str(result.exception)
+    assert f"--steps is 5, but {schedule} is for 4 steps; leave --steps out" in str(result.exception)

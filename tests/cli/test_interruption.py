@@ -81,7 +81,7 @@ def test_the_printed_command_ends_where_an_uninterrupted_training_does(
     assert kept.iteration >= 2
     *_, said, command = told.splitlines()
     path = directory / f"iteration-{kept.iteration:06d}.safetensors"
-    assert said == f"interrupted after iteration {kept.iteration}, which is kept in {path}; to go on:"
+    assert said == f"interrupted after iteration {kept.iteration}, saved in {path}; to continue:"
     assert not out.exists()
 
     words = shlex.split(command)
@@ -123,8 +123,8 @@ def test_under_torchrun_the_first_process_writes_the_checkpoint(trainable: Path,
     _, told = process.communicate(timeout=PATIENCE)
     kept = latest_checkpoint(tmp_path / "work")
     assert kept is not None
-    assert f"interrupted after iteration {kept.iteration}, which is kept in" in told
-    assert told.count("to go on:") == 1
+    assert f"interrupted after iteration {kept.iteration}, saved in" in told
+    assert told.count("to continue:") == 1
     assert "torchrun (with the options as before) -m harmonica_rt.cli train" in told
 
 
@@ -166,7 +166,7 @@ def test_before_the_first_iteration_there_is_nothing_to_keep(
     monkeypatch.setattr(ConsoleProgress, "begin", stopped)
     result = run("train", trainable, tmp_path / "s.json", *MANY)
     assert result.exit_code == 130
-    assert "interrupted before an iteration was finished: there is nothing to keep\n" in result.output
+    assert "interrupted before the first iteration ended: there is nothing to save\n" in result.output
     assert not list(tmp_path.iterdir())
 
 
@@ -194,7 +194,7 @@ def test_an_interruption_right_after_resuming_names_what_is_trun(
     monkeypatch.setattr(ConsoleProgress, "begin", interrupting)
     result = run(*arguments)
     assert result.exit_code == 130
-    assert f"interrupted; iteration 2 is kept in {tmp_path / 'work'}; to go on:\n" in result.output
+    assert f"interrupted; iteration 2 is saved in {tmp_path / 'work'}; to continue:\n" in result.output
 
 
 def interrupting(*_: Any) -> None:

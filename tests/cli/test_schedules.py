@@ -56,7 +56,7 @@ def test_schedule_make_with_chosen_sites(model: Path, tmp_path: Path) -> None:
 def test_a_mask_and_steps_that_contradict_it(model: Path, tmp_path: Path, steps: list[object], works: bool) -> None:
     result = run("schedule", "make", model, tmp_path / "x.json", "--mask", "1101", *steps)
     assert (result.exit_code == 0) is works
-    assert works or "--mask has 4 entries, one per step, and --steps says 3" in str(result.exception)
+    assert works or "--mask has 4 entries, one per step, but --steps is 3" in str(result.exception)
     assert (tmp_path / "x.json").exists() is works
 
 

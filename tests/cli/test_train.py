@@ -73,7 +73,7 @@ def test_what_an_interrupted_training_learned_is_kept_where_it_can_be(
     assert dit_trained.schedule.steps == 5
     stop = TrainingInterrupted(1, latest_checkpoint(checkpoints), None)
     told = how_to_go_on(stop, None, Path("/proc/schedule.json"))
-    kept = re.search(r"kept in (\S+);", told)
+    kept = re.search(r"saved in (\S+);", told)
     assert kept is not None
     assert load_checkpoint(kept[1]).iteration == 1
 
@@ -100,8 +100,8 @@ def test_prompts_from_a_file(tmp_path: Path) -> None:
         (["--target-cur", "0.4", "--beta", "1"], "give one of .*, not --target-cur and --beta"),
         (["--target-cur", "0.4", "--image-error", "lpips"], "--image-error lpips is not known; choose one of sens"),
         (["--target-cur", "0.4", "--tau", "1"], "^--tau: expected a number between 0 and 1"),
-        (["--target-cur", "0.4", "--arg", "num_inference_steps=3"], "--arg num_inference_steps=3: --steps sets this"),
-        (["--target-cur", "0.4", "--arg", "guidance_scale=3"], "--arg guidance_scale=3: --guidance sets this"),
+        (["--target-cur", "0.4", "--arg", "num_inference_steps=3"], "--arg num_inference_steps=3: use --steps instead"),
+        (["--target-cur", "0.4", "--arg", "guidance_scale=3"], "--arg guidance_scale=3: use --guidance instead"),
         (["--target-cur", "0.4", "--arg", "height=3"], "takes no argument 'height'"),
         (["--target-cur", "0.4", "--start", "."], "is a directory without a schedule.json"),
         (["--target-cur", "0.4", "--labels", "one"], "--labels: expected whole numbers"),
@@ -142,7 +142,7 @@ def test_without_tensorboard_only_the_log_is_missing(
     told = run(
         str(trainable), str(tmp_path / "s.json"), *FEW, "--guidance", "1", "--target-cur", "0.4", "--work", str(work)
     )
-    assert "no log is written, checkpoints are: " in told
+    assert "only checkpoints are written, no TensorBoard log: " in told
     assert "pip install 'harmonica-rt[train]'" in told
     assert [path.name for path in work.iterdir()] == ["iteration-000002.safetensors"]
 

@@ -35,7 +35,7 @@ def test_verify(model: Path, schedule: Path, monkeypatch: pytest.MonkeyPatch) ->
         (["--arg", "generator=1"], "generators are made from --seed"),
         (["--arg", "class_labels=[77777]"], "failed when called with num_inference_steps=4, class_labels=[77777]: Ind"),
         (["--arg", "class_labels=[]"], "failed when called with num_inference_steps=4, class_labels=[]: RuntimeError"),
-        (["--arg", "guidance_scale=2", "--guidance", "3"], "say the same; give one of them"),
+        (["--arg", "guidance_scale=2", "--guidance", "3"], "set the same argument; give one of them"),
         (["--arg", "num_inference_steps=7"], "or pass --arg num_inference_steps=VALUE so that"),
         (
             ["--arg", "class_labels=7"],

@@ -134,7 +134,7 @@ def test_where_nobody_waits_an_overwritten_input_is_raised_at_the_end(
         for call in calls[:-1]:
             compiled(**call)
         prompt.neg_()
-        with pytest.raises(RunError, match="prompt_embeds was overwritten in mid-run"):
+        with pytest.raises(RunError, match="prompt_embeds was overwritten mid-run"):
             compiled(**calls[-1])
         check_run(compiled, calls)
 

@@ -67,7 +67,7 @@ def test_a_schedule_for_another_number_is_refused(pipeline: Any, nfe: int) -> No
     schedule = Schedule.every(2, steps=nfe + 1, sites=hrt.find_sites(pipeline.transformer))
     hrt.compile(pipeline, schedule, lowering="plain")
     try:
-        with pytest.raises(ScheduleMismatchError, match=f"for {nfe + 1} steps, the pipeline asked for {nfe} "):
+        with pytest.raises(ScheduleMismatchError, match=f"for {nfe + 1} steps, but the pipeline asked for {nfe} "):
             sample(pipeline, ASKED, **PIXART.guided)
     finally:
         hrt.uncompile(pipeline)

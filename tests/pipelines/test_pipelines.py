@@ -118,7 +118,7 @@ def test_another_number_of_steps_is_an_error_and_the_next_run_is_right(
     pipeline: Any, schedule: Schedule, expected: NDArray[Any]
 ) -> None:
     hrt.compile(pipeline, schedule, lowering="plain")
-    with pytest.raises(ScheduleMismatchError, match="for 5 steps, the pipeline asked for 7"):
+    with pytest.raises(ScheduleMismatchError, match="for 5 steps, but the pipeline asked for 7"):
         sample(pipeline, 7, **CALL)
     assert np.array_equal(sample(pipeline, STEPS, **CALL), expected)
 

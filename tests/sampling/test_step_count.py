@@ -308,5 +308,5 @@ def test_two_calls_a_step_in_a_loop_of_ones_own_are_told_how_to_count(model: Con
     compiled = hrt.compile(model, schedule, lowering="plain", strict=True)
     for call in range(STEPS):
         compiled(first_latents(), torch.full((2,), 1.0 - call // 2 / 10), PROMPT + call % 2)
-    with pytest.raises(RunError, match=r"6 calls came, with 3 timesteps.*takes several calls \(guidance\)"):
+    with pytest.raises(RunError, match=r"It took 6 calls, with 3 timesteps.*takes several calls \(guidance\)"):
         compiled(first_latents(), torch.full((2,), 0.7), PROMPT)

@@ -185,7 +185,7 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
 
 
 BAD_FIELDS = {
-    "no-format": ({"format": ...}, "format: expected 'harmonica-schedule', got None; this is no schedule file"),
+    "no-format": ({"format": ...}, "format: expected 'harmonica-schedule', got None; this is not a schedule file"),
     "other-format": ({"format": "x"}, "format: expected 'harmonica-schedule', got 'x'"),
     "newer": ({"version": 2}, "version: this harmonica-rt reads version 1, got 2; a newer file needs a newer"),
     "version-text": ({"version": "1"}, "version: this harmonica-rt reads version 1, got '1'"),
@@ -207,7 +207,7 @@ BAD_FIELDS = {
     "row-short": ({"compute": ["1111", "111", "1111"]}, "compute, step 1: expected one entry per site (4), got 3"),
     "row-letter": (
         {"compute": ["1111", "1111", "11x1"]},
-        "compute, step 2: expected only 0 (reuse) and 1 (compute), got 'x' at place 2",
+        "compute, step 2: expected only 0 (reuse) and 1 (compute), got 'x' at position 2",
     ),
     "row-digit": ({"compute": ["1111", "\u0661111", "1111"]}, "compute, step 1: expected only 0 (reuse)"),
     "first-reuses": (
@@ -217,7 +217,7 @@ BAD_FIELDS = {
     "sites-text": ({"sites": "abcd"}, "sites: expected a list, got str"),
     "sites-empty": ({"sites": [], "compute": ["", "", ""]}, "sites: expected at least one site, got none"),
     "sites-number": ({"sites": [1, 2, 3, 4]}, "sites[0]: expected a dotted module path"),
-    "sites-twice": ({"sites": ["a", "b", "c", "a"]}, "sites: each site may stand once, got more than once: a"),
+    "sites-twice": ({"sites": ["a", "b", "c", "a"]}, "sites: each site may appear only once, got several times: a"),
     "model-text": ({"model": "DiT"}, "model: expected an object, got a string"),
     "model-number": ({"model": {"class_name": 3}}, "model.class_name: expected a non-empty string, got 3"),
     "config-list": ({"sampler": {"class_name": "D", "config": []}}, "sampler.config: expected a mapping"),

@@ -40,9 +40,9 @@ def test_a_folder_there_and_back(schedule: Schedule, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("schedule.json", "expected a folder, and this is a file; Schedule.load reads it"),
-        ("no/such/folder", "no such folder, and no repository's id"),
-        ("./folder", "no such folder, and no repository's id"),
+        ("schedule.json", "expected a folder, but this is a file; Schedule.load reads it"),
+        ("no/such/folder", "no such folder, and not a repository id"),
+        ("./folder", "no such folder, and not a repository id"),
     ],
 )
 def test_what_cannot_be_a_repository_is_not_looked_for_in_the_hub(
@@ -91,9 +91,9 @@ def test_no_such_folder_nor_repository(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ScheduleFileNotFoundError, match=r"schedule\.json"):
         Schedule.from_pretrained(tmp_path / "empty")
-    with pytest.raises(ScheduleFileNotFoundError, match="no repository's id"):
+    with pytest.raises(ScheduleFileNotFoundError, match="not a repository id"):
         Schedule.from_pretrained(tmp_path / "none")
-    with pytest.raises(ScheduleFileNotFoundError, match=r"some/one: no schedule\.json"):
+    with pytest.raises(ScheduleFileNotFoundError, match=r"some/one: cannot get schedule\.json"):
         Schedule.from_pretrained("some/one", cache_dir=tmp_path, local_files_only=True)
 
 

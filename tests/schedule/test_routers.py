@@ -157,9 +157,9 @@ def test_bare_state_dict_of_even_depth_is_asked_about(tmp_path: Path) -> None:
 
 def test_wrong_arguments(tmp_path: Path) -> None:
     path = save(tmp_path / "r.pt", harmonica_rows(), HARMONICA_ARGS)
-    with pytest.raises(ScheduleError, match="has routers for 4 steps, steps=20 was asked for"):
+    with pytest.raises(ScheduleError, match="has routers for 4 steps, but steps=20 was asked for"):
         Schedule.from_router(path, steps=20)
-    with pytest.raises(ScheduleError, match=r"are for 2 blocks \(4 sites\), 2 sites were given"):
+    with pytest.raises(ScheduleError, match=r"are for 2 blocks \(4 sites\), but 2 sites were given"):
         Schedule.from_router(path, sites=["a", "b"])
     with pytest.raises(ScheduleError, match=r"threshold: expected 0 <= threshold < 1, got 1\.5"):
         Schedule.from_router(path, threshold=1.5)
@@ -169,7 +169,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
 
 def test_harmonica_whose_first_step_reuses_is_of_another_kind(tmp_path: Path) -> None:
     path = save(tmp_path / "r.pt", NOISE, L2C_ARGS)
-    with pytest.raises(ScheduleError, match=r"row 3 runs first and must compute all, but 2 of 4 logits are under"):
+    with pytest.raises(ScheduleError, match=r"row 3 runs first and must compute all sites, but 2 of 4 scores are"):
         Schedule.from_router(path, kind="harmonica")
 
 

@@ -140,7 +140,7 @@ BAD_SITES = {
     "empty-part": (["a..b"], "sites[0]: expected a dotted module path"),
     "space": (["a b"], "sites[0]: expected a dotted module path"),
     "number": (["a", 3], "sites[1]: expected a dotted module path"),
-    "twice": (["b", "a", "b", "a"], "sites: each site may stand once, got more than once: a, b"),
+    "twice": (["b", "a", "b", "a"], "sites: each site may appear only once, got several times: a, b"),
 }
 
 
@@ -311,7 +311,7 @@ def test_known_schedule_is_the_released_one() -> None:
 
 
 def test_unknown_name_lists_the_known() -> None:
-    with pytest.raises(FileNotFoundError, match=r"no schedule '\.\./x' comes with the package; there are \['dit-xl"):
+    with pytest.raises(FileNotFoundError, match=r"the package has no schedule '\.\./x'; it has \['dit-xl"):
         Schedule.known("../x")
 
 
