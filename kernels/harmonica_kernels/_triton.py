@@ -1,8 +1,8 @@
 """Holds what the Triton kernels share: tensors as rows, and the launch with its block sizes.
 
-One program works on one row, or on a block of its columns. The start of a row is computed once, so the same code serves
-any strides and broadcasts. Triton compiles a kernel anew for each width, dtype, number of caches, and pattern of
-missing tensors and of strides that are 1 or multiples of 16, but not for each number of rows.
+One program works on a whole row, or on a tile of some rows and columns. The start of a row is computed once, so the
+same code serves any strides and broadcasts. Triton compiles a kernel anew for each width, dtype, number of caches, and
+pattern of missing tensors and of strides that are 1 or multiples of 16, but not for each number of rows.
 """
 # mypy: allow-untyped-decorators, allow-untyped-defs
 
@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
-MAX_BLOCK: Final = 1024  # columns per program, if a row may be split. Not yet tuned by measurement
+TILE: Final = 1024  # elements per program, if a row may be split. Not yet tuned by measurement
+LEAST_COLUMNS: Final = 64  # of a tile, if the row has as many: 128 bytes in half types, read at once by a few threads
 MAX_WIDTH: Final = 8192  # columns per program, if not; no known DiT is wider. Not yet tuned by measurement
-# Warps by columns per program; fewer columns get 1 warp. 8 columns per thread load 16 bytes in half types. With 16 (two
+# Warps by elements per program; fewer get 1 warp. 8 columns per thread load 16 bytes in half types. With 16 (two
 # loads), wide rows need no stack (except 56 bytes for 16 caches of 8192 in Triton 3.6 on sm_80). Not yet measured
 WARPS: Final = {512: 2, 1024: 4, 2048: 8, 4096: 8, 8192: 16}
 
@@ -72,21 +73,43 @@ def takes(x: torch.Tensor, whole: bool = False) -> bool:
     They do not support fp64, empty tensors, rows too wide for a program that needs them `whole`, or more programs than
     a grid can hold.
     """
+    if x.dtype not in DTYPES or x.numel() == 0 or x.numel() // _width(x) >= 2**31 - TILE:
+        return False
+    return _width(x) <= MAX_WIDTH if whole else _tiles(x) < 2**31
+
+
+def launch_rows(kernel: Any, x: torch.Tensor, *arguments: Any, **constants: Any) -> None:
+    """Run `kernel` for each row of `x`."""
     width = _width(x)
-    return x.dtype in DTYPES and x.numel() > 0 and not (whole and width > MAX_WIDTH) and _programs(x, whole) < 2**31
+    block = triton.next_power_of_2(width)
+    _launch(kernel, x, x.numel() // width, block, *arguments, **constants, BLOCK=block)
 
 
-def launch(kernel: Any, x: torch.Tensor, *arguments: Any, whole: bool = False, **constants: Any) -> None:
-    """Run `kernel` for each row of `x`, or for each block of columns of each row unless it needs rows `whole`.
+def launch_tiles(kernel: Any, x: torch.Tensor, *arguments: Any) -> None:
+    """Run `kernel` for each tile of `x`; its last argument is the number of rows."""
+    width = _width(x)
+    rows, columns = tile_of(width)
+    _launch(kernel, x, _tiles(x), rows * columns, *arguments, x.numel() // width, ROWS=rows, COLUMNS=columns)
+
+
+def tile_of(width: int) -> tuple[int, int]:
+    """The rows and columns of a tile: the number of columns by which a row has the fewest empty ones, and is widest."""
+    columns = min(TILE, triton.next_power_of_2(width))
+    sizes = [columns >> shift for shift in range(columns.bit_length()) if columns >> shift >= LEAST_COLUMNS]
+    columns = min(sizes, key=lambda size: math.ceil(width / size) * size, default=columns)
+    return TILE // columns, columns
+
+
+def _launch(kernel: Any, x: torch.Tensor, programs: int, elements: int, *arguments: Any, **constants: Any) -> None:
+    """Launch `programs` that work on so many elements each.
 
     Contraction of products and sums into one instruction is off: each is rounded, as in the reference, so a residual
     sum in fp32 has the same bits on every device. (In half types it would anyway: their products are exact in fp32.)
     These kernels are memory-bound, so the additional instruction does not matter.
     """
-    block = _block(x, whole)
     with torch.cuda.device_of(x):
-        kernel[(_programs(x, whole),)](
-            *arguments, **constants, WIDTH=_width(x), BLOCK=block, num_warps=WARPS.get(block, 1), enable_fp_fusion=False
+        kernel[(programs,)](
+            *arguments, **constants, WIDTH=_width(x), num_warps=WARPS.get(elements, 1), enable_fp_fusion=False
         )
 
 
@@ -94,17 +117,17 @@ def _width(x: torch.Tensor) -> int:
     return math.prod(x.shape[-1:])
 
 
-def _block(x: torch.Tensor, whole: bool) -> int:
-    block: int = triton.next_power_of_2(_width(x))
-    return block if whole else min(block, MAX_BLOCK)
-
-
-def _programs(x: torch.Tensor, whole: bool) -> int:
-    return x.numel() // _width(x) * math.ceil(_width(x) / _block(x, whole))
+def _tiles(x: torch.Tensor) -> int:
+    width = _width(x)
+    rows, columns = tile_of(width)
+    return math.ceil(x.numel() // width / rows) * math.ceil(width / columns)
 
 
 @triton.jit
 def load(rows, batch, row, columns, mask):
-    """Columns of one row in fp32. batch, row and columns are int64: their products with strides may exceed 2^31."""
+    """Columns of rows in fp32, of one or (`[ROWS, 1]`) of several.
+
+    batch, row and columns are int64: their products with strides may exceed 2^31.
+    """
     start = rows.memory + batch * rows.batch + row * rows.row
     return tl.load(start + columns * rows.column, mask=mask, other=0.0).to(tl.float32)

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
+from harmonica_kernels._triton import TILE, tile_of
 from harmonica_kernels.resources import CAPABILITIES, VARIANTS, Resources, Variant, measure, table
 
 REGISTERS = 65536  # of a multiprocessor, on all of these GPUs
@@ -45,3 +46,10 @@ def test_faults_are_found() -> None:
     assert not list(faults(Variant("bf16"), good))
     bad = Resources(warps=32, registers=128, stack=8, shared=0, ptx="fma.rn.f32 ld.global.b16")
     assert len(list(faults(Variant("bf16"), bad))) == 4
+
+
+@pytest.mark.parametrize("width", [384, 1024, 1152, 1408, 1536, 2048, 2304, 3072, 4096, 5120])
+def test_tiles_of_rows_as_wide_as_models_are_full(width: int) -> None:
+    rows, columns = tile_of(width)
+    assert rows * columns == TILE
+    assert width % columns == 0

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from harmonica_kernels._checks import check_residual_sum
-from harmonica_kernels._triton import as_rows, launch, load, takes
+from harmonica_kernels._triton import as_rows, launch_tiles, load, takes
 from harmonica_kernels.residual_reuse.reference import residual_reuse_reference
 
 # Caches per launch, by element size in bytes; with more, wide rows need a stack. Not yet measured
@@ -20,7 +20,7 @@ MAX_TERMS: Final = {2: 16, 4: 8}
 
 @triton.jit
 def load_sum(x, caches, gates, batch, row, columns, mask):
-    """x + sum_k gates[k] * caches[k] for one row in fp32, in the order of k."""
+    """x + sum_k gates[k] * caches[k] in fp32, in the order of k, for what `load` takes."""
     total = load(x, batch, row, columns, mask)
     for k in tl.static_range(len(caches)):
         term = load(caches[k], batch, row, columns, mask)
@@ -30,13 +30,13 @@ def load_sum(x, caches, gates, batch, row, columns, mask):
     return total
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _kernel(out, x, caches, gates, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+@triton.jit(do_not_specialize=["rows", "count"])
+def _kernel(out, x, caches, gates, rows, count, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    tiles: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     program = tl.program_id(0)
-    index = program // blocks
-    columns = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = columns < WIDTH
+    index = (program // tiles * ROWS + tl.arange(0, ROWS))[:, None]
+    columns = ((program % tiles).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    mask = (index < count) & (columns < WIDTH)
     batch, row = (index // rows).to(tl.int64), (index % rows).to(tl.int64)
     total = load_sum(x, caches, gates, batch, row, columns, mask)
     tl.store(out + index.to(tl.int64) * WIDTH + columns, total.to(out.dtype.element_ty), mask=mask)
@@ -62,7 +62,7 @@ def add_up(
     out = x.new_empty(x.shape, dtype=dtype)
     terms = len(caches)
     rows, (x_rows, *others) = as_rows(x.shape, [x, *caches, *gates])
-    launch(_kernel, x, out, x_rows, tuple(others[:terms]), tuple(others[terms:]), rows)
+    launch_tiles(_kernel, x, out, x_rows, tuple(others[:terms]), tuple(others[terms:]), rows)
     return out
 
 

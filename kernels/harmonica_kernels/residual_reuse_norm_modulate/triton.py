@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from harmonica_kernels._triton import as_rows, launch, load, takes
+from harmonica_kernels._triton import as_rows, launch_rows, load, takes
 from harmonica_kernels.residual_reuse.triton import load_sum, shorten
 from harmonica_kernels.residual_reuse_norm_modulate.operands import Operands
 from harmonica_kernels.residual_reuse_norm_modulate.reference import residual_reuse_norm_modulate_reference
@@ -74,5 +74,5 @@ def residual_reuse_norm_modulate_triton(
     terms = len(caches)
     rows, (x_rows, *tables) = as_rows(x.shape, [x, *caches, *gates, *others])
     summed, gated, modulation = tuple(tables[:terms]), tuple(tables[terms : 2 * terms]), tables[2 * terms :]
-    launch(_kernel, x, hidden, out, x_rows, summed, gated, *modulation, rows, eps, RMS=rms, whole=True)
+    launch_rows(_kernel, x, hidden, out, x_rows, summed, gated, *modulation, rows, eps, RMS=rms)
     return hidden, out
