@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from harmonica_rt.call.roles import Role
+from harmonica_rt.lower.epilogue import with_epilogues
 from harmonica_rt.lower.fuse import fuse
 from harmonica_rt.lower.graph_states import FusedGraph
 from harmonica_rt.lower.hoist import Prologue, cut, plan_prologue
@@ -52,4 +53,4 @@ class FusedLowering:
         return LoweringReport(hoisting, self._fusion)
 
     def _program(self, step: StepGraph | FusedGraph) -> Program:
-        return Program(cut(step, self._hoisted), self._root, direct=True)
+        return Program(with_epilogues(cut(step, self._hoisted)), self._root, direct=True)
