@@ -84,11 +84,15 @@ class Engine(Protocol):
     def state(self, call: Call) -> object:
         """The model's current state, compared by identity: features stored in one state are never reused in another."""
 
-    def begin_run(self, key: RunKey | None = None) -> None:
+    def begin_run(self, key: RunKey | None = None) -> object | None:
         """A sampling run begins: all streams of the last one are over.
 
         Args:
             key: runs with equal keys are alike; None where no scheduler drives the run.
+
+        Returns:
+            The model's state at the end of the last run, for which the first step may start before the model is
+            checked; None if it must be checked first.
         """
 
     def new_stream(self, call: Call) -> Stream:

@@ -66,6 +66,8 @@ class PlannedEngine:
         self._state: ModelState | None = None  # the model's state as the last call found it
         self._new_states = NewStates(type(model).__name__)
         self._ran_eagerly = False  # in this run
+        self._looks = 0  # at the model, in this run
+        self._changed_before_run = False  # between the last run and this one; then it is likely to change again
         self._reference = ReferenceEngine(model, schedule, self.watch)
 
     @property
@@ -86,17 +88,30 @@ class PlannedEngine:
 
     def state(self, call: Call) -> ModelState:
         """See `Engine.state`; plans are made for a state, and kept in case it comes back."""
+        return self._look()
+
+    def begin_run(self, key: RunKey | None = None) -> ModelState | None:
+        """See `Engine.begin_run`; parameters are fetched anew."""
+        self._ran_eagerly = False
+        begins_anew = self._changed_before_run and self._looks == 1
+        self._looks = 1 if begins_anew else 0
+        known = self._state if self.looks_late and not self._changed_before_run else None
+        if known is None:
+            self._look()
+        self.watch.begin_run()
+        self._new_states.begin_run()
+        self.cache.begin_run(key)
+        return known
+
+    def _look(self) -> ModelState:
+        """Look at the model; at the first look of a run, note whether it has changed since the last run."""
         before, self._state = self._state, self.watch.look()
         if before is not None and self._state.facts is not before.facts:
             self._new_states.change = self.watch.difference
+        self._looks += 1
+        if self._looks == 1:
+            self._changed_before_run = before is not None and self._state is not before
         return self._state
-
-    def begin_run(self, key: RunKey | None = None) -> None:
-        """All streams are over; parameters are fetched anew."""
-        self.watch.begin_run()
-        self._new_states.begin_run()
-        self._ran_eagerly = False
-        self.cache.begin_run(key)
 
     def new_stream(self, call: Call) -> Stream:
         """A stream over the plan for the signature of `call`, captured now if there is none."""

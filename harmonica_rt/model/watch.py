@@ -86,8 +86,8 @@ class ModelWatch:
         return any(known is facts for known in self._known)
 
     def begin_run(self) -> None:
-        """Look at the model, and drop all earlier states, of which no stream is left. Their facts are kept."""
-        self._states = [self.look()]
+        """Drop all states but the current one: no stream of theirs is left. Their facts are still recognised."""
+        self._states = [self._current] if self._current is not None else []
 
     def accept(self) -> None:
         """Accept the changes that the model made to itself while it ran: the current state takes them over."""

@@ -162,11 +162,15 @@ class Run:
 
     def _call(self, call: Call) -> object:
         if self.untouched:
-            self._engine.begin_run(self.key)  # now, not when the run began: the model may have changed since
+            # now, not when the run began: the model may have changed since
+            self._model_state = self._engine.begin_run(self.key)
         if self._engine.looks_late and self._model_state is not None:
             output = self._early(call, self._model_state)
             if output is not _NOT_RUN:
                 return output
+            if self.untouched:
+                self._streams.drop()  # so that the memory of its stream serves the one for the new state
+                self._engine.begin_run(self.key)
         self._model_state = self._engine.state(call)
         stream, before = self._stream_for(call, self._model_state)
         catch_up = stream.lacks_features(self.position.step, before)

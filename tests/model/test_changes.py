@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 import harmonica_rt as hrt
 from harmonica_rt import FallbackWarning, Schedule
+from harmonica_rt.execute.planned_engine import PlannedEngine
 from harmonica_rt.model.watch import ModelWatch
 from tests.models import stack_call
 from tests.sampling import loops
@@ -404,35 +405,78 @@ def test_what_changes_nothing_makes_no_plan_and_no_step_in_full(kind: str) -> No
     assert compiled.report().last_catch_ups == ()
 
 
-class LateLook:
-    """Lets an engine look at the model after the step, as on a GPU."""
-
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-
-    @property
-    def looks_late(self) -> bool:
-        return not self._engine._ran_eagerly
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
+@pytest.fixture
+def late_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines look at the model after a step has started, as on a GPU."""
+    monkeypatch.setattr(PlannedEngine, "looks_late", property(lambda self: not self._ran_eagerly))
 
 
 @pytest.mark.parametrize("kind", ["attribute", "processor", "parameter", "function by name", "hook"])
 @pytest.mark.filterwarnings("ignore::harmonica_rt.FallbackWarning")
+@pytest.mark.usefixtures("late_looks")
 def test_a_step_that_began_before_the_look_is_done_again(kind: str) -> None:
     tried, change = model(), CHANGES[kind]
     schedule = schedule_of(tried)
     # the step that was begun in vain spoils the features that the state had, so it starts anew when it comes back
     expected = truth(tried, schedule, change, comes_back=False)
     compiled = hrt.compile(tried, schedule, lowering="plain")
-    compiled.__dict__["engine"] = LateLook(compiled.engine)
     for _ in range(2):
         compiled.reset()
         got = [compiled(**stack_call(step)) for step, _ in changing(tried, change)]
         assert [torch.equal(a, b) for a, b in zip(got, expected, strict=True)] == [True] * STEPS
     assert compiled.stats is not None
     assert compiled.stats.calls == STEPS
+
+
+@pytest.mark.parametrize("kind", ["attribute", "processor", "parameter", "function by name", "hook"])
+@pytest.mark.filterwarnings("ignore::harmonica_rt.FallbackWarning")
+@pytest.mark.usefixtures("late_looks")
+def test_a_run_that_began_before_the_look_begins_anew(kind: str) -> None:
+    tried, change = model(), CHANGES[kind]
+    schedule = schedule_of(tried)
+    compiled, reference = hrt.compile(tried, schedule, lowering="plain"), hrt.reference(tried, schedule)
+
+    def agree() -> None:
+        compiled.reset(), reference.reset()
+        for step in range(STEPS):
+            assert torch.equal(compiled(**stack_call(step)), reference(**stack_call(step)))
+        assert compiled.stats is not None
+        assert (compiled.stats.calls, compiled.stats.catch_ups) == (STEPS, [])
+        for runtime in compiled.plans.values():  # no second arena for the step that was begun in vain
+            assert runtime.arenas.slot_bytes == sum(runtime.lowered.plan.table.arena_bytes.values())
+
+    for _ in range(2):
+        agree()
+        undo = change(tried)
+        agree()
+        agree()
+        undo()
+
+
+@pytest.mark.usefixtures("late_looks")
+def test_a_model_that_changes_before_each_run_is_looked_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = model()
+    compiled = hrt.compile(tried, schedule_of(tried), lowering="plain", strict=True)
+    begun: list[bool] = []
+    begin_run = PlannedEngine.begin_run
+
+    def noted(self: PlannedEngine, key: Any = None) -> Any:
+        known = begin_run(self, key)
+        begun.append(known is not None)
+        return known
+
+    monkeypatch.setattr(PlannedEngine, "begin_run", noted)
+    for _ in range(3):
+        with torch.no_grad():
+            next(tried.parameters()).mul_(0.9)
+        compiled.reset()
+        for step in range(STEPS):
+            compiled(**stack_call(step))
+    assert begun == [False, True, False, False]  # the second run begins twice, the third looks first
+    for _ in range(2):
+        compiled.reset()
+        compiled(**stack_call(0))
+    assert begun[4:] == [False, True]
 
 
 @pytest.mark.parametrize("lowering", ["plain", "fused"])
