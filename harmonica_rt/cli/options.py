@@ -39,7 +39,7 @@ LOWERING: Any = typer.Option(
 )
 GRAPHS: Any = typer.Option(
     "auto",
-    help="CUDA graphs: auto (where they measure faster), on or off. Without a CUDA device there are none.",
+    help="CUDA graphs: auto (unless they measure slower), on or off. Without a CUDA device there are none.",
 )
 DEVICE: Any = typer.Option("cpu", help="Where to run: cpu, cuda or cuda:N.")
 
