@@ -66,6 +66,7 @@ class DisplacedRuns:
             del self._threads[thread]
         if not self._suspended:
             return
+        # Where the functions of several runs are on the stack, the innermost one makes the call.
         origin = current.origin
         own = origin.distance(current.scheduler) if origin is not None and current.run is not None else None
         for other, scheduler in self._suspended:

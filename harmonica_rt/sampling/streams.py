@@ -82,7 +82,7 @@ class RunStreams:
         before = next((s for s in open_streams if s.last_step == step - 1), None)
         if before is not None:
             self._note_changes(changed[id(before)], step)
-        if len(open_streams) >= MAX_IDLE_STREAMS:
+        if len(open_streams) >= MAX_IDLE_STREAMS:  # the one that is idle for longest begins anew, in the same memory
             stream = min(open_streams, key=lambda s: s.last_step)
             stream.begin(call, order)
             return stream
