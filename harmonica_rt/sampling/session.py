@@ -164,8 +164,8 @@ class Session:
         return run.call(call, counts_as_step=True)
 
     def _call_in_pipeline(self, call: Call, uncached: Callable[[], Any]) -> Any:
-        caller, replaced = calling_scheduler(), self._following.replaced()
-        begun = [s for s in replaced if caller is s or (caller is None and timesteps_are_set(s))]
+        caller, new = calling_scheduler(), self._following.follow_replacements()
+        begun = [s for s in new if caller is s or (caller is None and timesteps_are_set(s))]
         if begun:
             self._begin_driven(begun[-1], Origin(begun[-1], seen=False))
         current = self._current
