@@ -1,6 +1,16 @@
 """Compiles Diffusion Transformers with cached features: `compile` a pipeline with a `Schedule`, and call it as before.
 
 Importing this package is cheap: a name's module, and with it torch or diffusers, is imported at the name's first use.
+
+Reading order: docs/how-it-works.md follows one call through the folders; each folder's `__init__` says what it is for.
+Files beside the folders belong to no stage:
+
+- used everywhere: `errors`, `options`, `indices` (types of step, site and slot numbers), `changes` (temporary changes
+  that are undone after any interruption), `torch_state`, `wrappers` (the model inside torch.compile's, peft's or DDP's
+  wrapper), `version`;
+- `engine`, the interface between `sampling`, which says to which step a call belongs, and what computes the call;
+  `reference_engine` is its simplest implementation, and the truth for `parity`;
+- used by `api` and `backend`: `arguments` (checks), `report` and `plan_report` (what `report()` returns).
 """
 
 from __future__ import annotations

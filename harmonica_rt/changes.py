@@ -76,6 +76,8 @@ def in_this_thread(call: Callable[..., Any], elsewhere: Callable[..., Any]) -> C
 
 
 class _Turn:
+    """One call's turn; a new object per call, so that calls are told apart by identity."""
+
     def __init__(self) -> None:
         self.thread = threading.get_ident()
 

@@ -1,4 +1,9 @@
-"""The interfaces of engines and streams: anything that can run one step of a stream, normally or catching up."""
+"""The interfaces of engines and streams: anything that can run one step of a stream, normally or catching up.
+
+`sampling` finds the run, the step and the stream of a call, over any engine. The engines are `PlannedEngine` (compiled
+plans, in `execute`), `GraphEngine` (plans of dynamo's graphs, in `backend`), `ReferenceEngine`, and in `parity`
+`LockstepEngine` (compiled beside the reference) and `HigherEngine` (the reference in the next higher precision).
+"""
 
 from __future__ import annotations
 
@@ -16,6 +21,8 @@ from harmonica_rt.indices import StepIndex
 
 class RunKey(NamedTuple):
     """What two runs must have in common to count as alike.
+
+    Runs that are alike are expected to give the model the same timesteps: one forecasts the next (`execute.forecast`).
 
     Attributes:
         timesteps: one per step of the schedule, as held by the scheduler that drives the run.
@@ -79,7 +86,10 @@ class Engine(Protocol):
 
     @property
     def looks_late(self) -> bool:
-        """Whether a step may start before the model is checked for changes, so that the device works meanwhile."""
+        """Whether a step may start before the model is checked for changes, so that the device works meanwhile.
+
+        If the model has changed, the caller discards the result and runs the step again.
+        """
 
     def state(self, call: Call) -> object:
         """The model's current state, compared by identity: features stored in one state are never reused in another."""

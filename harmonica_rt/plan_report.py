@@ -60,7 +60,7 @@ class PlanReport:
         signature: the call signature that the plan is for, as text.
         steps: one entry per step.
         programs: number of step programs.
-        programs_with_addresses: number of (program, slot addresses) pairs, for a backend that bakes addresses in.
+        programs_with_addresses: number of (program, slot addresses) pairs; each is a CUDA graph of its own.
         full_flops: FLOPs of one call of the uncached model.
         times: compile time by stage.
         memory: its slots, arenas and CUDA graphs.

@@ -94,7 +94,10 @@ def _replace_sites(
     fresh: dict[SiteIndex, list[Any]],
     changes: Changes,
 ) -> None:
-    """Until `changes` are undone, calls of reused sites return `cache`, and those of all other sites go to `fresh`."""
+    """Until `changes` are undone, calls of reused sites return `cache`, and those of all other sites go to `fresh`.
+
+    Torch runs a module's `_compiled_call_impl`, if it has one, in place of its hooks and its forward.
+    """
     for index, name in enumerate(sites):
         site, module = SiteIndex(index), model.get_submodule(name)
         plain = module.__dict__.get("_compiled_call_impl") or module._call_impl

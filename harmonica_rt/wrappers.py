@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 DENOISER_NAMES = ("transformer", "unet", "denoiser")  # attributes of pipelines for the model that each step calls
 
-_PASS_ON = ("torch.nn.parallel.distributed",)
+_PASS_ON = ("torch.nn.parallel.distributed",)  # where the forwards are defined that pass all on to a child `module`
 
 
 def named_denoiser(pipeline: Any, kind: type[T]) -> tuple[str, T] | None:

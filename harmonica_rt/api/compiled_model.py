@@ -57,6 +57,7 @@ class CompiledModel(PipelineDenoiser):
             ) from error
 
     def _look_who_calls(self, callers: list[Any]) -> None:
+        """Follow a pipeline among `callers`; raise HarmonicaError if torch.compile with our backend is among them."""
         for caller in callers:
             inner = getattr(caller, "__dict__", {}).get("_modules", {}).get("_orig_mod")
             if (inner is self or inner is self.model) and runs_through_torch_compile(caller):

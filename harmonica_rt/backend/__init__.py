@@ -1,5 +1,7 @@
 """The backend of `torch.compile(model, backend="harmonica", options={"schedule": schedule})`.
 
+Torch finds it by the entry point that `setup.py` declares.
+
 In: the graphs that dynamo makes of a model, the options given to `torch.compile`, and a pipeline to follow (`attach`).
 Out: a callable that runs a plan in place of each graph, and the session that counts steps and reports.
 

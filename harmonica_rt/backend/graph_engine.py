@@ -68,7 +68,10 @@ class _PassedTensors:
         self._held: dict[str, torch.Tensor] = {}
 
     def renew(self, call: GraphCall) -> None:
-        """Hold the tensors passed with a call; the mapping object stays the same if the tensors do."""
+        """Hold the tensors passed with a call.
+
+        The mapping object stays the same if the tensors do: by that, plans see that they need not fetch them again.
+        """
         passed = call.parameters()
         if not same_objects(passed.values(), self._held.values()):
             self._held = passed

@@ -28,7 +28,7 @@ class GraphSession(FindsItsPipeline):
     def __init__(self, model: nn.Module, options: BackendOptions) -> None:
         name = type(model).__name__
         self._model = weakref.ref(model)  # a session is freed with its model
-        self._alone = False  # whether it follows no pipeline unless attached to one
+        self._alone = False  # after detach(): only pipelines that are attached are followed
         super().__init__(name, options.schedule, GraphEngine(name, options))
 
     def attach(self, pipeline: Any) -> None:

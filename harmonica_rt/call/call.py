@@ -71,7 +71,7 @@ class Call:
     """One normalised call.
 
     `kwargs` holds the arguments by name, in the order of the model's forward; `leaves` is their flattened form; `paths`
-    names each leaf (`encoder_hidden_states`, `added_cond_kwargs.resolution`).
+    names each leaf (`encoder_hidden_states`, `added_cond_kwargs.resolution`). `convention` made it.
     """
 
     kwargs: dict[str, Any]
@@ -160,7 +160,7 @@ class CallConvention:
     def _leaf_key(self, leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
             shape, strides = leaf.shape, leaf.stride()
-            if 1 in shape:
+            if 1 in shape:  # the stride of a dimension of size 1 is never used, so it makes no other signature
                 strides = tuple(0 if n == 1 else s for n, s in zip(shape, strides, strict=True))
             return (tuple(shape), strides, leaf.dtype, leaf.device)
         if isinstance(leaf, _PLAIN):

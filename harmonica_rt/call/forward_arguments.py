@@ -50,7 +50,7 @@ class ForwardArguments:
         )
 
     def open_to_any_name(self) -> ForwardArguments:
-        """The same, but any name may be given, and none is required."""
+        """The same, but any name may be given and none is required: a graph of dynamo takes tensors at dotted paths."""
         return dataclasses.replace(self, any_name=True, required=())
 
     def bind(self, model_name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

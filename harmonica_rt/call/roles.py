@@ -41,7 +41,7 @@ class Role(enum.Enum):
 
     LATENTS = "latents"  # changes in every step
     TIMESTEP = "timestep"  # changes in every step, and can be known before the run
-    REQUEST = "request"  # constant over a run; a change begins a new request
+    REQUEST = "request"  # the same in all steps; a stream starts anew if it changes (`sampling.conditioning`)
 
 
 def roles(call: Call) -> tuple[Role, ...]:

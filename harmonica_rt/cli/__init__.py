@@ -4,9 +4,11 @@ In: arguments, options and recipes. Out: text on standard output, messages on st
 pictures; the exit status is 1 where a check failed, 2 where the command could not do its work.
 Hazard: importing torch takes seconds. Heavy imports happen inside the commands, so that `--help` is instant.
 
-Reading order: `options` (what commands share), `console` and `command` (how commands print and fail), `signals`,
-`loading` and `calling` (pipelines and the arguments of their calls), then one file per command or pair of commands:
-`demo`, `listing` (`sites`, `recipes`), `checking` (`verify`, `bench`), `schedule`, `train`, `doctor`.
+Reading order: `options` (what commands share), `console` and `command` (how commands print and fail), `packages` (what
+to install for a failed import), `signals` (Ctrl-C and SIGTERM), `loading` and `calling` (pipelines and the arguments of
+their calls), `tables`; then one file per command or pair of commands: `demo`, `listing` (`sites`, `recipes`),
+`checking` (`verify`, `bench`), `schedule`, `doctor`, and `train` with `conditions` (what it generates), `keeping` (its
+schedule is not lost) and `going_on` (how to continue an interrupted training).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The arguments of a pipeline's call, as the command line gives them, and errors of the call."""
+"""Makes the arguments of a pipeline's call from the command line, and turns errors of the call into messages."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Command(TyperCommand):
 
 
 def in_options(text: str, names: dict[str, str]) -> str:
-    """A message of the library in which options replace the Python names that they set.
+    """A message of the library, with options in place of the Python names that they set.
 
     Args:
         text: the message.

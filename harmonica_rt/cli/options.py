@@ -39,13 +39,16 @@ LOWERING: Any = typer.Option(
 )
 GRAPHS: Any = typer.Option(
     "auto",
-    help="CUDA graphs: auto (where they measure faster), on or off. Without a CUDA device there are none.",
+    help="CUDA graphs: auto (unless they measure slower), on or off. Without a CUDA device there are none.",
 )
 DEVICE: Any = typer.Option("cpu", help="Where to run: cpu, cuda or cuda:N.")
 
 
 def _take_recipes(ctx: typer.Context, names: list[str]) -> list[str]:
-    """Make the options of the recipes defaults of the command; if two recipes set an option, the later one wins."""
+    """Make the options of the recipes defaults of the command; if two recipes set an option, the later one wins.
+
+    `--recipe` is eager, so it is read before the options whose defaults it changes.
+    """
     from harmonica_rt.recipes import read
 
     known = {parameter.name: bool(getattr(parameter, "multiple", False)) for parameter in ctx.command.params}

@@ -1,4 +1,4 @@
-"""Tables of latencies and of parity, as commands print them."""
+"""Makes the tables of latencies and of parity that commands print."""
 
 from __future__ import annotations
 

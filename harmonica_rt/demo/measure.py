@@ -19,7 +19,7 @@ from harmonica_rt.pipelines.install import denoiser_module, put_temporarily
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds per repeat, until the device is done: of the whole pipeline call, and of all denoiser calls in it."""
+    """Seconds per round, until the device is done: of the whole pipeline call, and of all denoiser calls in it."""
 
     pipeline: tuple[float, ...]
     denoiser: tuple[float, ...]
@@ -27,7 +27,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two latencies from interleaved repeats, and the speed-up that the plan's FLOPs promise."""
+    """Two latencies from interleaved rounds, and the theoretical speed-up of the plan."""
 
     uncached: Latency
     compiled: Latency
@@ -35,12 +35,12 @@ class Comparison:
 
     @property
     def pipeline_speedup(self) -> float:
-        """Median over repeats of uncached / compiled, whole pipeline."""
+        """Median over rounds of uncached / compiled, whole pipeline."""
         return _median_ratio(self.uncached.pipeline, self.compiled.pipeline)
 
     @property
     def denoiser_speedup(self) -> float:
-        """Median over repeats of uncached / compiled, denoiser calls."""
+        """Median over rounds of uncached / compiled, denoiser calls."""
         return _median_ratio(self.uncached.denoiser, self.compiled.denoiser)
 
     @property

@@ -75,6 +75,7 @@ class CodeWalk:
                 continue
             method = found.facts.add(fact, f".{key}", (type(value), Is(function.__code__)))
             self._methods.setdefault(key, []).append((method, function))
+            # A module's constructor has run before any forward does.
             called = key in self._reached or is_called_by_python(key)
             if called and not (key == "__init__" and issubclass(cls, nn.Module)):
                 self._agenda.later(method, [("()", function)])
@@ -107,6 +108,7 @@ class CodeWalk:
         entered: set[int] = set()
         for name in names:
             self.reach(name)
+        # Code that calls globals() may look up any name in it, one in a string included.
         for name in dict.fromkeys((*loaded, *names)) if "globals" in loaded else loaded:
             if name in where:
                 self._visit_global(f"{function.__module__}.", where, name, names, entered)

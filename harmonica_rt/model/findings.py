@@ -1,4 +1,4 @@
-"""What a walk over a model has found so far, and what it has yet to visit."""
+"""What a walk over a model has found so far, and what it has yet to visit. `facts` makes a snapshot of the findings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A fingerprint of all that tracing bakes in about a model, equal across processes. Parameters count by layout only.
+"""A fingerprint of all that tracing bakes in about a model, equal across processes, for plan files.
+
+Parameters count by their layout only. (A schedule's fingerprint covers the config alone: `schedule.fingerprint`.)
 
 Hazard: anything left out can change unnoticed, and a saved plan then gives wrong images. So code is represented by the
 bytes of the files that define the classes and functions, and by the versions of their packages (for what those files

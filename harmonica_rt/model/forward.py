@@ -74,6 +74,9 @@ def keep_only_own_forward(model: nn.Module, changes: Changes) -> None:
 
     Calls by other threads wait until then, since a trace takes parameters out of the model and puts them back. Take the
     capture lock first, or two threads may wait for each other.
+
+    Torch calls a module's `_compiled_call_impl`, if it is set, and otherwise `_call_impl`, which runs the hooks and
+    `forward`; so the former is where calls are redirected.
     """
     held, over = model.__dict__, threading.Event()
 

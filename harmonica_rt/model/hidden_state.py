@@ -1,7 +1,7 @@
 """State that no container shows: the contents of arrays, and the positions of random generators and iterators.
 
-A container is compared object by object (`identity`). These objects change without any object being replaced, so each
-is asked for its state as a value that can be compared; most can be set back to such a state.
+A container is compared object by object (`identity`). These objects change without any object being replaced, so for
+each there is a function that returns its state as a value that can be compared; most can be set back to such a state.
 """
 
 from __future__ import annotations

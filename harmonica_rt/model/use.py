@@ -19,6 +19,7 @@ from harmonica_rt.changes import Changes
 
 _Held = dict[object, int]  # token -> thread; each change is one atomic operation, so that none is left half done
 
+# model -> process id -> what is under way
 _runs: weakref.WeakKeyDictionary[nn.Module, dict[int, _Held]] = weakref.WeakKeyDictionary()
 _traces: weakref.WeakKeyDictionary[nn.Module, dict[int, _Held]] = weakref.WeakKeyDictionary()
 POLL = 0.001  # seconds between checks; waiting is rare

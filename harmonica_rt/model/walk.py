@@ -69,7 +69,7 @@ class _Walk:
                 self._code.reach(value)  # getattr(self, self.kind)
         elif kind in BY_TEXT:
             self._note(parent, name, (kind, repr(value)))
-        elif kind is not tuple and id(value) in self._agenda.fact_of:
+        elif kind is not tuple and id(value) in self._agenda.fact_of:  # a tuple counts by its items wherever it is
             self._note(parent, name, (SAME_AS, self._agenda.fact_of[id(value)]))
         else:
             self._agenda.enter(value, len(self._found.facts))

@@ -121,6 +121,7 @@ class ModelWatch:
         unused: frozenset[str] = frozenset()
         if isinstance(container, nn.Module):
             unused = UNUSED_OF_ROOT if container is self._model else UNUSED
+        # In a module's contents, after its class, each value follows its key.
         for position, (old, new) in enumerate(zip(before, now, strict=True)):
             if old is not new and not _equal(old, new) and (position == 0 or now[position - 1] not in unused):
                 return False

@@ -35,6 +35,7 @@ def first_divergent_site(
         for index in range(len(nodes))
     )
     graph = specialise(captured, Pattern(reuse, computed))
+    # the slots that an earlier step wrote and this step or a later one reads
     alive = {s.value.output: s.id for s in plan.table.slots if s.value.first < step <= s.value.last}
     slots = planned.buffers.slots
     program = Program(graph, captured.root)

@@ -54,7 +54,8 @@ class HigherStream(ReferenceStream):
     Args:
         model: the model.
         schedule: what to reuse at each step.
-        rounded: whether outputs are rounded to the model's precision.
+        rounded: whether outputs are rounded to the model's precision. They are in a run by itself, where a pipeline
+            takes them; in lockstep they are only compared.
     """
 
     def __init__(self, model: nn.Module, schedule: Schedule, *, rounded: bool = False) -> None:

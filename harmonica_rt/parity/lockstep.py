@@ -105,6 +105,7 @@ class _LockstepStream:
         truth = self._higher.run(step, call, catch_up=catch_up) if self._higher is not None else None
         higher = tensors_of(truth) if truth is not None else None
         parity = _compare(step, tensors_of(expected), tensors_of(got), higher, self._allowances)
+        # what ran the call; a call that fell back to the reference has no plan in which to look for a site
         planned = self._planned.in_use if isinstance(self._planned, RequestValueStream) else self._planned
         if not parity.ok and isinstance(planned, PlanStream):
             site = first_divergent_site(planned, self._reference, self._higher, step, call, catch_up)
@@ -123,7 +124,7 @@ def _compare(
     truth: list[torch.Tensor] | None,
     allowances: Mapping[int, Allowance],
 ) -> StepParity:
-    """The parity of one call: the worst over all output tensors."""
+    """The parity of one call, the worst over all output tensors. Exact if there is no `truth` to measure against."""
     if len(expected) != len(got) or any(a.shape != b.shape for a, b in zip(expected, got, strict=False)):
         return StepParity(step, Error(torch.inf, torch.inf), NONE, same_bits=False, ok=False)
     same = all(same_bits(a, b) for a, b in zip(expected, got, strict=True))

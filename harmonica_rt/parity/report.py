@@ -12,7 +12,8 @@ from harmonica_rt.parity.tolerance import Error
 class StepParity:
     """One call of one step: the compiled output against the reference's, on the reference's inputs.
 
-    `error` is relative to the reference if the tolerance is exact, to the higher precision if it is measured.
+    `error` is against the reference if the tolerance is exact, against the higher precision if it is measured; `limit`
+    is what is allowed of it. `site` is the first site that diverges, if the call failed and one was found.
     """
 
     step: int

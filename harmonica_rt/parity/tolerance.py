@@ -41,7 +41,7 @@ class Error:
         return self.rms <= limit.rms and self.largest <= limit.largest
 
 
-NONE = Error(0.0, 0.0)
+NONE = Error(0.0, 0.0)  # the limit where no error is allowed
 
 
 def worst(errors: list[Error]) -> Error:

@@ -104,7 +104,10 @@ def _lockstep(model: nn.Module, schedule: Schedule, lowering: str, graphs: str, 
 
 
 def _checked_runs(lockstep: LockstepEngine, run: Callable[[], Any]) -> Any:
-    """Repeat the lockstep run until a run computes as all later ones will; returns the last result."""
+    """Repeat the lockstep run until a run computes as all later ones will; returns the last result.
+
+    The first run learns the timesteps; with them, the prologue computes for all steps at once, and graphs are recorded.
+    """
     result = run()
     if lockstep.planned.cache.pool_bytes is not None:
         more = RUNS_TO_RECORD

@@ -1,4 +1,7 @@
-"""A denoiser that installs itself where it is assigned: `pipe.transformer = compile(pipe.transformer, schedule)`."""
+"""A denoiser that installs itself where it is assigned: `pipe.transformer = compile(pipe.transformer, schedule)`.
+
+The pipeline then holds the denoiser itself, and nothing follows its scheduler yet. The first call reveals the pipeline.
+"""
 
 from __future__ import annotations
 

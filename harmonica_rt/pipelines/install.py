@@ -1,7 +1,8 @@
 """Puts a denoiser under a schedule into a pipeline, and removes it again.
 
-The pipeline's own module stays where it is, with its class, attributes and parameters; only its call is replaced, in
-the attribute that `nn.Module.compile` uses. Copies and saved files of the module are unaffected.
+The pipeline's own module stays where it is, with its class, attributes and parameters; only its call is replaced.
+Torch calls a module's `_compiled_call_impl` if it is set, as `nn.Module.compile` does, and leaves it out of copies and
+pickles. So copies and saved files of the module are unaffected.
 """
 
 from __future__ import annotations

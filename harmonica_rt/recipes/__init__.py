@@ -5,8 +5,8 @@ Hazard: if a misspelt field or option were ignored, another set-up would run. So
 here, and unknown options are errors where a command takes the recipe.
 
 A file holds `about` (what it is, and where its values come from), `model` (a Hub id, or null), `options` (for all
-commands) and `train` (for the command `train` alone); the last two map names of options to values. The module `uvit`
-defines U-ViT, the model of one of the set-ups, which diffusers lacks.
+commands) and `train` (for the command `train` alone); the last two map names of options to values, with underscores as
+in Python (`sampler_arg`). The module `uvit` defines U-ViT, the model of one of the set-ups, which diffusers lacks.
 """
 
 from __future__ import annotations

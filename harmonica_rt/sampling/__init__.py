@@ -6,9 +6,10 @@ step that the call belongs to, or from the plain model if the call belongs to no
 Hazard: nothing in a call says which step it is in, or who made it. Calls are not steps, callbacks call the model too,
 and runs are abandoned midway. A call that cannot be placed with certainty is computed in full or raises an error.
 
-Reading order: `denoiser` (what is called), `finding` (which pipeline calls it), `session` (which run), with
-`current_run` and `displaced` (the run under way, and those that another one interrupted); `scheduler`, `following` and
-`run_timesteps` (what schedulers report); `step_count`, `steps_by_timestep` and `timestep_order` (which step); `frames`,
-`origin` and `by_hand` (who makes the call); `run`, `streams` and `features` (which stream, and what it may reuse);
-`conditioning` (whether its request changed); `notices` (what is logged once).
+Reading order: `session` (which run a call belongs to), with `denoiser` (a session that is called like the model) and
+`finding` (one that finds out which pipeline calls it); `current_run` and `displaced` (the run under way, and those that
+another one interrupted); `scheduler`, `following` and `run_timesteps` (what schedulers report); `step_count`,
+`steps_by_timestep` and `timestep_order` (which step); `frames`, `origin` and `by_hand` (who makes the call); `run`,
+`streams` and `features` (which stream, and what it may reuse); `conditioning` (whether its request changed); `notices`
+(what is logged once).
 """

@@ -10,26 +10,31 @@ from harmonica_rt.sampling.run import Run
 class ByHand:
     """Decides which calls belong to a run that `reset()` began.
 
-    Loops may alternate step by step, as generators and coroutines do: a run that was interrupted by another while its
-    loop was suspended must not continue. If a run interrupted another one, and its first call came from within the
-    function that called `reset()`, all of its calls must come from there. A function that called `reset()`, made the
-    calls, and was left in the middle of them (by an error) has ended its run. If `reset()` was called elsewhere (in a
-    notebook cell, in a helper), nothing distinguishes the calls, and every call counts.
+    Loops may alternate step by step, as generators and coroutines do, and a loop may end in the middle of its run:
+
+    - A run that another one interrupted must not continue: no call may come from its loop until that calls `reset()`.
+    - If a run interrupted another one, and its first call came from within the function that called `reset()`, all of
+      its calls must come from there.
+    - A function that called `reset()`, made two calls or more and returned in mid-run (after an error) has ended it.
+
+    If `reset()` was called elsewhere (in a notebook cell, in a helper), nothing distinguishes the calls, and every call
+    counts.
     """
 
     def __init__(self) -> None:
         self._began: FrameMark | None = None  # the function that began the current run
-        self._within = True  # whether all calls so far came from within it
+        self._within = True  # whether all calls of the run so far came from within that function
         self._calls = 0
-        self._loop: list[FrameMark] = []  # may be suspended: what ran at the first call, or what began the run
-        self._broke_off = False  # whether it interrupted another run
-        self._bound = False  # whether all its calls must come from within the function that began it
-        self._left: list[FrameMark] = []  # functions whose runs were interrupted while they were suspended
+        # That function, if the first call came from within it; else the generators and coroutines running at that call.
+        self._loop: list[FrameMark] = []
+        self._interrupts = False  # whether the run interrupted another one
+        self._bound = False  # whether all calls of the run must come from within the function that began it
+        self._left: list[FrameMark] = []  # the loops of interrupted runs, which may be suspended and come back
 
     def begins(self, before: Run | None) -> None:
         """`reset()` begins a run, whether or not the previous one finished."""
-        self._broke_off = before is not None and not before.finished and not before.untouched
-        if self._broke_off:
+        self._interrupts = before is not None and not before.finished and not before.untouched
+        if self._interrupts:
             self._left += self._loop
         self._left = [left for left in self._left if not left.gone and not left.is_on_stack()]
         frame = own_function()
@@ -42,7 +47,7 @@ class ByHand:
         Raises:
             RunError: the run ended when its function returned.
         """
-        began, here = self._began, False
+        began, here = self._began, False  # here: whether the call comes from within that function
         for frame in callers():
             if self._left and any(left.is_of(frame) for left in self._left):
                 return False
@@ -50,7 +55,7 @@ class ByHand:
                 here = True
                 break
         if run.untouched:
-            self._bound = here and self._broke_off
+            self._bound = here and self._interrupts
             self._loop = [began] if here and began is not None else suspendable_functions()
         elif not run.finished and self._calls > 1 and self._left_behind(here):
             raise RunError(

@@ -1,11 +1,12 @@
-"""Which inputs of a denoiser make up the request of a stream, and whether they are still the same.
+"""The conditioning of a stream, the tensors of its request, and whether a call still has the same.
 
 A pipeline may swap the prompt mid-run, or stop making the unconditional call, so that the k-th call of a step is
 suddenly a different one. Reusing features across such a change gives a wrong image without an error. So every stream
-remembers, from its first call on, all inputs except those known to change from step to step (`call.roles`). Identity
-and version are compared first, and values only if those differ; a write through `.data` changes neither, so it goes
-undetected. Inference tensors have no version. On a CPU their values are compared. Elsewhere that would make the host
-wait at every step, so the same tensor is assumed to be unchanged and compared on the device, and the result is
+remembers, from its first call on, all inputs except those known to change from step to step (`call.roles`).
+
+Identity and version are compared first, and values only if those differ; a write through `.data` changes neither, so it
+goes undetected. Inference tensors have no version. On a CPU their values are compared. Elsewhere that would make the
+host wait at every step, so the same tensor is assumed to be unchanged and compared on the device, and the result is
 fetched when the run ends.
 """
 
@@ -19,7 +20,7 @@ from harmonica_rt.errors import RunError
 
 
 class Conditioning:
-    """The request of one stream in one run; all its calls have one signature."""
+    """The conditioning of one stream in one run; all its calls have one signature."""
 
     def __init__(self, call: Call) -> None:
         self._paths = call.paths
@@ -30,7 +31,10 @@ class Conditioning:
         }
 
     def recognises(self, call: Call) -> bool:
-        """True if the request is the same tensors as in the last call, not overwritten; waits for no device."""
+        """True if the tensors are those of the last call, not overwritten; waits for no device.
+
+        An inference tensor on a device is taken on trust here: `end` reports it if it was overwritten.
+        """
         leaves = call.leaves
         return all(held.recognises(leaves[index]) for index, held in self._held.items())
 

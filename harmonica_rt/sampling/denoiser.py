@@ -59,7 +59,7 @@ class Denoiser(Session):
         self.model, self.given = model, given
         self._convention = CallConvention(model)
         self.__module__ = type(model).__module__  # diffusers writes it and the class's name into a saved pipeline
-        self._complete = True
+        self._complete = True  # from here on, new attributes are set on `given`
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:

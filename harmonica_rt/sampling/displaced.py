@@ -16,7 +16,11 @@ from harmonica_rt.sampling.origin import Origin
 
 
 class DisplacedRuns:
-    """The runs that others displaced in one session."""
+    """The runs that others displaced in one session.
+
+    A run is recognised when it continues: by its thread, if another thread's run displaced it, and otherwise by the
+    function that it comes from. If that function is unknown, only its scheduler is left to recognise it by.
+    """
 
     def __init__(self) -> None:
         self._suspended: list[tuple[Origin, Any]] = []  # the origins of runs that may continue, and their schedulers
@@ -28,8 +32,8 @@ class DisplacedRuns:
         """A scheduler is about to begin a run with this origin: remember the current run if it may continue."""
         before = current.run
         if before is not None and not before.finished and current.origin is not None:
-            unknown = not current.origin.known and scheduler is not current.scheduler and not before.untouched
-            if current.origin.suspended or unknown:
+            by_scheduler = not current.origin.known and scheduler is not current.scheduler and not before.untouched
+            if current.origin.suspended or by_scheduler:
                 self._suspended.append((current.origin, current.scheduler))
         self._suspended = [
             (other, driver)
@@ -62,6 +66,7 @@ class DisplacedRuns:
             del self._threads[thread]
         if not self._suspended:
             return
+        # Where the functions of several runs are on the stack, the innermost one makes the call.
         origin = current.origin
         own = origin.distance(current.scheduler) if origin is not None and current.run is not None else None
         for other, scheduler in self._suspended:

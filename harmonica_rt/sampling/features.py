@@ -57,7 +57,10 @@ def step_tables(schedule: Schedule) -> StepTables:
 
 
 class RunStream:
-    """A stream of a run, with its request and the features that it holds.
+    """A stream of a run, with its conditioning and a record of which step's features it holds.
+
+    A *regular* stream has run every step so far as scheduled, so the schedule says what it holds, and nothing is
+    recorded: that is the fast path of nearly all calls. Once it misses a step, the step of each site is kept.
 
     Attributes:
         stream: the engine's stream.
@@ -65,7 +68,7 @@ class RunStream:
         signature: the signature of its calls.
         order: the number of calls before its own in a step, at the last change of its conditioning.
         last_step: the last step that it ran, or -1.
-        conditioning: the request of its calls.
+        conditioning: what its calls have in common.
     """
 
     def __init__(self, stream: Stream, call: Call, order: int, tables: StepTables, model_state: object) -> None:
@@ -83,8 +86,8 @@ class RunStream:
         self.order = order
         self.stream.begin()
         self.conditioning = Conditioning(call)
-        self._regular = self.last_step == -1  # it has run every step so far, as scheduled
-        self._stored = np.full(self._tables.sites, -1)  # the step of each site, if not regular
+        self._regular = self.last_step == -1
+        self._stored = np.full(self._tables.sites, -1)  # if not regular: the step that stored each site, -1 for none
 
     def lacks_features(self, step: StepIndex, before: int) -> bool:
         """Whether `step` would reuse features that the stream, whose last step was `before`, does not hold."""

@@ -65,7 +65,7 @@ class Following:
             self._release(one.scheduler, [])
         self._followed = []
 
-    def replaced(self) -> list[Any]:
+    def follow_replacements(self) -> list[Any]:
         """Follow schedulers that replaced another since the last check (`from_config` makes a new object).
 
         Returns the new schedulers; their runs began unobserved.

@@ -16,7 +16,7 @@ from typing import Any
 
 _MARK = "_harmonica_run"
 _HALTED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
-_LIBRARIES = ("harmonica_rt", "diffusers", "torch", "contextlib")  # their functions only help to set timesteps
+_LIBRARIES = ("harmonica_rt", "diffusers", "torch", "contextlib")  # whose functions are never the user's own loop
 
 
 class _Mark:

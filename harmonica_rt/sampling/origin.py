@@ -58,17 +58,20 @@ class Origin:
         return self._mark is not None and self._mark.gone
 
     def settle(self, scheduler: Any) -> None:
-        """Settle the frame at the first call of the run, when it is known where that call comes from."""
+        """At the first call of the run, when the stack shows where it comes from, determine the run's function anew.
+
+        One that set the timesteps and is not on the stack is not it: then it is a pipeline's `__call__`, or unknown.
+        """
         if self._mark is None or not self._mark.is_on_stack():
             frame = pipeline_frame(scheduler)
             if frame is not None:
                 self._in_pipeline, self._mark = True, FrameMark(frame)
             elif not self._in_pipeline:
                 self._mark = None
-        beneath: set[CodeType] = set()
+        beneath: set[CodeType] = set()  # the functions between the run's and the call
         for frame in callers():
             if self._mark is not None and self._mark.is_of(frame):
-                # If the first call comes through a function that was passed in, so does the run itself.
+                # A function passed to the pipeline is a callback, except where the run's first call comes through it.
                 self._callbacks = _callbacks(frame) if self._in_pipeline else frozenset()
                 self._callbacks -= beneath
                 return

@@ -30,7 +30,15 @@ _NOT_RUN = object()
 
 @dataclass
 class RunStats:
-    """Counts of what one run has done so far; `first` is the step that it began with."""
+    """Counts of what one run has done so far.
+
+    Attributes:
+        calls: calls of the denoiser.
+        entries: sites of all those calls, computed or reused.
+        reused: those that were reused.
+        catch_ups: steps of the calls that were computed in full to catch up.
+        first: the step that the run began with.
+    """
 
     calls: int = 0
     entries: int = 0
@@ -179,7 +187,10 @@ class Run:
         return self._done(stream, output, catch_up=catch_up)
 
     def _early(self, call: Call, model_state: object) -> object:
-        """Run the call for the last known state of the model and check it afterwards; `_NOT_RUN` if it changed."""
+        """Run the call for the last known state of the model, and then check whether that is still its state.
+
+        Returns `_NOT_RUN` if it is not: the result is discarded, and the call has to run again.
+        """
         stream, before = self._stream_for(call, model_state)
         catch_up = stream.lacks_features(self.position.step, before)
         try:

@@ -43,7 +43,7 @@ class Listener(Protocol):
 
 
 _WATCH = "_harmonica_watch"
-_set_class = vars(object)["__class__"].__set__  # the watched class reports the original class as its `__class__`
+_set_class = vars(object)["__class__"].__set__  # plain assignment would fail: a watched class has a property instead
 
 
 def watch(scheduler: Any, listener: Listener) -> None:

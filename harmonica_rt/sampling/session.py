@@ -49,7 +49,7 @@ class Session:
     def __init__(self, model_name: str, schedule: Schedule, engine: Engine) -> None:
         self.schedule = schedule
         self.engine = engine
-        self.last_stats: RunStats | None = None
+        self.last_stats: RunStats | None = None  # counts of the last run that is over
         self._model_name = model_name
         self._turns = Turns()
         self._current = CurrentRun()
@@ -164,8 +164,8 @@ class Session:
         return run.call(call, counts_as_step=True)
 
     def _call_in_pipeline(self, call: Call, uncached: Callable[[], Any]) -> Any:
-        caller, replaced = calling_scheduler(), self._following.replaced()
-        begun = [s for s in replaced if caller is s or (caller is None and timesteps_are_set(s))]
+        caller, new = calling_scheduler(), self._following.follow_replacements()
+        begun = [s for s in new if caller is s or (caller is None and timesteps_are_set(s))]
         if begun:
             self._begin_driven(begun[-1], Origin(begun[-1], seen=False))
         current = self._current
@@ -175,7 +175,7 @@ class Session:
             self._say_outside(caller)
             return uncached()
         if run.untouched:
-            current.count = self._set_out(run)
+            current.count = self._step_count_of(run)
         if current.count is not None and not run.failed and not current.count.admits(call):
             return uncached()
         return run.call(call, counts_as_step=False)
@@ -197,8 +197,8 @@ class Session:
             self._model_name,
         )
 
-    def _set_out(self, run: Run) -> StepCount:
-        """Before the first call of a run, determine which steps of the schedule it takes, and their timesteps.
+    def _step_count_of(self, run: Run) -> StepCount:
+        """Before the first call of a run, determine which steps of the schedule it takes, and begin to count them.
 
         Raises:
             ScheduleMismatchError: the scheduler is set to another number of steps than the schedule has.

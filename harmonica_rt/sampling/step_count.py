@@ -46,7 +46,7 @@ class StepCount:
         self._notices = notices
         self._by_timesteps = False
         self._lost = False
-        self._repeated = False  # the scheduler is in a step that was counted before
+        self._repeated = False  # the scheduler is stepped again with the timestep of the step before: not a new step
         self._seen: set[float] = set()  # timesteps of the calls in this step
         self._seen_in = run.step
 

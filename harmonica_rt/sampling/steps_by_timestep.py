@@ -1,7 +1,8 @@
 """Identifies a step by the timestep that the model receives in it.
 
 Pipelines scale and reverse the scheduler's timesteps in a few ways, all of which are tried on the first call. If none
-fits, if the timestep is in half precision, or if it is on a GPU and not the scheduler's own, the step stays unknown.
+fits, or if the timestep is in half precision, the step stays unknown. A timestep on a GPU that is not an element of the
+scheduler's own tensor is taken for that of the current step, because reading it would wait for the device.
 """
 
 from __future__ import annotations

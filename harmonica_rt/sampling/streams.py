@@ -42,14 +42,14 @@ class RunStreams:
 
     def end(self) -> list[RunError]:
         """The run is over: the errors of all its streams, those dropped before included."""
-        return [*self._errors, *_ended(self._streams)]
+        return [*self._errors, *_end_all(self._streams)]
 
     def drop(self) -> None:
         """Forget all streams, whose memory others may need."""
         self._streams.clear()
 
     def stream_for(self, call: Call, step: StepIndex, order: int, model_state: object) -> tuple[RunStream, int]:
-        """The stream that continues with a call in `step`, and the last step that it ran before.
+        """The stream that continues with a call in `step`, and the last step that it ran before; notes that it runs it.
 
         Args:
             call: the call.
@@ -82,7 +82,7 @@ class RunStreams:
         before = next((s for s in open_streams if s.last_step == step - 1), None)
         if before is not None:
             self._note_changes(changed[id(before)], step)
-        if len(open_streams) >= MAX_IDLE_STREAMS:
+        if len(open_streams) >= MAX_IDLE_STREAMS:  # the one that is idle for longest begins anew, in the same memory
             stream = min(open_streams, key=lambda s: s.last_step)
             stream.begin(call, order)
             return stream
@@ -115,14 +115,14 @@ class RunStreams:
         return stream
 
     def _of_recent_states(self, model_state: object) -> list[RunStream]:
-        """All streams except those of model states that were left long ago: each stream has its own slots."""
+        """All streams except those of model states that were left long ago, which it ends to free their slots."""
         recent = dict.fromkeys(id(s.model_state) for s in sorted(self._streams, key=lambda s: -s.last_step))
         kept = {id(model_state), *list(recent)[:MAX_IDLE_STATES]}
-        self._errors += _ended(s for s in self._streams if id(s.model_state) not in kept)
+        self._errors += _end_all(s for s in self._streams if id(s.model_state) not in kept)
         return [s for s in self._streams if id(s.model_state) in kept]
 
 
-def _ended(streams: Iterable[RunStream]) -> list[RunError]:
+def _end_all(streams: Iterable[RunStream]) -> list[RunError]:
     """End every stream, even if another one fails, since each learns from the run; return the errors."""
     errors = []
     for end in (end for stream in streams for end in (stream.conditioning.end, stream.stream.end)):

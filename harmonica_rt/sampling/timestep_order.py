@@ -1,4 +1,4 @@
-"""Detects a run that restarts without an announcement."""
+"""Detects a run that begins without `reset()` or `set_timesteps`: its timesteps go back towards their beginning."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TimestepOrder:
         self._step = -1
 
     def check(self, call: Call, step: StepIndex) -> None:
-        """Raise RunError if the timestep moves back to where the run began, or towards it by a large move."""
+        """Raise RunError if the timestep moves against the run's order, by at least its largest move so far."""
         value = _timestep(call)
         if value is None or step == self._step:
             return

@@ -5,8 +5,9 @@ Hazard: a wrong mask runs as well as the right one and only makes images worse, 
 be sure of, and names the file and the field.
 
 Reading order: `data` and `checks` (what a schedule is), `schedule` (ways to make, read and write one), `producers`
-(masks from rules), `format` and `provenance` (the file), `writing`, `router_checkpoint` and `routers`, `interchange`
-(SmoothCache, cache-dit), `hub`, `draw`, `sites` (names of cacheable modules).
+(masks from rules), `provenance` with `fingerprint` (what a schedule was made for), `format` (the file), `writing` over
+`files` (complete or not at all), `router_checkpoint` (reads the file) and `routers` (what its rows mean), `interchange`
+(SmoothCache, cache-dit), `hub`, `draw`, `sites` (names of cacheable modules). `known/` holds the bundled schedules.
 
 This package is the contract between training and runtime. It depends on neither, nor on torch, Triton or diffusers,
 only on numpy. matplotlib, rich and torch are imported by the functions that need them (`Schedule.plot`, `render`,

@@ -74,7 +74,7 @@ def check_compute(mask: ArrayLike) -> NDArray[np.bool_]:
 
 
 def check_sites(sites: Iterable[object]) -> tuple[str, ...]:
-    """Distinct dotted module paths, or ScheduleError."""
+    """Distinct dotted module paths, or ScheduleError. Whether a model has them is checked by `sites.check_sites`."""
     if isinstance(sites, str) or not isinstance(sites, Iterable):
         raise ScheduleError(f"sites: expected a list of dotted module paths, got {quoted(sites)}")
     names = tuple(sites)

@@ -88,7 +88,7 @@ class ScheduleData:
 
     @property
     def patterns(self) -> int:
-        """Number of distinct rows, including the all-compute row."""
+        """Number of distinct rows, including the all-compute row. A plan may have more: its patterns include stores."""
         return len(np.unique(self.compute, axis=0))
 
     def __eq__(self, other: object) -> bool:

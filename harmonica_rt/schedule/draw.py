@@ -56,6 +56,7 @@ def _panels(sites: Sequence[str]) -> list[_Panel]:
 
 
 def _panel(kind: str, columns: list[int], sites: Sequence[str]) -> _Panel:
+    """The panel of a kind: sites are labelled by block numbers if these tell them apart, else by their parents."""
     paths = [sites[column].split(".") for column in columns]
     numbers = [".".join(part for part in path if part.isdigit()) for path in paths]
     if all(numbers) and len(set(numbers)) == len(numbers):

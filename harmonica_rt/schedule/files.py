@@ -1,4 +1,4 @@
-"""Writes files completely or not at all, with errors that name the file."""
+"""Writes files completely or not at all, with errors that name the file. Training and plan files use it as well."""
 
 from __future__ import annotations
 

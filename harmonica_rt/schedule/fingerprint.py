@@ -1,4 +1,7 @@
-"""A short fingerprint of a model's config, by which a schedule can tell whether it was made for this model."""
+"""A short fingerprint of a model's config, which shows whether a schedule was made for this model.
+
+It covers the config alone: a schedule fits whatever the parameters are. A saved plan needs more (`model.fingerprint`).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Rule-based masks, `bool[steps, sites]`, True = compute; `Schedule` checks that they make a valid schedule."""
+"""Masks made by rules, `bool[steps, sites]`, True = compute.
+
+`Schedule.every`, `random` and `from_mask` make schedules of them, which are checked as all schedules are.
+"""
 
 from __future__ import annotations
 

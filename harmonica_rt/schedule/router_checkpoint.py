@@ -1,4 +1,4 @@
-"""Reads router checkpoints of the released code; torch is imported when a file is read.
+"""Reads router checkpoints of the released HarmoniCa and Learning-to-Cache code; imports torch when it reads one.
 
 Hazard: a checkpoint is a pickle with tensors beside it, and a pickle can run code. It is read as data by
 `untrusted.torch_archive`: nothing that it names is imported or called, and no row can be longer than the data that the

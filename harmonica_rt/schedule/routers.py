@@ -1,4 +1,4 @@
-"""Makes schedules from router checkpoints of the released code.
+"""Makes schedules from router checkpoints of the released HarmoniCa and Learning-to-Cache code.
 
 A DiT checkpoint is `{"routers": state_dict, "opt", "args"}`; `routers["{i}.prob"]` holds `2 * depth` logits,
 even = attention, odd = MLP. There are several hazards, each of which gives a plausible but wrong mask:

@@ -1,4 +1,4 @@
-"""Writes the files of a schedule; an error of the file system becomes a ScheduleWriteError."""
+"""Writes the files of a schedule with `files`; an error of the file system becomes a ScheduleWriteError."""
 
 from __future__ import annotations
 

@@ -45,7 +45,10 @@ class Name:
 
 @dataclass(eq=False)
 class Call:
-    """A call that the pickle asks for, not executed; `state` is what its result would be given afterwards."""
+    """A call that the pickle asks for, not executed; `state` is what its result would be given afterwards.
+
+    It has nothing to do with `call.Call`, the call of a denoiser.
+    """
 
     function: str
     arguments: tuple[object, ...]

@@ -169,7 +169,10 @@ def tensor_of(value: object) -> StoredTensor | str:
 
 
 def _look_for_code(path: str | os.PathLike[str]) -> None:
-    """Raise ForbiddenNameError if a file in the pre-1.6 torch format, or a bare pickle, names what is not data."""
+    """Raise ForbiddenNameError if a file in the pre-1.6 torch format, or a bare pickle, names what is not data.
+
+    Such a file is refused anyway; this is so that the error says that it could run code, not that it is no zip archive.
+    """
     try:
         stream = io.BytesIO(Path(path).read_bytes())
         for _ in range(_OLD_FORMAT_PICKLES):
