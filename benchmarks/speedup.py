@@ -31,8 +31,8 @@ def _case(case: models.Case, repeats: int, target: str) -> list[Row]:
     providers: dict[str, Callable[[], object]] = {"uncached": case.run_uncached}
     compiled: dict[str, hrt.CompiledModel] = {}
     for name, schedule in chosen.items():
-        hrt.verify(case.model, schedule, calls=case.calls)  # raises unless equal bit for bit
-        compiled[name] = hrt.compile(case.model, schedule, strict=True)
+        hrt.verify(case.model, schedule, calls=case.calls, lowering="plain")  # raises unless equal bit for bit
+        compiled[name] = hrt.compile(case.model, schedule, lowering="plain", strict=True)
         providers[name] = functools.partial(case.run_compiled, compiled[name])
     seconds = interleaved(providers, repeats)
     uncached = seconds["uncached"]
