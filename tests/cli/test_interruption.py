@@ -223,7 +223,7 @@ def test_an_interrupted_call_of_train_has_its_state(tmp_path: Path) -> None:
 
     chosen = config(steps=5, iterations=6, renew_every=2)
     with pytest.raises(
-        TrainingInterrupted, match="interrupted after iteration 4; to go on, call train again with directory="
+        TrainingInterrupted, match="interrupted after iteration 4; to continue, call train again with directory="
     ):
         train(dit(layers=3), chosen, directory=tmp_path / "kept", progress=Interrupting())
     with pytest.raises(TrainingInterrupted, match=r"its state is in `.checkpoint`") as caught:

@@ -91,7 +91,7 @@ class TrainingInterrupted(KeyboardInterrupt):
         kept = (
             "its state is in `.checkpoint`"
             if path is None
-            else f"to go on, call train again with directory={path.parent}"
+            else f"to continue, call train again with directory={path.parent}"
         )
         super().__init__(f"interrupted after iteration {iteration}" + (f"; {kept}" if checkpoint else ""))
         self.iteration = iteration
