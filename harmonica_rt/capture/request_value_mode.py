@@ -42,6 +42,7 @@ _TO_PYTHON: dict[Any, Callable[[torch.Tensor], Any]] = {
     torch.Tensor.__index__: int,
 }
 _TRACED: tuple[Any, ...] = (FakeTensor, FunctionalTensor)
+# These give tensors whose size depends on values.
 _PLACES = (torch.nonzero, torch.Tensor.nonzero)
 _REPEATS = (torch.repeat_interleave, torch.Tensor.repeat_interleave)
 _INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
