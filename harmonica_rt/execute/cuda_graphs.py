@@ -24,7 +24,7 @@ MAX_FAILURES = 3  # failed recordings allowed per pool; torch does not free the 
 # one: what one thread launches there would end up in the recording of another thread.
 _RECORDING = threading.Lock()
 
-Body = Callable[[], tuple[Any, ...]]
+Body = Callable[[], tuple[Any, ...]]  # launches that a graph may hold; returns their outputs
 
 
 class Graph(Protocol):

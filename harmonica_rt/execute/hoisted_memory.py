@@ -155,6 +155,7 @@ class HoistedMemory:
             self._rows.load_elsewhere(step, counter)
 
     def _like(self, examples: Mapping[str, torch.Tensor]) -> StaticRows:
+        """The rows; made for values like `examples` at the first call."""
         if self._rows is None:
             self._rows = StaticRows(examples, self._steps)
             self.tensors.update(self._rows.tensors)
