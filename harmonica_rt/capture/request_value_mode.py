@@ -130,7 +130,7 @@ class RequestValueMode(TorchFunctionMode):
         self._check_request([node for node in nodes if node.op == "placeholder"], read)
         values: dict[fx.Node, Any] = {}
         with contextlib.ExitStack() as entered:
-            for autocast in self._autocast:
+            for autocast in self._autocast:  # as when the trace began; the nodes switch it as the model did since
                 entered.enter_context(autocast)
             for node in nodes:
                 if node.op == "placeholder":

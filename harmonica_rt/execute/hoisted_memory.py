@@ -39,6 +39,7 @@ class StaticRows:
         sizes: dict[_Kind, int] = {}
         for (kind, _), names in owners.items():
             start, unit = sizes.get(kind, 0), ALIGNMENT // kind[0].itemsize
+            # the elements of one storage, from the first to behind the last, that these values lie in
             first = min(int(examples[name].storage_offset()) for name in names)
             last = max(_end(examples[name]) for name in names)
             for name in names:

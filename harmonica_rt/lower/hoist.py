@@ -97,7 +97,7 @@ def plan_prologue(
     }
     while True:
         names = _frontier(steps, {name: bound[node] for name, node in nodes.items()}, stay)
-        groups: dict[fx.Node, list[str]] = {}
+        groups: dict[fx.Node, list[str]] = {}  # by owner: views lie in the memory of one value
         for name in names:
             groups.setdefault(owner(nodes[name]), []).append(name)
         sizes = {node: _nbytes(node) * (run_steps if bound[node] & Binding.TIMESTEP else 1) for node in groups}
