@@ -4,7 +4,8 @@ Hazard: reusing a site saves more than the work inside its module. Work that fed
 single blocks the attention and MLP before `proj_out`, in SD3 a context feed-forward once every attention after it is
 reused. Work that is needed elsewhere remains, such as the modulation that gates a reused output. So site costs are not
 additive, and no sum over modules gives them. Instead one forward is recorded operator by operator with its data flow,
-and the cost of a pattern is the work that its outputs still need.
+and the cost of a pattern is the work that its outputs still need. A *cut* is a node of the recording that a site's
+output passes through: where the site is reused, the search for needed work stops there.
 """
 
 from __future__ import annotations
