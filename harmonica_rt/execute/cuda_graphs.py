@@ -60,7 +60,7 @@ class Graphs:
 
     Attributes:
         make_pool: makes the pool of a plan on a device; returns None where the device has no graphs.
-        measured: keep a graph only where it is faster than the launches it replaces.
+        measured: keep a graph only if it is not slower than the launches it replaces.
     """
 
     make_pool: Callable[[torch.device], Pool | None]
