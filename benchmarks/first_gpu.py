@@ -134,6 +134,7 @@ def run(stages: Sequence[Stage], out: Path, seconds: float) -> int:
 
 
 def _run(stage: Stage, left: float, log: int) -> Outcome:
+    """Run one stage, for at most the `left` seconds; `log` is the descriptor that its output goes to."""
     if left < LEAST:
         return Outcome(stage.name, "no time left", 0.0)
     started = time.monotonic()
@@ -151,6 +152,7 @@ def _run(stage: Stage, left: float, log: int) -> Outcome:
 
 
 def _set_up(wheels: Path | None) -> tuple[Stage, ...]:
+    """The stages that install wheels and build the extension; none without wheels."""
     if wheels is None:
         return ()
     found = sorted(map(str, wheels.glob("*.whl")))

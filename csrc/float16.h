@@ -1,5 +1,5 @@
-// Converts runs of fp16 to fp32 and back. x86 has had instructions for this since 2012 (F16C), more than three times as
-// fast as the integer code of element.h; compilers do not vectorise with them, hence intrinsics, chosen at run time.
+// Converts arrays of fp16 to fp32 and back. x86 has had instructions for this since 2012 (F16C), more than three times
+// as fast as the integer code of element.h; compilers do not vectorise with them, hence intrinsics, chosen at run time.
 #pragma once
 
 #include <cstdint>

@@ -45,7 +45,7 @@ HARMONICA_ALWAYS_INLINE void prefetch(const T* row, int64_t begin) {
 template <typename Out>
 HARMONICA_ALWAYS_INLINE void prefetch(Planes, int64_t) {}  // a buffer, in the cache already
 
-// Calls `some(begin, end)` for each run of `length` of the n numbers, and for the rest.
+// Calls `some(begin, end)` for each piece of `length` of the n numbers, and for the rest.
 template <typename Some>
 HARMONICA_ALWAYS_INLINE void in_steps(int64_t n, int64_t length, Some some) {
   int64_t begin = 0;

@@ -1,4 +1,4 @@
-// x + sum_k gate_k * cache_k over a run of numbers: the loop that the residual_reuse ops share.
+// x + sum_k gate_k * cache_k over a row of numbers: the loop that the residual_reuse ops share.
 //
 // One multiplication and one addition for each k, each rounded, in the order of k: the steps of the reference.
 #pragma once

@@ -1,7 +1,8 @@
 """Every test runs seeded, with a fixed number of threads, and with NaN in memory that nobody has written.
 
-None may leave torch in another mode for the next one. Nodes are traced without their stacks, which take a third of the
-time of a capture and appear only in the text of an error; a test of that text asks for the fixture `stacks_of_nodes`.
+No test may leave torch in another mode for the next one. Nodes are traced without their stacks, which take a third of
+the time of a capture and appear only in the text of an error; a test of that text asks for the fixture
+`stacks_of_nodes`.
 """
 
 from __future__ import annotations

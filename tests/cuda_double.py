@@ -67,7 +67,7 @@ class DoubleGraph:
         cuda.graphs.add(self)
 
     def take(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """An operator while recording."""
+        """Record an operator; what it returns lies in the pool."""
         if func.overloadpacket in FORBIDDEN:
             self._stream.refuse()
         if func._schema.is_mutable:
@@ -183,7 +183,7 @@ class CudaDouble(TorchDispatchMode):
         return result
 
     def note(self, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor], *, fresh: bool) -> None:
-        """A launch on the current stream: whether all that it touches is ordered before it."""
+        """Note a launch on the current stream, and a fault if another stream may still use what it touches."""
         if _is_view(func):
             return
         stream = self.current_stream()
@@ -204,7 +204,7 @@ def _all_real(values: Any) -> bool:
 
 
 def _bound(func: Any, args: Any, kwargs: Any) -> list[tuple[Any, Any]]:
-    """Values and what the schema says of them."""
+    """The values of a call, each with its argument in the schema."""
     arguments = func._schema.arguments
     named = {argument.name: argument for argument in arguments}
     return [*zip(args, arguments, strict=False), *((value, named[name]) for name, value in kwargs.items())]

@@ -64,7 +64,7 @@ class Workspaces:
         self._pools: dict[tuple[threading.Thread, DoubleStream], int] = {}  # where each lies; 0 outside all pools
 
     def use(self, stream: DoubleStream) -> None:
-        """A matrix product of this thread on a stream; a fault where its workspace lies in another graph's pool."""
+        """Note a matrix product of this thread on a stream, and a fault if its workspace lies in another pool."""
         thread, recording = threading.current_thread(), stream.recording
         if thread not in self._handles:
             if recording is not None:

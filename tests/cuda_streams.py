@@ -28,7 +28,7 @@ class DoubleStream:
         self.seen |= event.seen
 
     def launch(self) -> int:
-        """A launch; its number on this stream."""
+        """Count a launch; returns its number on this stream."""
         self.seen |= self._host
         self.seen[self] += 1
         return self.seen[self]
@@ -57,11 +57,11 @@ class Accesses:
         self._last: dict[int, tuple[Seen, Seen]] = {}  # address -> writes, reads
 
     def begin(self, tensor: torch.Tensor, stream: DoubleStream, number: int) -> None:
-        """Fresh memory, written by this launch."""
+        """Note fresh memory, written by this launch."""
         self._last[tensor.untyped_storage().data_ptr()] = Counter({stream: number}), Counter()
 
     def add(self, tensor: torch.Tensor, stream: DoubleStream, number: int, *, writes: bool, by: object) -> None:
-        """An access by a launch; a fault where another stream is not known to be done with this memory."""
+        """Note an access by a launch, and a fault if another stream is not known to be done with this memory."""
         written, read = self._last.setdefault(tensor.untyped_storage().data_ptr(), (Counter(), Counter()))
         earlier = written | read if writes else written
         if any(stream.seen[other] < count for other, count in earlier.items() if other is not stream):

@@ -40,20 +40,20 @@ class Stack(nn.Module):
 
 
 def stack(depth: int = 3, width: int = 8, seed: int = 0) -> Stack:
-    """A `Stack` in eval mode with random weights."""
+    """A `Stack` in eval mode with random parameters."""
     torch.manual_seed(seed)
     return Stack(depth, width).eval()
 
 
 def stack_call(step: int, batch: int = 2, tokens: int = 4, width: int = 8) -> dict[str, torch.Tensor]:
-    """Arguments of one call of a `Stack`, other latents every step."""
+    """Arguments of one call of a `Stack`, with other latents at every step."""
     generator = torch.Generator().manual_seed(step)
     latents = torch.randn(batch, tokens, width, generator=generator)
     return {"latents": latents, "timestep": torch.full((batch,), 1.0 - step / 100)}
 
 
 def random_schedule(model: nn.Module, steps: int, seed: int = 0) -> Schedule:
-    """About half of all entries reused."""
+    """A schedule that reuses about half of all entries."""
     sites = find_sites(model)
     mask = np.random.default_rng(seed).random((steps, len(sites))) < 0.5
     mask[0] = True

@@ -1,4 +1,4 @@
-"""Linear layers with int8 weights, in the ways that quantisation libraries go about it."""
+"""Linear layers with int8 parameters, as quantisation libraries write them."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def with_tensor_subclass(linear: nn.Linear) -> nn.Module:
 
 
 def quantise(model: nn.Module, layer: Callable[[nn.Linear], nn.Module], within: str) -> None:
-    """Give every linear layer below a module with `within` in its path int8 weights, in place."""
+    """Give every linear layer below a module with `within` in its path int8 parameters, in place."""
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and within in path:
             model.set_submodule(path, layer(module).eval())

@@ -36,19 +36,19 @@ class StandInPool:
         return body()
 
     def record(self, body: Body) -> Graph:
-        """Nothing runs while a graph is recorded."""
+        """Keep the body; nothing runs while a graph is recorded."""
         if self._refuse:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
         self.recorded += 1
         return _Recorded(self, body)
 
     def seconds(self, run: Callable[[], object]) -> float:
-        """The next of the given seconds; it runs."""
+        """Run it, and return the next of the given seconds."""
         run()
         return self._clock.pop(0)
 
     def run(self, body: Body) -> tuple[Any, ...]:
-        """Replay: what an earlier graph left in the pool is overwritten."""
+        """Replay a body; what an earlier graph left in the pool is overwritten first."""
         self.replayed += 1
         for tensor in self._in_pool:
             tensor.fill_(torch.nan)

@@ -33,7 +33,7 @@ CALL = {"class_labels": [1, 2], "num_inference_steps": STEPS}
 
 @pytest.fixture(scope="module")
 def pipeline() -> Any:
-    """For calls that must not change it."""
+    """A tiny pipeline for all tests that leave it unchanged."""
     torch.manual_seed(0)
     built = dit()
     built.set_progress_bar_config(disable=True)

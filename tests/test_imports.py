@@ -14,8 +14,8 @@ import pytest
 REPO = Path(__file__).parent.parent
 ROOTS = {"harmonica_rt": REPO, "harmonica_kernels": REPO / "kernels", "harmonica_training": REPO / "training"}
 
-# What harmonica_rt is made of, in the order data flows: each may import itself and what comes before it, from `model`
-# on harmonica_kernels too, whose extension compares a model with what it was and runs programs.
+# What harmonica_rt is made of, in the order data flows: each may import itself and what comes before it. From `model`
+# on, each may also import harmonica_kernels, whose extension tells whether a model has changed, and runs operators.
 ROOMS = (
     *("untrusted", "version", "errors", "options", "indices", "changes", "torch_state", "wrappers"),
     *("schedule", "call", "model", "graph", "capture", "plan", "lower", "planfile"),

@@ -1,4 +1,4 @@
-"""Tiny pipelines of real diffusers classes with random weights, saved and loaded as any pipeline is."""
+"""Tiny pipelines of real diffusers classes with random parameters, saved and loaded as any pipeline is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.models import random_schedule as random_schedule
 
 
 def randomised(model: Any) -> Any:
-    """Normal weights everywhere, adaLN gates included; eval mode."""
+    """The model in eval mode, with normally distributed parameters everywhere, adaLN gates included."""
     for parameter in model.parameters():
         if parameter.numel():  # torch warns of those without elements
             nn.init.normal_(parameter, std=0.1)
@@ -37,7 +37,7 @@ def vae(latent_channels: int, **config: Any) -> Any:
 
 
 def flow_vae(latent_channels: int) -> Any:
-    """The same as SD3 and Flux have it."""
+    """A small autoencoder as SD3 and Flux have it: without convolutions around its latents, which are shifted."""
     return vae(latent_channels, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1, scaling_factor=1.5)
 
 
@@ -216,7 +216,7 @@ def saved_and_loaded(build: Callable[[], Any], directory: Path) -> Any:
 
 
 def built(build: Callable[[], Any]) -> Any:
-    """What `build` gives, with the same weights every time and without progress bars."""
+    """What `build` gives, with the same parameters every time and without progress bars."""
     torch.manual_seed(0)
     pipeline = build()
     pipeline.set_progress_bar_config(disable=True)

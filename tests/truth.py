@@ -23,8 +23,8 @@ from tests.tiny import sample
 class Truth:
     """Runs a plain pipeline under a schedule with forward hooks.
 
-    Features belong to the prompt a call is for, and to the arguments that it has. A call reuses nothing unless
-    everything it would reuse is there, as new as the schedule says. The run begins at step `first`.
+    Features are kept per prompt and per set of arguments given. A call reuses nothing unless everything that it would
+    reuse is there, stored in the step that the schedule names or later. The run begins at step `first`.
     """
 
     def __init__(self, pipeline: Any, schedule: Schedule, first: int = 0) -> None:
@@ -87,7 +87,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two pipelines with the same weights: one plain, one compiled once for all tests."""
+    """Two pipelines with the same parameters: one plain, one compiled once for all tests."""
 
     plain: Any
     compiled: Any
@@ -118,7 +118,7 @@ class Pair:
         return truth, expected, got, hrt.get_compiled(self.compiled).report()
 
     def check(self, call: dict[str, Any], *, asked: int | None = None, first: int = 0) -> Report:
-        """Images are the truth's, with as much reused, and something is."""
+        """Check that images and what was reused are the truth's, and that something was reused."""
         truth, expected, got, report = self.run(call, asked=asked, first=first)
         assert self.same(got, expected)
         assert list(report.last_catch_ups) == truth.computed_in_full

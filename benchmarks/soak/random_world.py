@@ -34,7 +34,7 @@ def random_world(seed: int, *, runs: int, subject: str, interface: str = "compil
     sampler = draw.choice(list(found.samplers))
     variant = draw.randrange(12)
     if interface == "model":
-        variant -= variant // 3 % 2 * 3  # a model that is compiled alone is called once per step
+        variant -= variant // 3 % 2 * 3  # one call per step, which a model compiled alone needs; see `loop_subject`
     world = World(
         seed=seed,
         subject=subject,

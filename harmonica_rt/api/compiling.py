@@ -81,8 +81,8 @@ def compile(
             it equals the reference up to rounding. `inductor` also compiles what lies between the fused ops, each
             unique region once, in seconds to minutes. `plain` runs operator by operator; on CPU it equals the reference
             bit for bit.
-        graphs: on a CUDA device, `auto` records each step program as a CUDA graph and keeps it unless it measures
-            slower than plain launches, `on` keeps every one, `off` records none. Elsewhere there are no graphs.
+        graphs: on a CUDA device, `auto` records each step program as a CUDA graph and keeps it unless it is slower
+            than plain launches, `on` keeps every one, `off` records none. Elsewhere there are no graphs.
         verify: run the reference alongside and raise ParityError at the first step that differs. Costs the time of
             both; meant for trying a schedule out.
         strict: raise CaptureError where the model cannot be captured, instead of running eagerly with a warning.

@@ -53,7 +53,7 @@ def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph
     check_draws_nothing(exported.graph, modes_of(model))
     placeholders = Placeholders.of(exported, len(call.leaves))
     out_spec, found = exported.call_spec.out_spec, None
-    if values is not None:
+    if values is not None:  # the model read its request: what it read follows its own outputs
         out_spec = out_spec.child(0)
         read = _drop_outputs(exported.graph, len(values))
         found = request_values_of(exported, read, values, placeholders.inputs, placeholders.constants)

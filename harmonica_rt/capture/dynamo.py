@@ -1,13 +1,8 @@
 """Turns a graph traced by torch.compile into a captured graph.
 
 Dynamo hands over a graph of torch functions. Its arguments are the parameters and the call's tensors, mixed, in the
-order dynamo met them. Each has a *source*: an expression over the locals of the traced frame, such as
-`L['self']._modules['embed']` or `L['kwargs']['timestep']`. Only the sources tell which module was traced, which
-arguments are parameters, and which argument of the call a tensor is. Plain values are baked in, and guarded by
-dynamo.
-
-Hazard: dynamo may run one graph for many models of one class, since parameters are arguments. A plan holds the state
-of one model's runs, so a guard lets the graph run only for the model it was made for.
+order dynamo met them. Only their *sources* (see `dynamo_frame`) tell which of them are parameters, and which argument
+of the call a tensor is. Plain values are baked in, and guarded by dynamo.
 """
 
 from __future__ import annotations

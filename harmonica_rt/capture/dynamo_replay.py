@@ -24,7 +24,7 @@ class Replay(nn.Module):
 class _Interpreter(fx.Interpreter):
     """Runs a dynamo graph in the form that a plan needs: for inference, with the numbers of one call.
 
-    Changes of grad mode are left out: they would become nested regions. Dynamo passes a symbolic float as a tensor, and
+    Changes of grad mode are left out: they would become nested graphs. Dynamo passes a symbolic float as a tensor, and
     the graph calls its `item()`; here it is a float.
     """
 

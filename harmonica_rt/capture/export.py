@@ -82,7 +82,7 @@ def _silence_about_values(changes: Changes) -> None:
 
 
 def _renew_users(graph: fx.Graph) -> None:
-    """Rebuild the users of all nodes: torch.export loses some where it inlines the graph of a nested region."""
+    """Rebuild the users of all nodes: torch.export loses some where it inlines a nested graph."""
     for node in graph.nodes:
         node.users.clear()
     for node in graph.nodes:

@@ -42,6 +42,7 @@ _TO_PYTHON: dict[Any, Callable[[torch.Tensor], Any]] = {
     torch.Tensor.__index__: int,
 }
 _TRACED: tuple[Any, ...] = (FakeTensor, FunctionalTensor)
+# These give tensors whose size depends on values.
 _PLACES = (torch.nonzero, torch.Tensor.nonzero)
 _REPEATS = (torch.repeat_interleave, torch.Tensor.repeat_interleave)
 _INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
@@ -129,7 +130,7 @@ class RequestValueMode(TorchFunctionMode):
         self._check_request([node for node in nodes if node.op == "placeholder"], read)
         values: dict[fx.Node, Any] = {}
         with contextlib.ExitStack() as entered:
-            for autocast in self._autocast:
+            for autocast in self._autocast:  # as when the trace began; the nodes switch it as the model did since
                 entered.enter_context(autocast)
             for node in nodes:
                 if node.op == "placeholder":

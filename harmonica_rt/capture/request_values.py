@@ -72,7 +72,7 @@ def request_values_of(
         if node.op == "get_attr" or node.name in constants:
             constant = constants[node.name] if node.name in constants else getattr(exported.graph_module, node.target)
             name = f"constant_{len(rebuilt)}"
-            if isinstance(constant, nn.Module):  # the graph of a nested region
+            if isinstance(constant, nn.Module):  # a nested graph
                 holder.add_module(name, constant)
             else:
                 holder.register_buffer(name, constant)

@@ -27,7 +27,7 @@ _PRODUCTS = frozenset(
 
 
 def site_columns(model: nn.Module, sites: Sequence[str]) -> dict[str, int]:
-    """Module path -> site index; a module that appears in several places is listed under each of its paths."""
+    """Module path -> site index (column of the schedule); a module in several places is listed under each path."""
     by_module = {id(model.get_submodule(site)): index for index, site in enumerate(sites)}
     modules = model.named_modules(remove_duplicate=False)
     return {path: by_module[id(module)] for path, module in modules if id(module) in by_module}
@@ -44,7 +44,7 @@ def find_site_outputs(
         index_of: maps a module path, as written in `nn_module_stack`, to the index of its site, or to None.
 
     Raises:
-        CaptureError: no site has outputs in this graph, or some have none and the graph has nested regions.
+        CaptureError: no site has outputs in this graph, or some have none and the graph has nested graphs.
     """
     inside: dict[fx.Node, int] = {}
     for node in graph.nodes:
@@ -60,7 +60,7 @@ def find_site_outputs(
     nested = [node for node in graph.nodes if isinstance(node.target, torch._ops.HigherOrderOperator)]
     if idle and nested:
         detail = (
-            f"{len(idle)} sites lie in a nested region ({nested[0].target}), such as autocast inside the model creates"
+            f"{len(idle)} sites lie in a nested graph ({nested[0].target}), such as autocast inside the model creates"
         )
         raise CaptureError(CaptureFailure(Obstacle.EXPORT, detail, node=nested[0].name))
     if len(idle) == len(sites):

@@ -72,6 +72,7 @@ def _trace_as_it_is(model: nn.Module, call: Call, sites: Sequence[str], draws: S
     """
 
     def attempt(forward: Callable[..., Any]) -> Traced | CaptureFailure:
+        """Trace once; if a shared generator advanced meanwhile, trace again and watch whether the forward draws."""
         found = once(forward)
         if draws.unsure and not draws.watching:
             draws.watching = True
@@ -79,6 +80,7 @@ def _trace_as_it_is(model: nn.Module, call: Call, sites: Sequence[str], draws: S
         return found
 
     def once(forward: Callable[..., Any]) -> Traced | CaptureFailure:
+        """Trace once, and undo what the trace changed in the model."""
         changes, written = Changes(), list[str]()
         try:
             with changes, changes:

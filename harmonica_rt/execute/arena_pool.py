@@ -1,4 +1,7 @@
-"""The memory of a plan's streams: lent to a stream for one run, and taken back when the next run begins."""
+"""The memory of a plan's streams: lent to a stream for one run, and taken back when the next run begins.
+
+This pool holds arenas. The *pool* of the glossary, the memory of a plan's CUDA graphs, is in `cuda_graphs`.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ MAX_FAILURES = 3  # failed recordings allowed per pool; torch does not free the 
 # one: what one thread launches there would end up in the recording of another thread.
 _RECORDING = threading.Lock()
 
-Body = Callable[[], tuple[Any, ...]]
+Body = Callable[[], tuple[Any, ...]]  # launches that a graph may hold; returns their outputs
 
 
 class Graph(Protocol):
@@ -60,7 +60,7 @@ class Graphs:
 
     Attributes:
         make_pool: makes the pool of a plan on a device; returns None where the device has no graphs.
-        measured: keep a graph only where it is faster than the launches it replaces.
+        measured: keep a graph only if it is not slower than the launches it replaces.
     """
 
     make_pool: Callable[[torch.device], Pool | None]

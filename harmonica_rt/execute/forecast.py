@@ -81,7 +81,7 @@ class TimestepLog:
         self._steps = steps
 
     def begin(self, step: StepIndex, timesteps: Timesteps) -> None:
-        """Before `step`, the first one of a run; those before it are computed too, with any timestep."""
+        """Prepare for a run that begins with `step`. Rows before it are filled too: one batch computes all rows."""
         if self.rows is None:
             with torch.inference_mode(False):
                 self.rows = tuple(t.new_empty((self._steps, *t.shape)) for t in timesteps)

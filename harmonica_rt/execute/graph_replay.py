@@ -55,7 +55,7 @@ class GraphedPrograms:
 
     Args:
         pool: records the graphs.
-        measured: keep a graph only where it is not slower than plain launches.
+        measured: keep a graph only if it is not slower than plain launches.
 
     Attributes:
         refusals: why something runs plainly, by `Recordable.owner`.

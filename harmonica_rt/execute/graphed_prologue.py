@@ -36,7 +36,7 @@ class GraphedPrologue:
         self._has_request = self._has_steps = False
 
     def prepare(self, step: StepIndex) -> None:
-        """Make the values of `step` available to `load`; the leaves of its call are in memory."""
+        """Make the values of `step` available to `load`. The leaves of its call must be in memory already."""
         memory, forecast, each = self._memory, self._forecast, self._lowered.each.part
         if not self._has_request:
             self._begin_request(forecast.usable_at(step) if each.results else None)
@@ -77,7 +77,7 @@ class GraphedPrologue:
         self._has_request = True
 
     def _run(self, what: str, parts: tuple[LoweredPart, ...], compute: Callable[..., None]) -> None:
-        """Have `compute` store values, given what its parts are bound to; as a graph once it has run plainly."""
+        """Run `compute`, which stores values, on what `parts` are bound to; as a graph once it has run plainly."""
         bound = [self._bind(part) for part in parts]  # first: if parameters have moved, this drops the graphs
         memory, key = self._memory, (self._lowered, what)
 

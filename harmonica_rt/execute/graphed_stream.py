@@ -42,6 +42,7 @@ class GraphedStream(PlanStream):
         memory: GraphMemory,
         debug: bool,
     ) -> None:
+        # none for the base class: `_run` here prepares and loads a `GraphedPrologue`, which has another interface
         super().__init__(lowered, parameters, launches, buffers, None, debug=debug)
         self._graphed_prologue = prologue
         self._memory = memory

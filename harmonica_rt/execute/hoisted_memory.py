@@ -39,6 +39,7 @@ class StaticRows:
         sizes: dict[_Kind, int] = {}
         for (kind, _), names in owners.items():
             start, unit = sizes.get(kind, 0), ALIGNMENT // kind[0].itemsize
+            # the elements of one storage, from the first to behind the last, that these values lie in
             first = min(int(examples[name].storage_offset()) for name in names)
             last = max(_end(examples[name]) for name in names)
             for name in names:
@@ -155,6 +156,7 @@ class HoistedMemory:
             self._rows.load_elsewhere(step, counter)
 
     def _like(self, examples: Mapping[str, torch.Tensor]) -> StaticRows:
+        """The rows; made for values like `examples` at the first call."""
         if self._rows is None:
             self._rows = StaticRows(examples, self._steps)
             self.tensors.update(self._rows.tensors)

@@ -57,7 +57,7 @@ class LoweredPlan:
         return self._catch_up[step]
 
     def nested(self, outputs: tuple[Any, ...]) -> Any:
-        """What the model returns, of these flat outputs."""
+        """The model's own kind of return value, made of these flat outputs."""
         return outputs if self._returns_flat_tuple else pytree.tree_unflatten(outputs, self.plan.captured.out_spec)
 
     def devices(self) -> set[torch.device]:

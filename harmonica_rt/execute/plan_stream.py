@@ -66,7 +66,7 @@ class PlanStream:
         return self.lowered.nested(outputs)
 
     def _tensors(self) -> Iterator[torch.Tensor]:
-        """What outlives a call: each storage at least once."""
+        """The tensors that outlive a call, each storage at least once."""
         yield from self.buffers.arenas.values()
         if self._prologue is not None:
             yield from self._prologue.tensors()

@@ -83,7 +83,7 @@ class PlannedEngine:
 
     @property
     def looks_late(self) -> bool:
-        """True on a GPU: its queue is filled before the host checks the model."""
+        """See `Engine.looks_late`. True on a GPU: its queue is filled before the host checks the model."""
         return not self._ran_eagerly and any(key.signature.device.type == "cuda" for key in self.plans)
 
     def state(self, call: Call) -> ModelState:

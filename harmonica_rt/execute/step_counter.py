@@ -24,7 +24,7 @@ class StepCounter:
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """The device whose memory it lies in."""
         return self.tensor.device
 
     def begin(self, step: StepIndex) -> None:

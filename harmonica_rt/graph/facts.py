@@ -1,6 +1,7 @@
 """Answers questions about the nodes of a `torch.fx` graph, each of them here and nowhere else.
 
-All functions only read the graph. A node's fake tensor, or list of them, is its *value*.
+All functions only read the graph. A node's fake tensor, or list of them, is its *value*. (What the glossary calls
+*facts* is something else, and is in `harmonica_rt/model/facts.py`.)
 """
 
 from __future__ import annotations

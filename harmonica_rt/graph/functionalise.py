@@ -43,23 +43,24 @@ def functionalise(exported: torch.export.ExportedProgram) -> bool:
     if any(is_batchedtensor(value) for node in graph.nodes for value in _tensors(node)):
         return False
     written = {storage for node in graph.nodes if is_mutating(node) for storage in written_storages(node)}
-    region = _Region(graph, written)
+    part = _WrittenPart(graph, written)
     targets = {spec.arg.name: spec.target for spec in exported.graph_signature.input_specs}
-    for argument in region.arguments:
+    for argument in part.arguments:
         detail = f"it writes to {targets.get(argument.name) or argument.target}"
         raise CaptureError(CaptureFailure(Obstacle.MUTATION, detail))
-    return region.replace()
+    return part.replace()
 
 
-class _Region:
-    """The nodes that view or write the storages `written`, and the nodes that read values in them, in graph order.
+class _WrittenPart:
+    """The part of a graph that views or writes the storages `written`, and the nodes outside that read values of it.
 
     Attributes:
         arguments: the placeholders of the graph that are written to.
     """
 
     def __init__(self, graph: fx.Graph, written: set[int]) -> None:
-        self._order: list[tuple[fx.Node, list[fx.Node]]] = []  # a node, and its inputs in those storages
+        # all these nodes in graph order, each with those of its inputs that lie in these storages
+        self._order: list[tuple[fx.Node, list[fx.Node]]] = []
         self._inside: set[fx.Node] = set()
         self._written = written
         for node in graph.nodes:
@@ -74,7 +75,7 @@ class _Region:
         self.arguments = [value for value in self._inputs if value.op == "placeholder" and self._touches(value)]
 
     def _is_taken(self, value: fx.Node) -> bool:
-        """Whether a value is in the region or in a written storage. A tuple made outside is not; its items are."""
+        """Whether a value is in this part or in a written storage. A tuple made outside is not; its items are."""
         return value in self._inside or (isinstance(value.meta.get("val"), torch.Tensor) and self._touches(value))
 
     def _is_view(self, node: fx.Node, taken: list[fx.Node]) -> bool:
@@ -87,6 +88,7 @@ class _Region:
         return not self._written.isdisjoint(storages_of(node))
 
     def _can_be_replaced(self) -> bool:
+        """Whether no nested graph is in this part, and no two values that it takes from outside share a storage."""
         if any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in self._inside):
             return False
         made_outside = {value for _, taken in self._order for value in taken if value not in self._inside}
@@ -94,15 +96,15 @@ class _Region:
         return len(storages) == len(set(storages))  # otherwise a write to one could change another
 
     def replace(self) -> bool:
-        """See `functionalise`."""
+        """Replace this part by operations that do not write, and return whether that was possible."""
         if not self._can_be_replaced():
             return False
         try:
             with fx.traceback.preserve_node_meta():
-                run = make_fx(torch.func.functionalize(self._run))(*(node.meta["val"] for node in self._inputs))
+                retraced = make_fx(torch.func.functionalize(self._run))(*(node.meta["val"] for node in self._inputs))
         except Exception:  # of many types; a real fault is raised again when the whole model is traced
             return False
-        traced, output = run.graph, run.graph.output_node()
+        traced, output = retraced.graph, retraced.graph.output_node()
         copies: Any = output.args[0]
         current: list[fx.Node] = [copy.args[0] for copy in copies]
         layouts = ((new.meta["val"], old.meta["val"]) for new, (_, old) in zip(current, self._reads, strict=True))
@@ -116,7 +118,7 @@ class _Region:
         return True
 
     def _run(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
-        """Compute the region; return copies of the values that others read, each made at the time of its read."""
+        """Compute this part; return copies of the values that nodes outside read, each made when it is read."""
         values: dict[fx.Node, Any] = dict(zip(self._inputs, inputs, strict=True))
         read = []
         for node, taken in self._order:
@@ -132,7 +134,7 @@ class _Region:
         return read
 
     def _splice(self, traced: fx.Graph, current: list[fx.Node]) -> None:
-        """Insert the traced nodes before the nodes that read them, and remove the region."""
+        """Insert the traced nodes before the nodes that read them, and remove this part."""
         copied = dict(zip(traced.find_nodes(op="placeholder"), self._inputs, strict=True))
         waiting = (node for node in traced.nodes if node.op == "call_function")
         for (reader, old), new in zip(self._reads, current, strict=True):

@@ -81,6 +81,7 @@ def _matches(pattern: Any, value: Any, bound: Bound) -> Iterator[Bound]:
 
 
 def _calls(pattern: Op, node: fx.Node, bound: Bound) -> Iterator[Bound]:
+    """Match a call of one of the targets, with both orders of its first two arguments if they commute."""
     arguments = arguments_of(node)
     defaults = {argument.name: argument.default_value for argument in node.target._schema.arguments}  # type: ignore[union-attr]
     names = list(arguments)
@@ -94,6 +95,7 @@ def _calls(pattern: Op, node: fx.Node, bound: Bound) -> Iterator[Bound]:
 
 
 def _each(pairs: list[tuple[Any, Any]], node: fx.Node, bound: Bound) -> Iterator[Bound]:
+    """Match the arguments of `node`, given as pairs (pattern, argument), one after the other."""
     if not pairs:
         yield bound
         return

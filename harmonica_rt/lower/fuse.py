@@ -33,7 +33,8 @@ from harmonica_rt.plan.step_graph import StepGraph
 
 aten = torch.ops.aten
 
-MOST_CACHES = 16  # per call; a longer chain becomes several calls of about equal length
+# Per call: as many as one launch takes in half types. A longer chain becomes several calls of about equal length.
+MOST_CACHES = 16
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,15 @@ class _Fusion:
         residual = find_residual(node, self.slots)
         if not isinstance(residual, Residual) or self._continues(node):
             return
-        run = [residual]
-        while self._continues(run[0].x):
-            earlier = find_residual(run[0].x, self.slots)
+        chain = [residual]
+        while self._continues(chain[0].x):
+            earlier = find_residual(chain[0].x, self.slots)
             assert isinstance(earlier, Residual)
-            run.insert(0, earlier)
+            chain.insert(0, earlier)
         norm = next((each for each in reversed(find_norms(node)) if _move_before(node, each.operands)), None)
-        gated = any(each.gate is not None for each in run)
-        if gated or norm is not None or (len(run) > 1 and any(each.y in self.slots for each in run)):
-            self._rewrite(run, norm)
+        gated = any(each.gate is not None for each in chain)
+        if gated or norm is not None or (len(chain) > 1 and any(each.y in self.slots for each in chain)):
+            self._rewrite(chain, norm)
 
     def _continues(self, node: fx.Node) -> bool:
         """Whether `node` is a residual that serves only as the `x` of another."""
@@ -101,10 +102,10 @@ class _Fusion:
         following = find_residual(next(iter(node.users)), self.slots)
         return isinstance(following, Residual) and following.x is node and node not in (following.y, following.gate)
 
-    def _rewrite(self, run: list[Residual], norm: Norm | None) -> None:
-        last, x = run[-1].node, run[0].x
-        calls = -(-len(run) // MOST_CACHES)
-        parts = [run[len(run) * i // calls : len(run) * (i + 1) // calls] for i in range(calls)]
+    def _rewrite(self, chain: list[Residual], norm: Norm | None) -> None:
+        last, x = chain[-1].node, chain[0].x
+        calls = -(-len(chain) // MOST_CACHES)
+        parts = [chain[len(chain) * i // calls : len(chain) * (i + 1) // calls] for i in range(calls)]
         for part in parts if norm is None else parts[:-1]:
             x = self._sum(last, x, part)
         if norm is not None:
@@ -147,7 +148,7 @@ class _Fusion:
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, args, kwargs)
         node.meta["nn_module_stack"] = before.meta.get("nn_module_stack")
-        node.meta["val"] = _run(node)
+        node.meta["val"] = _fake_result(node)
         return node
 
     def _replace(self, old: fx.Node, new: fx.Node) -> None:
@@ -207,7 +208,7 @@ def _restride(graph: fx.Graph, restrided: set[fx.Node]) -> None:
             node.target = aten.reshape.default
         if node.target is aten.as_strided.default:
             raise InvariantError(f"{node.name} reads memory by strides that fusing changed; use lowering='plain'")
-        fresh = _run(node)
+        fresh = _fake_result(node)
         if _strides(fresh) != _strides(value_of(node)):
             restrided.add(node)
         node.meta["val"] = fresh
@@ -217,7 +218,7 @@ def _strides(values: Any) -> list[Any]:
     return [leaf.stride() for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
-def _run(node: fx.Node) -> Any:
+def _fake_result(node: fx.Node) -> Any:
     """The result of a node on the fake tensors of its arguments."""
     args, kwargs = pytree.tree_map_only(fx.Node, value_of, (node.args, node.kwargs))
     with torch.no_grad():
@@ -225,6 +226,7 @@ def _run(node: fx.Node) -> Any:
 
 
 def _reasons(graph: fx.Graph, slots: frozenset[fx.Node]) -> dict[str, int]:
+    """Why the residuals and norms that are left in a fused graph were not fused, with counts."""
     reasons: Counter[str] = Counter()
     for node in graph.nodes:
         residual = find_residual(node, slots)

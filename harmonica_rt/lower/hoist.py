@@ -70,7 +70,7 @@ def plan_prologue(
     captured: CapturedGraph,
     steps: Sequence[StepGraph | FusedGraph],
     roles: Sequence[Role],
-    runs: int,
+    run_steps: int,
     *,
     limit: int = LIMIT,
 ) -> Prologue:
@@ -83,7 +83,7 @@ def plan_prologue(
         captured: the graph that all step graphs come from.
         steps: the distinct step graphs of a run.
         roles: roles of the call's leaves.
-        runs: number of steps of a run.
+        run_steps: number of steps of a run.
         limit: most bytes that the hoisted values of one stream may take.
     """
     late = {node for nodes in captured.site_outputs for node in nodes}
@@ -97,10 +97,10 @@ def plan_prologue(
     }
     while True:
         names = _frontier(steps, {name: bound[node] for name, node in nodes.items()}, stay)
-        groups: dict[fx.Node, list[str]] = {}
+        groups: dict[fx.Node, list[str]] = {}  # by owner: views lie in the memory of one value
         for name in names:
             groups.setdefault(owner(nodes[name]), []).append(name)
-        sizes = {node: _nbytes(node) * (runs if bound[node] & Binding.TIMESTEP else 1) for node in groups}
+        sizes = {node: _nbytes(node) * (run_steps if bound[node] & Binding.TIMESTEP else 1) for node in groups}
         if sum(sizes.values()) <= limit:
             break
         largest = max(sizes, key=sizes.__getitem__)
@@ -202,6 +202,7 @@ def _given(each: list[fx.Node], bound: dict[fx.Node, Binding]) -> list[fx.Node]:
 
 
 def _part(captured: CapturedGraph, results: Sequence[fx.Node], given: Sequence[fx.Node]) -> Part:
+    """The part of the captured graph that computes `results` from its inputs and from `given` values."""
     needed = needed_nodes(results, given)
     rebuilt = Rebuild()
     tables = (captured.parameters, captured.constants, captured.inputs)

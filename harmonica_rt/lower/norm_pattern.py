@@ -135,6 +135,7 @@ def _written_out_rms(square: fx.Node, sources: list[fx.Node] | None) -> tuple[fx
 
 
 def _followed(norm: Norm, total: torch.Tensor) -> Iterator[Norm]:
+    """`norm`, and all that it can be extended to; only those whose result has the dtype of `total`."""
     current: Norm | None = norm
     while current is not None:
         if value_of(current.out).dtype == total.dtype:

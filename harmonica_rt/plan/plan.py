@@ -1,4 +1,4 @@
-"""Builds a `Plan`, the static program of one call signature: step graphs, the table from steps to them, slots."""
+"""Builds a `Plan` for one call signature: the step graphs, the table from steps to step graphs, and the slots."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from harmonica_rt.schedule import Schedule
 
 @dataclass(frozen=True)
 class Step:
-    """One step: its program, and the slots of the program's reads and stores, in the program's order."""
+    """One step: the index of its step graph, and the slots of that graph's reads and stores, in the graph's order."""
 
     program: ProgramId
     reads: tuple[SlotId, ...]
@@ -32,10 +32,10 @@ class Plan:
     """A schedule made concrete for one captured graph.
 
     Attributes:
-        captured: the graph all programs come from.
+        captured: the graph that all step graphs come from.
         schedule: the schedule that the plan implements.
-        programs: one step graph for each distinct pattern.
-        patterns: the pattern of each program.
+        programs: one step graph for each distinct pattern; lowering makes a program of each.
+        patterns: the pattern of each step graph.
         steps: one entry per step.
         table: where every stored value lives.
         seconds: wall time of planning, excluding the capture.
@@ -95,7 +95,7 @@ class Plan:
 
 
 def build_plan(captured: CapturedGraph, schedule: Schedule, *, offsets: Sequence[int] | None = None) -> Plan:
-    """Specialise the captured graph, place the slots, and assign each step its program.
+    """Specialise the captured graph, place the slots, and assign each step its step graph.
 
     Args:
         captured: the model's captured graph.

@@ -3,8 +3,8 @@
 A lifetime is closed at both ends (a slot read in a step may not be overwritten in that step), so placement is an
 interval packing problem. For equal sizes, taking the lowest free place in order of birth is optimal: the arena is as
 large as the most bytes ever alive at once. For unequal sizes the problem is NP-hard; several orders are tried and the
-best is kept. Unless this costs memory, a site returns to the place it had before if that is free, which keeps addresses
-stable.
+best is kept. Unless this costs memory, a site returns to the place it had before if that is free: CUDA graphs hold
+addresses, so fewer of them have to be recorded.
 """
 
 from __future__ import annotations
@@ -100,13 +100,13 @@ def placed(values: Sequence[Value], offsets: Sequence[int]) -> SlotTable:
 
 def most_alive(values: Sequence[Value]) -> int:
     """Bytes of the largest set of values alive in one step: no arena can be smaller."""
-    births: dict[int, int] = {}
+    changes: dict[int, int] = {}  # step -> growth of the bytes alive
     for value in values:
-        births[value.first] = births.get(value.first, 0) + value.size
-        births[value.last + 1] = births.get(value.last + 1, 0) - value.size
+        changes[value.first] = changes.get(value.first, 0) + value.size
+        changes[value.last + 1] = changes.get(value.last + 1, 0) - value.size
     alive = peak = 0
-    for step in sorted(births):
-        alive += births[step]
+    for step in sorted(changes):
+        alive += changes[step]
         peak = max(peak, alive)
     return peak
 
@@ -114,10 +114,10 @@ def most_alive(values: Sequence[Value]) -> int:
 _Order = Callable[[Value], tuple[int, ...]]
 
 _ORDERS: tuple[_Order, ...] = (
-    lambda v: (v.first, -v.size),
-    lambda v: (-v.size, v.first),
-    lambda v: (-v.size * (v.last - v.first + 1), v.first),
-    lambda v: (-(v.last - v.first), -v.size, v.first),
+    lambda v: (v.first, -v.size),  # by birth: optimal for equal sizes
+    lambda v: (-v.size, v.first),  # the largest first
+    lambda v: (-v.size * (v.last - v.first + 1), v.first),  # the largest product of size and lifetime first
+    lambda v: (-(v.last - v.first), -v.size, v.first),  # the longest lifetime first
 )
 
 

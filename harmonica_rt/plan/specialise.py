@@ -49,8 +49,8 @@ def specialise(captured: CapturedGraph, pattern: Pattern) -> StepGraph:
     inputs = [node for node in placeholders if node.name in captured.inputs]
     for node in (*parameters, *constants, *inputs):
         rebuilt.placeholder(node)
-    live_reads = {output: node for output, node in reads.items() if node in needed}
-    for output, node in live_reads.items():
+    live = {output: node for output, node in reads.items() if node in needed}
+    for output, node in live.items():
         rebuilt.placeholder(node, f"slot_{_identifier(captured.sites[output.site])}_{output.output}")
     for node in captured.graph.nodes:
         if node in needed and node.op in ("call_function", "get_attr") and node not in rebuilt:
@@ -60,7 +60,7 @@ def specialise(captured: CapturedGraph, pattern: Pattern) -> StepGraph:
         parameters=tuple(captured.parameters[node.name] for node in parameters),
         constants=tuple(node.name for node in constants),
         inputs=tuple(captured.inputs[node.name] for node in inputs),
-        reads=tuple(live_reads),
+        reads=tuple(live),
         stores=tuple(stores),
     )
     check_step_graph(step)

@@ -19,7 +19,7 @@ G = TypeVar("G", bound="ProgramGraph")
 
 @dataclass(frozen=True, eq=False)
 class TabledGraph:
-    """A graph whose first placeholders are parameters, constants and inputs, in this order.
+    """A graph whose first placeholders are parameters, constants and inputs, and tables of what each stands for.
 
     Attributes:
         graph: the graph.

@@ -27,7 +27,7 @@ from harmonica_rt.planfile.trees import decode_tree
 from harmonica_rt.planfile.values import decode_layout, decode_value
 from harmonica_rt.untrusted.text import one_line, quoted
 
-_PLACEHOLDERS = ("weight", "constant", "input")
+_PLACEHOLDERS = ("weight", "constant", "input")  # as files name them; a "weight" is a parameter or a buffer
 
 
 def decode_graph(

@@ -79,7 +79,7 @@ def _encode_node(
 
 def _encode_placeholder(node: fx.Node, captured: CapturedGraph, facts: ModelFacts) -> dict[str, Any]:
     if node.name in captured.parameters:
-        return {"weight": captured.parameters[node.name]}
+        return {"weight": captured.parameters[node.name]}  # the word of the file format
     if node.name in captured.inputs:
         return {"input": captured.inputs[node.name]}
     tensor = captured.constants[node.name]

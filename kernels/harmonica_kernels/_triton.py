@@ -43,7 +43,7 @@ def as_rows(shape: torch.Size, tensors: Sequence[torch.Tensor | None]) -> tuple[
     shape = shape or torch.Size([1])
     spread = [None if tensor is None else in_memory(tensor).expand(shape) for tensor in tensors]
     present = [tensor for tensor in spread if tensor is not None]
-    merged: list[tuple[int, list[int]]] = []
+    merged: list[tuple[int, list[int]]] = []  # the size of each dimension left, and the stride of each tensor in it
     for axis, size in enumerate(shape[:-1]):
         strides = [tensor.stride(axis) for tensor in present]
         if merged and merged[-1][1] == [size * stride for stride in strides]:
@@ -52,7 +52,7 @@ def as_rows(shape: torch.Size, tensors: Sequence[torch.Tensor | None]) -> tuple[
             merged.append((size, strides))
     if len(merged) > 2:
         return as_rows(shape, [None if tensor is None else tensor.contiguous() for tensor in spread])
-    single = (1, [0] * len(present))
+    single = (1, [0] * len(present))  # stands for a dimension that is not there
     (_, batch), (rows, row) = [single] * (2 - len(merged)) + merged
     steps = zip(batch, row, strict=True)
     return rows, [None if tensor is None else Rows(tensor, *next(steps), tensor.stride(-1)) for tensor in spread]

@@ -352,7 +352,7 @@ def test_sites_in_a_nested_region_fall_back() -> None:
     model = Region().eval()
     schedule = random_schedule(model, STEPS)
     compiled = hrt.compile(model, schedule)
-    with pytest.warns(hrt.FallbackWarning, match="nested region"):
+    with pytest.warns(hrt.FallbackWarning, match="nested graph"):
         got = outputs(compiled)
     assert equal(got, outputs(hrt.reference(model, schedule)))
 

@@ -19,16 +19,21 @@ Precision = Literal["fp32", "bf16", "fp16"]
 class TrainConfig:
     """How a schedule is trained. Exactly one of `target_speedup`, `target_cur` and `beta` says how much to cache.
 
+    HarmoniCa (arXiv 2410.01723) learns a score r in 0 ... 1 for every step and site. It minimises the squared errors of
+    all steps of a run under the cache (step-wise denoising training, SDT), plus beta times the cost of computing. IEPO,
+    its image-error-proxy objective, weights the error of each step by lambda: how much caching there costs the image.
+
     Attributes:
         steps: `num_inference_steps` of the pipeline's call; the schedule has as many steps as the run (its NFE).
         target_speedup: theoretical speed-up to reach, FLOPs of the uncached model / FLOPs left.
         target_cur: cache utilisation ratio to reach, 0 ... 1.
-        beta: fixed weight of the cost of computing.
+        beta: fixed weight of the cost of computing; with a target, beta is chosen and adapted.
         guidance: `guidance_scale` of the call; None leaves the pipeline's own default.
         arguments: further arguments of the call (height, width, ...).
         patterns: globs that choose the sites; None chooses them by the rule of `find_sites`.
         image_error: how IEPO measures lambda every `renew_every` iterations; None weights all steps alike (SDT alone).
-        renew_every: C. An iteration goes through all steps, so the paper's C = 500 at 20 steps corresponds to 25.
+        renew_every: iterations between measurements of lambda, the paper's C. An iteration goes through all steps, so
+            C = 500 at 20 steps corresponds to 25.
         iterations: number of runs. The paper's 20,000 optimiser steps at 20 steps correspond to 1,000.
         batch: samples per iteration, over all processes.
         learning_rate: learning rate of AdamW, with weight decay 0.

@@ -4,7 +4,8 @@ Hazard: reusing a site saves more than the work inside its module. Work that fed
 single blocks the attention and MLP before `proj_out`, in SD3 a context feed-forward once every attention after it is
 reused. Work that is needed elsewhere remains, such as the modulation that gates a reused output. So site costs are not
 additive, and no sum over modules gives them. Instead one forward is recorded operator by operator with its data flow,
-and the cost of a pattern is the work that its outputs still need.
+and the cost of a pattern is the work that its outputs still need. A *cut* is a node of the recording that a site's
+output passes through: where the site is reused, the search for needed work stops there.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ class SiteCosts:
     def __init__(self, sites: Sequence[str], recording: Recording) -> None:
         self.sites = tuple(sites)
         self._site_of = tuple(recording.cuts.values())
-        self._regions = _regions(recording)
-        counted = sorted({node for region in self._regions for node in region.work})
+        self._needs = _needs(recording)
+        counted = sorted({node for need in self._needs for node in need.work})
         self._flops = np.array([recording.flops[node] for node in counted], np.int64)
-        self._work = np.array([np.isin(counted, list(region.work)) for region in self._regions], bool)
+        self._work = np.array([np.isin(counted, list(need.work)) for need in self._needs], bool)
         self._known: dict[tuple[bytes, frozenset[int]], tuple[int, frozenset[int]]] = {}
         self.total = self.left(np.ones(len(self.sites), bool))
         only = [self.left(row) for row in ~np.eye(len(self.sites), dtype=bool)]
@@ -80,10 +81,10 @@ class SiteCosts:
         """FLOPs of a forward that must produce its outputs and the cuts `stored`, and the cuts that it reads."""
         key = row.tobytes(), stored
         if key not in self._known:
-            reached = {len(self._site_of), *stored}  # the last region belongs to the outputs
+            reached = {len(self._site_of), *stored}  # the last need is that of the outputs
             pending, reads = list(reached), set()
             while pending:
-                for cut in self._regions[pending.pop()].reads:
+                for cut in self._needs[pending.pop()].reads:
                     if not row[self._site_of[cut]]:
                         reads.add(cut)
                     elif cut not in reached:
@@ -134,23 +135,24 @@ def count_costs(model: nn.Module, sites: Sequence[str], call: Callable[[], objec
 
 
 @dataclass(frozen=True)
-class _Region:
+class _Need:
     """What one output needs, back to the nearest cuts: the nodes that have FLOPs, and the numbers of those cuts."""
 
     work: frozenset[int]
     reads: frozenset[int]
 
 
-def _regions(recording: Recording) -> list[_Region]:
-    """The region of each cut, followed by that of the forward's outputs."""
+def _needs(recording: Recording) -> list[_Need]:
+    """What each cut needs, followed by what the forward's outputs need."""
     number = {node: cut for cut, node in enumerate(recording.cuts)}
     return [
-        _region(recording, number, starts)
+        _need(recording, number, starts)
         for starts in (*(recording.inputs[node] for node in recording.cuts), recording.outputs)
     ]
 
 
-def _region(recording: Recording, number: dict[int, int], starts: Iterable[int]) -> _Region:
+def _need(recording: Recording, number: dict[int, int], starts: Iterable[int]) -> _Need:
+    """What the nodes `starts` need; `number` gives the number of the cut that a node is."""
     reached = set(starts)
     pending, reads = list(reached), set()
     while pending:
@@ -161,4 +163,4 @@ def _region(recording: Recording, number: dict[int, int], starts: Iterable[int])
         fresh = recording.inputs[node] - reached
         reached |= fresh
         pending.extend(fresh)
-    return _Region(frozenset(node for node in reached if recording.flops[node]), frozenset(reads))
+    return _Need(frozenset(node for node in reached if recording.flops[node]), frozenset(reads))

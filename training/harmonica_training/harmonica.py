@@ -79,6 +79,7 @@ class HarmoniCa:
         return replace(losses, by_score=losses.by_score * self.weights[:, None].to(scores))
 
     def _renew(self, weights: Tensor, mse: Tensor, first: bool) -> None:
+        """Set lambda from the image errors `weights` and the errors `mse` of the predictions, both `[steps]`."""
         if self._config.image_error != "sensitivity":
             self.weights = _mean_one(weights)
             return

@@ -124,6 +124,7 @@ class ImageErrors:
         return self._loop.run(self._inputs, self._generators(), denoise)
 
     def _forward(self, call: DenoiserCall, held: Caches, caches: bool) -> tuple[Any, Cache]:
+        """The denoiser's output and the cache after it: uncached, or with sites blended where the step `caches`."""
         with self._precision():
             if call.stream not in held or not caches:
                 return self._cached.compute(call.forward)

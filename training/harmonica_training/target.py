@@ -78,7 +78,7 @@ class Target:
     def land(
         self, scores: NDArray[np.float64], prices: NDArray[np.float64], tau: float
     ) -> tuple[NDArray[np.bool_], float]:
-        """The mask that meets the target and is nearest to `scores > tau`, and the threshold that it corresponds to.
+        """Land on the target: the mask nearest to `scores > tau` that meets it, and the threshold that gives this mask.
 
         Entries are reused in the order of their scores; those of equal score (logits end at their limits) in the order
         of their prices. Without a target, or if tau meets it, the mask is `scores > tau`.
@@ -110,7 +110,7 @@ class Target:
 
 
 class Steering:
-    """Beta, iteration by iteration, and what reusing each entry costs.
+    """Chooses beta iteration by iteration, and keeps the price of each entry: what reusing it costs the image.
 
     Args:
         target: what to reach.

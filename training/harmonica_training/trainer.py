@@ -188,6 +188,7 @@ class Iterations:
         return mask
 
     def _land(self) -> tuple[NDArray[np.bool_], float]:
+        """The mask that meets the target now, and its threshold; see `Target.land`."""
         scores = self._state.router.scores().double().cpu().numpy()
         return self._state.steering.target.land(scores, self._state.steering.prices.double().numpy(), self._config.tau)
 

@@ -13,7 +13,7 @@ from benchmarks.latency.providers.base import Role, Runner
 from harmonica_rt.options import LOWERINGS
 
 
-class StepCounter:
+class MarkingScheduler:
     """A scheduler that only marks where runs and steps begin."""
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Loop:
 
     def __init__(self, transformer: Any) -> None:
         self.transformer = transformer
-        self.scheduler = StepCounter()
+        self.scheduler = MarkingScheduler()
 
     def __call__(self) -> None:
         """Always raise: `LoopRunner` calls denoiser and scheduler itself."""

@@ -71,6 +71,7 @@ class LearningToCache:
         return StepLosses(by_score / counts[:, None], mse / counts, power / counts, chosen)
 
     def _pair(self, number: int, step: int, scores: Tensor, computes: NDArray[np.bool_], scale: float) -> StepLosses:
+        """The losses of two steps: `step - 1`, which fills the caches, and `step`, which is cached."""
         setting, config = self._setting, self._setting.config
         entries = setting.entries(number)
         images = self._latents[entries].to(setting.device)

@@ -6,7 +6,8 @@ features.
 
 Hazard: quality is measured on this model alone, so its images must be recognisable and its numbers reproducible.
 
-Reading order: `run`, then `data`, `autoencoder`, `denoiser` with `noisy_batch`, `classifier`, `evaluate`, `export`.
+Reading order: `config`, `run` (the stages), then `data`, `autoencoder`, `denoiser` with `noisy_batch` and `optim`,
+`classifier`, `evaluate`, `export`; `files` reads back what a run wrote.
 """
 
 from harmonica_training.digits.classifier import (

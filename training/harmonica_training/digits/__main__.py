@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command line; prints the figures as JSON."""
+    """Run the command line, and print the figures as JSON."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = parser().parse_args(argv)
     measured = EvaluationConfig(options.images, options.steps, options.guidance_scale)

@@ -61,7 +61,7 @@ def decode(model: AutoencoderKL, latents: Tensor, batch: int = 64) -> Tensor:
 
 @torch.no_grad()
 def normalise_latents(model: AutoencoderKL, images: Tensor) -> None:
-    """Folds per-channel mean and deviation of the latents of `images` into the model, in place.
+    """Fold per-channel mean and deviation of the latents of `images` into the model, in place.
 
     Args:
         model: afterwards its latents of `images` have mean 0 and deviation 1, and decode to the same images.
@@ -87,7 +87,7 @@ def normalise_latents(model: AutoencoderKL, images: Tensor) -> None:
 
 
 def train_autoencoder(config: DigitsConfig, data: DigitsSplit) -> AutoencoderTraining:
-    """Trains on augmented images with mean absolute error and a light KL, then normalises the latents."""
+    """Train on augmented images with mean absolute error and a light KL, then normalise the latents."""
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     model = build_autoencoder(config.image_size).train()

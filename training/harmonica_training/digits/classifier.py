@@ -60,7 +60,7 @@ class DigitClassifier(nn.Module):
 
 
 def save_classifier(model: DigitClassifier, directory: Path) -> None:
-    """Writes `config.json` and `model.safetensors` (float32) into `directory`, which is made if missing."""
+    """Write `config.json` and `model.safetensors` (float32) into `directory`, which is made if missing."""
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / "config.json", json.dumps(model.config, indent=2) + "\n")
     write_atomically(directory / "model.safetensors", save(model.state_dict()))
@@ -107,7 +107,7 @@ def accuracy(model: DigitClassifier, images: Tensor, labels: Tensor) -> float:
 
 
 def train_classifier(config: DigitsConfig, data: DigitsSplit) -> DigitClassifier:
-    """Trains on the augmented training images; returns the model in evaluation mode."""
+    """Train on the augmented training images; return the model in evaluation mode."""
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     model = DigitClassifier().train()

@@ -22,7 +22,7 @@ from harmonica_training.digits.config import NULL_CLASS, NUM_CLASSES, DigitsConf
 from harmonica_training.digits.data import batches
 from harmonica_training.digits.files import read_torch
 from harmonica_training.digits.noisy_batch import backward, noisy_batch
-from harmonica_training.digits.optim import AveragedWeights, learning_rate, set_learning_rate
+from harmonica_training.digits.optim import AveragedParameters, learning_rate, set_learning_rate
 from harmonica_training.errors import TrainingError
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def build_denoiser(config: DigitsConfig) -> DiTTransformer2DModel:
 
 @torch.no_grad()
 def initialise(model: DiTTransformer2DModel) -> None:
-    """Sets DiT's initial parameters: blocks are the identity, the output and unused class rows are zero. In place."""
+    """Set DiT's initial parameters: blocks are the identity, the output and unused class rows are zero. In place."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -108,7 +108,7 @@ def initialise(model: DiTTransformer2DModel) -> None:
 
 
 def train_denoiser(config: DigitsConfig, latents: Tensor, labels: Tensor, checkpoint: Path) -> DenoiserTraining:
-    """Trains on cached latents; resumes from `checkpoint` if it exists, and writes it every few minutes.
+    """Train on cached latents; resume from `checkpoint` if it exists, and write it every few minutes.
 
     Args:
         config: the caller ensures that a checkpoint comes from the same one.
@@ -125,7 +125,7 @@ def train_denoiser(config: DigitsConfig, latents: Tensor, labels: Tensor, checkp
     """
     torch.manual_seed(config.seed)
     model = build_denoiser(config)
-    averages = AveragedWeights(model, config.ema_decay)
+    averages = AveragedParameters(model, config.ema_decay)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     generator = torch.Generator().manual_seed(config.seed)
     alphas_cumprod = build_scheduler().alphas_cumprod

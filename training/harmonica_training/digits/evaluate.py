@@ -109,7 +109,7 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 
 
 def evaluate(directory: Path, data: DigitsSplit, config: EvaluationConfig) -> tuple[Evaluation, Tensor]:
-    """Generates with the saved pipeline of `directory` and judges with its saved classifier.
+    """Generate with the saved pipeline of `directory` and judge with its saved classifier.
 
     Returns:
         the figures, and the images [config.images, 1, H, W] in [0, 1].
@@ -137,7 +137,7 @@ def evaluate(directory: Path, data: DigitsSplit, config: EvaluationConfig) -> tu
 
 
 def save_grid(images: Tensor, path: Path, columns: int = 10) -> None:
-    """Writes images [N, 1, H, W] in [0, 1] as one PNG, row by row; an incomplete last row is left out."""
+    """Write images [N, 1, H, W] in [0, 1] as one PNG, row by row; an incomplete last row is left out."""
     from PIL import Image
 
     rows, (height, width) = len(images) // columns, images.shape[-2:]

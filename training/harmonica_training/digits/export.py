@@ -74,7 +74,7 @@ It draws digits, for tests, demonstrations and benchmarks of feature caching, an
 def save_model(
     directory: Path, transformer: DiTTransformer2DModel, vae: AutoencoderKL, classifier: DigitClassifier
 ) -> None:
-    """Writes the pipeline (bfloat16 safetensors) and the classifier (float32) into `directory`.
+    """Write the pipeline (bfloat16 safetensors) and the classifier (float32) into `directory`.
 
     The networks given become bfloat16; load the directory to get them back in float32.
     """
@@ -123,7 +123,7 @@ def provenance(
 
 
 def write_card(directory: Path, record: dict[str, Any], parameters: int) -> None:
-    """Writes the model card and `PROVENANCE.json` beside the model.
+    """Write the model card and `PROVENANCE.json` beside the model.
 
     Args:
         directory: of the saved model.

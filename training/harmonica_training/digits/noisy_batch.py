@@ -33,7 +33,7 @@ class NoisyBatch:
 def noisy_batch(
     alphas_cumprod: Tensor, latents: Tensor, labels: Tensor, label_dropout: float, generator: torch.Generator
 ) -> NoisyBatch:
-    """Draws timesteps, noise and dropped labels for clean latents [B, 4, S, S] with labels int64 [B].
+    """Draw timesteps, noise and dropped labels for clean latents [B, 4, S, S] with labels int64 [B].
 
     `alphas_cumprod` [1000] is the signal's share `a` of the variance at each training timestep: noisy is
     `sqrt(a) latents + sqrt(1 - a) noise`, velocity is `sqrt(a) noise - sqrt(1 - a) latents`.
@@ -54,7 +54,7 @@ def noisy_batch(
 
 
 def backward(model: DiTTransformer2DModel, batch: NoisyBatch, pool: ThreadPoolExecutor, workers: int) -> float:
-    """Sets the gradients of the mean squared error and returns it; each worker takes a part of the batch.
+    """Set the gradients of the mean squared error and return it; each worker takes a part of the batch.
 
     Threads inside an operator would wait for each other at its end: on two cores shared with a busy process, a step
     took about 3 s that way, and takes 0.65 s this way, with one thread in the optimiser too.

@@ -15,12 +15,12 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Sets the learning rate of every parameter group."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = value
 
 
-class AveragedWeights:
+class AveragedParameters:
     """Exponential moving average of a module's parameters; the first 9 / (1 - decay) updates or so use a lower decay.
 
     Args:
@@ -36,7 +36,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Moves the averages towards the parameters of `model`, which must be the module followed."""
+        """Move the averages towards the parameters of `model`, which must be the module followed."""
         self.updates += 1
         decay = min(self.decay, (1.0 + self.updates) / (10.0 + self.updates))
         for average, parameter in zip(self.averages, model.parameters(), strict=True):
@@ -47,6 +47,6 @@ class AveragedWeights:
         return dict(zip(self.names, self.averages, strict=True))
 
     def restore(self, averages: dict[str, Tensor], updates: int) -> None:
-        """Restores a saved state; raises KeyError if a parameter is missing."""
+        """Restore a saved state; raises KeyError if a parameter is missing."""
         self.averages = [averages[name] for name in self.names]
         self.updates = updates

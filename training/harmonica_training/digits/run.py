@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def claim_work(work: Path, config: DigitsConfig) -> None:
-    """Makes `work` the folder of this configuration.
+    """Make `work` the folder of this configuration.
 
     Raises:
         ValueError: it holds the stages of another configuration.
@@ -96,7 +96,7 @@ def train_and_save(
     command: str,
     finish: bool = True,
 ) -> Evaluation:
-    """Trains what `work` lacks, writes the model into `out`, and measures it.
+    """Train what `work` lacks, write the model into `out`, and measure it.
 
     Args:
         config: configuration of the training.
