@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,14 @@ def flow_vae(latent_channels: int) -> Any:
     return vae(latent_channels, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1, scaling_factor=1.5)
 
 
-def dit() -> Any:
+def dit(layers: int = 2) -> Any:
     """DiT, DDIM."""
     transformer = d.DiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
         in_channels=4,
         out_channels=4,
-        num_layers=2,
+        num_layers=layers,
         sample_size=4,
         patch_size=2,
         norm_type="ada_norm_zero",
@@ -112,13 +113,13 @@ def pixart_from_words() -> Any:
     )
 
 
-def sd3() -> Any:
+def sd3(layers: int = 3) -> Any:
     """SD3 with a block of dual attention, flow matching."""
     transformer = d.SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
         in_channels=16,
-        num_layers=3,
+        num_layers=layers,
         attention_head_dim=8,
         num_attention_heads=2,
         caption_projection_dim=16,
@@ -136,13 +137,13 @@ def sd3() -> Any:
     )
 
 
-def flux() -> Any:
-    """Flux with guidance embeddings and dynamic shifting, flow matching."""
+def flux(layers: int = 2) -> Any:
+    """Flux with `layers` blocks of each kind, guidance embeddings and dynamic shifting, flow matching."""
     transformer = d.FluxTransformer2DModel(
         patch_size=1,
         in_channels=4,
-        num_layers=2,
-        num_single_layers=2,
+        num_layers=layers,
+        num_single_layers=layers,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=12,
@@ -202,6 +203,19 @@ def families() -> dict[str, Family]:
         # true guidance calls the model twice per step
         "flux": Family(flux, {**flux_prompt, **negative, "true_cfg_scale": 2.0}, flux_prompt),
     }
+
+
+def shallow_dit() -> Any:
+    """DiT with one block, two sites, for tests that depend on the pipeline more than on its model."""
+    return dit(layers=1)
+
+
+def shallow(name: str) -> Family:
+    """SD3 or Flux with one block of each kind: SD3 has one of dual attention, and the last one, without text outputs.
+
+    For tests that depend on how blocks differ, not on how many there are.
+    """
+    return replace(families()[name], build={"sd3": partial(sd3, layers=2), "flux": partial(flux, layers=1)}[name])
 
 
 def saved_and_loaded(build: Callable[[], Any], directory: Path) -> Any:

@@ -13,7 +13,7 @@ import harmonica_rt as hrt
 from harmonica_rt import Schedule
 from harmonica_rt.errors import ArgumentError, HarmonicaError
 from tests.models import SITES, stack, stack_call
-from tests.tiny import built, dit, random_schedule, sample
+from tests.tiny import built, random_schedule, sample, shallow_dit
 
 STEPS = 4
 CALL = {"class_labels": [1, 2]}
@@ -21,7 +21,7 @@ CALL = {"class_labels": [1, 2]}
 
 @pytest.fixture
 def pipeline() -> Any:
-    return built(dit)
+    return built(shallow_dit)
 
 
 @pytest.fixture

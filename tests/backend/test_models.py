@@ -325,7 +325,7 @@ def set_numbers(model: Scaled, value: int) -> None:
 def test_numbers_may_change_between_runs(dynamic: bool | None, lowering: str) -> None:
     """Dynamo makes them symbolic; each value gets the image that it gives uncompiled."""
     torch.manual_seed(0)
-    model = Scaled().eval()
+    model = Scaled(depth=1).eval()
     schedule = random_schedule(model, STEPS)
     options = {"schedule": schedule, "lowering": lowering}
     compiled = torch.compile(model, backend="harmonica", options=options, dynamic=dynamic)
@@ -342,7 +342,7 @@ def test_numbers_may_change_between_runs(dynamic: bool | None, lowering: str) ->
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_arguments_and_sizes_may_change_between_runs(dynamic: bool | None) -> None:
     torch.manual_seed(0)
-    model = Scaled().eval()
+    model = Scaled(depth=1).eval()
     schedule = random_schedule(model, STEPS)
     compiled = torch.compile(
         model, backend="harmonica", options={"schedule": schedule, "lowering": "plain"}, dynamic=dynamic
@@ -363,7 +363,7 @@ def test_arguments_and_sizes_may_change_between_runs(dynamic: bool | None) -> No
 def test_a_step_with_other_numbers_is_computed_in_full() -> None:
     """A step with other numbers is computed in full; nothing of the steps before is reused for it."""
     torch.manual_seed(0)
-    model = Scaled().eval()
+    model = Scaled(depth=1).eval()
     schedule = Schedule.every(2, steps=STEPS, sites=hrt.find_sites(model))
     compiled = torch.compile(model, backend="harmonica", options={"schedule": schedule, "lowering": "plain"})
     hrt.attach(compiled)

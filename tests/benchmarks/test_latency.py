@@ -246,7 +246,13 @@ def on_the_model_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("on_the_model_itself")
-@pytest.mark.parametrize("name", ["eager", "hooks", "plain", "fused", "first-block", "taylorseer", "pab"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("eager", "hooks", "fused", "first-block", "taylorseer", "pab"),
+        pytest.param("plain", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_adapters_leave_the_model_as_it_was(flux: Task, name: str) -> None:
     calls = flux.case.calls
     with torch.no_grad():
@@ -476,9 +482,9 @@ def meta() -> Iterator[torch.device]:
     ("name", "millions", "tokens"),
     [
         ("dit-xl-256", 750, (2, 8, 32, 32)),
-        ("dit-xl-512", 750, (2, 8, 64, 64)),
+        pytest.param("dit-xl-512", 750, (2, 8, 64, 64), marks=pytest.mark.exhaustive),
         ("pixart-256", 610, (2, 8, 32, 32)),
-        ("pixart-512", 610, (2, 8, 64, 64)),
+        pytest.param("pixart-512", 610, (2, 8, 64, 64), marks=pytest.mark.exhaustive),
         ("pixart-1024", 612, (2, 8, 128, 128)),
         ("pixart-sigma-2048", 611, (2, 8, 256, 256)),
         pytest.param("flux-1024", 11901, (1, 4096, 64), marks=pytest.mark.exhaustive),

@@ -26,7 +26,7 @@ from harmonica_rt.demo import bundled_model
 from harmonica_training.costs import SiteCosts
 from harmonica_training.digits import load_classifier
 
-COUNT = 6
+COUNT = 4
 
 
 @pytest.fixture(autouse=True)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import host_path, rows, schedules, slot_memory
-from benchmarks.memory import PeakMemory
 from benchmarks.rows import Row
 from benchmarks.timing import Spread, interleaved
 from tests.models import stack, stack_call
@@ -64,20 +63,30 @@ def test_spread_is_median_and_percentiles() -> None:
     assert Spread.of([1.0, 2.0, 3.0, 4.0, 100.0]) == Spread(3.0, 1.8, pytest.approx(23.2))
 
 
-def peaks_around_an_allocation(size: int) -> tuple[int, int]:
-    with PeakMemory() as before:
-        pass
-    with PeakMemory() as during:
-        torch.ones(size, dtype=torch.uint8)
-    return before.peak, during.peak
+PEAKS_AROUND_AN_ALLOCATION = """
+import sys, time
+from benchmarks.memory import PeakMemory
+size = int(sys.argv[1])
+with PeakMemory() as before:
+    pass
+with PeakMemory() as during:
+    allocated = b"1" * size
+    for _ in range(1000):
+        if during.peak > size:
+            break
+        time.sleep(0.01)
+    del allocated
+print(before.peak, during.peak)
+"""
 
 
 def test_peak_memory_sees_an_allocation() -> None:
-    size = 256 * 2**20  # what a fresh process frees again is small beside it
-    with ProcessPoolExecutor(
-        1, multiprocessing.get_context("spawn")
-    ) as fresh:  # here, other tests' memory comes and goes
-        before, during = fresh.submit(peaks_around_an_allocation, size).result()
+    """In a process of its own: here, the memory of other tests comes and goes."""
+    size = 256 * 2**20
+    printed = subprocess.check_output(
+        [sys.executable, "-c", PEAKS_AROUND_AN_ALLOCATION, str(size)], cwd=Path(__file__).parents[2], text=True
+    )
+    before, during = map(int, printed.split())
     assert during - before > 0.9 * size
 
 

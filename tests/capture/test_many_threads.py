@@ -15,8 +15,8 @@ import harmonica_rt as hrt
 from harmonica_rt import Schedule
 from harmonica_rt.backend import attach
 from tests.models import SITES, stack, stack_call
+from tests.tiers import member
 
-MODELS = 16
 STEPS = 4
 
 
@@ -30,12 +30,20 @@ def run_of(denoiser: Any, batch: int = 2) -> torch.Tensor:
         return torch.stack([denoiser(**stack_call(step, batch)) for step in range(STEPS)])
 
 
-@pytest.mark.parametrize("lowering", ["plain", "fused"])
-def test_sixteen_threads_compile_sixteen_models(lowering: str) -> None:
+@pytest.mark.parametrize(
+    ("lowering", "count"),
+    [
+        member("plain", 8, id="plain-8", always=True),
+        member("fused", 4, id="fused-4", always=True),
+        member("plain", 16, id="plain-16", always=False),
+        member("fused", 16, id="fused-16", always=False),
+    ],
+)
+def test_many_threads_compile_a_model_each(lowering: str, count: int) -> None:
     """None runs eagerly, and all give what they give alone; calls in threads that only run go on meanwhile."""
-    models = [stack(seed=seed) for seed in range(MODELS)]
+    models = [stack(seed=seed) for seed in range(count)]
     alone = [run_of(hrt.compile(model, schedule_of(model), lowering=lowering)) for model in models]
-    together = Barrier(MODELS)
+    together = Barrier(count)
 
     def work(model: Any) -> tuple[torch.Tensor, torch.Tensor, hrt.CompiledModel]:
         compiled = hrt.compile(model, schedule_of(model), lowering=lowering, strict=True)
@@ -44,7 +52,7 @@ def test_sixteen_threads_compile_sixteen_models(lowering: str) -> None:
         run_of(compiled, batch=3)  # a second plan, captured while others run theirs
         return first, run_of(compiled), compiled
 
-    with warnings.catch_warnings(), ThreadPoolExecutor(MODELS) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(count) as pool:
         warnings.simplefilter("error", hrt.FallbackWarning)
         found = list(pool.map(work, models))
     rounding = {"rtol": 0, "atol": 0} if lowering == "plain" else {"rtol": 1e-5, "atol": 1e-5}
@@ -56,7 +64,7 @@ def test_sixteen_threads_compile_sixteen_models(lowering: str) -> None:
 
 
 def test_both_interfaces_compile_at_once() -> None:
-    models = [stack(seed=seed) for seed in range(8)]
+    models = [stack(seed=seed) for seed in range(4)]
     alone = [run_of(hrt.compile(model, schedule_of(model), lowering="plain")) for model in models]
     together = Barrier(len(models))
 

@@ -115,14 +115,35 @@ def test_what_is_refused(trainable: Path, tmp_path: Path, arguments: list[str], 
     assert not list(tmp_path.iterdir())
 
 
+# What torchrun sets, in two processes that share one import; test_interruption.py starts some with torchrun.
+TWO_PROCESSES = """
+import os, socket
+from diffusers import DiTPipeline
+from harmonica_rt import cli
+import harmonica_training.trainer
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
+child = os.fork()
+os.environ.update(dict.fromkeys(("RANK", "LOCAL_RANK"), "0" if child else "1"), GLOO_SOCKET_IFNAME="lo")
+try:
+    cli.main()
+finally:
+    if child:
+        assert os.waitpid(child, 0)[1] == 0, "the second process failed"
+"""
+
+
 def test_two_processes_learn_the_same_schedule(trainable: Path, tmp_path: Path) -> None:
     arguments = [*FEW, "--iterations", "6", "--guidance", "1", "--target-cur", "0.4", "--image-error", "sensitivity"]
     alone, shared = tmp_path / "one.json", tmp_path / "two.json"
     run(str(trainable), str(alone), *arguments)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = ["-m", "harmonica_rt.cli", "train", str(trainable), str(shared), *arguments]
     done = subprocess.run(
-        [*launch, *command], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
+        [sys.executable, "-c", TWO_PROCESSES, "train", str(trainable), str(shared), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     one, two = Schedule.load(alone), Schedule.load(shared)

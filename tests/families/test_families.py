@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 import harmonica_rt as hrt
 from harmonica_rt import Schedule, find_sites
-from tests.tiny import Family, families, random_schedule, sample, saved_and_loaded
+from tests.tiers import member
+from tests.tiny import Family, built, families, random_schedule, sample, saved_and_loaded, shallow
 
 FAMILIES = families()
+SHALLOW = {**FAMILIES, "sd3": shallow("sd3"), "flux": shallow("flux")}
 STEPS = 5
 SIGMA = pytest.param("pixart-sigma", marks=pytest.mark.exhaustive)  # the transformer of PixArt-alpha
 
@@ -25,6 +27,11 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         name: saved_and_loaded(family.build, tmp_path_factory.mktemp(name.replace("-", "_")))
         for name, family in FAMILIES.items()
     }
+
+
+@pytest.fixture(scope="module")
+def shallow_pipelines() -> dict[str, Any]:
+    return {name: built(family.build) for name, family in SHALLOW.items()}
 
 
 def nfe(pipeline: Any, steps: int) -> int:
@@ -73,8 +80,8 @@ def test_compiled_equals_reference(pipelines: dict[str, Any], name: str, guided:
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__.removesuffix("Scheduler"),
 )
-def test_every_step_of_every_sampler_is_equal(pipelines: dict[str, Any], name: str, scheduler: Any) -> None:
-    pipeline, before = pipelines[name], pipelines[name].scheduler
+def test_every_step_of_every_sampler_is_equal(shallow_pipelines: dict[str, Any], name: str, scheduler: Any) -> None:
+    pipeline, before = shallow_pipelines[name], shallow_pipelines[name].scheduler
     # the two solvers name their algorithms differently
     changes = {"algorithm_type": "data_prediction"} if scheduler is d.SASolverScheduler else {}
     pipeline.scheduler = scheduler.from_config(before.config, **changes)
@@ -109,8 +116,8 @@ def test_a_schedule_that_computes_all_is_the_plain_pipeline(pipelines: dict[str,
 @settings(max_examples=2, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10_000), cur=st.sampled_from([0.2, 0.5, 0.7]))
 @pytest.mark.parametrize("name", ["dit", "flux"])
-def test_any_random_schedule_is_equal(pipelines: dict[str, Any], name: str, seed: int, cur: float) -> None:
-    pipeline = pipelines[name]
+def test_any_random_schedule_is_equal(shallow_pipelines: dict[str, Any], name: str, seed: int, cur: float) -> None:
+    pipeline = shallow_pipelines[name]
     schedule = Schedule.random(cur, steps=STEPS, sites=find_sites(pipeline.transformer), seed=seed)
     report = hrt.verify(pipeline, schedule, lowering="plain", num_inference_steps=STEPS, **FAMILIES[name].unguided)
     assert all(step.same_bits for step in report.steps)
@@ -128,14 +135,14 @@ def test_each_family_has_the_expected_kinds_of_sites(pipelines: dict[str, Any]) 
     assert "single_transformer_blocks.0.attn" not in find_sites(pipelines["flux"].transformer)
 
 
-def test_skip_layer_guidance_calls_a_third_time_in_some_steps(pipelines: dict[str, Any]) -> None:
-    pipeline, steps = pipelines["sd3"], 6
+def test_skip_layer_guidance_calls_a_third_time_in_some_steps(shallow_pipelines: dict[str, Any]) -> None:
+    pipeline, steps = shallow_pipelines["sd3"], 6
     report = hrt.verify(
         pipeline,
         random_schedule(pipeline.transformer, steps, seed=2),
         lowering="plain",
         num_inference_steps=steps,
-        skip_guidance_layers=[1],
+        skip_guidance_layers=[0],
         skip_layer_guidance_start=0.1,
         skip_layer_guidance_stop=0.7,
         **FAMILIES["sd3"].guided,
@@ -157,8 +164,8 @@ def test_several_images_per_prompt_equal_the_reference(pipelines: dict[str, Any]
     assert np.array_equal(got, expected)
 
 
-def test_callbacks_are_called_every_step(pipelines: dict[str, Any]) -> None:
-    pipeline = pipelines["sd3"]
+def test_callbacks_are_called_every_step(shallow_pipelines: dict[str, Any]) -> None:
+    pipeline = shallow_pipelines["sd3"]
     schedule = random_schedule(pipeline.transformer, STEPS)
     seen: list[int] = []
 
@@ -176,8 +183,8 @@ def test_callbacks_are_called_every_step(pipelines: dict[str, Any]) -> None:
     assert seen == [*range(STEPS), *range(STEPS)]
 
 
-def test_a_callback_that_swaps_the_prompt_in_mid_run(pipelines: dict[str, Any]) -> None:
-    pipeline = pipelines["sd3"]
+def test_a_callback_that_swaps_the_prompt_in_mid_run(shallow_pipelines: dict[str, Any]) -> None:
+    pipeline = shallow_pipelines["sd3"]
     schedule = Schedule.every(3, steps=6, sites=find_sites(pipeline.transformer))
 
     def swap(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -198,8 +205,8 @@ def test_a_callback_that_swaps_the_prompt_in_mid_run(pipelines: dict[str, Any]) 
     assert report.last_catch_ups == (4,)  # step 5 reuses what step 4 stored
 
 
-def test_a_run_after_an_interrupted_one_is_right(pipelines: dict[str, Any]) -> None:
-    pipeline = pipelines["sd3"]
+def test_a_run_after_an_interrupted_one_is_right(shallow_pipelines: dict[str, Any]) -> None:
+    pipeline = shallow_pipelines["sd3"]
     schedule = random_schedule(pipeline.transformer, STEPS)
     hrt.compile(pipeline, schedule, lowering="plain", strict=True)
     whole = sample(pipeline, STEPS, **FAMILIES["sd3"].guided)
@@ -215,9 +222,12 @@ def test_a_run_after_an_interrupted_one_is_right(pipelines: dict[str, Any]) -> N
     assert np.array_equal(again, whole)
 
 
+@pytest.mark.parametrize("deep", [member(False, id="shallow", always=True), member(True, id="deep", always=False)])
 @pytest.mark.parametrize("name", ["dit", "pixart-alpha", SIGMA, "sd3", "flux"])
-def test_fused_is_within_the_tolerance(pipelines: dict[str, Any], name: str) -> None:
-    pipeline = pipelines[name]
+def test_fused_is_within_the_tolerance(
+    pipelines: dict[str, Any], shallow_pipelines: dict[str, Any], name: str, deep: bool
+) -> None:
+    pipeline = (pipelines if deep else shallow_pipelines)[name]
     schedule = random_schedule(pipeline.transformer, STEPS, seed=5)
     report = hrt.verify(pipeline, schedule, lowering="fused", num_inference_steps=STEPS, **FAMILIES[name].guided)
     assert report.tolerance == "measured"

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from harmonica_rt import Schedule, find_sites
-from tests.tiny import families, random_schedule, sample
+from tests.tiny import random_schedule, sample, shallow
 from tests.truth import Pair, pair
 
 STEPS = 6
-SD3, FLUX = families()["sd3"], families()["flux"]
+SD3, FLUX = shallow("sd3"), shallow("flux")
 
 
 def schedule_of(which: str, model: Any) -> Schedule:

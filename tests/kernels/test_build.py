@@ -22,6 +22,17 @@ for _ in range(2):
     k.residual_reuse(x, [x], [None])
     k.residual_reuse_norm_modulate(x, [x], [None])
 """
+# torch is imported once; a copy of the package comes first on the path, before an installed one
+FORKS = f"""import os, sys, torch
+for folder in sys.argv[1:]:
+    if not (child := os.fork()):
+        os.dup2(os.open(folder + "/stderr", os.O_CREAT | os.O_WRONLY), 2)
+        sys.path.insert(0, folder)
+        exec({USE!r})
+        sys.exit()
+    if os.waitpid(child, 0)[1]:
+        sys.exit(open(folder + "/stderr").read())
+"""
 
 
 @pytest.mark.parametrize(
@@ -37,37 +48,45 @@ def test_same_abi(built: str, running: str, same: bool) -> None:
     assert same_abi(built, running) is same
 
 
-def use_copy(folder: Path, record: dict[str, str] | None, library: bytes | None = None) -> str:
-    """Stderr of a process that uses a copy of the package with this record and library."""
-    copy = folder / "harmonica_kernels"
-    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
-    if record is not None:
-        (copy / "_C.build.json").write_text(json.dumps(record))
-    if library is not None:
-        (copy / "_C.so").write_bytes(library)
-    # cwd comes first on the path of `python -c`: before an installed package
-    done = subprocess.run([sys.executable, "-c", USE], capture_output=True, text=True, cwd=folder)
+BUILDS: dict[str, tuple[dict[str, str] | None, bytes | None]] = {
+    "other torch": ({"torch": "1.0.0", "compiler": "cc", "library": "_C.so"}, b""),
+    "does not load": ({"torch": torch.__version__, "compiler": "cc", "library": "_C.so"}, b"not a library"),
+    "absent": (None, None),
+    "by choice": ({"reason": "HARMONICA_BUILD_CSRC=0", "chosen": "yes"}, None),
+}
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Stderr of processes that use a copy of the package with the record and the library of each of `BUILDS`."""
+    folders = []
+    for record, library in BUILDS.values():
+        folders.append(tmp_path_factory.mktemp("build"))
+        copy = folders[-1] / "harmonica_kernels"
+        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+        if record is not None:
+            (copy / "_C.build.json").write_text(json.dumps(record))
+        if library is not None:
+            (copy / "_C.so").write_bytes(library)
+    done = subprocess.run([sys.executable, "-c", FORKS, *folders], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stderr
+    return {name: (folder / "stderr").read_text() for name, folder in zip(BUILDS, folders, strict=True)}
 
 
-def test_other_torch_is_said_once(tmp_path: Path) -> None:
-    said = use_copy(tmp_path, {"torch": "1.0.0", "compiler": "cc", "library": "_C.so"}, b"")
-    assert "built against torch 1.0.0, but this is torch" in said
-    assert said.count("RuntimeWarning: the C++ extension of harmonica_kernels is not used") == 1
+def test_other_torch_is_said_once(said: dict[str, str]) -> None:
+    assert "built against torch 1.0.0, but this is torch" in said["other torch"]
+    assert said["other torch"].count("RuntimeWarning: the C++ extension of harmonica_kernels is not used") == 1
 
 
-def test_library_that_does_not_load_is_said(tmp_path: Path) -> None:
-    said = use_copy(tmp_path, {"torch": torch.__version__, "compiler": "cc", "library": "_C.so"}, b"not a library")
-    assert "_C.so, built against torch" in said
-    assert "does not load here" in said
+def test_library_that_does_not_load_is_said(said: dict[str, str]) -> None:
+    assert "_C.so, built against torch" in said["does not load"]
+    assert "does not load here" in said["does not load"]
 
 
-def test_absent_extension_is_said_when_the_cpu_is_used(tmp_path: Path) -> None:
-    said = use_copy(tmp_path, None)
-    assert said.count("RuntimeWarning") == 1
-    assert "was never built" in said
+def test_absent_extension_is_said_when_the_cpu_is_used(said: dict[str, str]) -> None:
+    assert said["absent"].count("RuntimeWarning") == 1
+    assert "was never built" in said["absent"]
 
 
-def test_extension_left_out_by_choice_is_quiet(tmp_path: Path) -> None:
-    assert use_copy(tmp_path, {"reason": "HARMONICA_BUILD_CSRC=0", "chosen": "yes"}) == ""
+def test_extension_left_out_by_choice_is_quiet(said: dict[str, str]) -> None:
+    assert said["by choice"] == ""

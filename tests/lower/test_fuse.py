@@ -25,6 +25,7 @@ from harmonica_rt.lower.fuse import FusedStep, fuse
 from harmonica_rt.parity.tolerance import Error, limit_from, same_bits
 from harmonica_rt.plan.specialise import Pattern, specialise
 from harmonica_rt.plan.step_graph import StepGraph, check_step_graph
+from tests.tiers import member
 from tests.tiny import families, randomised
 
 TOKENS, WIDTH = 65, 24  # enough values that the largest error of two roundings is about the same
@@ -158,30 +159,35 @@ def test_fused_equals_unfused_up_to_rounding(name: str, data: st.DataObject) -> 
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+# the calls of a step that reuses all, and of one that computes all
+KNOWN: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+    # the last norm takes the run in
+    "dit": ({"residual_reuse_norm_modulate": 1}, {"residual_reuse_norm_modulate": 4}),
+    # attn1 is followed by attn2, which reads the sum without a norm
+    "pixart-alpha": (
+        {"residual_reuse_norm_modulate": 1},
+        {"gated_residual": 2, "residual_reuse_norm_modulate": 4},
+    ),
+    # text has no sub-layer after the last attention that would make its residuals needed
+    "sd3": ({"residual_reuse_norm_modulate": 1}, {"residual_reuse_norm_modulate": 10}),
+    # image and text streams meet in `cat`, single blocks take apart and join what they add to
+    "flux": (
+        {"residual_reuse": 2, "gated_residual": 2},
+        {"residual_reuse_norm_modulate": 6, "gated_residual": 4},
+    ),
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "reused", "computed"),
+    ("name", "dtype"),
     [
-        # the last norm takes the run in
-        ("dit", {"residual_reuse_norm_modulate": 1}, {"residual_reuse_norm_modulate": 4}),
-        # attn1 is followed by attn2, which reads the sum without a norm
-        (
-            "pixart-alpha",
-            {"residual_reuse_norm_modulate": 1},
-            {"gated_residual": 2, "residual_reuse_norm_modulate": 4},
-        ),
-        # text has no sub-layer after the last attention that would make its residuals needed
-        ("sd3", {"residual_reuse_norm_modulate": 1}, {"residual_reuse_norm_modulate": 10}),
-        # image and text streams meet in `cat`, single blocks take apart and join what they add to
-        (
-            "flux",
-            {"residual_reuse": 2, "gated_residual": 2},
-            {"residual_reuse_norm_modulate": 6, "gated_residual": 4},
-        ),
+        member(name, dtype, id=f"{name}-{dtype}", always=dtype == torch.float32 or name in ("dit", "pixart-alpha"))
+        for name in KNOWN
+        for dtype in (torch.float32, torch.bfloat16)
     ],
 )
-def test_calls_of_known_steps(name: str, reused: dict[str, int], computed: dict[str, int], dtype: torch.dtype) -> None:
-    subject = family(name, dtype)
+def test_calls_of_known_steps(name: str, dtype: torch.dtype) -> None:
+    subject, (reused, computed) = family(name, dtype), KNOWN[name]
     for sites, expected in ((range(len(subject.captured.sites)), reused), ((), computed)):
         fused = fuse(subject.specialise(sites))
         assert calls(fused) == expected
@@ -325,8 +331,24 @@ NORMS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("form", NORMS)
+IN_HALF = (
+    "modulated",
+    "cast around the norm",
+    "cast around all",
+    "rms",
+    "rms written out",
+    "rms with the mean's dtype",
+)
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [
+        member(form, dtype, id=f"{form}-{dtype}", always=dtype == torch.float32 or form in IN_HALF)
+        for form in NORMS
+        for dtype in (torch.float32, torch.bfloat16)
+    ],
+)
 def test_a_norm_behind_a_residual(form: str, dtype: torch.dtype) -> None:
     def last(m: Body, x: Tensor, g: Tensor, h: Tensor, s: Tensor, b: Tensor) -> Any:
         return NORMS[form](m, x + g * m.attn(x) + h * m.ff(x), s, b)

@@ -17,7 +17,7 @@ import harmonica_rt as hrt
 from harmonica_rt import Schedule
 from harmonica_rt.wrappers import unwrapped
 from tests.models import stack, stack_call
-from tests.tiny import dit, random_schedule, sample
+from tests.tiny import random_schedule, sample, shallow_dit
 
 STEPS = 4
 CALL = {"class_labels": [1, 2]}
@@ -76,7 +76,7 @@ WRAPPERS = [with_lora, by_torch_compile, by_both]
 @pytest.fixture(params=WRAPPERS)
 def pipeline(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(0)
-    made = dit()
+    made = shallow_dit()
     made.set_progress_bar_config(disable=True)
     made.transformer = request.param(made.transformer)
     return made
@@ -85,7 +85,7 @@ def pipeline(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture
 def schedule() -> Schedule:
     torch.manual_seed(0)
-    return random_schedule(dit().transformer, STEPS)
+    return random_schedule(shallow_dit().transformer, STEPS)
 
 
 def assigned(pipeline: Any, schedule: Schedule) -> None:
@@ -127,7 +127,7 @@ def test_verify_and_a_saved_plan(pipeline: Any, schedule: Schedule, tmp_path: Pa
 @pytest.mark.parametrize("wrap", [*WRAPPERS, parallel])
 def test_the_model_by_itself(wrap: Callable[[nn.Module], nn.Module], schedule: Schedule) -> None:
     torch.manual_seed(0)
-    transformer = dit().transformer
+    transformer = shallow_dit().transformer
     wrapper = wrap(transformer)
     assert hrt.find_sites(wrapper) == hrt.find_sites(transformer)
     assert hrt.model_info(wrapper) == hrt.model_info(transformer)
@@ -143,7 +143,7 @@ def test_the_model_by_itself(wrap: Callable[[nn.Module], nn.Module], schedule: S
 
 @pytest.mark.parametrize("wrap", WRAPPERS)
 def test_a_copy_has_the_wrapper(wrap: Callable[[nn.Module], nn.Module], schedule: Schedule) -> None:
-    truth = hrt.reference(wrap(dit().transformer), schedule)
+    truth = hrt.reference(wrap(shallow_dit().transformer), schedule)
     copied = copy.deepcopy(truth)
     assert type(copied.given) is type(truth.given)
     assert copied.model is not truth.model
@@ -151,7 +151,7 @@ def test_a_copy_has_the_wrapper(wrap: Callable[[nn.Module], nn.Module], schedule
 
 
 def test_the_attributes_are_the_wrappers(schedule: Schedule) -> None:
-    quick = hrt.compile(with_lora(dit().transformer), schedule)
+    quick = hrt.compile(with_lora(shallow_dit().transformer), schedule)
     assert quick.active_adapters == ["default"]
     assert quick.eval() is quick
 
@@ -172,7 +172,7 @@ def test_a_wrapper_of_ones_own_is_captured_with_what_it_does(wrapper: type[Passi
 
 def test_uncompiling_one_of_two_pipelines_gives_the_others_wrapper_back(schedule: Schedule) -> None:
     torch.manual_seed(0)
-    first = dit()
+    first = shallow_dit()
     second = type(first)(first.transformer, first.vae, type(first.scheduler).from_config(first.scheduler.config))
     first.transformer = by_torch_compile(first.transformer)
     for pipeline in (first, second):
@@ -183,7 +183,7 @@ def test_uncompiling_one_of_two_pipelines_gives_the_others_wrapper_back(schedule
 
 
 def test_a_wrapper_around_a_compiled_model_is_refused(schedule: Schedule) -> None:
-    compiled = hrt.compile(dit().transformer, schedule)
+    compiled = hrt.compile(shallow_dit().transformer, schedule)
     with pytest.raises(hrt.HarmonicaError, match=r"wraps a compiled DiTTransformer2DModel.*_orig_mod\.model"):
         hrt.compile(torch.compile(compiled, backend="eager"), schedule)  # type: ignore[call-overload]
 
@@ -191,7 +191,7 @@ def test_a_wrapper_around_a_compiled_model_is_refused(schedule: Schedule) -> Non
 @pytest.mark.parametrize("wrap", [with_lora, by_torch_compile, parallel])
 def test_hooks_of_a_wrapper_run(wrap: Callable[[nn.Module], nn.Module], schedule: Schedule) -> None:
     torch.manual_seed(0)
-    wrapper = wrap(dit().transformer)
+    wrapper = wrap(shallow_dit().transformer)
     given = {
         "hidden_states": torch.randn(1, 4, 8, 8),
         "timestep": torch.tensor([500]),
@@ -205,7 +205,7 @@ def test_hooks_of_a_wrapper_run(wrap: Callable[[nn.Module], nn.Module], schedule
 
 def test_hooks_of_torch_compiles_wrapper_run_in_a_pipeline(schedule: Schedule) -> None:
     torch.manual_seed(0)
-    pipeline = dit()
+    pipeline = shallow_dit()
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer = by_torch_compile(pipeline.transformer)
     calls = []
@@ -217,7 +217,7 @@ def test_hooks_of_torch_compiles_wrapper_run_in_a_pipeline(schedule: Schedule) -
 
 def test_a_wrapper_that_is_put_back_later_runs_as_before(schedule: Schedule) -> None:
     torch.manual_seed(0)
-    pipeline = dit()
+    pipeline = shallow_dit()
     pipeline.set_progress_bar_config(disable=True)
     wrapper = pipeline.transformer = by_torch_compile(pipeline.transformer)
     hrt.compile(pipeline, schedule)
@@ -236,5 +236,5 @@ class Doubled(peft.PeftModel):
 
 
 def test_a_class_derived_from_a_wrapper_is_the_model_itself(schedule: Schedule) -> None:
-    model = Doubled(dit().transformer, peft.LoraConfig(target_modules=["to_q"])).eval()
+    model = Doubled(shallow_dit().transformer, peft.LoraConfig(target_modules=["to_q"])).eval()
     assert unwrapped(model) is model

@@ -18,7 +18,7 @@ import harmonica_rt as hrt
 from harmonica_rt import Schedule
 from harmonica_rt.errors import HarmonicaError, RunError
 from tests.models import stack, stack_call
-from tests.tiny import dit, families, random_schedule, sample
+from tests.tiny import random_schedule, sample, shallow, shallow_dit
 
 STEPS = 4
 CALL = {"class_labels": [1, 2]}
@@ -31,7 +31,7 @@ def quiet(pipeline: Any) -> Any:
 
 def made() -> Any:
     torch.manual_seed(0)
-    return quiet(dit())
+    return quiet(shallow_dit())
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_an_assigned_compiled_model_works_as_a_compiled_pipeline(
 
 
 def test_two_calls_a_step_are_one_step() -> None:
-    family = families()["flux"]  # true guidance calls twice per step
+    family = shallow("flux")  # true guidance calls twice per step
     images = []
     for compile_it in (lambda pipe, s: hrt.compile(pipe, s, lowering="plain"), assign):
         torch.manual_seed(0)
@@ -202,7 +202,7 @@ def test_a_model_may_be_assigned_in_mid_run(pipeline: Any, schedule: Schedule) -
 
 
 def test_a_compiled_model_assigned_elsewhere_is_an_error(pipeline: Any, schedule: Schedule) -> None:
-    pipeline.transformer_2 = hrt.compile(dit().transformer, schedule)
+    pipeline.transformer_2 = hrt.compile(shallow_dit().transformer, schedule)
     message = r"DiTPipeline\.transformer_2 is a compiled model, .* pipe\.transformer_2 = pipe\.transformer_2\.model"
     with pytest.raises(HarmonicaError, match=message):
         hrt.compile(pipeline, schedule)

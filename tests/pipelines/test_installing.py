@@ -17,7 +17,7 @@ import harmonica_rt as hrt
 from harmonica_rt import Schedule
 from harmonica_rt.errors import HarmonicaError, RunError, ScheduleMismatchError
 from tests.models import stack, stack_call
-from tests.tiny import built, dit, families, random_schedule, sample, saved_and_loaded
+from tests.tiny import built, random_schedule, sample, saved_and_loaded, shallow, shallow_dit
 
 STEPS = 4
 CALL = {"class_labels": [1, 2]}
@@ -25,7 +25,7 @@ CALL = {"class_labels": [1, 2]}
 
 @pytest.fixture
 def pipeline() -> Any:
-    return built(dit)
+    return built(shallow_dit)
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def schedule(pipeline: Any) -> Schedule:
 
 def test_a_denoiser_replaced_after_compiling_can_be_compiled(pipeline: Any, schedule: Schedule) -> None:
     hrt.compile(pipeline, schedule, lowering="plain")
-    old, pipeline.transformer = pipeline.transformer, dit().transformer
+    old, pipeline.transformer = pipeline.transformer, shallow_dit().transformer
     with pytest.raises(HarmonicaError, match="is not compiled"):
         hrt.get_compiled(pipeline)
     hrt.compile(pipeline, schedule, lowering="plain")
@@ -47,7 +47,7 @@ def test_a_denoiser_replaced_after_compiling_can_be_compiled(pipeline: Any, sche
 
 def test_uncompile_frees_the_scheduler_of_a_replaced_denoiser(pipeline: Any, schedule: Schedule) -> None:
     hrt.compile(pipeline, schedule)
-    pipeline.transformer = dit().transformer
+    pipeline.transformer = shallow_dit().transformer
     hrt.uncompile(pipeline)
     assert type(pipeline.scheduler) is d.DDIMScheduler
 
@@ -62,12 +62,12 @@ def test_module_compile_takes_our_place_and_keeps_it(pipeline: Any, schedule: Sc
 
 
 def test_the_scheduler_of_a_collected_pipeline_is_free(schedule: Schedule) -> None:
-    first = hrt.compile(dit(), schedule)
+    first = hrt.compile(shallow_dit(), schedule)
     scheduler, vae, gone = first.scheduler, first.vae, weakref.ref(first)
     del first
     gc.collect()
     assert gone() is None
-    other = d.DiTPipeline(dit().transformer, vae, scheduler)
+    other = d.DiTPipeline(shallow_dit().transformer, vae, scheduler)
     other.set_progress_bar_config(disable=True)
     hrt.compile(other, schedule)
     sample(other, STEPS, **CALL)
@@ -89,7 +89,7 @@ def test_copies_of_the_parts_are_plain_and_leave_the_run_alone(pipeline: Any, sc
 
 
 def test_a_pipeline_made_from_a_compiled_one_shares_its_denoiser() -> None:
-    family = families()["flux"]
+    family = shallow("flux")
     pipeline = built(family.build)
     schedule = random_schedule(pipeline.transformer, STEPS)
     hrt.compile(pipeline, schedule, lowering="plain", strict=True)
@@ -142,7 +142,7 @@ def test_verify_leaves_a_plain_pipeline_plain(pipeline: Any, schedule: Schedule)
 
 
 def test_a_saved_compiled_pipeline_compiles_to_the_same(tmp_path: Path) -> None:
-    pipeline = saved_and_loaded(dit, tmp_path / "first")
+    pipeline = saved_and_loaded(shallow_dit, tmp_path / "first")
     schedule = random_schedule(pipeline.transformer, STEPS)
     expected = sample(hrt.compile(pipeline, schedule), STEPS, **CALL)
     pipeline.save_pretrained(tmp_path / "second")

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 import harmonica_rt as hrt
 from harmonica_rt import Schedule
 from harmonica_rt.errors import ConcurrentRunError, HarmonicaError, RunError, ScheduleMismatchError
-from tests.tiny import dit, random_schedule, sample, saved_and_loaded
 from tests.tiny import flux as flux_pipeline
+from tests.tiny import random_schedule, sample, saved_and_loaded, shallow_dit
 
 STEPS = 5
 CALL = {"class_labels": [1, 2], "guidance_scale": 2.0}
@@ -28,7 +28,7 @@ CALL = {"class_labels": [1, 2], "guidance_scale": 2.0}
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("dit")
-    saved_and_loaded(dit, path)
+    saved_and_loaded(shallow_dit, path)
     return path
 
 

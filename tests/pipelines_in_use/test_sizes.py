@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import harmonica_rt as hrt
-from tests.pipelines_in_use.small import SD3
-from tests.tiny import built, random_schedule, sample
+from tests.tiny import built, families, random_schedule, sample
 
+PIXART = families()["pixart-alpha"]
 STEPS = 4
 SIZES = [(8, 8), (16, 8), (8, 16), (8, 8), (16, 8), (16, 8)]  # (16, 8) and (8, 16) have as many tokens
 
@@ -20,9 +20,9 @@ def test_each_size_has_a_plan_and_the_one_unused_longest_is_dropped(
     max_plans: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="harmonica_rt")
-    pipeline = built(SD3.build)
+    pipeline = built(PIXART.build)
     schedule = random_schedule(pipeline.transformer, STEPS, seed=1)
-    calls = [{**SD3.guided, "height": height, "width": width} for height, width in SIZES]
+    calls = [{**PIXART.guided, "height": height, "width": width} for height, width in SIZES]
     hrt.reference(pipeline, schedule)
     expected = [sample(pipeline, STEPS, **call) for call in calls]
     hrt.compile(pipeline, schedule, lowering="plain", strict=True, debug=True, max_plans=max_plans)

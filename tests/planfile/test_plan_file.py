@@ -19,10 +19,10 @@ from harmonica_rt.execute import planned_engine as planned
 from tests.models import Stack, stack, stack_call
 from tests.planfile.forged import forge
 from tests.tiers import member
-from tests.tiny import families, random_schedule, sample
+from tests.tiny import families, random_schedule, sample, shallow
 
 STEPS = 4
-FAMILIES = families()
+FAMILIES = {**families(), "sd3": shallow("sd3"), "flux": shallow("flux")}
 
 
 def outputs(compiled: Any) -> list[torch.Tensor]:

@@ -17,9 +17,9 @@ from harmonica_rt.sampling.scheduler import listener_of
 from tests.models import SITES, stack, stack_call
 from tests.sampling.interruptions import interruptions, state
 from tests.tiers import member
-from tests.tiny import families, random_schedule, sample
+from tests.tiny import families, random_schedule, sample, shallow_dit
 
-STEPS = 4
+STEPS = 3
 
 
 def at_lines(some: int) -> pytest.MarkDecorator:
@@ -171,7 +171,7 @@ class PipelineUnderTest:
 
     def __init__(self) -> None:
         self.call = families()["dit"].unguided
-        self.pipeline = families()["dit"].build()
+        self.pipeline = shallow_dit()
         self.pipeline.set_progress_bar_config(disable=True)
         self.schedule = random_schedule(self.pipeline.transformer, STEPS)
         self.before = state(self.pipeline.transformer)

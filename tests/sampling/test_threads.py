@@ -13,10 +13,10 @@ import torch
 import harmonica_rt as hrt
 from harmonica_rt import Schedule
 from harmonica_rt.errors import ConcurrentRunError
-from tests.tiny import families, random_schedule, sample
+from tests.tiny import random_schedule, sample, shallow
 
 STEPS = 5
-SD3 = families()["sd3"]
+SD3 = shallow("sd3")
 
 
 @pytest.fixture(scope="module")
