@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Let the garbage collector pass over all that was imported (half a million objects that stay), and run less often."""
+    """Let the garbage collector run less often, and pass over all that was imported: half a million objects stay."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 10, 10)  # traces make millions of objects that live until they end
