@@ -15,7 +15,6 @@ from benchmarks.roofline.gpus import gpus
 from benchmarks.roofline.kernel import Kernel
 from benchmarks.roofline.predict import rows_of
 from benchmarks.roofline.programs import LOWERINGS, UNCACHED, programs_of, uncached
-from harmonica_rt.lower import lower
 from harmonica_rt.plan.plan import build_plan
 
 PATH = rows.RESULTS / "roofline.json"
@@ -98,13 +97,14 @@ def _kernels(case: MetaCase, options: argparse.Namespace) -> list[Kernel]:
         return uncached(options.kernels, case.captured)
     schedule = next(case.schedules[name] for name in options.schedules if name in case.schedules)
     plan = build_plan(case.captured, schedule)
-    if options.part in ("prologue", "timestep"):
-        hoisted = lower("fused" if options.kernels == "inductor" else options.kernels, plan, case.roles).prologue
-        if hoisted is None:
-            return []
-        return prologue.of_run(hoisted, plan) if options.part == "prologue" else prologue.of_step(hoisted, plan)
-    wanted = [p for p, pattern in enumerate(plan.patterns) if bool(pattern.reuse) == (options.part == "partial")]
-    return programs_of(options.kernels, plan, case.roles).kernels[wanted[0]] if wanted else []
+    programs = programs_of(options.kernels, plan, case.roles)
+    if options.part in ("full", "partial"):
+        wanted = [p for p, pattern in enumerate(plan.patterns) if bool(pattern.reuse) == (options.part == "partial")]
+        return programs.kernels[wanted[0]] if wanted else []
+    if programs.prologue is None:
+        return []
+    of = prologue.of_run if options.part == "prologue" else prologue.of_step
+    return of(programs.prologue, plan)
 
 
 if __name__ == "__main__":

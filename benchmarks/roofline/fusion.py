@@ -4,8 +4,10 @@ The rule, in place of compiling for a GPU. Within a region, an operator that onl
 that reads its result, if no product lies on a way between them and if
 - it works element by element (Inductor inlines it into what reads it), or
 - it is a reduction, such as a norm, and the reader goes over as many elements.
+What works element by element and is read by one kernel alone joins that even across products: it is computed there.
 The joined kernel reads each of its inputs once, and writes only what is read outside of it. Products, convolutions,
-attentions and harmonica operators stay kernels of their own; the bias of a convolution is joined.
+attentions and harmonica operators stay kernels of their own; the bias of a convolution is joined. Inductor also joins
+kernels that merely read the same memory, so the number of kernels here is an upper bound.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ def fused(kernels: Sequence[Kernel], kept: Collection[int]) -> list[Kernel]:
         if region is None:
             found += members.values()
             continue
-        for group in _groups(members):
+        for group in _sunk(_groups(members), members, readers, kept):
             outside = {buffer for buffer, indices in readers.items() if buffer in kept or indices - set(group)}
             found.append(_joined([members[index] for index in group], outside))
     return found
@@ -67,6 +69,27 @@ def _groups(members: dict[int, Kernel]) -> list[list[int]]:
     for index in members:
         groups.setdefault(lead(index), []).append(index)
     return list(groups.values())
+
+
+def _sunk(
+    groups: list[list[int]], members: dict[int, Kernel], readers: dict[int, set[int]], kept: Collection[int]
+) -> list[list[int]]:
+    """The groups, with each that has no reduction and one group of readers joined to that; last ones first."""
+    of = {index: number for number, group in enumerate(groups) for index in group}
+    for number in reversed(range(len(groups))):
+        group = groups[number]
+        made = {access.buffer for index in group for access in members[index].writes}
+        reading = {of.get(reader) for buffer in made for reader in readers.get(buffer, ())} - {number}
+        movable = all(members[i].kind is Kind.MEMORY and members[i].name not in REDUCTIONS for i in group)
+        if not movable or len(reading) != 1 or not made.isdisjoint(kept):
+            continue
+        [target] = reading
+        if target is None or any(members[index].kind is not Kind.MEMORY for index in groups[target]):
+            continue
+        groups[target] = sorted((*group, *groups[target]))
+        groups[number] = []
+        of |= dict.fromkeys(groups[target], target)
+    return [group for group in groups if group]
 
 
 def _joins(source: Kernel, reader: Kernel) -> bool:

@@ -90,7 +90,8 @@ def gpus() -> dict[str, Gpu]:
 @functools.cache
 def tiles() -> tuple[Tile, ...]:
     """The tiles that a product may be cut into."""
-    return tuple(Tile(*map(int, name.split("x")), share) for name, share in _values(constants()["tiles"]).items())
+    sizes = {tuple(map(int, name.split("x"))): share for name, share in _values(constants()["tiles"]).items()}
+    return tuple(Tile(rows, columns, share) for (rows, columns), share in sizes.items())
 
 
 @functools.cache

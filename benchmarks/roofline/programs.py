@@ -20,6 +20,7 @@ from harmonica_rt.call.roles import Role
 from harmonica_rt.capture.captured_graph import CapturedGraph
 from harmonica_rt.graph.facts import value_of
 from harmonica_rt.lower import lower
+from harmonica_rt.lower.hoist import Prologue
 from harmonica_rt.lower.inductor import MOST_OF_LARGEST, MOST_OPERATORS
 from harmonica_rt.lower.plain import with_stores
 from harmonica_rt.lower.regions import Region, divide, operators, sections, whole
@@ -39,11 +40,13 @@ class Programs:
         steps: the graph of each program.
         kernels: the kernels of each program.
         around: the kernels that a CUDA graph of each program needs besides: copies of inputs and outputs.
+        prologue: what is computed before the steps; None where nothing is.
     """
 
     steps: list[ProgramGraph]
     kernels: list[list[Kernel]]
     around: list[list[Kernel]]
+    prologue: Prologue | None
 
 
 def programs_of(name: str, plan: Plan, roles: Sequence[Role]) -> Programs:
@@ -56,7 +59,8 @@ def programs_of(name: str, plan: Plan, roles: Sequence[Role]) -> Programs:
     else:
         kernels = [_recorded(with_stores(step, direct=name != "plain"), root, _arguments(step))[0] for step in steps]
     timesteps = {index for index, role in enumerate(roles) if role is Role.TIMESTEP}
-    return Programs(steps, kernels, [_around_graph(step, timesteps) for step in steps])
+    around = [_around_graph(step, timesteps) for step in steps]
+    return Programs(steps, kernels, around, lowering.prologue)
 
 
 def uncached(name: str, captured: CapturedGraph) -> list[Kernel]:

@@ -26,13 +26,15 @@ def of_run(prologue: Prologue, plan: Plan) -> list[Kernel]:
     recorder, lowered = Recorder(), LoweredPrologue(prologue, plan.captured.root)
     once = recorder.run(prologue.once.graph, plan.captured.root, _arguments(prologue.once))
     before, inputs, given = _parted(prologue.each)
-    leaves: dict[int, Any] = dict(zip(prologue.each.inputs, inputs, strict=True))
+    leaves: list[Any] = [None] * (1 + max((*prologue.each.inputs, *prologue.timesteps), default=0))
+    for index, value in zip(prologue.each.inputs, inputs, strict=True):
+        leaves[index] = value
     steps = len(plan.steps)
-    foreseen = [leaves[i].new_empty((steps, *leaves[i].shape)) for i in prologue.timesteps if i in leaves]
+    foreseen = [leaves[i].new_empty((steps, *leaves[i].shape)) for i in prologue.timesteps if leaves[i] is not None]
     values = None
     if len(foreseen) == len(prologue.timesteps):
         with recorder, torch.no_grad():
-            values = lowered.in_steps(foreseen, tuple(before), _Leaves(leaves), given)
+            values = lowered.in_steps(foreseen, tuple(before), leaves, given)
     kernels = list(recorder.kernels)
     if values is None:
         kernels += of_step(prologue, plan) * steps
@@ -47,24 +49,13 @@ def of_step(prologue: Prologue, plan: Plan) -> list[Kernel]:
     return recorder.kernels
 
 
-class _Leaves(dict[int, Any]):
-    """Leaves of a call by index, where only those that a part takes exist."""
-
-    def __missing__(self, index: int) -> None:
-        return None
-
-
-def _placeholders(part: Part) -> list[Any]:
-    return [meta_like(value_of(node)) for node in part.graph.nodes if node.op == "placeholder"]
-
-
 def _arguments(part: Part) -> list[Any]:
-    return _placeholders(part)
+    return [meta_like(value_of(node)) for node in part.graph.nodes if node.op == "placeholder"]
 
 
 def _parted(part: Part) -> tuple[list[Any], list[Any], list[Any]]:
     """The arguments of a part: parameters and constants, inputs, and given values."""
-    values = _placeholders(part)
+    values = _arguments(part)
     first = len(part.parameters) + len(part.constants)
     return values[:first], values[first : first + len(part.inputs)], values[first + len(part.inputs) :]
 

@@ -31,7 +31,7 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kernels: list[Kernel] = []
         self._alive: list[torch.UntypedStorage] = []  # so that no storage gets the number of another
         self._numbers: dict[int, int] = {}

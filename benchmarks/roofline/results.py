@@ -25,7 +25,9 @@ class Row:
             of `copies` around its CUDA graph, which the times include.
         host: seconds of the host: `graphs`, with CUDA graphs, and `launches`, kernel by kernel.
         seconds: predicted seconds of the device, by GPU.
-        floor: seconds that it cannot go below, by GPU; empty where there is no floor.
+        floor: seconds that no step can go below, by GPU: its products without launches, and the other bytes that must
+            move. Empty for what is no step.
+        products: the same with each product as the library computes it, which is the floor that `latency` measures.
     """
 
     case: str
@@ -36,6 +38,7 @@ class Row:
     host: Mapping[str, float]
     seconds: Mapping[str, float]
     floor: Mapping[str, float]
+    products: Mapping[str, float]
 
 
 def save(found: Iterable[Row], path: Path) -> None:

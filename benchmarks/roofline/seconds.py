@@ -39,6 +39,12 @@ def floor_seconds(kernels: Iterable[Kernel], other_bytes: int, gpu: Gpu) -> floa
     return at_best + _moving(other_bytes, gpu)
 
 
+def products_seconds(kernels: Iterable[Kernel], other_bytes: int, gpu: Gpu) -> float:
+    """What `benchmarks.latency.floor` would measure: each product as the library computes it, and the other bytes."""
+    products = (kernel for kernel in kernels if kernel.kind in (Kind.PRODUCT, Kind.ATTENTION))
+    return step_seconds(products, gpu) + _moving(other_bytes, gpu)
+
+
 def host_seconds(kernels: Iterable[Kernel]) -> float:
     """Seconds that the host takes to launch kernels one by one, without a CUDA graph."""
     times, listed = host(), list(kernels)

@@ -16,8 +16,8 @@ HEADINGS = (
     "kernels: full step, partial step, prologue",
     "moved, full step",
     "FLOPs, full step",
-    "full step (floor)",
-    "partial step (floor)",
+    "full step (products, floor)",
+    "partial step (products, floor)",
     "run",
     "vs torch.compile",
     "host per step, if above the device's",
@@ -83,19 +83,19 @@ def _cells(lowering: str, by_step: dict[str, Row], gpu: str, compiled: float | N
         ", ".join(counts),
         f"{(full.work['read'] + full.work['written']) / 1e9:.3g} GB" if full else "",
         f"{full.work['flops'] / 1e12:.3g} T" if full else "",
-        _with_floor(full, gpu),
-        _with_floor(partial, gpu),
+        _with_floors(full, gpu),
+        _with_floors(partial, gpu),
         f"{1e3 * run.seconds[gpu]:.3g} ms" if run else "",
         f"{compiled / run.seconds[gpu]:.2f}x" if run and compiled else "",
         _host(full, partial, gpu),
     )
 
 
-def _with_floor(row: Row | None, gpu: str) -> str:
+def _with_floors(row: Row | None, gpu: str) -> str:
     if row is None:
         return ""
-    floor = f" ({1e3 * row.floor[gpu]:.3g})" if row.floor else ""
-    return f"{1e3 * row.seconds[gpu]:.3g}{floor} ms"
+    floors = f" ({1e3 * row.products[gpu]:.3g}, {1e3 * row.floor[gpu]:.3g})" if row.floor else ""
+    return f"{1e3 * row.seconds[gpu]:.3g}{floors} ms"
 
 
 def _host(full: Row | None, partial: Row | None, gpu: str) -> str:
