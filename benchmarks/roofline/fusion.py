@@ -40,7 +40,8 @@ def fused(kernels: Sequence[Kernel], kept: Collection[int]) -> list[Kernel]:
             found += members.values()
             continue
         for group in _sunk(_groups(members), members, readers, kept):
-            outside = {buffer for buffer, indices in readers.items() if buffer in kept or indices - set(group)}
+            made = {access.buffer for index in group for access in members[index].writes}
+            outside = {buffer for buffer in made if buffer in kept or readers.get(buffer, set()) - set(group)}
             found.append(_joined([members[index] for index in group], outside))
     return found
 
