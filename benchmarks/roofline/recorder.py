@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.roofline.cuda_kernels import accesses, attention_kernel, kernels_of
+from benchmarks.roofline.cuda_kernels import FREE, accesses, attention_kernel, kernels_of
 from benchmarks.roofline.kernel import Kernel, Kind
 
 aten = torch.ops.aten
@@ -43,7 +43,7 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = kwargs or {}
-        result = func(*args, **given)
+        result = _result_of(func, args, given)
         self.add(*kernels_of(func, args, given, result, self.buffer))
         return result
 
@@ -101,13 +101,42 @@ class _Interpreter(fx.Interpreter):
         return super().call_function(target, args, kwargs) if own is None else own(self._recorder, *args, **kwargs)
 
 
+class _Layout(NamedTuple):
+    """What the result of an operator depends on, of a tensor."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+_results: dict[Any, Any] = {}  # results by operator and arguments, with layouts in place of tensors
+
+
+def _result_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The result of an operator; looked up where it was called before on such tensors, for blocks are alike."""
+    may_alias = any(argument.alias_info is not None for argument in func._schema.arguments)
+    if may_alias or func.overloadpacket in FREE:
+        return func(*args, **kwargs)
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    key = (func, spec, tuple(_layout(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves))
+    if key not in _results:
+        result = func(*args, **kwargs)
+        _results[key] = pytree.tree_map_only(Tensor, _layout, result)
+        return result
+    return pytree.tree_map_only(_Layout, _tensor, _results[key], is_leaf=lambda value: isinstance(value, _Layout))
+
+
+def _layout(tensor: Tensor) -> _Layout:
+    return _Layout(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+
+
+def _tensor(layout: _Layout) -> Tensor:
+    return torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device="meta")
+
+
 def meta_like(value: Any) -> Any:
     """The value with a meta tensor of the same layout in place of each tensor."""
-
-    def one(tensor: Tensor) -> Tensor:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-
-    return pytree.tree_map_only(Tensor, one, value)
+    return pytree.tree_map_only(Tensor, lambda tensor: _tensor(_layout(tensor)), value)
 
 
 def _attention(

@@ -16,14 +16,12 @@ pytest.importorskip("diffusers", reason="the models are diffusers'")
 
 from benchmarks import models
 from benchmarks.latency.cases import Geometry, geometries
-from benchmarks.roofline import predict, prologue, results, show
-from benchmarks.roofline.__main__ import PATH, main
+from benchmarks.roofline import prologue
 from benchmarks.roofline.cases import MetaCase, meta_case, on_meta
 from benchmarks.roofline.gpus import Gpu, constants, gpus
 from benchmarks.roofline.kernel import Extent, Kernel, Kind, work
-from benchmarks.roofline.programs import LOWERINGS, UNCACHED, Programs, programs_of, uncached
+from benchmarks.roofline.programs import Programs, programs_of, uncached
 from benchmarks.roofline.seconds import caches, floor_seconds, host_seconds, seconds_of
-from harmonica_rt import Schedule
 from harmonica_rt.call.call import CallConvention
 from harmonica_rt.capture.capture import capture
 from harmonica_rt.plan.plan import Plan, build_plan
@@ -124,7 +122,13 @@ class TestFusion:
     def test_it_reads_each_input_once_and_writes_only_what_is_read_outside(self) -> None:
         [kernel] = compiled(lambda x, y: ((x + y) * x).relu(), torch.empty(4, 8), (4, 8))
         assert (kernel.read, kernel.written) == (64 * BF16, 32 * BF16)
-        [kernel] = compiled(lambda x: (x + 1, (x + 1) * 2), torch.empty(4, 8))
+
+    def test_it_writes_every_result(self) -> None:
+        def two(x: Tensor) -> tuple[Tensor, Tensor]:
+            more = x + 1
+            return more, more * 2
+
+        [kernel] = compiled(two, torch.empty(4, 8))
         assert (kernel.read, kernel.written) == (32 * BF16, 2 * 32 * BF16)
 
     def test_a_norm_joins_what_goes_over_as_many_elements(self) -> None:
