@@ -6,6 +6,7 @@ reference before they are timed; baselines run interleaved in the same process, 
 
 Reading order: `rows` and `timing` (figures and how they are kept), `models` and `schedules` (what is measured), one
 module per benchmark (`kernels`, `speedup`, `end_to_end`, `host_path`, `compile_cost`, `slot_memory`, `zoo`,
-`training_cost`, `time_to_quality`), and four folders with commands of their own: `latency` (side by side with other
-caches), `quality` (images at equal cost), `fuzz` (damaged files), `soak` (random runs against an oracle).
+`training_cost`, `time_to_quality`), and five folders with commands of their own: `latency` (side by side with other
+caches), `roofline` (step times predicted for GPUs), `quality` (images at equal cost), `fuzz` (damaged files), `soak`
+(random runs against an oracle).
 """

@@ -7,5 +7,5 @@ measured; a prediction is as good as its constants, so each has its source or sa
 Reading order: `kernel` (what is counted), `recorder` (programs run on meta tensors, and the operators that launch),
 `cuda_kernels` (what one operator launches), `fusion` (what Inductor makes of a region), `gpus` and `seconds` (time of
 a kernel, floor of a step), `cases` (models), `programs` and `prologue` (the kernels of every step of a lowering, and
-of what is before the steps), `predict`, `results`, `show`.
+of what is before the steps), `predict`, `results`, `show` and `summary` (tables).
 """

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from benchmarks import rows
 from benchmarks.latency.cases import geometries
 from benchmarks.roofline import prologue, results, show
 from benchmarks.roofline.cases import MetaCase, meta_case
@@ -17,7 +16,6 @@ from benchmarks.roofline.predict import rows_of
 from benchmarks.roofline.programs import LOWERINGS, UNCACHED, programs_of, uncached
 from harmonica_rt.plan.plan import build_plan
 
-PATH = rows.RESULTS / "roofline.json"
 SCHEDULES = ("every(2)", "released", "learned")
 QUICK = ("bundled", "flux-small")
 PARTS = ("full", "partial", "prologue", "timestep")
@@ -52,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--part", choices=PARTS, default="full", help="of which step, or of what is before the steps")
     parser.add_argument("--top", type=int, metavar="N", help="with --kernels: the N kinds that take most of the time")
     parser.add_argument("--quick", action="store_true", help="a trial: small models")
-    parser.add_argument("--save", action="store_true", help=f"write benchmarks/results/{PATH.name}")
+    parser.add_argument("--save", action="store_true", help=f"write benchmarks/results/{results.PATH.name}")
     options = parser.parse_args(arguments)
     if options.steps < 2 or min(options.images) < 1:
         parser.error("--steps must be at least 2 and --images at least 1")
@@ -66,10 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             lowerings = [name for name in options.lowerings if index == 0 or name not in UNCACHED]
             found += rows_of(case, schedule, lowerings)
         if options.save:
-            results.save(found, PATH)
+            results.save(found, results.PATH)
     print(show.table(found, options.gpus))
     if options.save:
-        print(f"written to {PATH}")
+        print(f"written to {results.PATH}")
 
 
 def _cases(options: argparse.Namespace) -> Iterator[MetaCase]:

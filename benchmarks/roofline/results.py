@@ -9,6 +9,7 @@ from pathlib import Path
 
 from benchmarks import rows
 
+PATH = rows.RESULTS / "roofline.json"
 FULL, PARTIAL, PROLOGUE, UNFORESEEN, RUN = "full step", "partial step", "prologue", "timestep part of a step", "run"
 
 

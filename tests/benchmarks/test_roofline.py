@@ -16,15 +16,17 @@ pytest.importorskip("diffusers", reason="the models are diffusers'")
 
 from benchmarks import models
 from benchmarks.latency.cases import Geometry, geometries
-from benchmarks.roofline import prologue
+from benchmarks.roofline import predict, prologue, results, show
+from benchmarks.roofline.__main__ import main
 from benchmarks.roofline.cases import MetaCase, meta_case, on_meta
 from benchmarks.roofline.gpus import Gpu, constants, gpus
 from benchmarks.roofline.kernel import Extent, Kernel, Kind, work
-from benchmarks.roofline.programs import Programs, programs_of, uncached
+from benchmarks.roofline.programs import LOWERINGS, UNCACHED, Programs, programs_of, uncached
 from benchmarks.roofline.seconds import caches, floor_seconds, host_seconds, seconds_of
 from harmonica_rt.call.call import CallConvention
 from harmonica_rt.capture.capture import capture
 from harmonica_rt.plan.plan import Plan, build_plan
+from tests.tiers import member
 
 BF16 = 2  # bytes
 D = 1152
@@ -305,3 +307,95 @@ class TestDiT:
         assert (full["add (bias)"], full["clone"]) == (1, 2)
         assert full.total() - 3 <= 286
         assert partial.total() <= 10
+
+
+class TestPixArt:
+    def test_a_block_of_a_full_step(self) -> None:
+        two, three = (lowered(pixart(layers)) for layers in (2, 3))
+        assert names(three.full) - names(two.full) == {
+            "addmm": 8,  # keys and values of the text are in the prologue
+            "attention": 1,
+            "attention (mask)": 1,
+            "gelu": 1,
+            "harmonica.gated_residual": 1,
+            "harmonica.residual_reuse_norm_modulate": 2,
+        }
+        rows, x = 2 * 4096, 2 * 4096 * D * BF16  # guidance: two images
+        _, _, written, flops = (b - a for a, b in zip(work(two.full), work(three.full), strict=True))
+        assert written == (7 + 4) * x + 2 * x + 4 * x + 2 * 2 * x + x
+        assert flops == 2 * rows * 14 * D * D + 4 * rows * (4096 + 120) * D
+        assert len(two.full) == 37 + 14
+        assert len(two.partial) == len(three.partial) == 7
+
+
+class TestFlux:
+    def test_a_double_and_a_single_block(self) -> None:
+        one, two = (lowered(flux(blocks)) for blocks in (1, 2))
+        assert names(two.full) - names(one.full) == {
+            "addmm": 12 + 5,
+            "attention": 2,
+            "rms_norm": 4 + 2,
+            "gelu": 2 + 1,
+            "harmonica.residual_reuse_norm_modulate": 4,
+            "harmonica.gated_residual": 1,
+            "native_layer_norm": 1,
+            # rotary embedding, of queries and keys in both blocks
+            "_to_copy": 12,
+            "mul": 8 + 1,
+            "add": 4 + 1,
+            "neg": 4,
+            "stack": 4,
+            "cat": 5,
+        }
+        tokens, width = 4096 + 512, 3072
+        flops = work(two.full)[3] - work(one.full)[3]
+        assert flops == 2 * (2 * tokens * 12 * width**2 + 4 * tokens**2 * width)
+        assert (len(one.full), len(two.full)) == (77, 150)
+        assert (len(one.partial), len(two.partial)) == (10, 12)
+
+
+SAVED = results.read(results.PATH)
+EVERY = {f"{each.title}, {images} image{'s' * (images > 1)}" for each in geometries().values() for images in (1, 8)}
+
+
+class TestSavedRows:
+    def test_there_are_rows_of_every_case_and_lowering(self) -> None:
+        assert {row.case for row in SAVED} == EVERY
+        for case in EVERY:
+            assert {row.lowering for row in SAVED if row.case == case} == {*UNCACHED, *LOWERINGS}
+
+    def test_no_step_is_below_its_floors(self) -> None:
+        steps = [row for row in SAVED if row.floor]
+        assert {results.FULL, results.PARTIAL} <= {row.step for row in steps}
+        for row in steps:
+            assert all(row.floor[name] <= row.products[name] <= row.seconds[name] for name in gpus()), row
+
+    @pytest.mark.parametrize(
+        "model",
+        [
+            member("bundled", id="bundled", always=True),
+            *(member(name, id=name, always=False) for name in ("dit-xl-256", "pixart-1024", "flux-1024")),
+        ],
+    )
+    def test_they_are_what_is_predicted_now(self, model: str) -> None:
+        case = meta_case(geometries()[model], 1, 20, torch.bfloat16)
+        saved = {(row.schedule, row.lowering, row.step): row for row in SAVED if row.case == case.name}
+        for row in predict.rows_of(case, "every(2)", ("fused",)):
+            assert row.work == pytest.approx(saved[row.schedule, row.lowering, row.step].work, rel=1e-5)
+
+
+def test_the_command_lists_kernels_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--models", "bundled", "--kernels", "fused", "--part", "partial"])
+    lines = capsys.readouterr().out.splitlines()
+    assert re.search(rf"fused, partial: {len(lines) - 2} kernels$", lines[0])
+    assert lines[1].startswith("Predicted, not measured.")
+    places = [i for i, line in enumerate(lines) if "convolution" in line or "harmonica" in line or "addmm" in line]
+    assert [lines[i].split()[4] for i in places] == [
+        "convolution", "harmonica.residual_reuse_norm_modulate", "addmm"
+    ]  # fmt: skip
+
+
+def test_the_table_says_that_nothing_is_measured() -> None:
+    table = show.table(SAVED, ["H100 SXM"])
+    assert table.startswith("Predicted, not measured.")
+    assert table.count("| fused |") == len({(row.case, row.schedule) for row in SAVED if row.lowering == "fused"})
