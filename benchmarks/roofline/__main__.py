@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from benchmarks.latency.__main__ import SMALL
 from benchmarks.latency.cases import geometries
 from benchmarks.roofline import prologue, results, show
 from benchmarks.roofline.cases import MetaCase, meta_case
@@ -17,7 +18,6 @@ from benchmarks.roofline.programs import LOWERINGS, UNCACHED, programs_of, uncac
 from harmonica_rt.plan.plan import build_plan
 
 SCHEDULES = ("every(2)", "released", "learned")
-QUICK = ("bundled", "flux-small")
 PARTS = ("full", "partial", "prologue", "timestep")
 
 
@@ -29,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     known = tuple(geometries())
     parser = argparse.ArgumentParser(prog="python -m benchmarks roofline", description=main.__doc__)
-    parser.add_argument("--models", nargs="+", choices=known, metavar="M", help=f"models: {', '.join(known)}")
+    parser.add_argument(
+        "--models", nargs="+", choices=known, metavar="M", help=f"models: {', '.join(known)} (default: all large ones)"
+    )
     parser.add_argument("--images", nargs="+", type=int, default=(1, 8), metavar="N", help="batches (default: 1 and 8)")
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES, metavar="S")
     every = (*UNCACHED, *LOWERINGS)
@@ -72,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _cases(options: argparse.Namespace) -> Iterator[MetaCase]:
     chosen = geometries(tuple(options.flux_blocks))
-    for model in options.models or (QUICK if options.quick else chosen):
+    large = [name for name in chosen if name not in SMALL]
+    for model in options.models or (SMALL if options.quick else large):
         for images in options.images[:1] if options.quick or options.kernels else options.images:
             yield meta_case(chosen[model], images, options.steps, torch.bfloat16)
 
