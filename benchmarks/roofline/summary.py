@@ -41,15 +41,16 @@ def _cells(case: str, of: Mapping[tuple[str, str, str], Row]) -> tuple[str, ...]
     return (
         case,
         f"{fused.work['kernels']:.0f}, {partial.work['kernels']:.0f}",
-        *(_milliseconds(row.seconds) for row in (compiled, fused, of[SCHEDULE, "inductor", FULL])),
-        _milliseconds(fused.products),
-        _milliseconds(partial.seconds),
+        *(_time(row.seconds) for row in (compiled, fused, of[SCHEDULE, "inductor", FULL])),
+        _time(fused.products),
+        _time(partial.seconds),
         *(f"{runs[0][name] / runs[1][name]:.2f}x" for name in gpus()),
     )
 
 
-def _milliseconds(seconds: Mapping[str, float]) -> str:
-    return f"{1e3 * seconds[SHOWN]:.3g} ms"
+def _time(seconds: Mapping[str, float]) -> str:
+    value = seconds[SHOWN]
+    return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -24,6 +25,7 @@ from benchmarks.roofline.gpus import Gpu, constants, gpus
 from benchmarks.roofline.kernel import Extent, Kernel, Kind, work
 from benchmarks.roofline.programs import LOWERINGS, UNCACHED, Programs, programs_of, uncached
 from benchmarks.roofline.seconds import caches, floor_seconds, host_seconds, seconds_of
+from benchmarks.roofline.summary import summary
 from harmonica_rt.call.call import CallConvention
 from harmonica_rt.capture.capture import capture
 from harmonica_rt.plan.plan import Plan, build_plan
@@ -382,6 +384,11 @@ class TestSavedRows:
         saved = {(row.schedule, row.lowering, row.step): row for row in SAVED if row.case == case.name}
         for row in predict.rows_of(case, "every(2)", ("fused",)):
             assert row.work == pytest.approx(saved[row.schedule, row.lowering, row.step].work, rel=1e-5)
+
+
+def test_the_table_of_the_page_is_that_of_the_saved_rows() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "roofline.md").read_text("utf-8")
+    assert summary(SAVED) in page
 
 
 def test_the_command_lists_kernels_in_order(capsys: pytest.CaptureFixture[str]) -> None:
