@@ -146,6 +146,9 @@ class TestFusion:
         assert [kernel.name for kernel in kernels] == ["mm", "add + mul"]
 
     @pytest.mark.exhaustive
+    @pytest.mark.filterwarnings(
+        "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"
+    )  # Inductor's own use
     def test_the_number_of_kernels_is_close_to_what_inductor_makes_on_a_cpu(self) -> None:
         from torch._inductor.utils import run_and_get_code
 
