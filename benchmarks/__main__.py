@@ -22,7 +22,7 @@ BENCHMARKS = (
     "training_cost",
     "time_to_quality",
 )
-OWN_COMMANDS = ("latency", "quality", "fuzz", "soak")  # with their own options; all but latency take long
+OWN_COMMANDS = ("latency", "roofline", "quality", "fuzz", "soak")  # with their own options; the last three take long
 
 
 def main() -> None:

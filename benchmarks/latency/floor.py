@@ -22,7 +22,7 @@ from benchmarks.latency.measure import clock_of, seconds_of
 from harmonica_rt.call.roles import roles
 from harmonica_rt.lower import lower
 from harmonica_rt.options import HOISTED
-from harmonica_rt.plan.step_graph import StepGraph
+from harmonica_rt.plan.step_graph import ProgramGraph
 
 aten = torch.ops.aten
 PRODUCTS = {
@@ -76,7 +76,7 @@ def products(graph: fx.Graph) -> list[Product]:
     ]
 
 
-def other_bytes(step: StepGraph) -> int:
+def other_bytes(step: ProgramGraph) -> int:
     """Bytes of the features that a step loads from slots, of the call's tensors and of the outputs."""
     placeholders = [node for node in step.graph.nodes if node.op == "placeholder"]
     before = len(step.parameters) + len(step.constants)
