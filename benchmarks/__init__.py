@@ -8,6 +8,6 @@ Reading order: `rows`, `timing` and `memory` (figures and how they are kept), `m
 measured), one module per benchmark (`kernels` with `kernel_ops`, `speedup`, `end_to_end`, `host_path`, `compile_cost`,
 `slot_memory`, `zoo`, `training_cost` with `training_work`, `time_to_quality`), and five folders with commands of their
 own: `latency` (side by side with other caches), `roofline` (step times predicted for GPUs), `quality` (images at equal
-cost), `fuzz` (damaged files), `soak` (random runs against an oracle). Two scripts are not among them: `first_gpu` (tests and benchmarks for the first run on
-a GPU, each with a time-out) and `step_profile` (the kernels of one step).
+cost), `fuzz` (damaged files), `soak` (random runs against an oracle). Two scripts are not among them: `first_gpu`
+(tests and benchmarks for the first run on a GPU, each with a time-out) and `step_profile` (the kernels of one step).
 """
