@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import gc
 import os
+import zlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch.fx import config as fx_config
+
+if TYPE_CHECKING:
+    from tests.cuda_double import CudaDouble
 
 # Deterministic cuBLAS needs it before the first CUDA call, or each matmul warns.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -40,6 +45,15 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 10, 10)  # traces make millions of objects that live until they end
+
+
+@pytest.fixture
+def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaDouble]:
+    """The double of `torch.cuda`, in its place; launches run in an order that the test's name decides."""
+    from tests.cuda_double import in_place_of_cuda  # with the package, which tests without it need not load
+
+    with in_place_of_cuda(monkeypatch, zlib.crc32(request.node.name.encode())) as double:
+        yield double
 
 
 @pytest.fixture

@@ -1,8 +1,4 @@
-"""A stand-in for CUDA graphs on a CPU: what a graph would get wrong comes out wrong here too.
-
-A recorded body keeps the very tensors it was recorded with, so that whatever was replaced since is not seen. The pool
-is shared: the outputs of a graph turn to NaN as soon as another one runs.
-"""
+"""A pool of graphs on the double of `torch.cuda` that counts what is asked of it."""
 
 from __future__ import annotations
 
@@ -11,11 +7,11 @@ from typing import Any
 
 import torch
 
-from harmonica_rt.execute.cuda_graphs import Body, Graph, Graphs
+from harmonica_rt.execute.cuda_graphs import Body, CudaPool, Graph, Graphs
 
 
-class StandInPool:
-    """Counts what is asked of it.
+class StandInPool(CudaPool):
+    """The pool of the product over the double, which must be in the place of `torch.cuda`.
 
     Args:
         clock: seconds of each measurement, in turn; None measures nothing.
@@ -23,48 +19,39 @@ class StandInPool:
     """
 
     def __init__(self, clock: list[float] | None = None, *, refuse: bool = False) -> None:
-        self.nbytes = 0
-        self.device = torch.device("cpu")
+        super().__init__(torch.device("cpu"))
         self.warmed = self.recorded = self.replayed = 0
         self._clock = clock or []
         self._refuse = refuse
-        self._in_pool: list[torch.Tensor] = []
 
     def warm_up(self, body: Body) -> tuple[Any, ...]:
-        """Run it."""
+        """Counted."""
         self.warmed += 1
-        return body()
+        return super().warm_up(body)
 
     def record(self, body: Body) -> Graph:
-        """Keep the body; nothing runs while a graph is recorded."""
+        """Counted, unless it is refused."""
         if self._refuse:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        graph = super().record(body)
         self.recorded += 1
-        return _Recorded(self, body)
+        return _Counted(self, graph)
 
     def seconds(self, run: Callable[[], object]) -> float:
         """Run it, and return the next of the given seconds."""
         run()
         return self._clock.pop(0)
 
-    def run(self, body: Body) -> tuple[Any, ...]:
-        """Replay a body; what an earlier graph left in the pool is overwritten first."""
-        self.replayed += 1
-        for tensor in self._in_pool:
-            tensor.fill_(torch.nan)
-        outputs = tuple(o.clone() if isinstance(o, torch.Tensor) else o for o in body())
-        self._in_pool = [o for o in outputs if isinstance(o, torch.Tensor)]
-        return outputs
 
-
-class _Recorded:
-    def __init__(self, pool: StandInPool, body: Body) -> None:
+class _Counted:
+    def __init__(self, pool: StandInPool, graph: Graph) -> None:
         self._pool = pool
-        self._body = body
+        self._graph = graph
 
     def replay(self) -> tuple[Any, ...]:
         """See `Graph.replay`."""
-        return self._pool.run(self._body)
+        self._pool.replayed += 1
+        return self._graph.replay()
 
 
 def graphs_in(pool: StandInPool, *, measured: bool = False) -> Graphs:

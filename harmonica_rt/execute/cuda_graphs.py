@@ -110,7 +110,10 @@ class CudaPool:
             with torch.cuda.stream(stream):
                 outputs = body()
             current.wait_stream(stream)
-            return copies(outputs)  # made on the caller's CUDA stream: the originals belong to the recording one
+            for output in outputs:
+                if isinstance(output, torch.Tensor):  # the caller's now, though the recording stream allocated it
+                    output.record_stream(current)
+            return outputs
 
     def record(self, body: Body) -> Graph:
         """See `Pool.record`. The same thread must have run `body` before: libraries create handles per thread."""

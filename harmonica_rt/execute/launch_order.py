@@ -32,12 +32,13 @@ class LaunchOrder:
     def __init__(self, devices: Iterable[torch.device]) -> None:
         self._devices = tuple(device for device in devices if has_streams(device))
         self._last: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}
+        self._one_stream = True  # whether all turns so far were launched on one CUDA stream per device
 
     def turn(self, held: Callable[[], Iterable[torch.Tensor]]) -> AbstractContextManager[None]:
         """One turn: whatever uses the memory is launched within this block.
 
         Args:
-            held: returns the tensors in use; called only if the CUDA stream is not that of the last turn.
+            held: returns the tensors in use; called only if turns are launched on several CUDA streams.
         """
         return self._turn(held) if self._devices else _NO_TURN
 
@@ -59,7 +60,9 @@ class LaunchOrder:
         if event is None:
             event = torch.cuda.Event()
         elif last != stream:
+            self._one_stream = False
             stream.wait_event(event)
+        if not self._one_stream:  # whatever the last turn used: this one may use other tensors
             for tensor in held():
                 if tensor.device == device:
                     tensor.record_stream(stream)

@@ -1,7 +1,9 @@
 """The parameters and constants of the current run, as the programs of a plan take them.
 
-Hazard: a model's parameters may be replaced between runs or in the middle of one. Programs are bound to tensors, and
-graphs hold their addresses: they see a tensor that was written in place, but not one that was replaced.
+Hazard: a model's parameters may be replaced or moved between runs or in the middle of one. Programs are bound to
+tensors, and graphs hold their addresses. Both see a tensor that was written in place, but programs see none that was
+replaced, and graphs none that was moved. On a GPU a step is launched before the model is checked, so graphs may read
+memory that no tensor has any more: it is kept until the run is over or the move is noticed.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ class ParameterBinding:
     """What the programs of a plan are bound to in the current run.
 
     Args:
-        fetch: returns the model's parameters and buffers by name. The same mapping object means the same tensors,
-            whatever their values.
+        fetch: returns the model's parameters and buffers by name. The same mapping object means the same tensors at the
+            same addresses, whatever their values.
         constants: tensors that tracing made, by name.
         on_addresses: for graphs, which hold addresses: called when a run first uses its parameters, with True if any of
             them has moved. None without graphs.
@@ -45,6 +47,7 @@ class ParameterBinding:
         self._checked = False  # in this run
         self._bound: dict[Bindable, tuple[Any, ...]] = {}
         self._addresses: tuple[Any, ...] = ()
+        self._kept: tuple[torch.UntypedStorage, ...] = ()  # memory that graphs read in this run
 
     def begin_run(self) -> None:
         """A run begins: parameters are fetched anew at their first use."""
@@ -52,6 +55,12 @@ class ParameterBinding:
         if self._fetch() is not self._parameters:
             self._bound.clear()  # first, or after an interruption here stale tensors would pass for current
             self._parameters = {}  # or a plan that is not used again would keep replaced parameters alive
+            self._kept = ()
+
+    def end_run(self) -> None:
+        """The run is over: keep no memory that the model has given up."""
+        self._checked = False
+        self._kept = ()
 
     def of(self, program: Bindable) -> tuple[Any, ...]:
         """The parameters and constants of `program`, as the model holds them in this run."""
@@ -78,3 +87,4 @@ class ParameterBinding:
         )
         self._on_addresses(bool(self._addresses) and addresses != self._addresses)
         self._addresses = addresses
+        self._kept = tuple(tensor.untyped_storage() for tensor in (*parameters.values(), *self._constants.values()))

@@ -53,6 +53,7 @@ class PlanStream:
 
     def end(self) -> None:
         """See `Stream.end`."""
+        self.parameters.end_run()
         if self._prologue is not None:
             with self._launches.turn(self._tensors):
                 self._prologue.end()

@@ -110,6 +110,10 @@ class TensorNote:
         """Whether `tensors` are the noted ones, in the same order."""
         return same_objects(self._tensors, tensors)
 
+    def has_moved_since(self, other: TensorNote) -> bool:
+        """Whether the same tensors lay elsewhere when `other` was made."""
+        return self._addresses != other._addresses
+
     def same_as(self, other: TensorNote) -> bool:
         """Whether `other` notes the same tensors, not written to in between; they may have moved."""
         return same_objects(self._tensors, other._tensors) and self._versions == other._versions

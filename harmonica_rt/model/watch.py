@@ -64,7 +64,7 @@ class ModelWatch:
         self._own_forward: Any = None
 
     def live_tensors(self) -> dict[str, torch.Tensor]:
-        """The model's parameters and buffers by name, as of the last look; the same dict while none was replaced."""
+        """The model's parameters and buffers by name, as of the last look; a new dict if one was replaced or moved."""
         if self._current is None:
             self.look()
         return self._tensors
@@ -151,10 +151,11 @@ class ModelWatch:
         """Earlier facts that equal `now`, or `now` itself if there are none. Notes the current tensors and forward."""
         self._own_forward = _innermost(self._model)
         tensors = named_tensors(self._model)
-        held = self._tensors
-        if tensors.keys() != held.keys() or not same_objects(tensors.values(), held.values()):
+        held, before = self._tensors, self._note
+        self._note = TensorNote([*tensors.values(), *now.tensors])
+        replaced = tensors.keys() != held.keys() or not same_objects(tensors.values(), held.values())
+        if replaced or self._note.has_moved_since(before):
             self._tensors = tensors
-        self._note = TensorNote([*self._tensors.values(), *now.tensors])
         facts = next((known for known in self._known if known.same_as(now)), now)
         self._known = [*(known for known in self._known if known is not facts), facts][-KNOWN_STATES:]
         return facts

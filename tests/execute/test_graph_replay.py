@@ -1,4 +1,4 @@
-"""Graphs of step programs, by the stand-in: static inputs, replay, what is recorded when, and what is refused."""
+"""Graphs of step programs, on the double of CUDA: static inputs, replay, what is recorded when, what is refused."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ from harmonica_rt.schedule import Schedule
 from tests.models import Stack, random_schedule, stack, stack_call
 from tests.stand_in import StandInPool, graphs_in
 
+pytestmark = pytest.mark.usefixtures("cuda")
+
 STEPS = 6
 
 
 def compiled_with(
     model: torch.nn.Module, schedule: Schedule, pool: StandInPool, *, lowering: str = "plain", measured: bool = False
 ) -> CompiledModel:
-    """A model compiled as `hrt.compile` does, with graphs of the stand-in."""
+    """A model compiled as `hrt.compile` does, with a pool that counts."""
     graphs = graphs_in(pool, measured=measured)
     options = CompileOptions(lowering=lowering, strict=True, max_plans=4, debug=True)
     engine = PlannedEngine(model, schedule, options, graphs)

@@ -1,4 +1,4 @@
-"""The prologue as a graph, by the stand-in: what it reads lies still, and what it gives is that of the run at hand."""
+"""The prologue as a graph, on the double of CUDA: what it reads lies still, what it gives is of the run at hand."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from tests.execute.test_graph_replay import close, compiled_with
 from tests.models import random_schedule, stack, stack_call
 from tests.sampling.loops import conditioned
 from tests.stand_in import StandInPool
+
+pytestmark = pytest.mark.usefixtures("cuda")
 
 STEPS = 5
 KEY = tuple(900.0 - 100 * step for step in range(STEPS))
@@ -68,7 +70,7 @@ def _request(calls: Calls) -> dict[str, Tensor]:
 
 
 class Case:
-    """A compiled model over the stand-in, beside its reference."""
+    """A compiled model with a pool of the stand-in, beside its reference."""
 
     def __init__(self, model: nn.Module, calls_of: Callable[..., Calls]) -> None:
         self.model = model

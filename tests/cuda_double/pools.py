@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 
-from tests.cuda_streams import DoubleStream
+from tests.cuda_double.streams import DoubleStream
 
 
 class Pools:
