@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import torch
 
 from harmonica_rt.execute.forecast import Forecast, Timesteps
 from harmonica_rt.execute.graph_memory import GraphMemory
@@ -64,6 +66,10 @@ class GraphedPrologue:
             RunError: they are not those that it was computed with.
         """
         self._forecast.end()
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """The tensors that it keeps between calls, besides those of its memory."""
+        yield from self._forecast.tensors()
 
     def _begin_request(self, foreseen: Timesteps | None) -> None:
         """Compute the values of the request, and those of all its steps where their timesteps are foreseen."""

@@ -22,7 +22,7 @@ from harmonica_rt.lower.faster_of_two import Faster
 from harmonica_rt.lower.plain import Program
 
 
-class GraphedStream(PlanStream):
+class GraphedStream(PlanStream[GraphedPrologue]):
     """A stream that replays one graph per step.
 
     Args:
@@ -43,21 +43,13 @@ class GraphedStream(PlanStream):
         debug: bool,
     ) -> None:
         # none for the base class: `_run` here prepares and loads a `GraphedPrologue`, which has another interface
-        super().__init__(lowered, parameters, launches, buffers, None, debug=debug)
-        self._graphed_prologue = prologue
+        super().__init__(lowered, parameters, launches, buffers, prologue, debug=debug)
         self._memory = memory
 
     def begin(self) -> None:
         """See `Stream.begin`."""
         self._memory.leaves.begin()
-        if self._graphed_prologue is not None:
-            self._graphed_prologue.begin()
-
-    def end(self) -> None:
-        """See `Stream.end`."""
-        if self._graphed_prologue is not None:
-            with self._launches.turn(self._tensors):
-                self._graphed_prologue.end()
+        super().begin()
 
     def _tensors(self) -> Iterator[torch.Tensor]:
         yield from super()._tensors()
@@ -67,8 +59,8 @@ class GraphedStream(PlanStream):
         memory = self._memory
         memory.leaves.put(call.leaves)
         memory.counter.begin(step)
-        if self._graphed_prologue is not None:
-            self._graphed_prologue.prepare(step)
+        if self._prologue is not None:
+            self._prologue.prepare(step)
         program, slots = self._program(step, catch_up=catch_up)
         bound = self.parameters.of(program)  # first: if parameters have moved, this drops the graphs
         if catch_up:
@@ -97,8 +89,8 @@ class GraphedStream(PlanStream):
     def _launch(self, program: Program, bound: tuple[Any, ...], slots: StepSlots) -> tuple[Any, ...]:
         """Launch what computes the step that the counter holds."""
         memory = self._memory
-        if self._graphed_prologue is not None:
-            self._graphed_prologue.load()
+        if self._prologue is not None:
+            self._prologue.load()
         given = [memory.hoisted.tensors[name] for name in program.step.hoisted]
         outputs = program(bound, memory.leaves.tensors, *slots, given)
         memory.counter.advance()

@@ -73,7 +73,7 @@ class ParameterBinding:
 
     def _check(self) -> None:
         """Fetch the parameters of this run, and tell graphs whether any have moved."""
-        self._checked = True
+        is_first, self._checked = not self._checked, True
         parameters = self._fetch()
         if parameters is not self._parameters:
             self._bound.clear()
@@ -85,6 +85,8 @@ class ParameterBinding:
             # recording reads constants on the CPU by value, so writing to one counts as a move
             *((c.data_ptr(), c._version if c.device.type == "cpu" else 0) for c in self._constants.values()),
         )
-        self._on_addresses(bool(self._addresses) and addresses != self._addresses)
+        moved = bool(self._addresses) and addresses != self._addresses
+        if is_first or moved:
+            self._on_addresses(moved)
         self._addresses = addresses
         self._kept = tuple(tensor.untyped_storage() for tensor in (*parameters.values(), *self._constants.values()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -16,6 +17,7 @@ from harmonica_rt.execute.graph_memory import GraphMemory
 from harmonica_rt.execute.graphed_prologue import GraphedPrologue
 from harmonica_rt.execute.graphed_stream import GraphedStream
 from harmonica_rt.execute.launch_order import LaunchOrder
+from harmonica_rt.execute.launched_stream import LaunchedStream
 from harmonica_rt.execute.lowered_plan import LoweredPlan
 from harmonica_rt.execute.parameter_binding import ParameterBinding, Parameters
 from harmonica_rt.execute.plan_stream import PlanStream
@@ -82,7 +84,7 @@ class PlanRuntime:
         self.arenas.begin_run()
         self.parameters.begin_run()
 
-    def new_stream(self) -> PlanStream:
+    def new_stream(self) -> PlanStream[Any]:
         """A stream with arenas of its own."""
         key = ForecastKey(self._run, self.arenas.lent)
         memory = self.arenas.lend()
@@ -97,7 +99,7 @@ class PlanRuntime:
             return GraphedStream(*given, values, memory=graphed, debug=self._debug)
         forecast = Forecast(self.forecasts, key, comparable=self.lowered.takes_inputs_on_cpu)
         own = StreamPrologue(prologue, self.parameters.of, forecast) if prologue is not None else None
-        return PlanStream(*given, own, debug=self._debug)
+        return LaunchedStream(*given, own, debug=self._debug)
 
 
 def _pool(graphs: Graphs | None, device: torch.device, parameters: Parameters) -> Pool | None:

@@ -1,9 +1,10 @@
-"""A stream: runs step programs on one set of slots and on the values hoisted for them, operator by operator."""
+"""What every stream of a plan has: slots, parameters, a prologue, and turns on the memory that outlives a call."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -12,12 +13,31 @@ from harmonica_rt.execute.launch_order import LaunchOrder
 from harmonica_rt.execute.lowered_plan import LoweredPlan
 from harmonica_rt.execute.parameter_binding import ParameterBinding
 from harmonica_rt.execute.slot_buffers import SlotBuffers, StepSlots
-from harmonica_rt.execute.stream_prologue import StreamPrologue
 from harmonica_rt.indices import StepIndex
 from harmonica_rt.lower.plain import Program
 
 
-class PlanStream:
+class HoistedInRun(Protocol):
+    """The hoisted values of one stream in one run."""
+
+    def begin(self) -> None:
+        """The next call belongs to another request."""
+
+    def end(self) -> None:
+        """The run is over: learn its timesteps.
+
+        Raises:
+            RunError: the run was computed with other timesteps.
+        """
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """The tensors that it keeps between calls."""
+
+
+H = TypeVar("H", bound=HoistedInRun)
+
+
+class PlanStream(ABC, Generic[H]):
     """A stream of a plan; see `harmonica_rt.engine.Stream`.
 
     Args:
@@ -35,7 +55,7 @@ class PlanStream:
         parameters: ParameterBinding,
         launches: LaunchOrder,
         buffers: SlotBuffers,
-        prologue: StreamPrologue | None,
+        prologue: H | None,
         *,
         debug: bool,
     ) -> None:
@@ -66,17 +86,15 @@ class PlanStream:
                 self.buffers.poison_dead(step)
         return self.lowered.nested(outputs)
 
+    @abstractmethod
+    def _run(self, step: StepIndex, call: Call, *, catch_up: bool) -> tuple[Any, ...]:
+        """Launch a step; return the flat outputs."""
+
     def _tensors(self) -> Iterator[torch.Tensor]:
         """The tensors that outlive a call, each storage at least once."""
         yield from self.buffers.arenas.values()
         if self._prologue is not None:
             yield from self._prologue.tensors()
-
-    def _run(self, step: StepIndex, call: Call, *, catch_up: bool) -> tuple[Any, ...]:
-        hoisted = self._prologue.at(step, call) if self._prologue is not None else {}
-        program, slots = self._program(step, catch_up=catch_up)
-        given = [hoisted[name] for name in program.step.hoisted]
-        return program(self.parameters.of(program), call.leaves, *slots, given)
 
     def _program(self, step: StepIndex, *, catch_up: bool) -> tuple[Program, StepSlots]:
         """The program of a step, and the slots that it reads and writes."""

@@ -98,7 +98,7 @@ class PlannedEngine:
         known = self._state if self.looks_late and not self._changed_before_run else None
         if known is None:
             self._look()
-        self.watch.begin_run()
+        self.watch.begin_run(look=False)
         self._new_states.begin_run()
         self.cache.begin_run(key)
         return known

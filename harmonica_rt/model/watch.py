@@ -85,8 +85,14 @@ class ModelWatch:
         """Whether a model with these facts would be recognised."""
         return any(known is facts for known in self._known)
 
-    def begin_run(self) -> None:
-        """Drop all states but the current one: no stream of theirs is left. Their facts are still recognised."""
+    def begin_run(self, *, look: bool = True) -> None:
+        """Drop all states but the current one: no stream of theirs is left. Their facts are still recognised.
+
+        Args:
+            look: look at the model first; without, the current state is that of the last look.
+        """
+        if look:
+            self.look()
         self._states = [self._current] if self._current is not None else []
 
     def accept(self) -> None:

@@ -17,7 +17,7 @@ from harmonica_rt.reference_engine import ReferenceStream
 
 
 def first_divergent_site(
-    planned: PlanStream,
+    planned: PlanStream[Any],
     reference: ReferenceStream,
     higher: ReferenceStream | None,
     step: StepIndex,

@@ -33,7 +33,7 @@ class CudaDouble(TorchDispatchMode):
         self.faults: list[str] = []
         self.graphs = Graphs()
         self.host: Seen = Counter()  # what the host waited for
-        self.queue = Queue(seed)
+        self.queue = Queue(seed, self.faults)
         self.memories = Memories()
         self.all_streams = Streams(lambda: DoubleStream(self.queue, self.calls, self.host))
         self.pools = Pools()

@@ -18,7 +18,6 @@ from harmonica_rt.execute import graph_replay
 from harmonica_rt.execute.planned_engine import PlannedEngine
 from harmonica_rt.indices import StepIndex
 from harmonica_rt.lower.cuda_graph_rules import obstacle
-from harmonica_rt.lower.faster_of_two import Faster
 from harmonica_rt.options import CompileOptions
 from harmonica_rt.schedule import Schedule
 from tests.models import Stack, random_schedule, stack, stack_call
@@ -118,41 +117,6 @@ def test_a_graph_that_is_slower_is_dropped(model: Stack, graph_seconds: float, k
     assert (not runtime.arenas.graphs[0].refusals) == kept
     if not kept:
         assert "a graph is slower" in str(next(iter(runtime.arenas.graphs[0].refusals.values())))
-
-
-@pytest.mark.parametrize(("regions", "whole"), [(1.0, 2.0), (2.0, 1.0)])
-def test_of_two_programs_the_one_whose_graph_is_faster_stays(model: Stack, regions: float, whole: float) -> None:
-    schedule = Schedule.all_compute(steps=STEPS, sites=hrt.find_sites(model))
-    pool = StandInPool([regions] * graph_replay.ROUNDS + [whole] * graph_replay.ROUNDS)
-    compiled, truth = compiled_with(model, schedule, pool, lowering="inductor"), hrt.reference(model, schedule)
-    assert all(close(outputs(compiled, seed), outputs(truth, seed)) for seed in range(2))
-    (runtime,) = compiled.plans.values()
-    (program,) = runtime.lowered.lowering.programs
-    assert isinstance(program, Faster)
-    assert program.seconds == (regions, whole)
-    assert program.chosen is (program.first if regions < whole else program.second)
-
-
-def test_a_program_whose_graph_cannot_be_recorded_is_not_chosen(model: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    schedule = Schedule.all_compute(steps=STEPS, sites=hrt.find_sites(model))
-    pool = StandInPool([1.0] * graph_replay.ROUNDS)
-    compiled, truth = compiled_with(model, schedule, pool, lowering="inductor"), hrt.reference(model, schedule)
-    compiled(**stack_call(0))
-    (runtime,) = compiled.plans.values()
-    (program,) = runtime.lowered.lowering.programs
-    assert isinstance(program, Faster)
-    record, bodies = pool.record, []
-
-    def refuse_the_first_program(body: Any) -> Any:
-        bodies.append(body)
-        if len(bodies) == 3:  # after the prologues of the request and of a step
-            raise RuntimeError("operation not permitted when stream is capturing")
-        return record(body)
-
-    monkeypatch.setattr(pool, "record", refuse_the_first_program)
-    assert close(outputs(compiled), outputs(truth))
-    assert program.chosen is program.second
-    assert not runtime.arenas.graphs[0].refusals
 
 
 def test_what_cannot_be_recorded_runs_without_and_says_why(model: Stack) -> None:

@@ -38,7 +38,7 @@ def test_a_corrupted_slot_of_a_pipeline_is_named(
     schedule = Schedule.every(2, steps=STEPS, sites=find_sites(pipeline.transformer))
     original = PlanStream.run
 
-    def corrupting(self: PlanStream, now: Any, call: Any, *, catch_up: bool) -> Any:
+    def corrupting(self: PlanStream[Any], now: Any, call: Any, *, catch_up: bool) -> Any:
         output = original(self, now, call, catch_up=catch_up)
         if now == step - 1:
             slots = {s.value.output.site: s.id for s in self.lowered.plan.table.slots if s.value.first == now}

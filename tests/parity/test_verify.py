@@ -90,7 +90,7 @@ def test_a_corrupted_slot_is_named_in_the_step_that_reads_it(monkeypatch: pytest
 
     original = PlanStream.run
 
-    def corrupting(self: PlanStream, step: Any, call: Any, *, catch_up: bool) -> Any:
+    def corrupting(self: PlanStream[Any], step: Any, call: Any, *, catch_up: bool) -> Any:
         output = original(self, step, call, catch_up=catch_up)
         if step == 0:
             self.buffers.slots[SlotId(3)].add_(1.0)
