@@ -27,13 +27,13 @@ def launches(program: Program, *, direct: bool) -> Counter[str]:
     """Launches of a program by the names of their operators; `direct` as for `Program`."""
     found: Counter[str] = Counter()
     for node in program.step.graph.nodes:
-        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and _makes_memory(node):
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and makes_memory(node):
             found[node.target._schema.name.split("::")[1]] += 1
     copies = with_stores(program.step, direct=direct).find_nodes(op="call_method", target="copy_")
     return found + Counter(store=len(copies))
 
 
-def _makes_memory(node: fx.Node) -> bool:
+def makes_memory(node: fx.Node) -> bool:
     """Whether a node's result lies in memory of its own."""
     arguments = _storages(map(value_of, node.all_input_nodes))
     return not arguments or arguments.isdisjoint(_storages([_result(node)]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +18,10 @@ from tests.fake_cuda.gpu import FakeGpu
 from tests.fake_cuda.launches import launches
 from tests.fake_cuda.valued import DEVICE
 
-STEPS = 4
+STEPS = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Planned:
     """A model on `cuda:0`, and its plan under `Schedule.every(2)`: a step in full, a step that reuses every site."""
 
@@ -30,6 +31,7 @@ class Planned:
     plan: Plan
     roles: tuple[Role, ...]
 
+    @functools.cache  # noqa: B019  # tests end with their process
     def lowered(self, lowering: str) -> LoweredPlan:
         return LoweredPlan(self.plan, self.roles, lowering)
 

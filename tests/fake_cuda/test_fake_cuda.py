@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="compiles a few lines of C++")
-@pytest.mark.parametrize("tests", ["families", "classes"])
+@pytest.mark.parametrize("tests", ["families", "classes", "inductor"])
 def test_on_fake_cuda(tests: str, request: pytest.FixtureRequest) -> None:
     marks = request.config.getoption("-m")
     done = subprocess.run(
