@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import diffusers
 import pytest
 import torch
 
+from harmonica_rt.execute.cuda_graphs import Graphs
 from tests.fake_cuda import guard
 from tests.fake_cuda.gpu import FakeGpu
 from tests.fake_cuda.planned import Planned, planned
+from tests.fake_cuda.runs import run
+from tests.fake_cuda.valued import DEVICE
+from tests.stand_in import StandInPool
 from tests.zoo.entry import TINY, calls_of, model_of
 from tests.zoo.table import REPRESENTATIVES, ZOO
 
@@ -30,6 +36,32 @@ def test_a_class_of_each_kind(name: str) -> None:
     for lowering in ("plain", "fused"):
         reasons = {reason.partition(") ")[2] for reason in found.refusals(lowering)}
         assert reasons == REFUSED.get(name, set())
+
+
+@pytest.fixture
+def autocast() -> Iterator[None]:
+    """Autocast to bf16 on CUDA. `torch.autocast` refuses without a GPU."""
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", True)
+    yield
+    torch.set_autocast_enabled("cuda", False)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_autocast(autocast: None) -> None:
+    """Its casts are those of CUDA, in the trace, in single steps and in the prologue of all steps."""
+    name = "DiTTransformer2DModel"
+    gpu, model = FakeGpu(), model_of(name, ZOO[name].config)
+    arguments = calls_of(ZOO[name], model, TINY, 1)[0]
+    found = planned(gpu, gpu.move(model), arguments)
+    linear = found.plan.captured.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    assert {node.meta["val"].dtype for node in linear} == {torch.bfloat16}
+    for lowering in ("plain", "fused"):
+        assert found.refusals(lowering) == []
+        pool = StandInPool()
+        pool.device = DEVICE
+        (output,) = run(gpu, found.lowered(lowering), model, arguments, Graphs(lambda device: pool, measured=False))
+        assert (output.device, output.dtype) == (DEVICE, torch.bfloat16)
 
 
 def dit_xl(layers: int) -> Planned:
