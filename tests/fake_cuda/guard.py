@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("guard.cpp")
+FOLDER = Path(__file__).parents[2] / "build" / "fake_cuda"
 
 
 def load() -> None:
@@ -24,14 +25,13 @@ def load() -> None:
 
 
 def _built() -> Path:
-    """The compiled guard for this release of torch: made once (2 seconds), then found in the folder for caches."""
+    """The compiled guard for this release of torch, made once (some seconds) and kept in `build/`."""
     torch_folder = Path(torch.__file__).parent
     key = hashlib.sha256(f"{torch.__version__} {torch_folder} {SOURCE.read_text()}".encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / f"harmonica-fake-cuda-{os.getuid()}"
-    library = folder / f"guard-{key}.so"
+    library = FOLDER / f"guard-{key}.so"
     if not library.exists():
-        folder.mkdir(mode=0o700, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=FOLDER) as scratch:
             unfinished = Path(scratch) / library.name
             paths = ("-I", torch_folder / "include", "-L", torch_folder / "lib")
             command = (

@@ -8,13 +8,12 @@ import diffusers
 import pytest
 import torch
 
-from harmonica_rt.execute.cuda_graphs import Graphs
 from tests.fake_cuda import guard
 from tests.fake_cuda.gpu import FakeGpu
 from tests.fake_cuda.planned import Planned, planned
 from tests.fake_cuda.runs import run
 from tests.fake_cuda.valued import DEVICE
-from tests.stand_in import StandInPool
+from tests.stand_in import StandInPool, graphs_in
 from tests.zoo.entry import TINY, calls_of, model_of
 from tests.zoo.table import REPRESENTATIVES, ZOO
 
@@ -60,7 +59,7 @@ def test_autocast(autocast: None) -> None:
         assert found.refusals(lowering) == []
         pool = StandInPool()
         pool.device = DEVICE
-        (output,) = run(gpu, found.lowered(lowering), model, arguments, Graphs(lambda device: pool, measured=False))
+        (output,) = run(gpu, found.lowered(lowering), model, arguments, graphs_in(pool))
         assert (output.device, output.dtype) == (DEVICE, torch.bfloat16)
 
 

@@ -8,7 +8,6 @@ import pytest
 from torch import nn
 
 from harmonica_rt.call.call import CallConvention
-from harmonica_rt.execute.cuda_graphs import Graphs
 from harmonica_rt.execute.slot_buffers import SlotBuffers
 from harmonica_rt.graph.facts import device_of
 from tests.fake_cuda import guard
@@ -16,7 +15,7 @@ from tests.fake_cuda.gpu import FakeGpu
 from tests.fake_cuda.planned import STEPS, Planned, planned
 from tests.fake_cuda.runs import run
 from tests.fake_cuda.valued import DEVICE
-from tests.stand_in import StandInPool
+from tests.stand_in import StandInPool, graphs_in
 from tests.tiny import built, families
 
 guard.load()
@@ -80,9 +79,8 @@ def test_runs(family: tuple[str, Planned], lowering: str, graphs: bool) -> None:
     _, found = family
     pool = StandInPool()
     pool.device = DEVICE
-    make = Graphs(lambda device: pool, measured=False) if graphs else None
     lowered = found.lowered(lowering)
-    outputs = run(found.gpu, lowered, found.model, found.arguments, make)
+    outputs = run(found.gpu, lowered, found.model, found.arguments, graphs_in(pool) if graphs else None)
     expected = [node.meta["val"] for node in found.plan.captured.output.args[0]]
     assert [(o.device, o.shape, o.dtype) for o in outputs] == [(DEVICE, e.shape, e.dtype) for e in expected]
     batches = lowered.prologue is not None and bool(lowered.prologue.each.part.results)

@@ -47,7 +47,7 @@ def model_on_the_gpu(name: str) -> Planned:
 
 def launches_of_code(code: str) -> int:
     """Triton kernels, products and fallbacks in the code that Inductor wrote for one region."""
-    return len(LAUNCH.findall(code[code.index("def call(") : code.index("runner = Runner(")]))
+    return len(LAUNCH.findall(code[code.index("def call(") : code.index("def benchmark_compiled_module(")]))
 
 
 def launches_of_program(program: RegionProgram, regions: dict[str, int]) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 import triton
 
 SOURCE = Path(__file__).with_name("stub_libcuda.c")
-FOLDER = Path(tempfile.gettempdir()) / f"harmonica-stub-driver-{os.getuid()}"
+FOLDER = Path(__file__).parents[2] / "build" / "stub_driver"
 CAPABILITY = (9, 0)
 MOST_PARAMETERS = 512
 
@@ -116,10 +116,10 @@ def _section(elf: bytes, wanted: str) -> bytes:
 
 
 def _built() -> Path:
-    """The folder of the compiled stub, under both names that linkers look for; made once."""
+    """The folder of the compiled stub, under both names that linkers look for; made once and kept in `build/`."""
     folder = FOLDER / hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
     if not folder.exists():
-        FOLDER.mkdir(mode=0o700, exist_ok=True)
+        FOLDER.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=FOLDER) as scratch:
             unfinished = Path(scratch) / "made"
             unfinished.mkdir()
