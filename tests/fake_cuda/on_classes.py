@@ -85,4 +85,4 @@ def test_launches_of_dit_xl() -> None:
 def test_launches_of_all_of_dit_xl() -> None:
     full, partial = dit_xl(28).launches("fused")
     assert full <= DIT_XL
-    assert partial <= 5
+    assert partial <= 8  # of 56 residuals, 16 are added up in one launch
