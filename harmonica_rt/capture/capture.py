@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from harmonica_rt.call.call import Call
 from harmonica_rt.capture.captured_graph import CapturedGraph, Placeholders
+from harmonica_rt.capture.closed_values import fold_closed_values
 from harmonica_rt.capture.one_thread import import_tracer
 from harmonica_rt.capture.request_values import request_values_of
 from harmonica_rt.capture.shared_draws import SharedDraws
@@ -62,15 +63,17 @@ def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph
             raise CaptureError(CaptureFailure(Obstacle.EXPORT, detail))
         exported.graph.eliminate_dead_code()
     columns = site_columns(model, sites)
+    site_outputs = find_site_outputs(exported.graph, sites, lambda path: columns.get(without_call_suffix(path)))
+    kept = {node for nodes in site_outputs for node in nodes}
     return CapturedGraph(
         graph=exported.graph,
         root=exported.graph_module,
         parameters=placeholders.parameters,
-        constants=placeholders.constants,
+        constants=fold_closed_values(exported.graph, placeholders.constants, kept),
         inputs=placeholders.inputs,
         out_spec=out_spec,
         sites=tuple(sites),
-        site_outputs=find_site_outputs(exported.graph, sites, lambda path: columns.get(without_call_suffix(path))),
+        site_outputs=site_outputs,
         seconds=time.perf_counter() - started,
         request_values=found,
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from harmonica_rt.graph.facts import value_of
 from harmonica_rt.lower.hoist import Part, Prologue
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,9 @@ class LoweredPrologue:
         self.prologue = prologue
         self.once = LoweredPart(prologue.once, root)
         self.each = LoweredPart(prologue.each, root)
+        # A batched linear layer adds its bias outside of what autocast casts, so its result is wider than in one step.
+        results: Any = prologue.each.graph.output_node().args[0]
+        self._dtypes = [value_of(node).dtype for node in results]
         self.batches = True
         self._has_batched = False
 
@@ -73,7 +77,7 @@ class LoweredPrologue:
             *(None for _ in given),
         )
         try:
-            values = tuple(torch.vmap(self.each.run, in_dims=dims)(*bound, *inputs, *given))
+            batched = torch.vmap(self.each.run, in_dims=dims)(*bound, *inputs, *given)
         except (RuntimeError, NotImplementedError) as error:  # raised by an operator without a batching rule
             if self._has_batched or isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -81,4 +85,4 @@ class LoweredPrologue:
             self.batches = False
             return None
         self._has_batched = True
-        return values
+        return tuple(value.to(dtype) for value, dtype in zip(batched, self._dtypes, strict=True))

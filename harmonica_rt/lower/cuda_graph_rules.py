@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from harmonica_rt.graph.facts import device_of
+from harmonica_rt.graph.facts import arguments_of, device_of
 from harmonica_rt.model.training_mode import draws_numbers
 from harmonica_rt.plan.step_graph import TabledGraph
 
@@ -62,7 +62,7 @@ def _reason(node: fx.Node, devices: list[torch.device]) -> str | None:
     tags: Any = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else ()
     if torch.Tag.data_dependent_output in tags:
         return "waits for a value"
-    if torch.Tag.dynamic_output_shape in tags and not _indexes_by_position(node):
+    if torch.Tag.dynamic_output_shape in tags and not (_indexes_by_position(node) or _counts_classes(node)):
         return "has a size that depends on values"
     if draws_numbers(node):
         return "draws random numbers (is a dropout on?)"
@@ -82,3 +82,8 @@ def _indexes_by_position(node: fx.Node) -> bool:
         return False
     indices: Any = node.args[1]
     return all(index is None or index.meta["val"].dtype is not torch.bool for index in indices)
+
+
+def _counts_classes(node: fx.Node) -> bool:
+    """Whether a node is `one_hot` with its number of classes given; without it, the largest index decides."""
+    return node.target is torch.ops.aten.one_hot.default and bool(arguments_of(node)["num_classes"] != -1)

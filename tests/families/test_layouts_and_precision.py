@@ -59,6 +59,21 @@ def test_channels_last_stays(lowering: str) -> None:
     assert [a.stride() for a in got] == [b.stride() for b in expected]
 
 
+@pytest.mark.parametrize("lowering", ["plain", "fused"])
+def test_under_autocast_every_run_is_within_twice_the_error_of_eager(lowering: str) -> None:
+    """The first run computes hoisted values step by step, the others all at once."""
+    model, calls = model_and_calls(torch.float32)
+    schedule = random_schedule(model, STEPS)
+    reference, compiled = hrt.reference(model, schedule), hrt.compile(model, schedule, lowering=lowering, strict=True)
+    truth = torch.stack(run(reference, calls))
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = torch.stack(run(reference, calls))
+        found = [torch.stack(run(compiled, calls)) for _ in range(3)]
+    for each in found:
+        assert each.dtype is eager.dtype
+        assert (each - truth).norm() <= 2 * (eager - truth).norm()
+
+
 class Operators(TorchDispatchMode):
     """Counts the operators that run, by name."""
 

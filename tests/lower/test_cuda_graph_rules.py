@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from harmonica_rt import Schedule, find_sites
@@ -11,7 +12,7 @@ from harmonica_rt.call.call import CallConvention
 from harmonica_rt.capture.capture import capture
 from harmonica_rt.lower.cuda_graph_rules import obstacle
 from harmonica_rt.plan.plan import build_plan
-from harmonica_rt.plan.step_graph import StepGraph
+from harmonica_rt.plan.step_graph import StepGraph, TabledGraph
 from tests.models import stack, stack_call
 
 FIRST, SECOND = torch.device("cuda:0"), torch.device("cuda:1")
@@ -51,3 +52,16 @@ def test_a_model_over_two_gpus_is(step: StepGraph) -> None:
 def test_another_gpu_than_the_pools_is(step: StepGraph) -> None:
     move(step, SECOND)
     assert "lies on cuda:1, other values on cuda:0" in str(obstacle(step, FIRST))
+
+
+@pytest.mark.parametrize(("classes", "refused"), [((7,), False), ((), True)], ids=["given", "counted"])
+def test_one_hot_needs_its_number_of_classes(classes: tuple[int, ...], refused: bool) -> None:
+    graph = fx.Graph()
+    labels = graph.placeholder("labels")
+    hot = graph.call_function(torch.ops.aten.one_hot.default, (labels, *classes))
+    graph.output((hot,))
+    with FakeTensorMode():
+        labels.meta["val"] = torch.empty(2, dtype=torch.int64, device=FIRST)
+        hot.meta["val"] = torch.empty(2, 7, dtype=torch.int64, device=FIRST)
+    reason = obstacle(TabledGraph(graph, (), (), (0,)), FIRST)
+    assert (reason is not None) is refused
