@@ -26,13 +26,13 @@ def norm_rotary(
     eps: float = 1e-5,
     interleaved: bool = True,
 ) -> list[torch.Tensor]:
-    """out = rotate(norm(x) * weight + bias) for every part x; results are joined from parts, as the queries of a joint
-    attention are from those of text and image.
+    """out = rotate(norm(x) * weight + bias) for every part x, with the parts of each result joined.
 
-    norm is RMSNorm (arXiv 1910.07467), x / sqrt(mean(x^2) + eps); LayerNorm, (x - mean) / sqrt(var + eps) with the
-    biased variance; or none. rotate is the rotary embedding (arXiv 2104.09864): of each pair (a, b) in a row,
-    (a cos_a - b sin_a, b cos_b + a sin_b). Pairs are neighbours if `interleaved`, else b is half a row after a. All
-    parts, such as queries and keys, take one pass over memory and, on CUDA, one launch.
+    This is what becomes of queries and keys between their projections and the attention; those of a joint attention are
+    joined from those of text and image. norm is RMSNorm (arXiv 1910.07467), x / sqrt(mean(x^2) + eps); LayerNorm,
+    (x - mean) / sqrt(var + eps) with the biased variance; or none. rotate is the rotary embedding (arXiv 2104.09864),
+    of each pair (a, b) in a row, (a cos_a - b sin_a, b cos_b + a sin_b). Pairs are neighbours if `interleaved`, else b
+    is half a row after a. All parts take one pass over memory and, on CUDA, one launch.
 
     Arithmetic is fp32 for bf16 and fp16 (fp64 for fp64), rounded once to the dtype of the parts. Inference only: there
     is no gradient formula, and autograd warns if it has to differentiate through the op.

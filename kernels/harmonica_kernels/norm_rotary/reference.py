@@ -12,8 +12,8 @@ from harmonica_kernels.norm_rotary.operands import Operands, Settings
 def norm_rotary_reference(*given: Any, **named: Any) -> list[torch.Tensor]:
     """Each part normed and rotated, and the parts of each result joined along `dim`.
 
-    Arithmetic is fp32 for half types (fp64 for fp64), with one downcast at the end. It takes the `Operands`, in order or
-    by name, and the `Settings` by name; shapes, dtypes and errors are those of `harmonica_kernels.norm_rotary`.
+    Arithmetic is fp32 for half types (fp64 for fp64), with one downcast at the end. It takes the `Operands`, in order
+    or by name, and the `Settings` by name; shapes, dtypes and errors are those of `harmonica_kernels.norm_rotary`.
     """
     settings = Settings(**{name: named.pop(name) for name in Settings._fields if name in named})
     operands = Operands.checked(settings, *given, **named)
