@@ -104,7 +104,7 @@ def _complex(node: fx.Node) -> Rotation | None:
     product = _reshaped(node, aten.view_as_real.default)
     for bound in matches(COMPLEX_PRODUCT, product) if product is not None else ():
         pairs, table = bound["pairs"], bound["table"]
-        if pairs.target is not aten.view_as_complex.default or value_of(table).is_conj():
+        if pairs.target is not aten.view_as_complex.default or not _has_parts(value_of(table)):
             continue
         source = pairs.args[0]
         if source.target in RESHAPES:
@@ -112,6 +112,11 @@ def _complex(node: fx.Node) -> Rotation | None:
             if value_of(x).shape == value_of(node).shape and splits(source, value_of(x).shape, interleaved=True):
                 return Rotation(x, table, None, True)
     return None
+
+
+def _has_parts(table: torch.Tensor) -> bool:
+    """Whether the real and imaginary parts of a table lie in memory."""
+    return table.is_complex() and not table.is_conj()
 
 
 def _reshaped(node: fx.Node, target: Any) -> fx.Node | None:

@@ -72,7 +72,7 @@ def _launch(
     places: dict[str, list[Place | None]] = {}
     for name in ("parts", "weights", "biases", "cos", "sin"):
         tensors = getattr(operands, name)
-        places[name] = [_place(tensors[index], operands.parts[index], shared=name != "parts") for index in indices]
+        places[name] = [_place(tensors[index], operands.parts[index]) for index in indices]
     outs = tuple(_place(shares[index], operands.parts[index]) for index in indices)
     extents = [_extent(operands.parts[index], rows) for index in indices]
     with torch.cuda.device_of(operands.parts[0]):
@@ -97,7 +97,7 @@ def _extent(part: torch.Tensor, rows: int) -> Extent:
     return Extent(middle, inner, outer * middle * math.ceil(inner / rows))
 
 
-def _place(tensor: torch.Tensor | None, part: torch.Tensor, *, shared: bool = False) -> Place | None:
+def _place(tensor: torch.Tensor | None, part: torch.Tensor) -> Place | None:
     """Where the rows of a tensor lie that broadcasts to a part, or is a vector for the last dimensions of it."""
     if tensor is None:
         return None
@@ -110,9 +110,9 @@ def _place(tensor: torch.Tensor | None, part: torch.Tensor, *, shared: bool = Fa
         tensor = tensor.contiguous()
     leading = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
     outer, middle, inner = _padded([0 if size == 1 else stride for size, stride in leading], 0)
-    return Place(
-        tensor, outer, middle, None if shared and inner == 0 else inner, tensor.stride(-1) if per_pair else None
-    )
+    if not per_pair:
+        return Place(tensor, outer, middle, inner, None)
+    return Place(tensor, outer, middle, inner or None, tensor.stride(-1))
 
 
 def _padded(values: list[int], filler: int) -> list[int]:

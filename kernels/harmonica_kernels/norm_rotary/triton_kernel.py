@@ -17,8 +17,8 @@ import triton.language as tl
 class Place(NamedTuple):
     """A tensor as [outer, middle, inner, width]: its memory, and its strides in elements, 0 where it broadcasts.
 
-    `inner` is None where the rows of a program share one row. `pair` is None where the numbers of a row lie densely;
-    else there is one number per pair, and `pair` is their distance.
+    `pair` is None where the numbers of a row lie densely; else there is one number per pair, `pair` is their distance,
+    and `inner` is None if all rows of a program share them.
     """
 
     memory: torch.Tensor
@@ -38,26 +38,27 @@ class Extent(NamedTuple):
 
 @triton.jit
 def _load(place, outer, middle, inner, pairs, mask, INTERLEAVED: tl.constexpr, WIDTH: tl.constexpr):
-    """The first and the second numbers of the pairs of some rows in fp32: [rows, pairs], or [1, pairs] if shared."""
+    """The first and the second numbers of the pairs of some rows in fp32, both [rows, pairs].
+
+    A row that all rows share is loaded by each, from the cache: its layout is theirs then, and a thread loads 16 bytes.
+    Where it has one number per pair, it is loaded once, [1, pairs]. Otherwise it would pass through shared memory.
+    """
     start = place.memory + outer * place.outer + middle * place.middle
     half: tl.constexpr = pairs.shape[1]
+    inside = pairs < WIDTH // 2
     if place.inner is not None:
         start += inner * place.inner
-        inside = mask & (pairs < WIDTH // 2)
-    else:
-        inside = pairs < WIDTH // 2
+        inside = mask & inside
     if place.pair is not None:
         first = tl.load(start + pairs * place.pair, mask=inside, other=0.0).to(tl.float32)
-        return first, first
-    if INTERLEAVED:
+        second = first
+    elif INTERLEAVED:
         columns = tl.arange(0, 2 * half).to(tl.int64)[None, :]
-        within = columns < WIDTH
-        if place.inner is not None:
-            within = mask & within
-        row = tl.load(start + columns, mask=within, other=0.0).to(tl.float32)
-        return tl.split(tl.reshape(row, (row.shape[0], half, 2)))
-    first = tl.load(start + pairs, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(start + pairs + WIDTH // 2, mask=inside, other=0.0).to(tl.float32)
+        row = tl.load(start + columns, mask=mask & (columns < WIDTH), other=0.0).to(tl.float32)
+        first, second = tl.split(tl.reshape(row, (row.shape[0], half, 2)))
+    else:
+        first = tl.load(start + pairs, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(start + pairs + WIDTH // 2, mask=inside, other=0.0).to(tl.float32)
     return first, second
 
 
@@ -67,7 +68,8 @@ def _mean(first, second, count, ACROSS: tl.constexpr):
     sums = tl.sum(first, 1) + tl.sum(second, 1)
     if ACROSS:
         return tl.sum(sums, 0) / count
-    return sums[:, None] / count
+    else:  # Triton would compile what follows the branch that returns
+        return sums[:, None] / count
 
 
 @triton.jit
