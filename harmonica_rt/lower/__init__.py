@@ -7,8 +7,9 @@ Hazard: fused operators round differently. Only `plain` can equal the reference 
 measured tolerance.
 
 Reading order: `graph_states`, `plain`, then `fused` with `hoist` (what does not depend on the latents),
-`residual_pattern`, `norm_pattern` and `fuse`; `inductor` with `regions`, `compiled_region` and `faster_of_two`;
-`cuda_graph_rules` says what a CUDA graph cannot hold.
+`residual_pattern`, `norm_pattern`, `rewriting` and `fuse`, and `halves`, `rotary_pattern`, `qk_pattern` and
+`fuse_rotary`; `inductor` with `regions`, `compiled_region` and `faster_of_two`; `cuda_graph_rules` says what a CUDA
+graph cannot hold.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Fuse residual additions, singly, in chains, and with the norm and modulate that follow, into harmonica operators.
 
+Queries and keys are fused in `fuse_rotary`, after the residuals.
+
 Requires: a step graph whose nodes carry fake tensors, not yet cut from its prologue (`1 + scale` has to be in it).
 Ensures: the same values up to rounding, the same tables, every stored value still a node, nothing shared with the given
 graph; what does not match is left as it was and counted.
@@ -40,8 +42,8 @@ class FusedStep:
     Attributes:
         step: the fused graph.
         counts: number of calls of `gated_residual`, `residual_reuse`, `residual_reuse_norm_modulate` and `norm_rotary`,
-            and of `residuals left`, `norms left` and `qks left` (queries or keys). A single ungated addition, which is
-            one pass already, is not counted.
+            and of `residuals left`, `norms left` and `queries or keys left`. A single ungated addition, which is one
+            pass already, is not counted.
         reasons: why residuals, norms, and queries and keys were left, with counts.
     """
 
@@ -72,8 +74,8 @@ def fuse(step: StepGraph, *, rotary: bool = True, moving: Collection[str] | None
     fused = copied.become(FusedGraph)
     reasons = {**_reasons(fused.graph, fusion.slots), **rotary_reasons}
     counts = {**fusion.counts, "norm_rotary": rotary_calls}
-    for kind in ("residual", "norm", "qk"):
-        counts[f"{kind}s left"] = sum(n for reason, n in reasons.items() if reason.startswith(f"{kind}:"))
+    for kind, name in (("residual", "residuals"), ("norm", "norms"), ("queries or keys", "queries or keys")):
+        counts[f"{name} left"] = sum(n for reason, n in reasons.items() if reason.startswith(f"{kind}:"))
     return FusedStep(fused, counts, reasons)
 
 

@@ -53,7 +53,7 @@ def fuse_rotary(rewriting: Rewriting, moves: Callable[[fx.Node], bool]) -> tuple
             seen.add(root)
             match = find_prepared(root, norms)
             if isinstance(match, Prepared) and not _is_closed(match):
-                match = "qk: something between is used elsewhere"
+                match = "queries or keys: something between is used elsewhere"
             if isinstance(match, str):
                 reasons[match] += 1
             elif match is not None:

@@ -99,7 +99,7 @@ def find_prepared(node: fx.Node, norms: Mapping[fx.Node, tuple[fx.Node, Norm]]) 
     if len(kinds) > 1:  # a call has one norm: these stay outside of it
         pieces, dim = _pieces(node, {})
         if all(piece.rotation is None for piece in pieces):
-            return "qk: norms of several kinds"
+            return "queries or keys: norms of several kinds"
     found = Prepared(node, tuple(pieces), dim)
     return _misfit(found) or found
 
@@ -108,12 +108,12 @@ def _misfit(found: Prepared) -> str | None:
     """Why the operator does not take a match; None where it does."""
     value = value_of(found.out)
     if any(value_of(p.source).dtype != value.dtype or value_of(p.source).device != value.device for p in found.pieces):
-        return "qk: dtypes or devices differ"
+        return "queries or keys: dtypes or devices differ"
     if len({p.rotation.interleaved for p in found.pieces if p.rotation is not None}) > 1:
-        return "qk: rotations of several kinds"
+        return "queries or keys: rotations of several kinds"
     kept = 2 if found.pieces[0].across else 1
     if value.dim() - kept < 1 or (found.dim is not None and found.dim >= value.dim() - kept):
-        return "qk: joined along a dimension that is normed"
+        return "queries or keys: joined along a dimension that is normed"
     wide = arithmetic(value.dtype)
     tables = {value.dtype, wide} if wide == value.dtype else {value.dtype, wide, torch.float64}
     for piece in found.pieces:
@@ -122,10 +122,10 @@ def _misfit(found: Prepared) -> str | None:
                 continue
             given = value_of(table)
             if given.dtype.to_real() not in tables or given.device != value.device:
-                return "qk: the dtype or device of cos or sin"
+                return "queries or keys: the dtype or device of cos or sin"
             width = given.shape[-1] if given.dim() else 0
             if width not in (piece.shape[-1], piece.shape[-1] // 2):
-                return "qk: the shape of cos or sin"
+                return "queries or keys: the shape of cos or sin"
     return None
 
 

@@ -180,7 +180,7 @@ def test_one_call_prepares_queries_and_keys(name: str, dtype: torch.dtype) -> No
     fused = check(*FORMS[name][:1], dtype, FORMS[name][1])
     (call,) = rotary_calls(fused.step.graph)
     assert fused.counts["norm_rotary"] == 1
-    assert fused.counts["qks left"] == fused.counts["norms left"] == 0
+    assert fused.counts["queries or keys left"] == fused.counts["norms left"] == 0
     parts, counts = call.args[:2]
     joined_outside = name in ("in_their_dtype", "written", "across_heads")  # by `cat`, with nothing before it
     assert counts == ([1, 1] if name in ("across_heads",) else [2, 2])
@@ -257,12 +257,12 @@ def fine_tables(m: Joint, text: Tensor, image: Tensor, cos: Tensor, sin: Tensor)
 @pytest.mark.parametrize(
     ("form", "reason"),
     [
-        (used_elsewhere, "qk: something between is used elsewhere"),
-        (fine_tables, "qk: the dtype or device of cos or sin"),
+        (used_elsewhere, "queries or keys: something between is used elsewhere"),
+        (fine_tables, "queries or keys: the dtype or device of cos or sin"),
     ],
 )
 def test_what_is_left_is_counted_with_its_reason(form: Any, reason: str) -> None:
     fused = check(form, torch.float32, False)
     assert fused.counts["norm_rotary"] == 0
-    assert fused.counts["qks left"] == 2
+    assert fused.counts["queries or keys left"] == 2
     assert fused.reasons[reason] == 2
