@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from harmonica_rt.graph.facts import is_item, is_view, needed_nodes, value_of
+from harmonica_rt.graph.facts import arguments_of, is_item, is_view, needed_nodes, value_of
 from harmonica_rt.lower.casts import is_cast
 from harmonica_rt.lower.norm_pattern import Norm
 from harmonica_rt.lower.qk_pattern import Piece, Prepared, find_prepared, norms_by_result
@@ -60,7 +60,8 @@ def fuse_rotary(rewriting: Rewriting, moves: Callable[[fx.Node], bool]) -> tuple
                 yield match
 
     for attention in rewriting.graph.find_nodes(op="call_function", target=ATTENTION):
-        fusion.visit(list(found([_root(attention.args[0], norms), _root(attention.args[1], norms)])))
+        given = arguments_of(attention)
+        fusion.visit(list(found([_root(given["query"], norms), _root(given["key"], norms)])))
     for node in list(rewriting.graph.nodes):
         if node.users and not node._erased and node not in seen and find_rotation(node) is not None:
             fusion.visit(list(found([node])))
@@ -130,12 +131,12 @@ class _Fusion:
         if piece.rotation is None:
             return None, None
         rotation: Rotation = piece.rotation
-        cos, sin = self._shared(rotation.cos), rotation.sin
+        cos, sin = self._shared(before, rotation.cos), rotation.sin
         if sin is None:
             pairs = self._view(before, aten.view_as_real.default, cos)
             cos, sin = (self._view(before, aten.select.int, pairs, -1, part) for part in (0, 1))
         else:
-            sin = self._shared(sin)
+            sin = self._shared(before, sin)
         return self._narrowed(before, cos, piece), self._narrowed(before, sin, piece)
 
     def _narrowed(self, before: fx.Node, table: fx.Node, piece: Piece) -> fx.Node:
@@ -151,14 +152,19 @@ class _Fusion:
         key = (target, node, args)
         if key not in self._views or self._views[key]._erased:
             self._views[key] = self._rewriting.insert(before, target, (node, *args))
+        move_before(before, [self._views[key]])  # it may have been made for a call that comes later
         return self._views[key]
 
-    def _shared(self, node: fx.Node) -> fx.Node:
+    def _shared(self, before: fx.Node, node: fx.Node) -> fx.Node:
         """The first node that is the same view of the same tensor: models make views of one table in every block."""
         source = node.args[0] if is_view(node) and not is_item(node) and len(node.all_input_nodes) == 1 else None
         if not isinstance(source, fx.Node) or node.kwargs:
             return node
-        return self._views.setdefault((node.target, self._shared(source), repr(node.args[1:])), node)
+        key = (node.target, self._shared(before, source), repr(node.args[1:]))
+        if key not in self._views or self._views[key]._erased:
+            self._views[key] = node
+        move_before(before, [self._views[key]])
+        return self._views[key]
 
 
 def _root(node: Any, norms: Mapping[fx.Node, tuple[fx.Node, Norm]]) -> fx.Node:

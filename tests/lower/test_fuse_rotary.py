@@ -190,6 +190,26 @@ def test_one_call_prepares_queries_and_keys(name: str, dtype: torch.dtype) -> No
     assert joined_outside or sum("aten.cat" in one for one in left) <= 1  # of the values
 
 
+def twice(m: Joint, text: Tensor, image: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The first rotation stands before, but is found after the one that attention takes; both make the same views."""
+    first = apply_rotary_emb(joined(m, text, image), (cos, sin), sequence_dim=1).relu()
+    return apply_rotary_emb(m.own(first), (cos, sin), sequence_dim=1)
+
+
+def test_calls_share_the_views_of_tables_wherever_they_stand() -> None:
+    fused = check(twice, torch.bfloat16, False)
+    calls = rotary_calls(fused.step.graph)
+    assert [len(call.args[1]) for call in calls] == [1, 2, 1] or [len(call.args[1]) for call in calls] == [1, 1, 2]
+    whole = {
+        table
+        for call in calls
+        for tables in call.args[4:6]
+        for table in tables
+        if table.meta["val"].shape[1] > TEXT + 9
+    }
+    assert len(whole) == 2
+
+
 class Cross(nn.Module):
     """Attention of an image to a prompt."""
 
