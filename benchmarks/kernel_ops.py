@@ -1,10 +1,10 @@
-"""The residual_reuse ops to measure, with their arguments, baselines and memory traffic."""
+"""The ops to measure: their arguments, what they are compared with, and the memory traffic of each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,17 @@ class Arguments(NamedTuple):
     shift: Tensor
 
 
-Provider = Callable[[Arguments], tuple[Tensor, ...]]
+Provider = Callable[[Any], tuple[Tensor, ...]]
+Draw = Callable[[tuple[int, int, int], torch.dtype, torch.device, int], Any]
+
+
+def draw(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, count: int) -> Arguments:
+    """Random arguments with `count` caches; gates, scale and shift are chunks of one tensor, as adaLN makes them."""
+    batch, _, width = shape
+    x, *caches = (torch.randn(shape, device=device).to(dtype) for _ in range(count + 1))
+    chunks = torch.randn(batch, 1, (count + 2) * width, device=device).to(dtype).chunk(count + 2, dim=-1)
+    scale, shift, *gates = chunks
+    return Arguments(x, caches, gates, scale, shift)
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,7 @@ class Op:
         tensors: number of tensors of the size of `x` that the op must move, given the number of caches.
         passes: number of such tensors that eager PyTorch moves.
         targets: wanted share of copy bandwidth, by device.
+        draw: makes random arguments, given shape, dtype, device and number of caches.
         against_eager: wanted speed against eager PyTorch, as a share of `passes / tensors`.
     """
 
@@ -57,6 +68,7 @@ class Op:
     tensors: Callable[[int], int]
     passes: Callable[[int], int]
     targets: dict[str, str] = field(default_factory=dict)
+    draw: Draw = draw
     against_eager: str | None = None
 
 
@@ -117,12 +129,3 @@ OPS = (
         targets={"cpu": "at least 0.7", "cuda": "at least 0.9"},
     ),
 )
-
-
-def draw(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, count: int) -> Arguments:
-    """Random arguments with `count` caches; gates, scale and shift are chunks of one tensor, as adaLN makes them."""
-    batch, _, width = shape
-    x, *caches = (torch.randn(shape, device=device).to(dtype) for _ in range(count + 1))
-    chunks = torch.randn(batch, 1, (count + 2) * width, device=device).to(dtype).chunk(count + 2, dim=-1)
-    scale, shift, *gates = chunks
-    return Arguments(x, caches, gates, scale, shift)

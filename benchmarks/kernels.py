@@ -1,4 +1,4 @@
-"""Measures the residual_reuse ops: share of copy bandwidth, and speed against eager and compiled PyTorch.
+"""Measures the fused ops: share of copy bandwidth, and speed against eager and compiled PyTorch.
 
 Consecutive calls use different tensors, so that none is in the cache. On a GPU the calls of a round are one CUDA graph,
 so that no launch is measured. On the CPU the memory pages that a process gets change a ratio by a tenth and more, so
@@ -20,8 +20,9 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.kernel_ops import OPS, draw
+from benchmarks import kernel_ops
 from benchmarks.latency.measure import CudaClock
+from benchmarks.rotary_op import NORM_ROTARY
 from benchmarks.rows import Row, spread_row
 from benchmarks.timing import interleaved
 
@@ -33,6 +34,7 @@ SHAPES = {
     ("cuda", torch.bfloat16): [(16, 1024, 1152), (8, 4096, 3072)],
 }
 PROCESSES = 5  # on the CPU
+OPS = (*kernel_ops.OPS, NORM_ROTARY)
 COLD_BYTES = 128 << 20  # size of the arguments used in turn: more than last-level caches hold
 
 
@@ -45,9 +47,9 @@ class Case:
 
     Attributes:
         op: index of the op in `OPS`.
-        shape: [B, N, D] of `x`.
+        shape: [B, N, D] of `x`, or of the queries.
         dtype: dtype of all arguments.
-        count: number of caches.
+        count: number of caches; 1 where there are none.
     """
 
     op: int
@@ -57,7 +59,7 @@ class Case:
 
 
 def run(*, repeats: int, quick: bool) -> list[Row]:
-    """Measure every op for 1, 2, 4 and 8 caches: on a GPU in bf16, elsewhere on the CPU in fp32 and bf16."""
+    """Measure every op, with 1, 2, 4 and 8 caches where it has any: on a GPU in bf16, else in fp32 and bf16."""
     counts = (1, 8) if quick else (1, 2, 4, 8)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cases = [
@@ -65,7 +67,7 @@ def run(*, repeats: int, quick: bool) -> list[Row]:
         for (where, dtype), shapes in SHAPES.items()
         if where == device
         for shape, count, op in itertools.product(shapes, counts, range(len(OPS)))
-        if OPS[op].name != "gated_residual" or count == 1
+        if OPS[op].name not in ("gated_residual", "norm_rotary") or count == 1
     ]
     if device == "cuda":
         runs = [_measure(cases, device, repeats)]
@@ -88,7 +90,7 @@ def _measure(cases: Sequence[Case], device: str, repeats: int) -> list[Seconds]:
 def _compare(case: Case, device: torch.device, repeats: int) -> Seconds:
     op, count, shape, dtype = OPS[case.op], case.count, case.shape, case.dtype
     size, tensors = dtype.itemsize * math.prod(shape), op.tensors(count)
-    in_turn = [draw(shape, dtype, device, count) for _ in range(1 + COLD_BYTES // (size * (count + 1)))]
+    in_turn = [op.draw(shape, dtype, device, count) for _ in range(1 + COLD_BYTES // (size * (count + 1)))]
     torch.compiler.reset()  # graphs compiled for other sizes count towards a limit
     compiled = torch.compile(op.reference, fullgraph=True, dynamic=False)
     tolerance = 16 * torch.finfo(dtype).eps

@@ -7,9 +7,10 @@ Hazard: fused operators round differently. Only `plain` can equal the reference 
 measured tolerance.
 
 Reading order: `graph_states`, `plain`, then `fused` with `hoist` (what does not depend on the latents),
-`residual_pattern` and `norm_pattern` (what the operators replace; `casts` says which casts they absorb), `fuse` and
-`epilogue`; `inductor` with `regions`, `compiled_region` and `faster_of_two`; `report` (what was done to a plan); for
-`execute`, `cuda_graph_rules` says what a CUDA graph cannot hold.
+`residual_pattern` and `norm_pattern` (what the operators replace; `casts` says which casts they absorb) and `fuse`,
+`halves`, `rotary_pattern` and `qk_pattern` (queries and keys) and `fuse_rotary`, both with `rewriting`; `epilogue`;
+`inductor` with `regions`, `compiled_region` and `faster_of_two`; `report` (what was done to a plan); for `execute`,
+`cuda_graph_rules` says what a CUDA graph cannot hold.
 """
 
 from __future__ import annotations

@@ -86,8 +86,7 @@ def plan_prologue(
         run_steps: number of steps of a run.
         limit: most bytes that the hoisted values of one stream may take.
     """
-    late = {node for nodes in captured.site_outputs for node in nodes}
-    bound = bindings(captured.graph, captured.inputs, roles, {*captured.parameters, *captured.constants}, late)
+    bound = bindings_of(captured, roles)
     nodes = {node.name: node for node in captured.graph.nodes}
     held = {*captured.parameters, *captured.constants}  # views of these are free in the body; hoisted, they cost copies
     stay = {
@@ -117,6 +116,12 @@ def plan_prologue(
         timesteps=tuple(index for index in leaves if index in captured.inputs.values()),
         nbytes=sum(sizes.values()),
     )
+
+
+def bindings_of(captured: CapturedGraph, roles: Sequence[Role]) -> dict[fx.Node, Binding]:
+    """The binding of every node of a captured graph, for calls whose leaves have `roles`."""
+    late = {node for nodes in captured.site_outputs for node in nodes}
+    return bindings(captured.graph, captured.inputs, roles, {*captured.parameters, *captured.constants}, late)
 
 
 def cut(step: StepGraph | FusedGraph, names: Collection[str]) -> BodyGraph:

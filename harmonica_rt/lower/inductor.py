@@ -50,6 +50,8 @@ class InductorLowering(FusedLowering):
         RegionError: Inductor cannot compile a region.
     """
 
+    rotary = False  # Inductor fuses norms and rotations by itself, and more with them
+
     def __init__(self, plan: Plan, roles: Sequence[Role]) -> None:
         self._sections = sections(plan.captured)
         self._compiled: dict[str, CompiledRegion] = {}

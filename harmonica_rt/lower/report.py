@@ -23,8 +23,9 @@ class FusionReport:
     """What was fused, and what was not.
 
     Attributes:
-        programs: per step program, the number of fused calls by operator, and of residuals and norms left unfused.
-        reasons: why residuals and norms were left, with counts, over all programs.
+        programs: per step program, the number of fused calls by operator, and of residuals, norms, and queries or keys
+            left unfused.
+        reasons: why those were left, with counts, over all programs.
     """
 
     programs: tuple[dict[str, int], ...]

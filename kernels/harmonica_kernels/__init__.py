@@ -11,7 +11,15 @@ which is built from `csrc/`); `resources` shows the registers that the Triton ke
 
 from harmonica_kernels._build import BuildInfo, build_info
 from harmonica_kernels.gated_residual import gated_residual
+from harmonica_kernels.norm_rotary import norm_rotary
 from harmonica_kernels.residual_reuse import residual_reuse
 from harmonica_kernels.residual_reuse_norm_modulate import residual_reuse_norm_modulate
 
-__all__ = ["BuildInfo", "build_info", "gated_residual", "residual_reuse", "residual_reuse_norm_modulate"]
+__all__ = [
+    "BuildInfo",
+    "build_info",
+    "gated_residual",
+    "norm_rotary",
+    "residual_reuse",
+    "residual_reuse_norm_modulate",
+]

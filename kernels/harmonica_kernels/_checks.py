@@ -10,25 +10,25 @@ import torch
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_dtype(op: str, x: torch.Tensor) -> None:
+def check_dtype(op: str, x: torch.Tensor, *, name: str = "x") -> None:
     """Raise TypeError unless `x`, which all other arguments must match, has a supported dtype."""
     if x.dtype not in DTYPES:
         allowed = ", ".join(str(dtype) for dtype in DTYPES)
-        raise TypeError(f"{op}: x has dtype {x.dtype}, expected one of {allowed}")
+        raise TypeError(f"{op}: {name} has dtype {x.dtype}, expected one of {allowed}")
 
 
 def check_same(op: str, x: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
     """Raise TypeError or ValueError unless `tensor` has the shape, the dtype and the device of `x`."""
     _check_shape(op, name, tensor, x.shape, "that of x")
-    _check_like(op, x, name, tensor)
+    check_like(op, x, name, tensor)
 
 
 def check_broadcasts(op: str, x: torch.Tensor, name: str, tensor: torch.Tensor | None) -> None:
     """Raise TypeError or ValueError unless `tensor` is None, or matches `x` and has a shape that broadcasts to x."""
     if tensor is None:
         return
-    _check_like(op, x, name, tensor)
-    if not _broadcasts_to(tensor.shape, x.shape):
+    check_like(op, x, name, tensor)
+    if not broadcasts_to(tensor.shape, x.shape):
         raise ValueError(
             f"{op}: {name} has shape {list(tensor.shape)}, which does not broadcast to that of x, "
             f"{list(x.shape)}; expected e.g. [B, 1, D] or [D]"
@@ -39,7 +39,7 @@ def check_width(op: str, x: torch.Tensor, name: str, tensor: torch.Tensor | None
     """Raise TypeError or ValueError unless `tensor` is None, or matches `x` and has shape [D], the last size of `x`."""
     if tensor is None:
         return
-    _check_like(op, x, name, tensor)
+    check_like(op, x, name, tensor)
     _check_shape(op, name, tensor, x.shape[-1:], "the last size of x")
 
 
@@ -59,11 +59,12 @@ def check_residual_sum(
         check_broadcasts(op, x, f"gates[{k}]", gate)
 
 
-def _check_like(op: str, x: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
+def check_like(op: str, x: torch.Tensor, name: str, tensor: torch.Tensor, *, of: str = "x") -> None:
+    """Raise TypeError or ValueError unless `tensor` has the dtype and the device of `x`, which messages call `of`."""
     if tensor.dtype != x.dtype:
-        raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected that of x, {x.dtype}; cast it")
+        raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected that of {of}, {x.dtype}; cast it")
     if tensor.device != x.device:
-        raise ValueError(f"{op}: {name} is on {tensor.device}, x is on {x.device}; move one of them")
+        raise ValueError(f"{op}: {name} is on {tensor.device}, {of} is on {x.device}; move one of them")
 
 
 def _check_shape(op: str, name: str, tensor: torch.Tensor, expected: torch.Size, what: str) -> None:
@@ -71,7 +72,8 @@ def _check_shape(op: str, name: str, tensor: torch.Tensor, expected: torch.Size,
         raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}, expected {what}, {list(expected)}")
 
 
-def _broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:
+def broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:
+    """Whether a tensor of `shape` broadcasts to `target` without changing it."""
     if len(shape) > len(target):
         return False
     trailing = zip(reversed(shape), reversed(target), strict=False)

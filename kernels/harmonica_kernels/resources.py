@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from harmonica_kernels.gated_residual.triton import gated_residual_triton
+from harmonica_kernels.norm_rotary.triton import norm_rotary_triton
 from harmonica_kernels.residual_reuse.triton import residual_reuse_triton
 from harmonica_kernels.residual_reuse_norm_modulate.triton import residual_reuse_norm_modulate_triton
 
@@ -69,16 +70,79 @@ class Variant:
         else:
             gated_residual_triton(x, x, gate)
 
+    @property
+    def cells(self) -> tuple[object, ...]:
+        """The cells of the table that say what it is."""
+        return self.caches or "gated_residual", self.norm, self.gate, self.dtype, self.width
+
+
+@dataclass(frozen=True)
+class RotaryVariant:
+    """A call of `norm_rotary` for queries and keys, [B, N, H, D].
+
+    width: D.
+    parts: number of parts, text and image of both if 4.
+    norm: "rms", "layer" with a bias, "none", or "rms across" all heads.
+    interleaved: whether the numbers of a pair are neighbours.
+    per_pair: whether cos and sin have one number per pair, every second one in memory, as complex numbers do.
+    heads: H.
+    """
+
+    dtype: str
+    width: int = 128
+    parts: int = 4
+    norm: str = "rms"
+    interleaved: bool = True
+    per_pair: bool = False
+    heads: int = 24
+
+    def call(self) -> None:
+        """Call the op."""
+        x = torch.zeros(2, 16, self.heads, self.width, dtype=DTYPES[self.dtype])
+        across = self.norm.endswith("across")
+        weight = x.new_zeros(self.width * (self.heads if across else 1))
+        table = torch.zeros(16, 1, self.width)
+        table = table.view(16, 1, -1, 2)[..., 0] if self.per_pair else table
+        weights, biases = (
+            [weight if has else None] * self.parts for has in (self.norm != "none", self.norm == "layer")
+        )
+        norm_rotary_triton(
+            [x] * self.parts,
+            [self.parts // 2] * 2,
+            weights,
+            biases,
+            [table] * self.parts,
+            [table] * self.parts,
+            norm=self.norm.split()[0],
+            across=across,
+            interleaved=self.interleaved,
+        )
+
+    @property
+    def cells(self) -> tuple[object, ...]:
+        """The cells of the table that say what it is."""
+        pairs = "pairs" if self.interleaved else "halves"
+        return f"norm_rotary, {self.parts} parts of {self.heads}", self.norm, pairs, self.dtype, self.width
+
+
+AnyVariant = Variant | RotaryVariant
 
 # A range of cache counts for bf16, in which models run; for the other dtypes, only the counts that differ most.
 _CACHES: Final = {"bf16": (1, 2, 4, 8, 16), "fp16": (2, 16), "fp32": (1, 4, 8)}
-VARIANTS: Final = (
+VARIANTS: Final[tuple[AnyVariant, ...]] = (
     *(Variant(dtype, caches=k, norm=norm) for norm in ("", "layer") for dtype in DTYPES for k in _CACHES[dtype]),
     *(Variant("bf16", caches=0, gate=gate) for gate in ("none", "batch", "number")),
     *(Variant("bf16", caches=2, norm=norm, gate="none") for norm in ("layer+affine", "rms", "rms+affine")),
     *(Variant("bf16", width, caches=4, norm="layer") for width in (1153, 1536, 3072)),
     Variant("bf16", 3072, caches=16, norm="layer+affine"),
     *(Variant(dtype, 8192, caches=8, norm="layer+affine") for dtype in ("bf16", "fp32")),
+    *(RotaryVariant(dtype, parts=parts) for dtype in DTYPES for parts in (2, 4)),
+    RotaryVariant("bf16", 64, norm="layer", parts=2, heads=30),  # CogVideoX
+    RotaryVariant("bf16", 88, norm="layer", interleaved=False, parts=2, heads=16),
+    RotaryVariant("bf16", norm="none", interleaved=False, parts=2),
+    RotaryVariant("bf16", per_pair=True),  # Qwen-Image
+    *(RotaryVariant("bf16", norm="rms across", per_pair=True, parts=2, heads=heads) for heads in (12, 40)),  # Wan
+    RotaryVariant("bf16", 2048, parts=2, heads=1),  # LTX
 )
 
 
@@ -94,28 +158,35 @@ class Resources:
 
 
 def measure(
-    variants: Sequence[Variant] = VARIANTS, capabilities: Sequence[int] = CAPABILITIES, processes: int = 2
-) -> dict[tuple[Variant, int], Resources]:
+    variants: Sequence[AnyVariant] = VARIANTS, capabilities: Sequence[int] = CAPABILITIES, processes: int = 2
+) -> dict[tuple[AnyVariant, int], Resources]:
     """Compile the kernel of each variant for each compute capability (90 for 9.0); Triton caches them on disk."""
     work = [(variant, capability) for variant in variants for capability in capabilities]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         return dict(zip(work, pool.map(_measure, work, chunksize=4), strict=True))
 
 
-def table(measured: dict[tuple[Variant, int], Resources]) -> str:
+def table(measured: dict[tuple[AnyVariant, int], Resources]) -> str:
     """A Markdown table: one line per variant, with registers per compute capability, and the stack if there is one."""
     capabilities = sorted({capability for _, capability in measured})
-    heads = ["caches", "norm", "gate", "dtype", "D", "warps", *(f"sm_{capability}" for capability in capabilities)]
+    heads = [
+        "caches, or op",
+        "norm",
+        "gate, or pairs",
+        "dtype",
+        "D",
+        "warps",
+        *(f"sm_{capability}" for capability in capabilities),
+    ]
     lines = [heads, ["---"] * len(heads)]
     for variant in dict.fromkeys(variant for variant, _ in measured):
         found = [measured[variant, capability] for capability in capabilities]
         needs = [f"{one.registers}" + f" + {one.stack} B stack" * bool(one.stack) for one in found]
-        call = (variant.caches or "gated_residual", variant.norm, variant.gate, variant.dtype, variant.width)
-        lines.append([str(cell) for cell in (*call, found[0].warps, *needs)])
+        lines.append([str(cell) for cell in (*variant.cells, found[0].warps, *needs)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _measure(work: tuple[Variant, int]) -> Resources:
+def _measure(work: tuple[AnyVariant, int]) -> Resources:
     variant, capability = work
     target = GPUTarget("cuda", capability, 32)
     ((kernel, compile_),) = _launches(variant, target)
@@ -132,7 +203,7 @@ def _measure(work: tuple[Variant, int]) -> Resources:
     return Resources(compiled.metadata.num_warps, registers, stack, shared, compiled.asm["ptx"])
 
 
-def _launches(variant: Variant, target: GPUTarget) -> list[tuple[Any, dict[str, Any]]]:
+def _launches(variant: AnyVariant, target: GPUTarget) -> list[tuple[Any, dict[str, Any]]]:
     """The kernels that a call would launch, each with Triton's compilation arguments; nothing is launched."""
     found = []
 

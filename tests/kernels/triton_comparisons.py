@@ -6,6 +6,7 @@ import mmap
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -15,10 +16,13 @@ from torch import Tensor
 
 from harmonica_kernels.gated_residual.reference import gated_residual_reference
 from harmonica_kernels.gated_residual.triton import gated_residual_triton
+from harmonica_kernels.norm_rotary.reference import norm_rotary_reference
+from harmonica_kernels.norm_rotary.triton import norm_rotary_triton
 from harmonica_kernels.residual_reuse.reference import residual_reuse_reference
 from harmonica_kernels.residual_reuse.triton import residual_reuse_triton
 from harmonica_kernels.residual_reuse_norm_modulate.reference import residual_reuse_norm_modulate_reference
 from harmonica_kernels.residual_reuse_norm_modulate.triton import residual_reuse_norm_modulate_triton
+from tests.kernels import test_norm_rotary as rotary
 from tests.kernels.test_residual_reuse_norm_modulate import Arguments, assert_in_tolerance, draw
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -84,14 +88,16 @@ def test_kernels_run_where_they_should() -> None:
     assert triton.knobs.runtime.interpret is INTERPRETED
 
 
-@pytest.mark.parametrize("op", ["gated_residual", "residual_reuse", "residual_reuse_norm_modulate"])
+@pytest.mark.parametrize("op", ["gated_residual", "norm_rotary", "residual_reuse", "residual_reuse_norm_modulate"])
 def test_ops_on_cuda_are_the_kernels(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an op does with CUDA tensors, whatever the device of these."""
     module, name = f"harmonica_kernels.{op}.triton", f"{op}_triton"
     kernel = Mock(wraps=getattr(sys.modules[module], name))
     monkeypatch.setattr(sys.modules[module], name, kernel)
     x = torch.ones(2, 40, device=DEVICE)
-    arguments = (x, x) if op == "gated_residual" else (x, [x], [None])
+    arguments: tuple[Any, ...] = (x, x) if op == "gated_residual" else (x, [x], [None])
+    if op == "norm_rotary":
+        arguments = ([x[None]], [1], *[[None]] * 4)
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     getattr(torch.ops.harmonica, op).default.redispatch(cuda, *arguments)
     kernel.assert_called_once()
@@ -186,3 +192,59 @@ def test_what_the_reference_is_left(dtype: torch.dtype, width: int) -> None:
     arguments = draw((2, 2, width), dtype)
     compare_sum(*arguments[:3])
     compare_norm(arguments)
+
+
+def compare_rotary(arguments: rotary.Arguments) -> None:
+    found = [out.cpu() for out in arguments.map(on_device).call(norm_rotary_triton)]
+    rotary.assert_in_tolerance(arguments, found)
+
+
+@pytest.mark.parametrize(("shape", "settings"), [param for param in rotary.SWEEP if "threaded" not in param.values])
+def test_norm_rotary(shape: str, settings: str) -> None:
+    for per_pair, dtype in ((False, torch.float16), (True, torch.float32)):
+        compare_rotary(rotary.draw(shape, dtype, per_pair, **rotary.KINDS_OF_CALL[settings]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("settings", ["rms-pairs", "halves"])
+def test_norm_rotary_dtypes(settings: str, dtype: torch.dtype) -> None:
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("the interpreter rounds bf16 in a way of its own")
+    arguments = rotary.draw("joint", dtype, **rotary.KINDS_OF_CALL[settings])
+    compare_rotary(arguments)
+    if dtype in HALF:
+        compare_rotary(arguments.map(Tensor.float, "weights", "biases").map(Tensor.double, "cos", "sin"))
+
+
+@pytest.mark.parametrize("view", rotary.VIEWS)
+@pytest.mark.parametrize("settings", ["rms-pairs", "layer-across"])
+def test_norm_rotary_of_strided_views(settings: str, view: str) -> None:
+    arguments = rotary.draw("joint", torch.float32, **rotary.KINDS_OF_CALL[settings]).map(rotary.VIEWS[view])
+    compare_rotary(arguments)
+
+
+def test_norm_rotary_of_many_parts_and_other_heads() -> None:
+    nine, (q, k) = list(torch.randn(9, 2, 3, 5, 8)), (torch.randn(2, 4, 6, 8), torch.randn(2, 3, 2, 8))
+    for parts, counts in ((nine, [4, 5]), ([q, k], [1, 1])):
+        nothing = [[None] * len(parts)] * 4
+        moved = [on_device(part) for part in parts]
+        for found, expected in zip(
+            norm_rotary_triton(moved, counts, *nothing), norm_rotary_reference(parts, counts, *nothing), strict=True
+        ):
+            torch.testing.assert_close(found.cpu(), expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [(torch.float64, (2, 3, 4, 8)), (torch.float32, (2, 3, 4, 7)), (torch.float32, (2, 2, 8194))]
+)
+def test_norm_rotary_that_the_reference_is_left(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, dtype=dtype)
+    arguments = ([1], [None], [None], [None], [None])
+    (found,), (expected,) = norm_rotary_triton([on_device(x)], *arguments), norm_rotary_reference([x], *arguments)
+    torch.testing.assert_close(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2, 8), (2, 0, 2, 8), (2, 3, 0, 8), (2, 3, 2, 0)], ids=str)
+def test_norm_rotary_of_nothing(shape: tuple[int, ...]) -> None:
+    x = torch.empty(shape, device=DEVICE)
+    assert [t.shape for t in norm_rotary_triton([x], [1], [None], [None], [None], [None])] == [shape]

@@ -29,7 +29,7 @@ from tests.tiers import member
 from tests.tiny import families, randomised
 
 TOKENS, WIDTH = 65, 24  # enough values that the largest error of two roundings is about the same
-OPS = ("gated_residual", "residual_reuse", "residual_reuse_norm_modulate")
+OPS = ("gated_residual", "norm_rotary", "residual_reuse", "residual_reuse_norm_modulate")
 
 
 @dataclass(frozen=True)
@@ -169,11 +169,11 @@ KNOWN: dict[str, tuple[dict[str, int], dict[str, int]]] = {
         {"gated_residual": 2, "residual_reuse_norm_modulate": 4},
     ),
     # text has no sub-layer after the last attention that would make its residuals needed
-    "sd3": ({"residual_reuse_norm_modulate": 1}, {"residual_reuse_norm_modulate": 10}),
+    "sd3": ({"residual_reuse_norm_modulate": 1}, {"residual_reuse_norm_modulate": 10, "norm_rotary": 4}),
     # image and text streams meet in `cat`, single blocks take apart and join what they add to
     "flux": (
         {"residual_reuse": 2, "gated_residual": 2},
-        {"residual_reuse_norm_modulate": 6, "gated_residual": 4},
+        {"residual_reuse_norm_modulate": 6, "gated_residual": 4, "norm_rotary": 4},
     ),
 }
 
