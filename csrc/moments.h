@@ -15,7 +15,7 @@ struct Sums {
   Acc plain = 0, squares = 0;
 };
 
-// Sums of row[i] - centre and of its square, in 32 lanes whatever the machine: no lane adds up many numbers.
+// Sums of row[i] - centre and of its square, in 32 lanes on every machine, so that no lane adds up many numbers.
 template <typename Acc>
 HARMONICA_ALWAYS_INLINE Sums<Acc> sums_around(Acc centre, const Acc* row, int64_t n) {
   typedef Acc Vector __attribute__((vector_size(32)));
@@ -54,9 +54,9 @@ struct Moments {
   Acc mean, inverse_deviation;
 };
 
-// One pass is enough where the mean is nearer to zero than the numbers are to the mean: the mean square less the square
-// of the mean then loses a bit at most. Elsewhere a second one goes around that mean, and says by how much the first
-// missed it.
+// One pass is enough where the mean is smaller than the standard deviation: the mean square minus the square of the
+// mean then loses one bit at most. Elsewhere a second pass sums around the mean of the first, and also finds the error
+// of that mean.
 template <typename Acc>
 HARMONICA_ALWAYS_INLINE Moments<Acc> moments_of(const Acc* row, int64_t n, bool rms, double eps) {
   Sums<Acc> sums = sums_around(Acc(0), row, n);
