@@ -74,6 +74,7 @@ STAGES = (
         (*LATENCY, "--models", "dit-xl-256", "--images", "1", "--schedules", "released", *FEW),
         60,
     ),
+    Stage("predictions so far", (PYTHON, "-m", "benchmarks.roofline.against"), 20),
     Stage("kernels against copy bandwidth", (PYTHON, "-m", "benchmarks", "kernels", "--repeats", "5", "--save"), 60),
     Stage(
         "DiT-XL/2, eight images",
@@ -81,6 +82,7 @@ STAGES = (
         90,
     ),
     Stage("Flux", (*LATENCY, "--models", "flux-1024", "--flux-blocks", "4", "8", "--images", "1", *FEW), 90),
+    Stage("predictions", (PYTHON, "-m", "benchmarks.roofline.against"), 20),
     Stage(
         "compute-sanitizer",
         ("compute-sanitizer", "--error-exitcode", "1", *PYTEST, "tests/kernels/test_triton_gpu.py", "-k", "graph"),

@@ -36,6 +36,7 @@ FREE = {
     aten.new_empty_strided,
 }
 LOOKUPS = {aten.embedding: 0, aten.index: 0, aten.index_select: 0, aten.gather: 0}  # which argument is the table
+PRODUCTS = {aten._addmm_activation: aten.addmm}  # products under other names
 OVERWRITING = {aten.copy_, aten._foreach_copy_}  # in place, without reading what was there
 
 _Buffers = Callable[[Tensor], int]
@@ -66,7 +67,7 @@ def kernels_of(func: Any, args: Any, kwargs: Mapping[str, Any], result: Any, buf
     name, dtype = _name(func), next((tensor.dtype for tensor in read), torch.float32)
     if func.namespace == "harmonica":
         yield Kernel(name, Kind.HARMONICA, reads, writes, dtype=dtype)
-    elif packet in flop_registry:
+    elif (packet := PRODUCTS.get(packet, packet)) in flop_registry:
         flops = int(flop_registry[packet](*args, **kwargs, out_val=result))
         extent = _extent(packet, args, result)
         if packet is aten.convolution and args[2] is not None:
@@ -148,5 +149,7 @@ def _extent(packet: Any, args: Any, result: Any) -> Extent:
 
 
 def _name(func: Any) -> str:
+    if func.overloadpacket is aten._addmm_activation:
+        return "addmm (gelu)"
     name: str = func.overloadpacket.__name__
     return f"harmonica.{name}" if func.namespace == "harmonica" else name

@@ -15,7 +15,7 @@ from benchmarks import rows
 
 PATH = Path(__file__).parent / "gpus.toml"
 DTYPES = ("bfloat16", "float16", "float32")
-GRAPHED_STEP = "host, a step: compiled model"  # the row of host_path
+GRAPHED_STEP = "host, per step: compiled model"  # the row of host_path
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from harmonica_rt.lower.graph_states import BodyGraph
 
 aten = torch.ops.aten
 
-APPROXIMATIONS: Mapping[str, str] = MappingProxyType({"cuda": "tanh"})  # the GELU that pays, by type of device
+# The GELU that pays, by type of device. Nothing runs on `meta`, where what would run on CUDA is predicted.
+APPROXIMATIONS: Mapping[str, str] = MappingProxyType({"cuda": "tanh", "meta": "tanh"})
 DTYPES = (
     torch.bfloat16,
     torch.float16,

@@ -13,7 +13,7 @@ from tests.fake_cuda.gpu import FakeGpu
 from tests.fake_cuda.planned import Planned, planned
 from tests.fake_cuda.runs import run
 from tests.fake_cuda.valued import DEVICE
-from tests.stand_in import StandInPool, graphs_in
+from tests.plain_pool import PlainPool
 from tests.zoo.entry import TINY, calls_of, model_of
 from tests.zoo.table import REPRESENTATIVES, ZOO
 
@@ -57,9 +57,8 @@ def test_autocast(autocast: None) -> None:
     assert {node.meta["val"].dtype for node in linear} == {torch.bfloat16}
     for lowering in ("plain", "fused"):
         assert found.refusals(lowering) == []
-        pool = StandInPool()
-        pool.device = DEVICE
-        (output,) = run(gpu, found.lowered(lowering), model, arguments, graphs_in(pool))
+        pool = PlainPool(device=DEVICE)
+        (output,) = run(gpu, found.lowered(lowering), model, arguments, pool.graphs)
         assert (output.device, output.dtype) == (DEVICE, torch.bfloat16)
 
 

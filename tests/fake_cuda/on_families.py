@@ -15,7 +15,7 @@ from tests.fake_cuda.gpu import FakeGpu
 from tests.fake_cuda.planned import STEPS, Planned, planned
 from tests.fake_cuda.runs import run
 from tests.fake_cuda.valued import DEVICE
-from tests.stand_in import StandInPool, graphs_in
+from tests.plain_pool import PlainPool
 from tests.tiny import built, families
 
 guard.load()
@@ -77,15 +77,14 @@ def test_everything_lies_on_the_gpu(family: tuple[str, Planned]) -> None:
 def test_runs(family: tuple[str, Planned], lowering: str, graphs: bool) -> None:
     """Every operator takes its arguments where they lie; with graphs, both programs and the prologue are recorded."""
     _, found = family
-    pool = StandInPool()
-    pool.device = DEVICE
+    pool = PlainPool(device=DEVICE)
     lowered = found.lowered(lowering)
-    outputs = run(found.gpu, lowered, found.model, found.arguments, graphs_in(pool) if graphs else None)
+    outputs = run(found.gpu, lowered, found.model, found.arguments, pool.graphs if graphs else None)
     expected = [node.meta["val"] for node in found.plan.captured.output.args[0]]
     assert [(o.device, o.shape, o.dtype) for o in outputs] == [(DEVICE, e.shape, e.dtype) for e in expected]
     batches = lowered.prologue is not None and bool(lowered.prologue.each.part.results)
     assert lowered.prologue is None or lowered.prologue.batches
-    assert pool.recorded == (graphs and 2 + batches)
+    assert pool.recorded == (graphs and 2 + 2 * batches)  # two programs; the prologue of a step, and of a run
 
 
 @pytest.mark.parametrize("lowering", ["plain", "fused"])

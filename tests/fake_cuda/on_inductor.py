@@ -20,6 +20,7 @@ from tests.fake_cuda.hopper import inductor_for_an_h100
 from tests.fake_cuda.launches import makes_memory
 from tests.fake_cuda.planned import Planned, planned
 from tests.kernels.stub_driver import StubDriver
+from tests.tiers import member
 from tests.zoo.entry import TINY, calls_of, model_of
 from tests.zoo.table import ZOO
 
@@ -69,7 +70,7 @@ def graph_of(program: RegionProgram) -> fx.Graph:
     return module.graph
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", [member(name, id=name, always=name.startswith("DiT")) for name in CLASSES])
 def test_regions(name: str) -> None:
     found = model_on_the_gpu(name)
     with mock.patch.object(inductor, "MOST_OPERATORS", 0), inductor_for_an_h100(STUB) as written:

@@ -25,7 +25,7 @@ from tests.training.small import PAPER, SITES, config, dit
     ("image_error", "options"),
     [
         pytest.param("leave-one-out", PAPER, id="leave-one-out", marks=pytest.mark.exhaustive),
-        pytest.param("progressive", PAPER, id="progressive"),
+        pytest.param("progressive", PAPER, id="progressive", marks=pytest.mark.exhaustive),
         pytest.param("sensitivity", {}, id="sensitivity-hard"),
         pytest.param(None, PAPER, id="sdt"),
         pytest.param(None, {}, id="sdt-hard", marks=pytest.mark.exhaustive),
