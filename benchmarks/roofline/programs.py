@@ -20,13 +20,15 @@ from harmonica_rt.call.roles import Role
 from harmonica_rt.capture.captured_graph import CapturedGraph
 from harmonica_rt.graph.facts import value_of
 from harmonica_rt.lower import lower
-from harmonica_rt.lower.hoist import Prologue
+from harmonica_rt.lower.fused import FusedLowering
+from harmonica_rt.lower.graph_states import FusedGraph
+from harmonica_rt.lower.hoist import Prologue, cut
 from harmonica_rt.lower.inductor import MOST_OF_LARGEST, MOST_OPERATORS
-from harmonica_rt.lower.plain import with_stores
+from harmonica_rt.lower.plain import Program, with_stores
 from harmonica_rt.lower.regions import Region, divide, operators, sections, whole
 from harmonica_rt.options import HOISTED
 from harmonica_rt.plan.plan import Plan
-from harmonica_rt.plan.step_graph import ProgramGraph
+from harmonica_rt.plan.step_graph import ProgramGraph, StepGraph
 
 LOWERINGS = ("plain", HOISTED, "fused", "inductor")
 UNCACHED = ("eager", "torch.compile")
@@ -49,9 +51,18 @@ class Programs:
     prologue: Prologue | None
 
 
+class _ToCompile(FusedLowering):
+    """The programs that the `inductor` lowering divides into regions: what Inductor fuses itself is left to it."""
+
+    rotary = False
+
+    def _program(self, step: StepGraph | FusedGraph) -> Program:
+        return Program(cut(step, self._hoisted), self._root, direct=True)
+
+
 def programs_of(name: str, plan: Plan, roles: Sequence[Role]) -> Programs:
     """The programs of a plan under the lowering called `name`."""
-    lowering = lower("fused" if name == "inductor" else name, plan, roles)
+    lowering = _ToCompile(plan, roles) if name == "inductor" else lower(name, plan, roles)
     steps: list[ProgramGraph] = [program.step for program in lowering.programs]
     root = plan.captured.root
     if name == "inductor":

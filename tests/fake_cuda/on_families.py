@@ -26,8 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of Fa
 FAMILIES = {
     "dit": ((103, 67), (27, 5)),
     "pixart-alpha": ((92, 36), (35, 5)),
-    "sd3": ((256, 48), (148, 7)),
-    "flux": ((264, 74), (125, 11)),
+    "sd3": ((256, 48), (74, 7)),
+    "flux": ((264, 74), (75, 11)),
 }
 
 
