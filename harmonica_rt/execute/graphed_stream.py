@@ -42,7 +42,6 @@ class GraphedStream(PlanStream[GraphedPrologue]):
         memory: GraphMemory,
         debug: bool,
     ) -> None:
-        # none for the base class: `_run` here prepares and loads a `GraphedPrologue`, which has another interface
         super().__init__(lowered, parameters, launches, buffers, prologue, debug=debug)
         self._memory = memory
 
