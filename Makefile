@@ -11,6 +11,10 @@ PIP := $(PY) -m pip --disable-pip-version-check
 TYPED := harmonica_rt kernels/harmonica_kernels training/harmonica_training
 LINTED := $(TYPED) tests setup.py docs/site_pages.py $(wildcard benchmarks)
 
+# Lint and documentation are checked side by side. The tests start many processes, which read the bytecode of the first.
+MAKEFLAGS += --jobs=2
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test test-all lint docs format sanitize bench train-digits train-schedule clean
 
 help:  ## this list

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,17 @@ import torch
 
 from harmonica_rt import Schedule
 from harmonica_rt.cli import loading, signals
-from harmonica_training import TrainingInterrupted
+from harmonica_training import TrainingInterrupted, training_state
 from harmonica_training.checkpoint import latest_checkpoint
 from harmonica_training.console_progress import ConsoleProgress
 from tests.cli.running import run
+from tests.forked import forked, module, two_by_torchrun
 from tests.training.small import config, dit
 
-MANY = ["--steps", "5", "--iterations", "12", "--batch", "2", "--renew-every", "2", "--learning-rate", "0.3"]
+MANY = ["--steps", "5", "--iterations", "8", "--batch", "2", "--renew-every", "2", "--learning-rate", "0.3"]
 MANY += ["--guidance", "1", "--target-cur", "0.4"]
 PROGRAM = [sys.executable, "-m", "harmonica_rt.cli"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "60"}
 PATIENCE = 300  # seconds that no test should need
 
 
@@ -38,24 +39,39 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "60"}
+def whose_checkpoints_take_forever(*words: str) -> None:
+    """A training that never ends writing a checkpoint."""
+
+    def never(*_: object) -> None:
+        print("writing", file=sys.stderr)
+        time.sleep(600)
+
+    training_state.save_checkpoint = never
+    module("harmonica_rt.cli", *words)
 
 
-def begun(*command: object) -> subprocess.Popen[str]:
-    """A training that has come to its second iteration, and heeds Ctrl-C even if the tests run in the background."""
-    process = subprocess.Popen(
-        [str(word) for word in command],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert process.stderr is not None
-    for printed in process.stderr:
-        if "iteration 2/12" in printed:
-            return process
-    raise AssertionError(f"it ended with {process.wait()} before its second iteration")
+class Training:
+    """A training in a process of its own that has come to its second iteration; `told`: the pipe that it writes to."""
+
+    def __init__(self, function: Callable[..., None], *words: object, folder: Path) -> None:
+        pipe = folder / "told"
+        os.mkfifo(pipe)
+        self.process = forked(function, *map(str, words), output=pipe, environment=ENVIRONMENT)
+        self.told = pipe.open()
+        if not any("iteration 2/8" in printed for printed in self.told):
+            self.process.join(PATIENCE)
+            raise AssertionError(f"it ended with {self.process.exitcode} before its second iteration")
+
+    def send(self, number: signal.Signals) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def rest(self) -> str:
+        """What else it writes until it ends."""
+        with self.told:
+            told = self.told.read()
+        self.process.join(PATIENCE)
+        return told
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -71,10 +87,11 @@ def test_the_printed_command_ends_where_an_uninterrupted_training_does(
 ) -> None:
     out = tmp_path / "a schedule.json"
     directory = tmp_path / "work" if work else tmp_path / "a schedule.work"
-    process = begun(*PROGRAM, "train", trainable, out, *MANY, *(["--work", directory] if work else []))
-    process.send_signal(number)
-    _, told = process.communicate(timeout=PATIENCE)
-    assert process.returncode == status
+    words = ["train", trainable, out, *MANY, *(["--work", directory] if work else [])]
+    training = Training(module, "harmonica_rt.cli", *words, folder=tmp_path)
+    training.send(number)
+    told = training.rest()
+    assert training.process.exitcode == status
     assert "Traceback" not in told
     kept = latest_checkpoint(directory)
     assert kept is not None
@@ -88,39 +105,30 @@ def test_the_printed_command_ends_where_an_uninterrupted_training_does(
     assert words[:4] == [*PROGRAM, "train"]
     done = run(*words[len(PROGRAM) :])
     assert done.exit_code == 0, done.output
-    assert f"continuing after iteration {kept.iteration} of 12\n" in done.output
+    assert f"continuing after iteration {kept.iteration} of 8\n" in done.output
     assert run("train", trainable, tmp_path / "whole.json", *MANY).exit_code == 0
     assert Schedule.load(out) == Schedule.load(tmp_path / "whole.json")
 
 
 def test_a_second_ctrl_c_ends_at_once(trainable: Path, tmp_path: Path) -> None:
     """Writing the checkpoint never ends, until Ctrl-C comes again. SIGTERM does not drop what is being written."""
-    code = (
-        "import sys, time; from harmonica_rt import cli; from harmonica_training import training_state\n"
-        "def never(*_):\n"
-        "    print('writing', file=sys.stderr, flush=True)\n"
-        "    time.sleep(600)\n"
-        "training_state.save_checkpoint = never\n"
-        "cli.main()"
-    )
-    command = [sys.executable, "-c", code, "train", trainable, tmp_path / "s.json", *MANY, "--work", tmp_path / "work"]
-    process = begun(*command)
-    process.send_signal(signal.SIGINT)
-    assert process.stderr is not None
-    assert any("writing" in printed for printed in process.stderr)
-    process.send_signal(signal.SIGTERM)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=0.5)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=PATIENCE) == -signal.SIGINT
-    process.stderr.close()
+    words = ["train", trainable, tmp_path / "s.json", *MANY, "--work", tmp_path / "work"]
+    training = Training(whose_checkpoints_take_forever, *words, folder=tmp_path)
+    training.send(signal.SIGINT)
+    assert any("writing" in printed for printed in training.told)
+    training.send(signal.SIGTERM)
+    training.process.join(0.5)
+    assert training.process.is_alive()
+    training.send(signal.SIGINT)
+    training.rest()
+    assert training.process.exitcode == -signal.SIGINT
 
 
 def test_under_torchrun_the_first_process_writes_the_checkpoint(trainable: Path, tmp_path: Path) -> None:
-    command = [*TORCHRUN, "-m", "harmonica_rt.cli", "train", trainable, tmp_path / "s.json", *MANY]
-    process = begun(*command, "--work", tmp_path / "work")
-    process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=PATIENCE)
+    words = ["train", trainable, tmp_path / "s.json", *MANY, "--work", tmp_path / "work"]
+    training = Training(two_by_torchrun, "harmonica_rt.cli", *words, folder=tmp_path)
+    training.send(signal.SIGTERM)
+    told = training.rest()
     kept = latest_checkpoint(tmp_path / "work")
     assert kept is not None
     assert f"interrupted after iteration {kept.iteration}, saved in" in told

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from harmonica_rt.errors import HarmonicaError
 from harmonica_training import TrainConfig, TrainingInterrupted, train
 from harmonica_training.checkpoint import latest_checkpoint, load_checkpoint
 from tests import tiny
+from tests.forked import forked, two_by_torchrun
 from tests.training.small import dit
 
 FEW = ["--steps", "5", "--iterations", "2", "--batch", "2", "--renew-every", "2", "--learning-rate", "0.3"]
@@ -115,37 +114,15 @@ def test_what_is_refused(trainable: Path, tmp_path: Path, arguments: list[str], 
     assert not list(tmp_path.iterdir())
 
 
-# What torchrun sets, in two processes that share one import; test_interruption.py starts some with torchrun.
-TWO_PROCESSES = """
-import os, socket
-from diffusers import DiTPipeline
-from harmonica_rt import cli
-import harmonica_training.trainer
-with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
-child = os.fork()
-os.environ.update(dict.fromkeys(("RANK", "LOCAL_RANK"), "0" if child else "1"), GLOO_SOCKET_IFNAME="lo")
-try:
-    cli.main()
-finally:
-    if child:
-        assert os.waitpid(child, 0)[1] == 0, "the second process failed"
-"""
-
-
 def test_two_processes_learn_the_same_schedule(trainable: Path, tmp_path: Path) -> None:
     arguments = [*FEW, "--iterations", "6", "--guidance", "1", "--target-cur", "0.4", "--image-error", "sensitivity"]
     alone, shared = tmp_path / "one.json", tmp_path / "two.json"
     run(str(trainable), str(alone), *arguments)
-    done = subprocess.run(
-        [sys.executable, "-c", TWO_PROCESSES, "train", str(trainable), str(shared), *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    words = ["harmonica_rt.cli", "train", str(trainable), str(shared), *arguments]
+    output, environment = tmp_path / "told", {"GLOO_SOCKET_IFNAME": "lo"}
+    process = forked(two_by_torchrun, *words, output=output, environment=environment)
+    process.join()
+    assert process.exitcode == 0, output.read_text()
     one, two = Schedule.load(alone), Schedule.load(shared)
     assert np.array_equal(one.compute, two.compute)
     assert one.made_by is not None

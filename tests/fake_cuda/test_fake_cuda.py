@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.forked import pass_in_a_process
 
 HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="compiles a few lines of C++")
 @pytest.mark.parametrize("tests", ["families", "classes", "inductor"])
-def test_on_fake_cuda(tests: str, request: pytest.FixtureRequest) -> None:
+def test_on_fake_cuda(tests: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     marks = request.config.getoption("-m")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, str(HERE / f"on_{tests}.py")],
-        capture_output=True,
-        text=True,
-        cwd=HERE.parents[1],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    pass_in_a_process(HERE / f"on_{tests}.py", tmp_path, marks, CUDA_VISIBLE_DEVICES="")

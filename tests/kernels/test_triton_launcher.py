@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.forked import pass_in_a_process
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
@@ -18,14 +18,6 @@ CHECKS = Path(__file__).with_name("launcher_checks.py")
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CC", "gcc")) is None, reason="compiles a few lines of C")
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch loads the driver itself")
-def test_launches_fit_their_kernels(request: pytest.FixtureRequest) -> None:
+def test_launches_fit_their_kernels(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """In a process of its own: the stub takes the place of the driver for good."""
-    marks = request.config.getoption("-m")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, str(CHECKS)],
-        capture_output=True,
-        text=True,
-        cwd=CHECKS.parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    pass_in_a_process(CHECKS, tmp_path, request.config.getoption("-m"), TRITON_INTERPRET="0")
