@@ -40,7 +40,7 @@ class SamplerTable:
     @property
     def depth(self) -> int:
         """The number of steps whose latents and outputs the next latents depend on."""
-        return self.weights.shape[1]
+        return int(self.weights.shape[1])
 
 
 @dataclass(frozen=True, eq=False)

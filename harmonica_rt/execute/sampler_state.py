@@ -44,8 +44,8 @@ class SamplerState:
     @torch.no_grad()
     def load(self, sampler: Sampler) -> None:
         """Begin a run: of the same kind as the sampler that the memory was made for."""
-        (timesteps, rows), self._loaded = self._loaded or (None, None), None
-        if timesteps != sampler.timesteps or not np.array_equal(rows, sampler.rows):
+        last, self._loaded = self._loaded, None
+        if last is None or last[0] != sampler.timesteps or not np.array_equal(last[1], sampler.rows):
             self._rows.copy_(torch.from_numpy(sampler.rows))
             each = (*(sampler.timesteps[:1] * sampler.first), *sampler.timesteps)
             self.timesteps.copy_(torch.tensor(each, dtype=sampler.timestep_dtype)[:, None])

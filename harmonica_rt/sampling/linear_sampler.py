@@ -9,6 +9,7 @@ by values is refused.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,11 @@ TOLERANCE = 1e-4  # of the sum of all absolute terms; schedulers compute in fp32
 _MAGNITUDES = (1e-3, 1e-2, 0.1, 1.0, 3.0, 10.0, 100.0, 1e3)  # of the random numbers
 
 # What makes the steps of a scheduler no fixed sum, by the options of its config; and why.
-_REFUSED = {
-    "thresholding": (lambda value: bool(value), "clips by values"),
-    "clip_sample": (lambda value: bool(value), "clips by values"),
+_REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "thresholding": (bool, "clips by values"),
+    "clip_sample": (bool, "clips by values"),
     "algorithm_type": (lambda value: str(value).startswith("sde"), "draws noise in every step"),
-    "stochastic_sampling": (lambda value: bool(value), "draws noise in every step"),
+    "stochastic_sampling": (bool, "draws noise in every step"),
 }
 
 
@@ -51,14 +52,13 @@ def sampler_table(scheduler: Any, steps: int, begin_index: int | None) -> tuple[
     rows = steps - run.first
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         weights, scales = _probed(first_copy, rows)
-        table = SamplerTable(_trimmed(weights, name), scales)
-        wrong = _first_wrong_row(second_copy, table)
+        wrong = _first_wrong_row(second_copy, SamplerTable(weights, scales))
     if wrong is not None:
         raise SamplerError(
-            f"the steps of this {name} are no fixed sum of latents and model outputs (step {wrong} of the run differs): it "
-            "draws noise, clips or decides by values. Sample with a loop of your own, or another scheduler"
+            f"the steps of this {name} are no fixed sum of latents and outputs (step {wrong} of the run differs): "
+            "it draws noise, clips or decides by values. Sample with a loop of your own, or another scheduler"
         )
-    return table, run
+    return SamplerTable(_trimmed(weights, name), scales), run
 
 
 def _check(scheduler: Any, name: str) -> None:

@@ -10,8 +10,6 @@ import diffusers as d
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from harmonica_rt.errors import SamplerError, ScheduleMismatchError
 from harmonica_rt.execute.sampler import Sampler
@@ -20,7 +18,7 @@ from harmonica_rt.sampling.known_samplers import KnownSamplers
 from harmonica_rt.sampling.linear_sampler import sampler_table
 
 SHAPE = (2, 3, 4, 4)
-ULPS = 8  # of the largest value of a step; both compute in fp32, in another order
+ULPS = 4  # per term of a sum: both runs compute in fp32, in another order
 
 Make = Callable[..., Any]
 
@@ -61,7 +59,7 @@ def own_steps(scheduler: Any, latents: torch.Tensor, outputs: torch.Tensor) -> t
     """What the scheduler itself makes of these model outputs, `[rows, ...]`: the latents after each step."""
     found = []
     for timestep, output in zip(scheduler.timesteps[-len(outputs) :], outputs, strict=True):
-        scheduler.scale_model_input(latents, timestep)
+        getattr(scheduler, "scale_model_input", lambda *_: None)(latents, timestep)
         latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
         found.append(latents)
     return torch.stack(found)
@@ -80,31 +78,42 @@ def table_steps(table: Any, first: int, latents: torch.Tensor, outputs: torch.Te
     return torch.stack(found)
 
 
-def close(got: torch.Tensor, expected: torch.Tensor, ulps: float = ULPS) -> bool:
-    largest = torch.maximum(expected.abs().amax((1, 2, 3, 4)), torch.ones(len(expected)))
-    errors = (got - expected).abs().amax((1, 2, 3, 4))
-    return bool((errors <= ulps * torch.finfo(torch.float32).eps * largest).all())
+def allowed(table: Any, latents: torch.Tensor, outputs: torch.Tensor, expected: torch.Tensor) -> list[float]:
+    """What two runs in fp32 may differ by after each step: each rounds its terms, and carries on earlier errors."""
+    largest = [float(each.abs().max()) for each in (latents, *expected)]
+    size, errors = [max(one, float(m.abs().max())) for one, m in zip(largest, outputs, strict=False)], [0.0]
+    for row, weights in enumerate(np.abs(table.weights)):
+        rounding = ULPS * torch.finfo(torch.float32).eps
+        terms = [
+            (a * errors[row - j] + (a + b) * rounding * size[row - j]) for j, (a, b) in enumerate(weights[: row + 1])
+        ]
+        errors.append(float(sum(terms)))
+    return errors[1:]
+
+
+def agree(table: Any, first: int, own: Any, latents: torch.Tensor, outputs: torch.Tensor) -> bool:
+    """Whether the table and the scheduler `own`, which is stepped, make the same of these model outputs."""
+    expected, got = own_steps(own, latents, outputs), table_steps(table, first, latents, outputs)
+    errors = (got - expected).abs().amax((1, 2, 3, 4)).tolist()
+    return all(error <= most for error, most in zip(errors, allowed(table, latents, outputs, expected), strict=True))
 
 
 @pytest.mark.parametrize("name", MADE)
-@settings(max_examples=4, deadline=None)
-@given(steps=st.integers(2, 24), seed=st.integers(0, 99))
-def test_the_table_takes_the_schedulers_own_steps(name: str, steps: int, seed: int) -> None:
+@pytest.mark.parametrize("steps", [2, 7, 20])
+def test_the_table_takes_the_schedulers_own_steps(name: str, steps: int) -> None:
     scheduler, rows = begun(MADE[name](), steps)
-    before = copy.deepcopy(scheduler)
     table, run = sampler_table(scheduler, rows, None)
     assert (run.first, len(table.scales)) == (0, rows)
-    generator = torch.Generator().manual_seed(seed)
-    latents = (
-        torch.randn(SHAPE, generator=generator) * scheduler.init_noise_sigma
-        if "flow" not in name
-        else (torch.randn(SHAPE, generator=generator))
-    )
-    outputs = torch.randn(rows, *SHAPE, generator=generator)
-    # each step from the scheduler's own latents, so that errors do not add up over the run
-    expected = own_steps(before, latents, outputs)
-    got = table_steps(table, 0, latents, outputs)
-    assert close(got, expected, ulps=ULPS * rows)
+    latents = torch.randn(SHAPE) * getattr(scheduler, "init_noise_sigma", 1.0)
+    assert agree(table, 0, scheduler, latents, torch.randn(rows, *SHAPE))
+
+
+@pytest.mark.parametrize("shift", [1e-3, 1e-2])
+def test_a_table_that_is_slightly_off_does_not_agree(shift: float) -> None:
+    scheduler, rows = begun(dpm(), 7)
+    table, _ = sampler_table(scheduler, rows, None)
+    table.weights[3, 1, 0] += shift
+    assert not agree(table, 0, scheduler, torch.randn(SHAPE), torch.randn(rows, *SHAPE))
 
 
 @pytest.mark.parametrize("name", ["DDIM", "DPM++2", "DPM++3", "Euler", "flow"])
@@ -119,7 +128,7 @@ def test_a_run_may_begin_later(name: str, whole: bool) -> None:
         scheduler.set_begin_index(4)
         same, _ = sampler_table(scheduler, steps, None)  # as the scheduler says itself
         assert np.array_equal(same.weights, table.weights)
-    assert close(table_steps(table, run.first, latents, outputs), own_steps(own, latents, outputs), ulps=5 * ULPS)
+    assert agree(table, run.first, own, latents, outputs)
 
 
 def test_the_input_of_euler_is_scaled_and_others_are_not() -> None:
@@ -136,7 +145,7 @@ def test_the_input_of_euler_is_scaled_and_others_are_not() -> None:
         (lambda: ddim(thresholding=True), "thresholding=True clips"),
         (lambda: dpm(algorithm_type="sde-dpmsolver++"), "algorithm_type='sde-dpmsolver.*draws noise"),
         (lambda: d.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), "stochastic_sampling=True draws noise"),
-        (d.EulerAncestralDiscreteScheduler, "no fixed sum of latents and model outputs"),
+        (d.EulerAncestralDiscreteScheduler, "no fixed sum of latents and outputs"),
         (d.LCMScheduler, "no fixed sum|clip"),
         (d.UniPCMultistepScheduler, "of at most 4"),
     ],
