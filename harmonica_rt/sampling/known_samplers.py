@@ -10,17 +10,13 @@ from typing import Any
 
 import torch
 
-from harmonica_rt.execute.sampler import SamplerTable
-from harmonica_rt.sampling.linear_sampler import sampler_table
-from harmonica_rt.sampling.run_timesteps import RunSteps
+from harmonica_rt.sampling.linear_sampler import SchedulerRun, scheduler_run
 
 MAX_KNOWN = 4
 
-_Found = tuple[SamplerTable, RunSteps]
-
 
 class KnownSamplers:
-    """The tables of the schedulers that were used last.
+    """The runs of the schedulers that were used last.
 
     Args:
         steps: number of steps of the schedule.
@@ -28,14 +24,14 @@ class KnownSamplers:
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
-        self._known: list[tuple[_Note, _Found]] = []  # the most recently used first
+        self._known: list[tuple[_Note, SchedulerRun]] = []  # the most recently used first
 
-    def of(self, scheduler: Any, begin_index: int | None) -> _Found:
-        """See `sampler_table`."""
+    def of(self, scheduler: Any, begin_index: int | None) -> SchedulerRun:
+        """See `scheduler_run`."""
         note = _Note(scheduler, begin_index)
         found = next((found for known, found in self._known if known.same_as(note)), None)
         if found is None:
-            found = sampler_table(scheduler, self._steps, begin_index)
+            found = scheduler_run(scheduler, self._steps, begin_index)
         others = [entry for entry in self._known if entry[1] is not found]
         self._known = [(note, found), *others][:MAX_KNOWN]
         return found

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from harmonica_rt.engine import RunKey
 from harmonica_rt.errors import ArgumentError, SamplerError
 from harmonica_rt.execute.sampler import SamplerTable
+from harmonica_rt.indices import StepIndex
 from harmonica_rt.sampling.run_timesteps import RunSteps, timesteps_are_set
 
 MAX_DEPTH = 4  # steps whose latents and outputs are kept; DPM-Solver++ takes up to 3
@@ -33,8 +36,27 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def sampler_table(scheduler: Any, steps: int, begin_index: int | None) -> tuple[SamplerTable, RunSteps]:
-    """The table of a run, and the steps of the schedule that it takes.
+@dataclass(frozen=True, eq=False)
+class SchedulerRun:
+    """A run of a scheduler, as it is set.
+
+    Attributes:
+        table: what it computes between the steps.
+        first: the step of the schedule that the run begins with.
+        key: the key of the run.
+        timesteps: `[rows]`, those of its steps, on the CPU.
+        values: the same as numbers.
+    """
+
+    table: SamplerTable
+    first: StepIndex
+    key: RunKey
+    timesteps: torch.Tensor
+    values: tuple[float, ...]
+
+
+def scheduler_run(scheduler: Any, steps: int, begin_index: int | None) -> SchedulerRun:
+    """The run that a scheduler is set to.
 
     Args:
         scheduler: set to the timesteps of the run; it is left as it is.
@@ -49,7 +71,10 @@ def sampler_table(scheduler: Any, steps: int, begin_index: int | None) -> tuple[
     _check(scheduler, name)
     first_copy, second_copy = (_at_beginning(scheduler, begin_index) for _ in range(2))
     run = RunSteps.of(first_copy, steps)
+    if run.timesteps is None or run.key is None:
+        raise SamplerError(f"a {name} has no tensor of timesteps [steps], which sample() needs")
     rows = steps - run.first
+    timesteps = run.timesteps.known[-rows:]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         weights, scales = _probed(first_copy, rows)
         wrong = _first_wrong_row(second_copy, SamplerTable(weights, scales))
@@ -58,7 +83,8 @@ def sampler_table(scheduler: Any, steps: int, begin_index: int | None) -> tuple[
             f"the steps of this {name} are no fixed sum of latents and outputs (step {wrong} of the run differs): "
             "it draws noise, clips or decides by values. Sample with a loop of your own, or another scheduler"
         )
-    return SamplerTable(_trimmed(weights, name), scales), run
+    table = SamplerTable(_trimmed(weights, name), scales)
+    return SchedulerRun(table, run.first, run.key, timesteps, tuple(timesteps.tolist()))
 
 
 def _check(scheduler: Any, name: str) -> None:

@@ -86,7 +86,7 @@ class SampledRun:
 
 def sampled_run(
     latents: object,
-    table: KnownSamplers,
+    known: KnownSamplers,
     scheduler: Any,
     options: SampleOptions,
     conditioning: Mapping[str, Any],
@@ -101,14 +101,15 @@ def sampled_run(
         raise ArgumentError(f"latents must be a tensor of floating-point numbers [B, C, ...], got {described(latents)}")
     check_no_gradient([("latents", latents), *conditioning.items()])
     names = _arguments_of_model(convention, conditioning)
-    known, run = table.of(scheduler, options.begin_index)
-    if run.timesteps is None:
-        raise ArgumentError(f"a {type(scheduler).__name__} has no tensor of timesteps [steps], which sample() needs")
-    timesteps = _model_timesteps(run.timesteps.known[-len(known.scales) :], options.model_timestep)
+    run = known.of(scheduler, options.begin_index)
+    timesteps, values = run.timesteps, run.values
+    if options.model_timestep is not None:
+        timesteps = _model_timesteps(timesteps, options.model_timestep)
+        values = tuple(timesteps.tolist())
     sampler = Sampler(
-        table=known,
+        table=run.table,
         latents=latents,
-        timesteps=tuple(timesteps.tolist()),
+        timesteps=values,
         timestep_dtype=timesteps.dtype,
         guidance=None if options.guidance_scale is None else float(options.guidance_scale),
         conditional_first=options.conditional_first,
@@ -138,10 +139,8 @@ def _arguments_of_model(convention: CallConvention, conditioning: Mapping[str, A
     return latents, timestep
 
 
-def _model_timesteps(timesteps: torch.Tensor, change: ModelTimestep | None) -> torch.Tensor:
+def _model_timesteps(timesteps: torch.Tensor, change: ModelTimestep) -> torch.Tensor:
     """What the model is given for these timesteps, on the CPU."""
-    if change is None:
-        return timesteps
     changed = change(timesteps.clone())
     if not isinstance(changed, torch.Tensor) or changed.shape != timesteps.shape:
         raise ArgumentError(
