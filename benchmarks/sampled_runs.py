@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,20 +39,20 @@ def ways(
             return sampled()
 
     scale, first = guidance.get("guidance_scale"), guidance.get("conditional_first", False)
-    timesteps = scheduler.timesteps.tolist()
+    own, timesteps = copy.deepcopy(scheduler), scheduler.timesteps.tolist()  # a scheduler that is set anew in each run
 
     def loop() -> torch.Tensor:
         found = latents
-        scheduler.set_timesteps(len(timesteps))
+        own.set_timesteps(len(timesteps))
         compiled.reset(timesteps)
-        for t in scheduler.timesteps.to(latents.device):
+        for t in own.timesteps.to(latents.device):
             given = found if scale is None else torch.cat([found, found])
             output = compiled(given, timestep=t.expand(len(given)), **conditioning).sample[:, : latents.shape[1]]
             if scale is not None:
                 one, other = output.chunk(2)
                 conditional, unconditional = (one, other) if first else (other, one)
                 output = unconditional + scale * (conditional - unconditional)
-            found = scheduler.step(output, t, found, return_dict=False)[0]
+            found = own.step(output, t, found, return_dict=False)[0]
         return found
 
     return {LOOP: loop, STEPS: stepwise, WHOLE: sampled}

@@ -104,9 +104,9 @@ class Sampler:
 
     def first_timestep(self) -> torch.Tensor:
         """`[B]`, the timestep of the first step, expanded as pipelines do."""
-        return torch.tensor(self.timesteps[:1], dtype=self.timestep_dtype, device=self.latents.device).expand(
-            self.batch
-        )
+        value, device = self.timesteps[0], self.latents.device
+        # a launch: a copy from the host would wait for the device
+        return torch.full((1,), value, dtype=self.timestep_dtype, device=device).expand(self.batch)
 
 
 @dataclass(frozen=True, eq=False)
