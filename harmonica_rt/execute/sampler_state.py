@@ -93,7 +93,8 @@ class SamplerState:
 
     def result(self) -> torch.Tensor:
         """The latents after the last row, in the dtype of the first."""
-        return self._latents(len(self._rows)).to(self._of.latents.dtype, copy=True)
+        latents = self._latents(len(self._rows))
+        return torch.empty_like(latents, dtype=self._of.latents.dtype).copy_(latents)
 
     def _latents(self, row: int) -> torch.Tensor:
         return self._history[2 * (row % self._of.table.depth)]

@@ -108,7 +108,7 @@ def sampled_run(
         values = tuple(timesteps.tolist())
     sampler = Sampler(
         table=run.table,
-        latents=latents,
+        latents=latents.contiguous(),  # as in all later steps, or the first would have a signature of its own
         timesteps=values,
         timestep_dtype=timesteps.dtype,
         guidance=None if options.guidance_scale is None else float(options.guidance_scale),

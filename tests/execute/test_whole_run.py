@@ -252,6 +252,53 @@ def test_the_host_waits_for_nothing_in_a_run(case: Case, cuda: CudaDouble, monke
     assert torch.equal(found, expected)
 
 
+def test_runs_in_inference_mode_and_without_alternate(case: Case) -> None:
+    given = scheduler()
+    for request in range(7):
+        expected = case.sample(case.plain, request, given)
+        with torch.inference_mode(request % 2 == 0):
+            assert torch.equal(case.sample(case.compiled, request, given), expected)
+        assert (case.replays() == 1) == (request >= FIRST)
+
+
+class Counting(nn.Module):
+    """A `Conditioned` whose graph depends on a value of its request: how many rows of the prompt count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner = conditioned()
+        self.blocks, self.time, self.text = inner.blocks, inner.time, inner.text
+
+    def forward(
+        self, latents: torch.Tensor, timestep: torch.Tensor, prompt: torch.Tensor, count: torch.Tensor
+    ) -> torch.Tensor:
+        used = prompt[:, : int(count.sum())].mean(1)
+        scale = (self.time(timestep.to(latents.dtype)[:, None]) + self.text(used))[:, None]
+        for block in self.blocks:
+            latents = block(latents, scale)
+        return latents
+
+
+def test_requests_whose_values_need_other_plans() -> None:
+    model = on_device(Counting().eval())
+    schedule = random_schedule(model, STEPS, seed=2)
+    pool, given = StandInPool(), scheduler()
+    compiled = compiled_with(model, schedule, pool)
+    truth = hrt.compile(model, schedule, lowering="plain", graphs="off", strict=True)
+    for request in range(10):
+        generator = torch.Generator().manual_seed(request)
+        latents, prompt = torch.randn(2, 4, 8, generator=generator), torch.randn(2, 4, 3, generator=generator)
+        count = torch.tensor([1, request % 2])
+        before = pool.replayed
+        found, expected = (
+            each.sample(latents, given, prompt=prompt, count=count, model_timestep=thousandths)
+            for each in (compiled, truth)
+        )
+        assert torch.equal(found, expected)
+    assert len(compiled.plans) == 2
+    assert pool.replayed == before + 1
+
+
 def test_calls_by_hand_and_runs_alternate(case: Case) -> None:
     """A step graph and the graph of a run share slots and inputs; neither may leave anything to the other."""
     given = scheduler()

@@ -285,6 +285,16 @@ def test_image_to_image_takes_the_last_steps_of_the_schedule(model: nn.Module) -
 
 
 @torch.no_grad()
+def test_latents_may_lie_in_memory_as_they_like(model: nn.Module) -> None:
+    compiled = hrt.compile(model, random_schedule(model, STEPS, seed=1), strict=True)
+    latents = first_latents().transpose(1, 2).contiguous().transpose(1, 2)
+    found = compiled.sample(latents, scheduler_of(), prompt=PROMPT, model_timestep=thousandths)
+    assert compiled.stats is not None
+    assert (len(compiled.plans), compiled.stats.catch_ups) == (1, [])
+    assert same(found, sampled(compiled))
+
+
+@torch.no_grad()
 def test_the_oracle_of_hooks_agrees(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     schedule = random_schedule(model, STEPS, seed=4)
     monkeypatch.setattr("tests.sampling.loops.DDIMScheduler", lambda: d.DDIMScheduler(clip_sample=False))
