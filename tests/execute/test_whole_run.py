@@ -178,6 +178,9 @@ class TestChangesBetweenRuns:
     def test_it_is_seen(self, lowering: str, change: str) -> None:
         case, given = Case(lowering), scheduler()
         linear: Any = case.model.get_submodule("time")
+        truth = hrt.reference(case.model, case.schedule)  # which looks at the model before every step
+        activation: Any = nn.LeakyReLU(0.3)
+        case.model.get_submodule("blocks.0.mlp")[1] = activation  # type: ignore[index,operator]
         for request in range(4):
             assert case.agree(request, given)
         for request in range(3):
@@ -189,11 +192,12 @@ class TestChangesBetweenRuns:
                 elif change == "replaced":
                     linear.weight = nn.Parameter(linear.weight * 2, requires_grad=False)
                 elif change == "a fact":
-                    case.model.scale_of_a_lora = request  # type: ignore[assignment]
+                    activation.negative_slope = 0.1 * request
                 else:
-                    case.model.scale_of_a_lora = request % 2  # type: ignore[assignment]
+                    activation.negative_slope = 0.1 * (request % 2)
             for again in range(3):
-                assert case.agree(10 * request + again, given)
+                found, expected = (case.sample(each, 10 * request + again, given) for each in (case.compiled, truth))
+                assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
 
     def test_offload_between_runs(self, case: Case, cuda: CudaDouble) -> None:
         given = scheduler()
@@ -212,6 +216,7 @@ class TestChangesBetweenRuns:
             assert case.agree(request, given)
         engine = case.compiled._planned
         look, linear = engine.watch.look, case.model.get_submodule("time")
+        before, replays = case.sample(case.plain, 7, given), case.replays()
 
         def look_late() -> Any:
             engine.watch.look = look  # type: ignore[method-assign]
@@ -222,6 +227,9 @@ class TestChangesBetweenRuns:
         engine.watch.look = look_late  # type: ignore[method-assign]
         found = case.sample(case.compiled, 7, given)
         assert torch.equal(found, case.sample(case.plain, 7, given))
+        assert not torch.equal(found, before)
+        assert replays > 0
+        assert case.replays() == 2  # the run was done twice
 
 
 def test_results_stay_and_two_streams_take_turns(case: Case, cuda: CudaDouble) -> None:
