@@ -16,6 +16,7 @@ BENCHMARKS = (
     "end_to_end",
     "latency",
     "host_path",
+    "host_run",
     "compile_cost",
     "slot_memory",
     "zoo",

@@ -62,12 +62,14 @@ STAGES = (
     Stage("toolchain", (PYTHON, "-m", "harmonica_rt.cli", "doctor"), 40),
     Stage("kernels equal their references", (*PYTEST, "tests/kernels"), 90),
     Stage("graphs, streams, lifetimes", (*PYTEST, "tests/execute/test_graph_replay_gpu.py"), 60),
+    Stage("runs as one graph", (*PYTEST, "tests/execute/test_whole_run_gpu.py"), 45),
     Stage("families with graphs", (*PYTEST, "tests/execute/test_families_gpu.py"), 60),
     Stage(
         "DiT-XL/2, one image, every(2)",
         (*LATENCY, "--models", "dit-xl-256", "--images", "1", "--schedules", "every(2)", *FEW),
         110,
     ),
+    Stage("DiT-XL/2, a run as one graph", (PYTHON, "-m", "benchmarks.whole_run", "--model", "dit-xl-256"), 45),
     Stage("profile of one step", (PYTHON, "-m", "benchmarks.step_profile", "--model", "dit-xl-256"), 50),
     Stage(
         "DiT-XL/2, released mask",

@@ -69,6 +69,10 @@ class InvariantError(HarmonicaError, AssertionError):
     """A plan or a graph breaks a rule that all of them must keep: a defect of this package, not of its caller."""
 
 
+class SamplerError(HarmonicaError, ValueError):
+    """`sample` cannot take the steps of a scheduler, or what the model returns, for a linear sampler."""
+
+
 class RegionError(HarmonicaError, RuntimeError):
     """Inductor cannot compile a part of the model; the message says which part, and why."""
 

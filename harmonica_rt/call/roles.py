@@ -13,6 +13,7 @@ from __future__ import annotations
 import enum
 import functools
 import re
+from collections.abc import Iterable
 
 import torch
 
@@ -42,6 +43,13 @@ class Role(enum.Enum):
     LATENTS = "latents"  # changes in every step
     TIMESTEP = "timestep"  # changes in every step, and can be known before the run
     REQUEST = "request"  # the same in all steps; a stream starts anew if it changes (`sampling.conditioning`)
+
+
+def sampled_arguments(arguments: Iterable[str]) -> tuple[str | None, str | None]:
+    """The names of the latents and of the timestep among the arguments of a model's forward; None for one it lacks."""
+    names = list(arguments)
+    latents = next((name for name in names if not _says_otherwise(name)), None)
+    return latents, next((name for name in names if _TIMESTEP.match(name)), None)
 
 
 def roles(call: Call) -> tuple[Role, ...]:

@@ -12,4 +12,6 @@ Reading order: `planned_engine` (captures and plans at the first call of a signa
 `lowered_prologue`; `request_value_stream`. For GPUs: `cuda_graphs` (records and replays a graph), `graph_replay` (the
 graphs of one stream), `graph_memory` (all that they read and write: `static_tensors`, `hoisted_memory`,
 `step_counter`), `graphed_stream` and `graphed_prologue` (a stream whose steps and prologue are graphs), `launch_order`.
+For runs that `sample` makes: `sampler` and `sampler_state` (what is computed between the steps, and where),
+`whole_run_stream` (all steps of a run as one graph).
 """

@@ -11,6 +11,7 @@ from harmonica_rt.execute.forecast import TimestepLog
 from harmonica_rt.execute.graph_replay import GraphedPrograms
 from harmonica_rt.execute.hoisted_memory import HoistedMemory
 from harmonica_rt.execute.lowered_plan import LoweredPlan
+from harmonica_rt.execute.sampler_state import SamplerState
 from harmonica_rt.execute.static_tensors import StaticLeaves, StaticTensors
 from harmonica_rt.execute.step_counter import StepCounter
 
@@ -31,6 +32,7 @@ class GraphMemory:
         counter: the current step.
         log: the timesteps of the run so far.
         allocated: what has run once, so that it now finds all its memory allocated.
+        samplers: what runs compute between the steps, by kind of sampler, the most recently used last.
     """
 
     def __init__(self, lowered: LoweredPlan, pool: Pool, *, measured: bool) -> None:
@@ -42,11 +44,13 @@ class GraphMemory:
         self.counter = StepCounter(pool.device)
         self.log = TimestepLog(steps)
         self.allocated: set[Hashable] = set()
+        self.samplers: dict[Hashable, SamplerState] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes that it holds; the pool of the graphs counts its own."""
-        small = sum(tensor.nbytes for tensor in (self.counter.tensor, *(self.log.rows or ())))
+        of_samplers = (tensor for state in self.samplers.values() for tensor in state.tensors)
+        small = sum(tensor.nbytes for tensor in (self.counter.tensor, *(self.log.rows or ()), *of_samplers))
         return self.leaves.nbytes + self.foreseen.nbytes + self.hoisted.nbytes + small
 
     @property
@@ -57,3 +61,5 @@ class GraphMemory:
         yield from self.hoisted.owned
         yield self.counter.tensor
         yield from self.log.rows or ()
+        for state in self.samplers.values():
+            yield from state.tensors

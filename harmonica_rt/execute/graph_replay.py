@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +36,7 @@ class Recordable:
         restore: makes `body` run for the same step again.
         candidates: bodies that do the same, of which the fastest graph is kept; empty for `body` alone.
         choose: told the seconds of each candidate's graph; infinite for one that cannot be recorded.
+        measured: whether the graph is kept only if it is not slower; False where all that it consists of was measured.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Recordable:
     restore: Callable[[], None]
     candidates: tuple[Body, ...] = ()
     choose: Callable[..., object] | None = None
+    measured: bool = True
 
 
 class GraphedPrograms:
@@ -94,6 +96,24 @@ class GraphedPrograms:
         graph = self._graphs.get(key)
         return copies(graph.replay()) if graph is not None else self._run(key, recordable())
 
+    def consists_of_graphs(self, key: Hashable, parts: Iterable[Hashable], *, entirely: bool) -> bool:
+        """Whether all `parts` are graphs, and what is kept under `key`, which consists of them, was not refused.
+
+        If it consists `entirely` of them, and this thread has warmed them up, it is warm too.
+        """
+        known = set(parts)
+        if key in self.refusals or not known <= self._graphs.keys():
+            return False
+        if entirely and known <= self._warm.keys:
+            self._warm.keys.add(key)
+        return True
+
+    def forget(self, key: Hashable) -> None:
+        """Drop the graph that is kept under `key`, and whatever else is known of it."""
+        self._graphs.pop(key, None)
+        self.refusals.pop(key, None)
+        self._warm.keys.discard(key)
+
     def _run(self, key: Hashable, work: Recordable) -> tuple[Any, ...]:
         if self._moves >= MOVES:
             self.refusals.setdefault(work.owner, RESTLESS)
@@ -127,7 +147,7 @@ class GraphedPrograms:
                 graph = self._recorded(body)
         except RuntimeError as error:
             return GraphRefusal(f"it cannot be recorded: {str(error).partition(chr(10))[0]}")
-        if self._measured:
+        if self._measured and work.measured:
             plain, replayed = (self._seconds(run, work) for run in (body, graph.replay))
             if replayed > MOST_OF_PLAIN * plain:
                 times = f"it takes {replayed * 1e3:.2f} ms, plain launches take {plain * 1e3:.2f} ms"

@@ -53,6 +53,22 @@ class GraphedPrologue:
             self._run("step", (self._lowered.each,), lambda each: self._compute_step(step, each))
         memory.hoisted.load_elsewhere(step, memory.counter)
 
+    def prepare_run(self, timesteps: Timesteps) -> bool:
+        """Make the values of all steps available to `load`; False if each step has to be prepared.
+
+        Args:
+            timesteps: `[steps, ...]` for each timestep argument. They are certain: nothing is compared afterwards.
+        """
+        has_results = bool(self._lowered.each.part.results)
+        if not self._has_request:
+            self._begin_request(timesteps if has_results else None)
+        return not has_results or (self._has_steps and self._memory.hoisted.lies_on(self._memory.counter.device))
+
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        """The leaves that are its timesteps."""
+        return self._lowered.prologue.timesteps
+
     def load(self) -> None:
         """Load the values of the current step, and write down its timesteps: a part of the step's graph."""
         if self._lowered.each.part.results:

@@ -130,6 +130,10 @@ class HoistedMemory:
         if self._rows is not None:
             yield from self._rows.owned
 
+    def lies_on(self, device: torch.device) -> bool:
+        """Whether the values of all steps lie on `device`, so that `load` loads all of them."""
+        return self._rows is None or all(tensor.device == device for tensor in self._rows.owned)
+
     def put_request(self, values: Mapping[str, torch.Tensor]) -> None:
         """Store the values of a request."""
         self._request.put(values)

@@ -15,7 +15,6 @@ from harmonica_rt.execute.cuda_graphs import Graphs, Pool
 from harmonica_rt.execute.forecast import Forecast, ForecastKey, Forecasts
 from harmonica_rt.execute.graph_memory import GraphMemory
 from harmonica_rt.execute.graphed_prologue import GraphedPrologue
-from harmonica_rt.execute.graphed_stream import GraphedStream
 from harmonica_rt.execute.launch_order import LaunchOrder
 from harmonica_rt.execute.launched_stream import LaunchedStream
 from harmonica_rt.execute.lowered_plan import LoweredPlan
@@ -23,6 +22,7 @@ from harmonica_rt.execute.parameter_binding import ParameterBinding, Parameters
 from harmonica_rt.execute.plan_stream import PlanStream
 from harmonica_rt.execute.slot_buffers import SlotBuffers
 from harmonica_rt.execute.stream_prologue import StreamPrologue
+from harmonica_rt.execute.whole_run_stream import WholeRunStream
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class PlanRuntime:
         if graphed is not None:
             forecast = Forecast(self.forecasts, key, comparable=False, log=graphed.log)
             values = GraphedPrologue(prologue, self.parameters.of, forecast, graphed) if prologue is not None else None
-            return GraphedStream(*given, values, memory=graphed, debug=self._debug)
+            return WholeRunStream(*given, values, memory=graphed, debug=self._debug)
         forecast = Forecast(self.forecasts, key, comparable=self.lowered.takes_inputs_on_cpu)
         own = StreamPrologue(prologue, self.parameters.of, forecast) if prologue is not None else None
         return LaunchedStream(*given, own, debug=self._debug)

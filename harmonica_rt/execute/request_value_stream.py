@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from harmonica_rt.call.call import Call
 from harmonica_rt.capture.request_values import RequestValues
 from harmonica_rt.engine import Stream
+from harmonica_rt.execute.sampler import RunsWhole, Sampler
 from harmonica_rt.indices import StepIndex
 
 HeldStream = tuple[Stream, RequestValues | None]  # a stream and the request values it holds for; None for all
@@ -49,6 +52,13 @@ class RequestValueStream:
         if not self._chosen:
             self._choose(call)
         return self.in_use.run(step, call, catch_up=catch_up)
+
+    def run_whole(self, call: Call, sampler: Sampler, *, catch_up: bool) -> torch.Tensor | None:
+        """See `RunsWhole.run_whole`."""
+        if not self._chosen:
+            self._choose(call)
+        stream = self.in_use
+        return stream.run_whole(call, sampler, catch_up=catch_up) if isinstance(stream, RunsWhole) else None
 
     def _choose(self, call: Call) -> None:
         """Switch to the stream that holds for the values of this request."""

@@ -11,5 +11,6 @@ Reading order: `session` (which run a call belongs to), with `denoiser` (a sessi
 another one interrupted); `scheduler`, `following` and `run_timesteps` (what schedulers report); `step_count`,
 `steps_by_timestep` and `timestep_order` (which step); `frames`, `origin` and `by_hand` (who makes the call); `run`,
 `streams` and `features` (which stream, and what it may reuse); `conditioning` (whether its request changed); `notices`
-(what is logged once).
+(what is logged once); `gradients` (inputs that are refused). Runs by `sample`: `sampled_run` (what is asked for, and
+the loop), `linear_sampler` and `known_samplers` (what a scheduler computes between the steps).
 """

@@ -14,10 +14,15 @@ from harmonica_rt.call.call import CallConvention
 from harmonica_rt.changes import Changes
 from harmonica_rt.engine import Engine
 from harmonica_rt.errors import HarmonicaError
+from harmonica_rt.execute.sampler import Sampler
 from harmonica_rt.model.forward import own_forward
 from harmonica_rt.model.hooked_call import call_with_hooks
+from harmonica_rt.model.hooks import all_hooks, forward_hooks_of_every_module
 from harmonica_rt.model.use import run_untraced
 from harmonica_rt.reference_engine import ReferenceEngine
+from harmonica_rt.sampling.known_samplers import KnownSamplers
+from harmonica_rt.sampling.run import Run
+from harmonica_rt.sampling.sampled_run import ModelTimestep, SampleOptions, sampled_run
 from harmonica_rt.sampling.session import Session
 from harmonica_rt.schedule import Schedule
 from harmonica_rt.wrappers import unwrapped, wrappers
@@ -59,6 +64,7 @@ class Denoiser(Session):
         self.model, self.given = model, given
         self._convention = CallConvention(model)
         self.__module__ = type(model).__module__  # diffusers writes it and the class's name into a saved pipeline
+        self._samplers = KnownSamplers(schedule.steps)
         self._complete = True  # from here on, new attributes are set on `given`
 
     @property  # type: ignore[misc]
@@ -87,6 +93,87 @@ class Denoiser(Session):
             for wrapper in () if self._following else reversed(wrappers(self.given)):
                 forward = functools.partial(_with_hooks, wrapper, forward)  # a pipeline calls the wrapper itself
             return forward(*args, **kwargs)
+
+    @_outside_dynamo
+    def sample(
+        self,
+        latents: torch.Tensor,
+        scheduler: Any,
+        /,
+        *,
+        guidance_scale: float | None = None,
+        conditional_first: bool = False,
+        model_timestep: ModelTimestep | None = None,
+        begin_index: int | None = None,
+        **conditioning: Any,
+    ) -> torch.Tensor:
+        """Sample in a run of its own: from `latents`, with the steps of a diffusers scheduler, to the final latents.
+
+        The loop is that of a pipeline without callbacks. On a GPU with CUDA graphs, once the first runs have recorded
+        their steps, all steps of a run are replayed as one graph, so that the host's work does not grow with their
+        number. The model is checked for changes before the run and after it; hooks on the model itself, or more than
+        128 steps, keep it step by step.
+
+        The scheduler's step must be a fixed linear combination of latents and model outputs: DDIM, DPM-Solver++ of any
+        order, Euler, flow matching, and others; not those that draw noise or clip. It is only read. Between the steps
+        latents are fp32 (fp64 for fp64 latents); the model is given them in the dtype of `latents`.
+
+        Args:
+            latents: `[B, C, ...]`, noise as the scheduler wants it (times `init_noise_sigma`), or a noised image.
+            scheduler: with `set_timesteps` called. The same scheduler, not set anew, costs the least.
+            guidance_scale: the scale of classifier-free guidance: the model is called with the latents twice along the
+                batch, and takes conditioning for both halves. None calls it once per image, as for distilled guidance.
+            conditional_first: whether the conditional half of the batch is the first one, as in `DiTPipeline`; in other
+                pipelines it is the second.
+            model_timestep: what the model is given for the scheduler's timesteps, if not themselves: called once with
+                all of them, `[steps]` on the CPU. Flux takes `lambda t: t / 1000`.
+            begin_index: the step of the scheduler to begin with, for image-to-image; by default its own `begin_index`,
+                or 0.
+            conditioning: the other arguments of the model, by name, the same in all steps.
+
+        Returns:
+            The final latents, in the dtype of `latents`. Output channels beyond theirs (a learned variance) are not
+            used.
+
+        Raises:
+            SamplerError: the scheduler's steps are no fixed linear combination, it is in mid-run, or the model's output
+                does not fit the latents.
+            ScheduleMismatchError: the scheduler is set to a number of steps other than the schedule's.
+            ArgumentError: an argument is not what it should be.
+            RunError, ConcurrentRunError, CaptureError: see the call of the model.
+        """
+        options = SampleOptions(
+            guidance_scale=guidance_scale,
+            conditional_first=conditional_first,
+            model_timestep=model_timestep,
+            begin_index=begin_index,
+        )
+        asked = sampled_run(latents, self._samplers, scheduler, options, conditioning, self._convention)
+        changes = Changes()
+        with changes, changes:
+            self._enter(changes)
+            self._by_hand.begins(self._current.run)
+            run = self._begin()
+            run.key = asked.key
+            run.begin_at(asked.sampler.first)
+            result = asked.run(functools.partial(self._step_of, run))
+            self.last_stats = run.stats
+            if self._following:
+                self._current.run = None  # calls of a pipeline are not this run's
+        return result
+
+    def _step_of(self, run: Run, arguments: dict[str, Any], sampler: Sampler | None) -> object:
+        """The call of the model in the current step of `run`, or in all its steps."""
+        around = wrappers(self.given)
+        if any(map(all_hooks, (self.model, *around))) or any(forward_hooks_of_every_module()):
+            sampler = None  # hooks run around every call
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return run.call(self._convention.normalise(args, kwargs), counts_as_step=True, sampler=sampler)
+
+        for module in (self.model, *reversed(around)):
+            forward = functools.partial(_with_hooks, module, forward)
+        return forward(**arguments)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copies and pickles hold the model and the schedule; each has its own runs and belongs to no pipeline."""

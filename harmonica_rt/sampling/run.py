@@ -16,8 +16,10 @@ import torch
 from harmonica_rt.call.call import Call
 from harmonica_rt.engine import Engine, RunKey
 from harmonica_rt.errors import ConcurrentRunError, RunError
+from harmonica_rt.execute.sampler import RunsWhole, Sampler, WholeRun
 from harmonica_rt.indices import StepIndex
 from harmonica_rt.sampling.features import RunStream, step_tables
+from harmonica_rt.sampling.gradients import check_no_gradient
 from harmonica_rt.sampling.notices import Notices
 from harmonica_rt.sampling.streams import RunStreams
 from harmonica_rt.sampling.timestep_order import TimestepOrder
@@ -126,8 +128,11 @@ class Run:
                 "pipeline) for each thread, or let the runs take turns"
             )
 
-    def call(self, call: Call, *, counts_as_step: bool) -> object:
+    def call(self, call: Call, *, counts_as_step: bool, sampler: Sampler | None = None) -> object:
         """Run the denoiser for one call in the current step; if calls count as steps, the step ends with it.
+
+        With a `sampler`, which takes the outputs of all steps from this one on, all of them may be run at once: then a
+        `WholeRun` is returned.
 
         Raises:
             RunError: the run failed earlier or is finished, its timesteps move backwards, or the caller could expect a
@@ -143,10 +148,10 @@ class Run:
                 "with a larger batch, or compile an object of a class of your own that has the model as `transformer` "
                 "and the scheduler as `scheduler`: then set_timesteps begins a run and step ends a step"
             )
-        _check_no_gradient(call)
+        check_no_gradient(zip(call.paths, call.leaves, strict=True))
         self._timesteps.check(call, self.position.step)
         self.failed = True  # until the call is over: if anything interrupts it, the run must not continue
-        output = self._call(call)
+        output = self._call(call, sampler)
         if counts_as_step:
             self.advance()
         self.failed = False
@@ -168,12 +173,12 @@ class Run:
             log.warning("a run that was not finished: %s", error)
         self._streams.drop()
 
-    def _call(self, call: Call) -> object:
+    def _call(self, call: Call, sampler: Sampler | None) -> object:
         if self.untouched:
             # now, not when the run began: the model may have changed since
             self._model_state = self._engine.begin_run(self.key)
         if self._engine.looks_late and self._model_state is not None:
-            output = self._early(call, self._model_state)
+            output = self._early(call, self._model_state, sampler)
             if output is not _NOT_RUN:
                 return output
             if self.untouched:
@@ -182,11 +187,19 @@ class Run:
         self._model_state = self._engine.state(call)
         stream, before = self._stream_for(call, self._model_state)
         catch_up = stream.lacks_features(self.position.step, before)
-        with torch.no_grad():
-            output = stream.stream.run(self.position.step, call, catch_up=catch_up)
+        output = self._run(stream, call, sampler, catch_up=catch_up)
         return self._done(stream, output, catch_up=catch_up)
 
-    def _early(self, call: Call, model_state: object) -> object:
+    def _run(self, stream: RunStream, call: Call, sampler: Sampler | None, *, catch_up: bool) -> object:
+        """Run the step or, where sampler and stream allow it, the whole run."""
+        with torch.no_grad():
+            if sampler is not None and isinstance(stream.stream, RunsWhole):
+                latents = stream.stream.run_whole(call, sampler, catch_up=catch_up)
+                if latents is not None:
+                    return WholeRun(latents)
+            return stream.stream.run(self.position.step, call, catch_up=catch_up)
+
+    def _early(self, call: Call, model_state: object, sampler: Sampler | None) -> object:
         """Run the call for the last known state of the model, and then check whether that is still its state.
 
         Returns `_NOT_RUN` if it is not: the result is discarded, and the call has to run again.
@@ -194,8 +207,7 @@ class Run:
         stream, before = self._stream_for(call, model_state)
         catch_up = stream.lacks_features(self.position.step, before)
         try:
-            with torch.no_grad():
-                output = stream.stream.run(self.position.step, call, catch_up=catch_up)
+            output = self._run(stream, call, sampler, catch_up=catch_up)
         except Exception:  # ignored if the step ran for an outdated state of the model; otherwise raised
             if self._engine.state(call) is model_state:
                 raise
@@ -213,25 +225,14 @@ class Run:
         return self._streams.stream_for(call, position.step, order, model_state)
 
     def _done(self, stream: RunStream, output: object, *, catch_up: bool) -> object:
-        step = self.position.step
+        first, tables, stats = self.position.step, self._tables, self.stats
+        steps = range(first, tables.steps if isinstance(output, WholeRun) else first + 1)
         if catch_up:
-            log.warning("step %d is computed in full: its stream has no features from an earlier step", step)
-            self.stats.catch_ups.append(step)
-        else:
-            self.stats.reused += len(self._tables.reused[step])
-        stream.ran(step, all_sites=catch_up)
-        self.stats.entries += self._tables.sites
-        self.stats.calls += 1
+            log.warning("step %d is computed in full: its stream has no features from an earlier step", first)
+            stats.catch_ups.append(first)
+        stats.reused += sum(len(tables.reused[step]) for step in steps[catch_up:])
+        stream.ran(first, all_sites=catch_up)
+        stats.entries += tables.sites * len(steps)
+        stats.calls += len(steps)
+        self.position.step = StepIndex(steps[-1])
         return output
-
-
-def _check_no_gradient(call: Call) -> None:
-    """Raise RunError if the caller could expect the result to carry a gradient."""
-    if not torch.is_grad_enabled():
-        return
-    for path, leaf in zip(call.paths, call.leaves, strict=True):
-        if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-            raise RunError(
-                f"{path} requires a gradient, but the results of a compiled model carry none. Call the model under "
-                "torch.no_grad(), pass a detached tensor, or use the plain model (uncompile the pipeline)"
-            )

@@ -1,0 +1,58 @@
+"""Remembers what the schedulers of the last runs compute, so that it is found out once and not in every run.
+
+A scheduler counts as unchanged while its attributes are the very same objects, not written to. Nothing is compared by
+value: its timesteps may lie on a device, and reading them would wait for the run before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from harmonica_rt.sampling.linear_sampler import SchedulerRun, scheduler_run
+
+MAX_KNOWN = 4
+
+
+class KnownSamplers:
+    """The runs of the schedulers that were used last.
+
+    Args:
+        steps: number of steps of the schedule.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._known: list[tuple[_Note, SchedulerRun]] = []  # the most recently used first
+
+    def of(self, scheduler: Any, begin_index: int | None) -> SchedulerRun:
+        """See `scheduler_run`."""
+        note = _Note(scheduler, begin_index)
+        found = next((found for known, found in self._known if known.same_as(note)), None)
+        if found is None:
+            found = scheduler_run(scheduler, self._steps, begin_index)
+        others = [entry for entry in self._known if entry[1] is not found]
+        self._known = [(note, found), *others][:MAX_KNOWN]
+        return found
+
+
+class _Note:
+    """What a scheduler is at one moment."""
+
+    def __init__(self, scheduler: Any, begin_index: int | None) -> None:
+        self._begin_index = begin_index
+        self._held = {"": type(scheduler), **getattr(scheduler, "__dict__", {})}
+        self._versions = [
+            value._version
+            for value in self._held.values()
+            if isinstance(value, torch.Tensor) and not value.is_inference()
+        ]
+
+    def same_as(self, other: _Note) -> bool:
+        return (
+            self._begin_index == other._begin_index
+            and self._held.keys() == other._held.keys()
+            and all(value is other._held[name] for name, value in self._held.items())
+            and self._versions == other._versions
+        )
