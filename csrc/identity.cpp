@@ -12,6 +12,8 @@
 
 #include <cstdint>
 
+#include "tensor_notes.h"
+
 namespace {
 
 // Compares what a container yields, one object after another, with what was noted.
@@ -179,9 +181,19 @@ PyObject* first_change(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
   return PyLong_FromLong(-1);
 }
 
+using Function = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+
+PyCFunction method(Function function) { return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function)); }
+
 PyMethodDef methods[] = {
-    {"first_change", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(first_change)), METH_FASTCALL,
+    {"first_change", method(first_change), METH_FASTCALL,
      "first_change(containers, contents, versions=None) -> index of the first container that holds other objects, or -1"},
+    {"versions_of", method(harmonica::versions_of), METH_FASTCALL,
+     "versions_of(tensors, torch.Tensor) -> eight bytes per tensor of a list"},
+    {"addresses_of", method(harmonica::addresses_of), METH_FASTCALL,
+     "addresses_of(tensors, torch.Tensor) -> eight bytes per tensor of a list"},
+    {"layouts_of", method(harmonica::layouts_of), METH_FASTCALL,
+     "layouts_of(tensors, torch.Tensor) -> bytes, and the list of addresses; tensors may be None"},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -190,5 +202,5 @@ PyModuleDef definition = {
 
 }  // namespace
 
-// torch loads this library for its operators; Python also imports it as a module, for `first_change`.
+// torch loads this library for its operators; Python also imports it as a module, for these functions.
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }

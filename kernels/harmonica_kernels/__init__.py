@@ -9,7 +9,7 @@ Reading order: a folder per op, `residual_reuse` first (`reference`, `op`, `trit
 which is built from `csrc/`); `resources` shows the registers that the Triton kernels need.
 """
 
-from harmonica_kernels._build import BuildInfo, build_info
+from harmonica_kernels._build import BuildInfo, build_info, extension_module
 from harmonica_kernels.gated_residual import gated_residual
 from harmonica_kernels.norm_rotary import norm_rotary
 from harmonica_kernels.residual_reuse import residual_reuse
@@ -18,6 +18,7 @@ from harmonica_kernels.residual_reuse_norm_modulate import residual_reuse_norm_m
 __all__ = [
     "BuildInfo",
     "build_info",
+    "extension_module",
     "gated_residual",
     "norm_rotary",
     "residual_reuse",

@@ -10,14 +10,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 import triton
+from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from harmonica_kernels import _launch
 from harmonica_kernels.gated_residual.triton import gated_residual_triton
+from harmonica_kernels.norm_rotary.triton import norm_rotary_triton
 from harmonica_kernels.residual_reuse.triton import MAX_TERMS, residual_reuse_triton
 from harmonica_kernels.residual_reuse_norm_modulate.triton import residual_reuse_norm_modulate_triton
 from tests.kernels.stub_driver import Launch, StubDriver
@@ -31,27 +33,53 @@ GATES = ("none", "all", "some")
 
 
 class Calls:
-    """The calls of kernels within a block, with what was compiled for them."""
+    """The calls of kernels within a block, with what was compiled for them.
+
+    Attributes:
+        made: arguments, grid and compiled kernel of each.
+        direct: how many of them did not ask Triton for the kernel.
+    """
+
+    current: Calls | None = None
 
     def __init__(self) -> None:
-        self.made: list[tuple[dict[str, Any], tuple[int, ...], Any]] = []  # arguments, grid, compiled kernel
+        self.made: list[tuple[dict[str, Any], tuple[int, ...], Any]] = []
+        self.direct = 0
 
     def __enter__(self) -> Calls:
-        run = JITFunction.run
-
-        def noted(function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-            kernel = run(function, *args, grid=grid, warmup=warmup, **kwargs)
-            named = dict(zip(function.arg_names, args, strict=False)) | kwargs
-            self.made.append(({name: named[name] for name in function.arg_names}, grid, kernel))
-            return kernel
-
-        self._patch = mock.patch.object(JITFunction, "run", noted)
-        self._patch.start()
+        Calls.current = self
         STUB.launches()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._patch.stop()
+        Calls.current = None
+
+
+def note_calls() -> None:
+    """Note every call of a kernel in `Calls.current`, for the rest of the process."""
+    run, bind = JITFunction.run, CompiledKernel.__getitem__
+
+    def noted_run(function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(function, *args, grid=grid, warmup=warmup, **kwargs)
+        if Calls.current is not None and not warmup:
+            Calls.current.made.append((dict(zip(function.arg_names, args, strict=True)), grid, kernel))
+        return kernel
+
+    def noted_bind(kernel: Any, grid: tuple[int, ...]) -> Any:
+        launch = bind(kernel, grid)
+
+        def noted_launch(*args: Any) -> None:
+            launch(*args)
+            if Calls.current is not None:
+                Calls.current.made.append((dict(zip(kernel.src.fn.arg_names, args, strict=True)), grid, kernel))
+                Calls.current.direct += 1
+
+        return noted_launch
+
+    JITFunction.run, CompiledKernel.__getitem__ = noted_run, noted_bind
+
+
+note_calls()
 
 
 def check(calls: Calls) -> list[Any]:
@@ -106,7 +134,7 @@ def number_of(value: Any) -> Any:
 def parameter(kind: str, value: Any) -> tuple[int, int]:
     """Bytes and value as the driver sees a parameter of this type."""
     if kind.startswith("*"):
-        return 8, value.data_ptr()
+        return 8, number_of(value)
     if kind == "fp32":
         return 4, int(torch.tensor(value, dtype=torch.float32).view(torch.int32)) % 2**32
     return BYTES[kind], value % 2 ** (8 * BYTES[kind])
@@ -135,31 +163,85 @@ VARIANTS = [
 
 @pytest.mark.parametrize(("count", "dtype", "gates"), VARIANTS)
 def test_residual_reuse(count: int, dtype: torch.dtype, gates: str) -> None:
-    x, caches, gate, _ = operands(dtype, count, gates)
     with Calls() as calls:
-        residual_reuse_triton(x, caches, gate)
+        for _ in range(2):
+            x, caches, gate, _ = operands(dtype, count, gates)
+            residual_reuse_triton(x, caches, gate)
     kernels = check(calls)
-    assert len(kernels) == -(-count // MAX_TERMS[dtype.itemsize])
+    assert 2 * calls.direct >= len(kernels) == 2 * -(-count // MAX_TERMS[dtype.itemsize])
 
 
 @pytest.mark.parametrize(("count", "dtype", "gates"), VARIANTS)
 def test_residual_reuse_norm_modulate(count: int, dtype: torch.dtype, gates: str) -> None:
-    x, caches, gate, modulation = operands(dtype, count, gates)
-    affine = modulation[0, 0] if gates == "some" else None
     with Calls() as calls:
-        residual_reuse_norm_modulate_triton(
-            x, caches, gate, affine, None, modulation, None if gates == "none" else modulation, rms=count % 2 == 0
-        )
-    check(calls)
+        for _ in range(2):
+            x, caches, gate, modulation = operands(dtype, count, gates)
+            affine, shift = modulation[0, 0] if gates == "some" else None, None if gates == "none" else modulation
+            residual_reuse_norm_modulate_triton(x, caches, gate, affine, None, modulation, shift, rms=count % 2 == 0)
+    assert 2 * calls.direct >= len(check(calls)) >= 2
 
 
 @pytest.mark.parametrize("gates", ["none", "all"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_gated_residual(dtype: torch.dtype, gates: str) -> None:
-    x, (y,), (gate,), _ = operands(dtype, 1, gates)
     with Calls() as calls:
-        gated_residual_triton(x, y, gate)
-    check(calls)
+        for _ in range(2):
+            x, (y,), (gate,), _ = operands(dtype, 1, gates)
+            gated_residual_triton(x, y, gate)
+    assert 2 * calls.direct >= len(check(calls)) == 2
+
+
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("parts", [2, 9])
+def test_norm_rotary(parts: int, across: bool) -> None:
+    """Results of several parts each, so that parts are written at offsets."""
+    with Calls() as calls:
+        for _ in range(2):
+            xs = [torch.zeros(2, 5 + index, 3, 16, dtype=torch.bfloat16) for index in range(parts)]
+            tables = [torch.zeros(x.shape[1], 1, 16) for x in xs]
+            weights = [x.new_zeros(48 if across else 16) for x in xs]
+            counts, nothing = [1, parts - 1], [None] * parts
+            norm_rotary_triton(xs, counts, weights, nothing, tables, tables, across=across)
+    assert 2 * calls.direct >= len(check(calls)) == 2 * -(-parts // 8)
+
+
+def test_a_wrong_call_is_refused_after_right_ones() -> None:
+    x, caches, gates, _ = operands(torch.bfloat16, 2, "all")
+    for _ in range(2):
+        residual_reuse_triton(x, caches, gates)
+    STUB.launches()
+    for wrong, error in (
+        ((x, [x, x[:, 1:]], gates), ValueError),
+        ((x, [x, x.float()], gates), TypeError),
+        ((x, caches, gates[:1]), ValueError),
+        ((x, caches, [gates[0], x[:1, :3]]), ValueError),
+    ):
+        for _ in range(2):
+            with pytest.raises(error, match="residual_reuse: "):
+                residual_reuse_triton(*wrong)
+    assert STUB.launches() == []
+
+
+@pytest.mark.parametrize("read", {_launch._layouts_of, _launch._layouts_in_python})
+def test_layouts_tell_what_a_launch_depends_on(read: Any) -> None:
+    x, memory = torch.zeros(2, 4, 8), torch.zeros(65)
+    alike = [[x, None], [torch.zeros(2, 4, 8), None], [memory[:64].view(2, 4, 8), None]]
+    others: list[list[torch.Tensor | None]] = [
+        *([x], [None, x], [x, x], [x.half(), None], [x.to("meta"), None], [x[:1], None], [x.mT, None]),
+        *([x.view(8, 8), None], [memory[1:].view(2, 4, 8), None], [torch._efficientzerotensor(2, 4, 8), None]),
+        [torch._neg_view(x.half()), None],
+    ]
+    assert len({read(tensors, torch.Tensor)[0] for tensors in alike}) == 1
+    assert len({read(tensors, torch.Tensor)[0] for tensors in (alike[0], *others)}) == 1 + len(others)
+    assert read([x, None], torch.Tensor)[1] == [x.data_ptr(), None]
+
+
+def test_the_number_of_layouts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_launch, "MOST_LAYOUTS", 3)
+    launches = _launch.Launches(lambda tensors: _launch.Prepared([], 0, []))
+    for size in range(1, 10):
+        assert launches.run([torch.zeros(size)]) == []
+        assert 0 < len(launches._known) <= 3
 
 
 def test_fp64_launches_nothing() -> None:
