@@ -152,6 +152,12 @@ bool same_contents(PyObject* container, PyObject* items, uint64_t* version) {
   return same && noted.at_end();
 }
 
+// Whether nothing was done to a dict since it was last found to be the same. Most containers are such dicts, so
+// nothing else is read of them, and no reference is taken: no Python code runs here.
+bool is_untouched(PyObject* container, const uint64_t* version) {
+  return version != nullptr && PyDict_Check(container) && *version != 0 && *version == version_of(container);
+}
+
 PyObject* first_change(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if ((count != 2 && count != 3) || !PyList_Check(arguments[0]) || !PyList_Check(arguments[1]) ||
       PyList_GET_SIZE(arguments[0]) != PyList_GET_SIZE(arguments[1])) {
@@ -166,14 +172,15 @@ PyObject* first_change(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
     return nullptr;
   }
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(arguments[0]) && i < PyList_GET_SIZE(arguments[1]); ++i) {
+    const bool has_version = versions != nullptr && (i + 1) * bytes <= PyByteArray_GET_SIZE(versions);
+    uint64_t* version = has_version ? reinterpret_cast<uint64_t*>(PyByteArray_AS_STRING(versions)) + i : nullptr;
+    if (is_untouched(PyList_GET_ITEM(arguments[0], i), version)) continue;
     const Held container(Py_NewRef(PyList_GET_ITEM(arguments[0], i)));
     const Held items(Py_NewRef(PyList_GET_ITEM(arguments[1], i)));
     if (!PyTuple_Check(items.get()) || (PyTuple_Check(container.get()) && PyTuple_GET_SIZE(container.get()) != 2)) {
       PyErr_SetString(PyExc_TypeError, "contents are tuples, and so is a pair of an owner and a name");
       return nullptr;
     }
-    const bool has_version = versions != nullptr && (i + 1) * bytes <= PyByteArray_GET_SIZE(versions);
-    uint64_t* version = has_version ? reinterpret_cast<uint64_t*>(PyByteArray_AS_STRING(versions)) + i : nullptr;
     if (!same_contents(container.get(), items.get(), version)) {
       return PyErr_Occurred() == nullptr ? PyLong_FromSsize_t(i) : nullptr;
     }
