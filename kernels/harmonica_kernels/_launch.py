@@ -79,10 +79,10 @@ class Prepared:
             if first.is_meta:
                 self._compile([*tensors, *results])
                 return results[: self.returned]
-            to = [result.data_ptr() for result in results]
-            if self._compiled and not any(address % ALIGNMENT for address in to):
+            to, compiled = [result.data_ptr() for result in results], self._compiled
+            if compiled and not any(address % ALIGNMENT for address in to):
                 memory = [*addresses, *to]
-                for launch, runner in zip(self.launches, self._compiled, strict=True):
+                for launch, runner in zip(self.launches, compiled, strict=True):
                     runner(*launch.arguments(memory))
             else:
                 self._compiled = self._through_triton([*tensors, *results])
