@@ -44,7 +44,7 @@ format: $(STAMP)  ## rewrite the sources as ruff formats them
 
 # Leaks are not looked for: CPython frees little when it ends. With its allocator replaced, freed objects are noticed.
 # libstdc++ comes with libasan, which must see it to catch what torch throws.
-SANITIZED_TESTS := tests/model/test_identity.py \
+SANITIZED_TESTS := tests/model/test_identity.py tests/model/test_tensor_notes.py \
 	$(addprefix tests/kernels/test_,gated_residual.py lazy_tensors.py norm_rotary.py residual_reuse.py \
 	residual_reuse_norm_modulate.py)
 sanitize: $(STAMP)  ## run the tests of the C++ extension under AddressSanitizer and UBSan, in a build of its own

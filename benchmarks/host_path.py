@@ -6,7 +6,7 @@ inputs and outputs, which a GPU makes on its own, take almost no time. The basel
 do, in C++ or not: copy the latents to their fixed address, replay, copy the output for the caller.
 
 Each step checks whether the model has changed. That check is also timed alone, and so is walking the model again after
-a change.
+a change. `plain_launch` adds the calls of ops outside of graphs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import harmonica_rt as hrt
-from benchmarks import models, schedules
+from benchmarks import models, plain_launch, schedules
 from benchmarks.rows import Row, spread_row
 from harmonica_rt.api import CompiledModel
 from harmonica_rt.execute.cuda_graphs import Body, Graphs, copies
@@ -107,7 +107,7 @@ def run(*, repeats: int, quick: bool) -> list[Row]:
     return [
         spread_row("host_path", case, "10 patterns", f"host, per step: {name}", samples, "s", TARGETS.get(name))
         for name, samples in found.items()
-    ]
+    ] + plain_launch.run(repeats=repeats, quick=quick)
 
 
 def _looks(model: nn.Module, *, repeats: int, looks: int) -> dict[str, list[float]]:

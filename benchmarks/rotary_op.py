@@ -41,7 +41,8 @@ def _draw(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device,
     return Heads(parts, torch.randn(width, device=device).to(dtype), angles.cos(), angles.sin())
 
 
-def _arguments(a: Heads) -> tuple[Any, ...]:
+def arguments(a: Heads) -> tuple[Any, ...]:
+    """The arguments of the op, by position."""
     text = a.parts[0].shape[1]
     cos, sin = ([table[:text, None], table[text:, None]] * 2 for table in (a.cos, a.sin))
     return a.parts, [2, 2], [a.weight] * 4, [None] * 4, cos, sin
@@ -58,8 +59,8 @@ def _eager(a: Heads) -> tuple[Tensor, ...]:
 # types the casts to fp32 and back come on top, and fp32 is twice as wide.
 NORM_ROTARY = Op(
     "norm_rotary",
-    lambda a: tuple(norm_rotary(*_arguments(a), eps=EPS)),
-    lambda a: tuple(norm_rotary_reference(*_arguments(a), eps=EPS)),
+    lambda a: tuple(norm_rotary(*arguments(a), eps=EPS)),
+    lambda a: tuple(norm_rotary_reference(*arguments(a), eps=EPS)),
     _eager,
     tensors=lambda count: 4,
     passes=lambda count: 28,

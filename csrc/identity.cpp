@@ -12,6 +12,8 @@
 
 #include <cstdint>
 
+#include "tensor_notes.h"
+
 namespace {
 
 // Compares what a container yields, one object after another, with what was noted.
@@ -150,6 +152,12 @@ bool same_contents(PyObject* container, PyObject* items, uint64_t* version) {
   return same && noted.at_end();
 }
 
+// Whether nothing was done to a dict since it was last found to be the same. Most containers are such dicts, so
+// nothing else is read of them, and no reference is taken: no Python code runs here.
+bool is_untouched(PyObject* container, const uint64_t* version) {
+  return version != nullptr && PyDict_Check(container) && *version != 0 && *version == version_of(container);
+}
+
 PyObject* first_change(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if ((count != 2 && count != 3) || !PyList_Check(arguments[0]) || !PyList_Check(arguments[1]) ||
       PyList_GET_SIZE(arguments[0]) != PyList_GET_SIZE(arguments[1])) {
@@ -164,14 +172,15 @@ PyObject* first_change(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
     return nullptr;
   }
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(arguments[0]) && i < PyList_GET_SIZE(arguments[1]); ++i) {
+    const bool has_version = versions != nullptr && (i + 1) * bytes <= PyByteArray_GET_SIZE(versions);
+    uint64_t* version = has_version ? reinterpret_cast<uint64_t*>(PyByteArray_AS_STRING(versions)) + i : nullptr;
+    if (is_untouched(PyList_GET_ITEM(arguments[0], i), version)) continue;
     const Held container(Py_NewRef(PyList_GET_ITEM(arguments[0], i)));
     const Held items(Py_NewRef(PyList_GET_ITEM(arguments[1], i)));
     if (!PyTuple_Check(items.get()) || (PyTuple_Check(container.get()) && PyTuple_GET_SIZE(container.get()) != 2)) {
       PyErr_SetString(PyExc_TypeError, "contents are tuples, and so is a pair of an owner and a name");
       return nullptr;
     }
-    const bool has_version = versions != nullptr && (i + 1) * bytes <= PyByteArray_GET_SIZE(versions);
-    uint64_t* version = has_version ? reinterpret_cast<uint64_t*>(PyByteArray_AS_STRING(versions)) + i : nullptr;
     if (!same_contents(container.get(), items.get(), version)) {
       return PyErr_Occurred() == nullptr ? PyLong_FromSsize_t(i) : nullptr;
     }
@@ -179,9 +188,19 @@ PyObject* first_change(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
   return PyLong_FromLong(-1);
 }
 
+using Function = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+
+PyCFunction method(Function function) { return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function)); }
+
 PyMethodDef methods[] = {
-    {"first_change", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(first_change)), METH_FASTCALL,
+    {"first_change", method(first_change), METH_FASTCALL,
      "first_change(containers, contents, versions=None) -> index of the first container that holds other objects, or -1"},
+    {"versions_of", method(harmonica::versions_of), METH_FASTCALL,
+     "versions_of(tensors, torch.Tensor) -> eight bytes per tensor of a list"},
+    {"addresses_of", method(harmonica::addresses_of), METH_FASTCALL,
+     "addresses_of(tensors, torch.Tensor) -> eight bytes per tensor of a list"},
+    {"layouts_of", method(harmonica::layouts_of), METH_FASTCALL,
+     "layouts_of(tensors, torch.Tensor) -> bytes, and the list of addresses; tensors may be None"},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -190,5 +209,5 @@ PyModuleDef definition = {
 
 }  // namespace
 
-// torch loads this library for its operators; Python also imports it as a module, for `first_change`.
+// torch loads this library for its operators; Python also imports it as a module, for these functions.
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }

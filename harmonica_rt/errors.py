@@ -77,6 +77,10 @@ class RegionError(HarmonicaError, RuntimeError):
     """Inductor cannot compile a part of the model; the message says which part, and why."""
 
 
+class KernelError(HarmonicaError, RuntimeError):
+    """Triton cannot compile the kernel of an operator; the message names the operator and its arguments."""
+
+
 class Obstacle(enum.Enum):
     """Why a model cannot be captured."""
 

@@ -25,11 +25,15 @@ class StepReport:
 
 @dataclass(frozen=True)
 class CompileTimes:
-    """Wall time of making a plan, in seconds, by stage; `total` also includes the checks of the plan."""
+    """Wall time of making a plan, in seconds, by stage; `total` also includes the checks of the plan.
+
+    `kernels` is what compiling the operators' Triton kernels took; 0 where no device needs any.
+    """
 
     capture: float
     plan: float
     lower: float
+    kernels: float
     total: float
 
 
@@ -96,7 +100,13 @@ class PlanReport:
             programs=len(plan.programs),
             programs_with_addresses=plan.programs_with_addresses,
             full_flops=plan.full_flops,
-            times=CompileTimes(plan.captured.seconds, plan.seconds, runtime.lowered.seconds, runtime.compile_seconds),
+            times=CompileTimes(
+                plan.captured.seconds,
+                plan.seconds,
+                runtime.lowered.seconds,
+                runtime.kernel_seconds,
+                runtime.compile_seconds,
+            ),
             memory=PlanMemory(
                 slots=len(plan.table.slots),
                 arena_bytes=sum(plan.table.arena_bytes.values()),
@@ -125,6 +135,7 @@ def _step_report(plan: Plan, index: StepIndex) -> StepReport:
 def plan_lines(plan: PlanReport) -> list[str]:
     """A plan as lines of text."""
     memory, times, hoisting = plan.memory, plan.times, plan.hoisting
+    kernels = f", kernels {times.kernels:.2f}" if times.kernels else ""
     lines = [
         f"plan for {plan.signature}",
         f"  theoretical speed-up {plan.theoretical_speedup:.2f}x ({plan.full_flops / 1e9:.2f} GFLOP per call uncached)",
@@ -132,7 +143,7 @@ def plan_lines(plan: PlanReport) -> list[str]:
         f"{mebibytes(memory.arena_bytes)} (lower bound {mebibytes(memory.lower_bound_bytes)}, one address per site "
         f"{mebibytes(memory.site_addresses_bytes)})",
         f"  compiled in {times.total:.2f} s: capture {times.capture:.2f}, plan {times.plan:.2f}, lower "
-        f"{times.lower:.2f}; holds {mebibytes(memory.held_bytes)}",
+        f"{times.lower:.2f}{kernels}; holds {mebibytes(memory.held_bytes)}",
     ]
     if hoisting.values:
         lines.append(

@@ -15,6 +15,7 @@ from harmonica_rt.engine import RunKey
 from harmonica_rt.execute.cuda_graphs import Graphs
 from harmonica_rt.execute.launch_order import has_streams
 from harmonica_rt.execute.lowered_plan import LoweredPlan
+from harmonica_rt.execute.op_kernels import compile_ahead
 from harmonica_rt.execute.parameter_binding import Parameters
 from harmonica_rt.execute.plan_runtime import PlanRuntime
 from harmonica_rt.model.facts import Facts
@@ -121,12 +122,14 @@ class Plans:
 
         Raises:
             InvariantError: the plan breaks a rule.
+            KernelError: Triton cannot compile a kernel of the plan.
         """
         check_plan(plan)
         signature = key.signature
         with signature.in_its_autocast():
             lowered = LoweredPlan(plan, roles, self.options.lowering)
             runtime = PlanRuntime(lowered, parameters, signature.device, graphs=self._graphs, debug=self.options.debug)
+        runtime.kernel_seconds = compile_ahead(lowered, signature.device)
         runtime.begin_run(self._key)
         runtime.compile_seconds = time.perf_counter() - started
         self._held[key] = runtime

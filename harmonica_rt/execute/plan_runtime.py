@@ -45,6 +45,7 @@ class PlanRuntime:
         forecasts: the timesteps that its streams are expected to get.
         pool: records step programs as graphs; None where none are recorded.
         compile_seconds: wall time of making the plan, checks included; set by `Plans.add`.
+        kernel_seconds: the part of it that compiling Triton kernels took; set by `Plans.add`.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class PlanRuntime:
         self.launches = LaunchOrder(lowered.devices())
         self.forecasts = Forecasts(len(lowered.plan.steps))
         self.compile_seconds = 0.0
+        self.kernel_seconds = 0.0
         self._run: RunKey | None = None
         self._debug = debug
 

@@ -6,7 +6,6 @@ thousand objects in 0.05 ms; without it, the same is done in Python, several tim
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import operator
 import weakref
@@ -15,7 +14,7 @@ from collections.abc import Callable
 from types import CellType, FunctionType
 from typing import Any
 
-import harmonica_kernels  # its import determines whether the extension can be loaded with this torch
+from harmonica_kernels import extension_module
 
 Contents = tuple[Any, ...]
 _WITH_ITEMS = frozenset({list, tuple, set, frozenset, deque, dict})
@@ -134,17 +133,7 @@ def _first_change(containers: list[Any], noted: list[Contents], versions: bytear
     return -1
 
 
-def _fastest() -> Callable[..., int]:
-    if not harmonica_kernels.build_info().extension:
-        return _first_change
-    try:
-        extension = importlib.import_module("harmonica_kernels._C")
-    except ImportError:  # built for another Python, which matters here though not for its operators
-        return _first_change
-    return extension.first_change  # type: ignore[no-any-return]
-
-
-first_change = _fastest()
+first_change: Callable[..., int] = getattr(extension_module(), "first_change", _first_change)
 """first_change(containers, noted, versions=None): index of the first container whose contents are other objects, or -1.
 
 In `versions`, a bytearray that starts as eight zero bytes per container, the extension keeps what it needs to skip

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import operator
+from array import array
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from harmonica_kernels import extension_module
 
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -85,7 +88,17 @@ def _has_address(tensor: torch.Tensor) -> bool:
     return type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer) and tensor.layout is torch.strided
 
 
+def _versions_of(tensors: list[torch.Tensor], kind: type) -> bytes:
+    return array("Q", map(_version, tensors)).tobytes()
+
+
+def _addresses_of(tensors: list[torch.Tensor], kind: type) -> bytes:
+    return array("Q", map(kind.data_ptr, tensors)).tobytes()  # type: ignore[attr-defined]
+
+
 _version = operator.attrgetter("_version")
+_read_versions = getattr(extension_module(), "versions_of", _versions_of)
+_read_addresses = getattr(extension_module(), "addresses_of", _addresses_of)
 
 
 class TensorNote:
@@ -96,14 +109,14 @@ class TensorNote:
         # Inference tensors have no version; some other tensors have no address.
         self._versioned = [tensor for tensor in tensors if not tensor.is_inference()]
         self._with_address = list(filter(_has_address, tensors))
-        self._versions = list(map(_version, self._versioned))
-        self._addresses = list(map(torch.Tensor.data_ptr, self._with_address))
+        self._versions = _read_versions(self._versioned, torch.Tensor)
+        self._addresses = _read_addresses(self._with_address, torch.Tensor)
 
     def hold(self) -> bool:
         """Whether none of the tensors was written to or moved since."""
-        return (
-            list(map(_version, self._versioned)) == self._versions
-            and list(map(torch.Tensor.data_ptr, self._with_address)) == self._addresses
+        return bool(
+            _read_versions(self._versioned, torch.Tensor) == self._versions
+            and _read_addresses(self._with_address, torch.Tensor) == self._addresses
         )
 
     def is_of(self, tensors: Collection[torch.Tensor]) -> bool:
@@ -112,8 +125,8 @@ class TensorNote:
 
     def has_moved_since(self, other: TensorNote) -> bool:
         """Whether the same tensors lay elsewhere when `other` was made."""
-        return self._addresses != other._addresses
+        return bool(self._addresses != other._addresses)
 
     def same_as(self, other: TensorNote) -> bool:
         """Whether `other` notes the same tensors, not written to in between; they may have moved."""
-        return same_objects(self._tensors, other._tensors) and self._versions == other._versions
+        return same_objects(self._tensors, other._tensors) and bool(self._versions == other._versions)

@@ -7,6 +7,8 @@ the extension is loaded only with the same release; otherwise a warning says why
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import shlex
 import sys
@@ -14,7 +16,7 @@ import warnings
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -49,6 +51,17 @@ class BuildInfo:
 def build_info() -> BuildInfo:
     """State of the C++ extension in this process; determined on import, so the call is free."""
     return _INFO
+
+
+@functools.cache
+def extension_module() -> Any:
+    """The C++ extension as a Python module, for helpers on the host; None if there is none for this Python."""
+    if not _INFO.extension:
+        return None
+    try:
+        return importlib.import_module("harmonica_kernels._C")
+    except ImportError:  # built for another Python, which matters here though not for its operators
+        return None
 
 
 def same_abi(built: str, running: str) -> bool:

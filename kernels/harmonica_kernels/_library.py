@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any, Final
 
 import torch
@@ -46,8 +47,14 @@ def register(op: str, schema: str, *, reference: Callable[..., Any], fake: Calla
 
 
 def _with_triton(op: str, *arguments: Any, **options: Any) -> Any:
-    """Run the Triton kernel of an op; it is imported at the first call, so that importing the ops stays light."""
-    return getattr(import_module(f"harmonica_kernels.{op}.triton"), f"{op}_triton")(*arguments, **options)
+    """Run the Triton kernel of an op."""
+    return getattr(_triton_module(op), f"{op}_triton")(*arguments, **options)
+
+
+@functools.cache
+def _triton_module(op: str) -> ModuleType:
+    """The Triton implementation of an op, imported at its first call, so that importing the ops stays light."""
+    return import_module(f"harmonica_kernels.{op}.triton")
 
 
 def _without_extension(reference: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Holds what the Triton kernels share: tensors as rows, and the launch with its block sizes.
+"""Holds what the Triton kernels share: tensors as rows, and block sizes.
 
 One program works on a whole row, or on a tile of some rows and columns. The start of a row is computed once, so the
 same code serves any strides and broadcasts. Triton compiles a kernel anew for each width, dtype, number of caches, and
@@ -8,13 +8,16 @@ pattern of missing tensors and of strides that are 1 or multiples of 16, but not
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from harmonica_kernels._launch import Launches, Memory, NotRows, OptionalTensor
 
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 TILE: Final = 1024  # elements per program, if a row may be split. Not yet tuned by measurement
@@ -28,20 +31,26 @@ WARPS: Final = {512: 2, 1024: 4, 2048: 8, 4096: 8, 8192: 16}
 class Rows(NamedTuple):
     """A tensor as [batches, rows, width]: its memory, and its strides in elements, which are 0 where it broadcasts."""
 
-    memory: torch.Tensor
+    memory: Any  # the tensor, or its address
     batch: int
     row: int
     column: int
 
 
-def as_rows(shape: torch.Size, tensors: Sequence[torch.Tensor | None]) -> tuple[int, list[Rows | None]]:
-    """The number of rows in a batch, and the tensors, each broadcast to `shape`, as rows.
+_rows = functools.partial(tuple.__new__, Rows)  # half the time of Rows(...)
+Strides = tuple[int, int, int]  # those of `Rows`
 
-    Dimensions that every tensor steps through evenly are merged. If more than two remain besides the width, as for
-    views that no known model makes, all tensors are copied.
+
+def as_rows(shape: torch.Size, tensors: Sequence[OptionalTensor]) -> tuple[int, list[Strides | None]]:
+    """The number of rows in a batch, and the strides of each tensor, broadcast to `shape`, as in `Rows`.
+
+    Dimensions that every tensor steps through evenly are merged.
+
+    Raises:
+        NotRows: more than two dimensions remain besides the width, as for views that no known model makes.
     """
     shape = shape or torch.Size([1])
-    spread = [None if tensor is None else in_memory(tensor).expand(shape) for tensor in tensors]
+    spread = [None if tensor is None else tensor.expand(shape) for tensor in tensors]
     present = [tensor for tensor in spread if tensor is not None]
     merged: list[tuple[int, list[int]]] = []  # the size of each dimension left, and the stride of each tensor in it
     for axis, size in enumerate(shape[:-1]):
@@ -51,20 +60,26 @@ def as_rows(shape: torch.Size, tensors: Sequence[torch.Tensor | None]) -> tuple[
         elif size > 1:
             merged.append((size, strides))
     if len(merged) > 2:
-        return as_rows(shape, [None if tensor is None else tensor.contiguous() for tensor in spread])
+        raise NotRows
     single = (1, [0] * len(present))  # stands for a dimension that is not there
     (_, batch), (rows, row) = [single] * (2 - len(merged)) + merged
     steps = zip(batch, row, strict=True)
-    return rows, [None if tensor is None else Rows(tensor, *next(steps), tensor.stride(-1)) for tensor in spread]
+    return rows, [None if tensor is None else (*next(steps), tensor.stride(-1)) for tensor in spread]
 
 
-def in_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy if its values are not those in its memory.
+def rows_at(memory: Memory, places: Sequence[tuple[int, Strides | None]]) -> list[Rows | None]:
+    """What lies at these indices of `memory`, as rows with these strides; None where there are none."""
+    return [None if strides is None else _rows((memory[index], *strides)) for index, strides in places]
 
-    This is the case for negated views and zero tensors without memory. The dispatcher materialises them before it calls
-    an op, but not if they come in a list of optional tensors, as gates do.
-    """
-    return tensor.clone() if tensor.is_neg() or tensor._is_zerotensor() else tensor
+
+def run_rows(launches: Launches, tensors: list[OptionalTensor], *settings: Hashable) -> list[torch.Tensor] | None:
+    """See `Launches.run`; where tensors are views that are no rows, all are copied."""
+    try:
+        return launches.run(tensors, *settings)
+    except NotRows:
+        shape = tensors[0].shape  # type: ignore[union-attr]
+        dense = [t.expand(shape).contiguous() if t is not None and t.ndim > 1 else t for t in tensors]
+        return launches.run(dense, *settings)
 
 
 def takes(x: torch.Tensor, whole: bool = False) -> bool:
@@ -73,23 +88,9 @@ def takes(x: torch.Tensor, whole: bool = False) -> bool:
     They do not support fp64, empty tensors, rows too wide for a program that needs them `whole`, or more programs than
     a grid can hold.
     """
-    if x.dtype not in DTYPES or x.numel() == 0 or x.numel() // _width(x) >= 2**31 - TILE:
+    if x.dtype not in DTYPES or x.numel() == 0 or x.numel() // width_of(x) >= 2**31 - TILE:
         return False
-    return _width(x) <= MAX_WIDTH if whole else _tiles(x) < 2**31
-
-
-def launch_rows(kernel: Any, x: torch.Tensor, *arguments: Any, **constants: Any) -> None:
-    """Run `kernel` for each row of `x`."""
-    width = _width(x)
-    block = triton.next_power_of_2(width)
-    _launch(kernel, x, x.numel() // width, block, *arguments, **constants, BLOCK=block)
-
-
-def launch_tiles(kernel: Any, x: torch.Tensor, *arguments: Any) -> None:
-    """Run `kernel` for each tile of `x`; its last argument is the number of rows."""
-    width = _width(x)
-    rows, columns = tile_of(width)
-    _launch(kernel, x, _tiles(x), rows * columns, *arguments, x.numel() // width, ROWS=rows, COLUMNS=columns)
+    return width_of(x) <= MAX_WIDTH if whole else tiles_of(x) < 2**31
 
 
 def tile_of(width: int) -> tuple[int, int]:
@@ -100,25 +101,19 @@ def tile_of(width: int) -> tuple[int, int]:
     return TILE // columns, columns
 
 
-def _launch(kernel: Any, x: torch.Tensor, programs: int, elements: int, *arguments: Any, **constants: Any) -> None:
-    """Launch `programs` that work on so many elements each.
-
-    Contraction of products and sums into one instruction is off: each is rounded, as in the reference, so a residual
-    sum in fp32 has the same bits on every device. (In half types it would anyway: their products are exact in fp32.)
-    These kernels are memory-bound, so the additional instruction does not matter.
-    """
-    with torch.cuda.device_of(x):
-        kernel[(programs,)](
-            *arguments, **constants, WIDTH=_width(x), num_warps=WARPS.get(elements, 1), enable_fp_fusion=False
-        )
+def warps_of(elements: int) -> int:
+    """The warps of a program that works on so many elements."""
+    return WARPS.get(elements, 1)
 
 
-def _width(x: torch.Tensor) -> int:
+def width_of(x: torch.Tensor) -> int:
+    """The number of columns; 1 for a single number."""
     return math.prod(x.shape[-1:])
 
 
-def _tiles(x: torch.Tensor) -> int:
-    width = _width(x)
+def tiles_of(x: torch.Tensor) -> int:
+    """The number of tiles, see `tile_of`."""
+    width = width_of(x)
     rows, columns = tile_of(width)
     return math.ceil(x.numel() // width / rows) * math.ceil(width / columns)
 

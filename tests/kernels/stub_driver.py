@@ -74,8 +74,12 @@ class StubDriver:
     def launches(self) -> list[Launch]:
         """The launches since the last call."""
         found = [self._launch(index) for index in range(self._library.stub_launches())]
-        self._library.stub_clear()
+        self.clear()
         return found
+
+    def clear(self) -> None:
+        """Forget the launches; there is room for 64."""
+        self._library.stub_clear()
 
     def _launch(self, index: int) -> Launch:
         raw = self._library.stub_launch(index).contents

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from harmonica_kernels._triton import takes
+from harmonica_kernels._launch import OptionalTensor
 from harmonica_kernels.gated_residual.reference import check_gated_residual, gated_residual_reference
-from harmonica_kernels.residual_reuse.triton import add_up
+from harmonica_kernels.residual_reuse.triton import launched_sum
 
 
 def gated_residual_triton(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
@@ -14,5 +16,9 @@ def gated_residual_triton(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor |
 
     Shapes, dtypes and errors are those of `harmonica_kernels.gated_residual`; the reference runs for fp64.
     """
-    check_gated_residual(x, y, gate)
-    return add_up(x, [y], [gate], x.dtype) if takes(x) else gated_residual_reference(x, y, gate)
+    out = launched_sum(_check, x, (y,), (gate,))
+    return gated_residual_reference(x, y, gate) if out is None else out
+
+
+def _check(x: torch.Tensor, caches: Sequence[torch.Tensor], gates: Sequence[OptionalTensor]) -> None:
+    check_gated_residual(x, *caches, *gates)

@@ -36,10 +36,14 @@ class Operands(NamedTuple):
             ValueError: the numbers of tensors or the shapes do not fit, or the tensors are on different devices.
         """
         operands = cls(*given, **named)
-        _check_counts(operands)
-        for members in operands.results():
-            _check_result(operands, members, settings)
+        operands.check(settings)
         return operands
+
+    def check(self, settings: Settings) -> None:
+        """Raise what `checked` raises."""
+        _check_counts(self)
+        for members in self.results():
+            _check_result(self, members, settings)
 
     def results(self) -> Iterator[range]:
         """For each result, the indices of the parts that it joins."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 import triton
 
-from harmonica_kernels._triton import DTYPES, MAX_WIDTH, WARPS, in_memory
-from harmonica_kernels.norm_rotary.operands import Operands, Settings, new_results
+from harmonica_kernels._launch import Launch, Launches, Memory, NotRows, OptionalTensor, Prepared
+from harmonica_kernels._triton import DTYPES, MAX_WIDTH, warps_of
+from harmonica_kernels.norm_rotary.operands import Operands, Settings
 from harmonica_kernels.norm_rotary.reference import norm_rotary_reference
 from harmonica_kernels.norm_rotary.triton_kernel import Extent, Place, kernel
 
@@ -18,27 +21,81 @@ ELEMENTS: Final = 1024  # numbers per program, where rows are narrower. Not meas
 MAX_PARTS: Final = 8  # per launch; joint attention has four. More compile a longer kernel
 
 
-def norm_rotary_triton(*given: Any, **named: Any) -> list[torch.Tensor]:
+_new_place = functools.partial(tuple.__new__, Place)  # half the time of Place(...)
+
+
+class _Place(NamedTuple):
+    """A `Place` whose memory is not known yet.
+
+    Attributes:
+        number: of the tensor, in the memory of a call.
+        offset: elements of that tensor before the first one.
+        itemsize: bytes of an element.
+        strides: the other fields of `Place`.
+    """
+
+    number: int
+    offset: int
+    itemsize: int
+    strides: tuple[int, int, int | None, int | None]
+
+
+def norm_rotary_triton(
+    parts: Sequence[torch.Tensor],
+    counts: Sequence[int],
+    weights: Sequence[OptionalTensor],
+    biases: Sequence[OptionalTensor],
+    cos: Sequence[OptionalTensor],
+    sin: Sequence[OptionalTensor],
+    *,
+    dim: int = 1,
+    norm: str = "rms",
+    across: bool = False,
+    eps: float = 1e-5,
+    interleaved: bool = True,
+) -> list[torch.Tensor]:
     """Each part normed and rotated, and the parts of each result joined along `dim`.
 
-    It takes the `Operands`, in order or by name, and the `Settings` by name; shapes, dtypes and errors are those of
-    `harmonica_kernels.norm_rotary`.
+    Shapes, dtypes and errors are those of `harmonica_kernels.norm_rotary`.
     """
-    settings = Settings(**{name: named.pop(name) for name in Settings._fields if name in named})
-    operands = Operands.checked(settings, *given, **named)
+    tensors = [*parts, *weights, *biases, *cos, *sin]
+    lengths = (len(parts), len(weights), len(biases), len(cos), len(sin))
+    key = (lengths, tuple(counts), (dim, norm, bool(across), float(eps), bool(interleaved)))
+    try:
+        results = _LAUNCHES.run(tensors, *key)
+    except NotRows:
+        dense = [t.contiguous() if t is not None and t.stride(-1) != 1 else t for t in tensors]
+        results = _LAUNCHES.run(dense, *key)
+    if results is None:
+        settings = Settings(dim, norm, across, eps, interleaved)._asdict()
+        return norm_rotary_reference(parts, counts, weights, biases, cos, sin, **settings)
+    return results
+
+
+def _prepare(
+    tensors: Sequence[Any], lengths: Sequence[int], counts: Sequence[int], given: tuple[Any, ...]
+) -> Prepared | None:
+    settings = Settings(*given)
+    ends = list(itertools.accumulate(lengths))
+    parts, *others = (tensors[end - length : end] for end, length in zip(ends, lengths, strict=True))
+    operands = Operands(parts, counts, *others)
+    operands.check(settings)
     tile = _rows_and_pairs(operands, settings.across)
     if tile is None:
-        return norm_rotary_reference(*operands, **settings._asdict())
-    results = new_results(operands, settings.dim)
+        return None
+    shapes = [operands.shape_of(members, settings.dim) for members in operands.results()]
+    results = [torch.empty(shape, dtype=parts[0].dtype, device="meta") for shape in shapes]
     shares = [
-        share
-        for out, members in zip(results, operands.results(), strict=True)
-        for share in out.split([operands.parts[index].shape[settings.dim] for index in members], settings.dim)
+        (len(tensors) + number, share)
+        for number, (out, members) in enumerate(zip(results, operands.results(), strict=True))
+        for share in out.split([parts[index].shape[settings.dim] for index in members], settings.dim)
     ]
-    filled = [index for index, part in enumerate(operands.parts) if part.numel()]
-    for begin in range(0, len(filled), MAX_PARTS):
+    filled = [index for index, part in enumerate(parts) if part.numel()]
+    launches = [
         _launch(operands, shares, filled[begin : begin + MAX_PARTS], settings, tile)
-    return results
+        for begin in range(0, len(filled), MAX_PARTS)
+    ]
+    return Prepared.of(results, len(results), launches)
 
 
 def _rows_and_pairs(operands: Operands, across: bool) -> tuple[int, int] | None:
@@ -62,34 +119,31 @@ def _rows_and_pairs(operands: Operands, across: bool) -> tuple[int, int] | None:
 
 def _launch(
     operands: Operands,
-    shares: Sequence[torch.Tensor],
+    shares: Sequence[tuple[int, torch.Tensor]],
     indices: Sequence[int],
     settings: Settings,
     tile: tuple[int, int],
-) -> None:
-    rows, half = tile
-    width = operands.parts[0].shape[-1]
-    places: dict[str, list[Place | None]] = {}
-    for name in ("parts", "weights", "biases", "cos", "sin"):
-        tensors = getattr(operands, name)
-        places[name] = [_place(tensors[index], operands.parts[index]) for index in indices]
-    outs = tuple(_place(shares[index], operands.parts[index]) for index in indices)
-    extents = [_extent(operands.parts[index], rows) for index in indices]
-    with torch.cuda.device_of(operands.parts[0]):
-        kernel[(sum(extent.programs for extent in extents),)](
-            outs,
-            *map(tuple, places.values()),
-            tuple(extents),
-            settings.eps,
-            NORM=settings.norm,
-            ACROSS=settings.across,
-            INTERLEAVED=settings.interleaved,
-            WIDTH=width,
-            ROWS=rows,
-            HALF=half,
-            num_warps=WARPS.get(2 * half * rows, 1),
-            enable_fp_fusion=False,
-        )
+) -> Launch:
+    """The launch for some parts.
+
+    Args:
+        shares: for each part, the index of its result in the memory of a call, and the view of it to write to.
+    """
+    parts, (rows, half) = operands.parts, tile
+    outs = [_place(*shares[index], parts[index], offset=int(shares[index][1].storage_offset())) for index in indices]
+    places = [
+        [_place(number * len(parts) + index, tensors[index], parts[index]) for index in indices]
+        for number, tensors in enumerate((parts, operands.weights, operands.biases, operands.cos, operands.sin))
+    ]
+    extents = tuple(_extent(parts[index], rows) for index in indices)
+    programs = sum(extent.programs for extent in extents)
+    numbers = (settings.eps, settings.norm, settings.across, settings.interleaved, parts[0].shape[-1], rows, half)
+
+    def arguments(memory: Memory) -> tuple[Any, ...]:
+        given = [tuple([place and _at(memory, *place) for place in each]) for each in (outs, *places)]
+        return *given, extents, *numbers
+
+    return Launch(kernel, programs, warps_of(2 * half * rows), arguments)
 
 
 def _extent(part: torch.Tensor, rows: int) -> Extent:
@@ -97,23 +151,35 @@ def _extent(part: torch.Tensor, rows: int) -> Extent:
     return Extent(middle, inner, outer * middle * math.ceil(inner / rows))
 
 
-def _place(tensor: torch.Tensor | None, part: torch.Tensor) -> Place | None:
-    """Where the rows of a tensor lie that broadcasts to a part, or is a vector for the last dimensions of it."""
+def _place(index: int, tensor: torch.Tensor | None, part: torch.Tensor, *, offset: int = 0) -> _Place | None:
+    """Where the rows of a tensor lie that broadcasts to a part, or is a vector for the last dimensions of it.
+
+    Raises:
+        NotRows: the numbers of a row do not lie densely.
+    """
     if tensor is None:
         return None
-    tensor = in_memory(tensor)
     width = part.shape[-1]
     if tensor.numel() > width and tensor.ndim == 1:  # a norm over the last two dimensions
         tensor = tensor.view(-1, width)
     per_pair = tensor.shape[-1] != width
     if tensor.stride(-1) != 1 and not per_pair:
-        tensor = tensor.contiguous()
+        raise NotRows
     leading = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
     outer, middle, inner = _padded([0 if size == 1 else stride for size, stride in leading], 0)
-    if not per_pair:
-        return Place(tensor, outer, middle, inner, None)
-    return Place(tensor, outer, middle, inner or None, tensor.stride(-1))
+    strides = (outer, middle, inner or None, tensor.stride(-1)) if per_pair else (outer, middle, inner, None)
+    return _Place(index, offset, tensor.element_size(), strides)
+
+
+def _at(memory: Memory, index: int, offset: int, itemsize: int, strides: tuple[Any, ...]) -> Place:
+    found = memory[index]
+    if offset:
+        found = found.view(-1)[offset:] if isinstance(found, torch.Tensor) else found + offset * itemsize
+    return _new_place((found, *strides))
 
 
 def _padded(values: list[int], filler: int) -> list[int]:
     return [filler] * (3 - len(values)) + values
+
+
+_LAUNCHES: Final = Launches(_prepare)

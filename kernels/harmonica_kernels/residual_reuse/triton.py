@@ -3,19 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from harmonica_kernels._checks import check_residual_sum
-from harmonica_kernels._triton import as_rows, launch_tiles, load, takes
+from harmonica_kernels._launch import Launch, Launches, Memory, OptionalTensor, Prepared
+from harmonica_kernels._triton import as_rows, load, rows_at, run_rows, takes, tile_of, tiles_of, warps_of, width_of
 from harmonica_kernels.residual_reuse.reference import residual_reuse_reference
 
 # Caches per launch, by element size in bytes; with more, wide rows need a stack. Not yet measured
 MAX_TERMS: Final = {2: 16, 4: 8}
+Check = Callable[[torch.Tensor, Sequence[torch.Tensor], Sequence[OptionalTensor]], None]
 
 
 @triton.jit
@@ -43,35 +46,86 @@ def _kernel(out, x, caches, gates, rows, count, WIDTH: tl.constexpr, ROWS: tl.co
 
 
 def residual_reuse_triton(
-    x: torch.Tensor, caches: Sequence[torch.Tensor], gates: Sequence[torch.Tensor | None]
+    x: torch.Tensor, caches: Sequence[torch.Tensor], gates: Sequence[OptionalTensor]
 ) -> torch.Tensor:
     """out = x + sum_k gates[k] * caches[k], equal to the reference bit for bit.
 
     Shapes, dtypes and errors are those of `harmonica_kernels.residual_reuse`.
     """
-    check_residual_sum("residual_reuse", x, caches, gates)
+    out = launched_sum(_check, x, caches, gates)
+    return residual_reuse_reference(x, caches, gates) if out is None else out
+
+
+def launched_sum(
+    check: Check, x: torch.Tensor, caches: Sequence[torch.Tensor], gates: Sequence[OptionalTensor]
+) -> torch.Tensor | None:
+    """The sum, rounded once to the dtype of x; None if no kernel supports such tensors. `check` checks them."""
+    results = run_rows(LAUNCHES, [x, *caches, *gates], check, len(caches))
+    return None if results is None else results[0]
+
+
+class Terms(NamedTuple):
+    """x + sum_k gates[k] * caches[k], by indices in the memory of a call."""
+
+    x: int
+    caches: range
+    gates: range
+
+    @property
+    def all(self) -> tuple[int, ...]:
+        """All indices, in order."""
+        return self.x, *self.caches, *self.gates
+
+
+def shorten(memory: list[Any], caches: int) -> tuple[list[Launch], Terms]:
+    """The same sum, bit for bit, with at most `MAX_TERMS` caches left; earlier ones are added to x in fp32.
+
+    Args:
+        memory: x, the caches, their gates, and any other tensors; intermediate results are appended.
+        caches: number of caches.
+
+    Returns:
+        Launches that add up the earlier caches, and what is left.
+    """
+    most, shape = MAX_TERMS[memory[0].element_size()], memory[0].shape
+    x, launches, begin = 0, [], 1
+    while caches + 1 - begin > most:
+        some = Terms(x, range(begin, begin + most), range(caches + begin, caches + begin + most))
+        x = len(memory)
+        memory.append(torch.empty(shape, dtype=torch.float32, device="meta"))
+        launches.append(_launch(memory, some, x))
+        begin += most
+    return launches, Terms(x, range(begin, caches + 1), range(caches + begin, 2 * caches + 1))
+
+
+def _launch(memory: list[Any], terms: Terms, out: int) -> Launch:
+    """The launch that adds up `terms`."""
+    x, count = memory[out], len(terms.caches)
+    width = width_of(x)
+    tile = tile_of(width)
+    rows, strides = as_rows(x.shape, [memory[index] for index in terms.all])
+    places, numbers = list(zip(terms.all, strides, strict=True)), (rows, x.numel() // width, width, *tile)
+
+    def arguments(memory: Memory) -> tuple[Any, ...]:
+        first, *others = rows_at(memory, places)
+        return memory[out], first, tuple(others[:count]), tuple(others[count:]), *numbers
+
+    return Launch(_kernel, tiles_of(x), warps_of(math.prod(tile)), arguments)
+
+
+def _prepare(tensors: Sequence[Any], check: Check, caches: int) -> Prepared | None:
+    x = tensors[0]
+    check(x, tensors[1 : caches + 1], tensors[caches + 1 :])
     if not takes(x):
-        return residual_reuse_reference(x, caches, gates)
-    return add_up(*shorten(x, caches, gates), x.dtype)
+        return None
+    out = len(tensors)
+    memory = [*tensors, torch.empty(x.shape, dtype=x.dtype, device="meta")]
+    launches, left = shorten(memory, caches)
+    return Prepared.of(memory[out:], 1, [*launches, _launch(memory, left, out)])
 
 
-def add_up(
-    x: torch.Tensor, caches: Sequence[torch.Tensor], gates: Sequence[torch.Tensor | None], dtype: torch.dtype
-) -> torch.Tensor:
-    """The sum of at most `MAX_TERMS` caches in one launch, rounded once to `dtype`."""
-    out = x.new_empty(x.shape, dtype=dtype)
-    terms = len(caches)
-    rows, (x_rows, *others) = as_rows(x.shape, [x, *caches, *gates])
-    launch_tiles(_kernel, x, out, x_rows, tuple(others[:terms]), tuple(others[terms:]), rows)
-    return out
+def _check(x: torch.Tensor, caches: Sequence[torch.Tensor], gates: Sequence[OptionalTensor]) -> None:
+    check_residual_sum("residual_reuse", x, caches, gates)
 
 
-def shorten(
-    x: torch.Tensor, caches: Sequence[torch.Tensor], gates: Sequence[torch.Tensor | None]
-) -> tuple[torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor | None]]:
-    """The same sum, bit for bit, with at most `MAX_TERMS` caches left; earlier ones are added to x in fp32."""
-    most = MAX_TERMS[x.element_size()]
-    while len(caches) > most:
-        x = add_up(x, caches[:most], gates[:most], torch.float32)
-        caches, gates = caches[most:], gates[most:]
-    return x, caches, gates
+LAUNCHES: Final = Launches(_prepare)

@@ -33,12 +33,16 @@ class Operands(NamedTuple):
                 the tensors are on different devices.
         """
         operands = cls(*given, **named)
-        x = operands.x
-        check_residual_sum(_OP, x, operands.caches, operands.gates)
+        operands.check()
+        return operands
+
+    def check(self) -> None:
+        """Raise what `checked` raises."""
+        x = self.x
+        check_residual_sum(_OP, x, self.caches, self.gates)
         if x.ndim == 0:
             raise ValueError(f"{_OP}: x is a single number, expected [..., D]")
-        check_width(_OP, x, "weight", operands.weight)
-        check_width(_OP, x, "bias", operands.bias)
-        check_broadcasts(_OP, x, "scale", operands.scale)
-        check_broadcasts(_OP, x, "shift", operands.shift)
-        return operands
+        check_width(_OP, x, "weight", self.weight)
+        check_width(_OP, x, "bias", self.bias)
+        check_broadcasts(_OP, x, "scale", self.scale)
+        check_broadcasts(_OP, x, "shift", self.shift)

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Final
 
 import torch
 import triton
 import triton.language as tl
 
-from harmonica_kernels._triton import as_rows, launch_rows, load, takes
+from harmonica_kernels._launch import Launch, Launches, Memory, OptionalTensor, Prepared
+from harmonica_kernels._triton import as_rows, load, rows_at, run_rows, takes, warps_of, width_of
 from harmonica_kernels.residual_reuse.triton import load_sum, shorten
 from harmonica_kernels.residual_reuse_norm_modulate.operands import Operands
 from harmonica_kernels.residual_reuse_norm_modulate.reference import residual_reuse_norm_modulate_reference
@@ -57,22 +59,51 @@ def _kernel(
 
 
 def residual_reuse_norm_modulate_triton(
-    *given: Any, rms: bool = False, eps: float = 1e-5, **named: Any
+    x: torch.Tensor,
+    caches: Sequence[torch.Tensor],
+    gates: Sequence[OptionalTensor],
+    weight: OptionalTensor = None,
+    bias: OptionalTensor = None,
+    scale: OptionalTensor = None,
+    shift: OptionalTensor = None,
+    *,
+    rms: bool = False,
+    eps: float = 1e-5,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """hidden = x + sum_k gates[k] * caches[k]; out = (norm(hidden) * weight + bias) * (1 + scale) + shift.
 
     hidden equals the reference bit for bit. The statistics are those of the unrounded sum, for any number of caches.
-    It takes the `Operands`, in order or by name; shapes, dtypes and errors are those of
-    `harmonica_kernels.residual_reuse_norm_modulate`.
+    Shapes, dtypes and errors are those of `harmonica_kernels.residual_reuse_norm_modulate`.
     """
-    operands = Operands.checked(*given, **named)
-    x, caches, gates, *others = operands
-    if not takes(x, whole=True):
-        return residual_reuse_norm_modulate_reference(*operands, rms=rms, eps=eps)
-    hidden, out = x.new_empty(x.shape), x.new_empty(x.shape)
-    x, caches, gates = shorten(x, caches, gates)
-    terms = len(caches)
-    rows, (x_rows, *tables) = as_rows(x.shape, [x, *caches, *gates, *others])
-    summed, gated, modulation = tuple(tables[:terms]), tuple(tables[terms : 2 * terms]), tables[2 * terms :]
-    launch_rows(_kernel, x, hidden, out, x_rows, summed, gated, *modulation, rows, eps, RMS=rms)
+    tensors = [x, *caches, *gates, weight, bias, scale, shift]
+    results = run_rows(_LAUNCHES, tensors, len(caches), len(gates), bool(rms), float(eps))
+    if results is None:
+        given = (x, caches, gates, weight, bias, scale, shift)
+        return residual_reuse_norm_modulate_reference(*given, rms=rms, eps=eps)
+    hidden, out = results
     return hidden, out
+
+
+def _prepare(tensors: Sequence[Any], caches: int, gates: int, rms: bool, eps: float) -> Prepared | None:
+    first_other, results = 1 + caches + gates, len(tensors)
+    x, others = tensors[0], range(first_other, results)
+    Operands(x, tensors[1 : caches + 1], tensors[caches + 1 : first_other], *tensors[first_other:]).check()
+    if not takes(x, whole=True):
+        return None
+    memory = [*tensors, *(torch.empty(x.shape, dtype=x.dtype, device="meta") for _ in range(2))]
+    launches, left = shorten(memory, caches)
+    indices, count, width = (*left.all, *others), len(left.caches), width_of(x)
+    rows, strides = as_rows(x.shape, [memory[index] for index in indices])
+    places, block = list(zip(indices, strides, strict=True)), triton.next_power_of_2(width)
+    numbers = (rows, eps, rms, width, block)
+
+    def arguments(memory: Memory) -> tuple[Any, ...]:
+        first, *found = rows_at(memory, places)
+        summed, gated, modulation = tuple(found[:count]), tuple(found[count : 2 * count]), found[2 * count :]
+        return memory[results], memory[results + 1], first, summed, gated, *modulation, *numbers
+
+    last = Launch(_kernel, x.numel() // width, warps_of(block), arguments)
+    return Prepared.of(memory[results:], 2, [*launches, last])
+
+
+_LAUNCHES: Final = Launches(_prepare)
