@@ -20,8 +20,8 @@ from harmonica_rt.plan.plan import Plan
 def of_run(prologue: Prologue, plan: Plan) -> list[Kernel]:
     """The kernels before a run whose timesteps are foreseen: values of the request, and of all steps, and their copies.
 
-    The values of a request are copied to fixed addresses, one kernel per dtype; those of the steps to a table, one
-    kernel per value.
+    The values of a request are copied to fixed addresses, one kernel per dtype, and so are the parts of joined tensors;
+    the values of the steps are copied to a table, one kernel per value.
     """
     recorder, lowered = Recorder(), LoweredPrologue(prologue, plan.captured.root)
     once = recorder.run(prologue.once.graph, plan.captured.root, _arguments(prologue.once))
@@ -39,7 +39,7 @@ def of_run(prologue: Prologue, plan: Plan) -> list[Kernel]:
     if values is None:
         kernels += of_step(prologue, plan) * steps
         values = tuple(value.new_empty((steps, *value.shape)) for value in _results(prologue.each))
-    return [*kernels, *copies_of([*by_dtype(once), *values])]
+    return [*kernels, *copies_of([*by_dtype(once), *by_dtype(_joined(prologue, plan)), *values])]
 
 
 def of_step(prologue: Prologue, plan: Plan) -> list[Kernel]:
@@ -47,6 +47,13 @@ def of_step(prologue: Prologue, plan: Plan) -> list[Kernel]:
     recorder = Recorder()
     recorder.run(prologue.each.graph, plan.captured.root, _arguments(prologue.each))
     return recorder.kernels
+
+
+def _joined(prologue: Prologue, plan: Plan) -> list[Tensor]:
+    """The parameters that joined tensors are made of."""
+    parameters = plan.captured.parameters
+    values = {parameters[node.name]: value_of(node) for node in plan.captured.graph.nodes if node.name in parameters}
+    return [meta_like(values[name]) for tensor in prologue.joined for name in tensor.parameters]
 
 
 def _arguments(part: Part) -> list[Any]:

@@ -135,6 +135,11 @@ class HoistedMemory:
         self._request.put(values)
         self.tensors.update(self._request.tensors)
 
+    def put_joined(self, parts: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        """Store tensors that are made of several each, one below the other."""
+        self._request.put_joined(parts)
+        self.tensors.update(self._request.tensors)
+
     def put_steps(self, names: Sequence[str], stacked: Sequence[torch.Tensor]) -> None:
         """Store the values of all steps, `[steps, ...]` each."""
         self._like({name: values[0] for name, values in zip(names, stacked, strict=True)}).tabulate(names, stacked)

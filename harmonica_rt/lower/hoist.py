@@ -24,6 +24,7 @@ from harmonica_rt.capture.captured_graph import CapturedGraph
 from harmonica_rt.graph.facts import needed_nodes, owner
 from harmonica_rt.graph.rebuild import Rebuild
 from harmonica_rt.lower.graph_states import BodyGraph, FusedGraph
+from harmonica_rt.lower.joined_products import JoinedTensor
 from harmonica_rt.plan.binding_time import Binding, bindings
 from harmonica_rt.plan.step_graph import ProgramGraph, StepGraph, TabledGraph
 
@@ -57,6 +58,7 @@ class Prologue:
         each: computes, for one step, those that depend on its timestep too.
         timesteps: indices of the leaves that are timesteps.
         nbytes: bytes of all hoisted values of one stream over a run; views cost nothing.
+        joined: tensors of several parameters each, made once per request; not among the values above.
     """
 
     names: tuple[str, ...]
@@ -64,6 +66,7 @@ class Prologue:
     each: Part
     timesteps: tuple[int, ...]
     nbytes: int
+    joined: tuple[JoinedTensor, ...] = ()
 
 
 def plan_prologue(
