@@ -226,8 +226,9 @@ def _rewrite(rewriting: Rewriting, group: Sequence[Layer], joined: Sequence[fx.N
     product = rewriting.insert(before, aten.linear.default, (group[0].rows, *joined))
     widths = [layer.width for layer in group]
     parts = rewriting.insert(before, aten.split_with_sizes.default, (product, widths, -1))
-    for index, layer in enumerate(group):
-        rewriting.replace(layer.node, rewriting.insert(before, operator.getitem, (parts, index)))
+    results = [rewriting.insert(before, operator.getitem, (parts, index)) for index in range(len(group))]
+    for layer, result in zip(group, results, strict=True):
+        rewriting.replace(layer.node, result)
 
 
 def _without_idle_parameters(body: BodyGraph) -> tuple[str, ...]:
