@@ -3,7 +3,8 @@
 Products are the matmuls, convolutions and attentions that remain in a step after everything that does not depend on the
 latents is hoisted, joined where `fused` joins them. Each distinct one is timed alone, repeatedly, as the library
 computes it. The other bytes are the features loaded from slots, the call's tensors and the outputs; they take the time
-of a large copy of that size. Everything else could in principle be fused into the products. The prologue is not included.
+of a large copy of that size. Everything else could in principle be fused into the products.
+The prologue is not included.
 """
 
 from __future__ import annotations
