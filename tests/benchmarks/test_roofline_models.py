@@ -114,7 +114,16 @@ class TestDiT:
             parts.append(names(prologue.of_step(programs.prologue, plan)))
         two, three = parts
         assert (three - two)["addmm"] == 3  # two of the embedding, one of the modulation
-        assert three.total() - two.total() == 13
+        assert three - two == {"addmm": 3, "silu": 2, "add": 1}  # the timestep itself is embedded once for all blocks
+
+    def test_before_a_run_a_block_launches_14_kernels(self, two_and_three: tuple[Lowered, Lowered]) -> None:
+        two, three = (
+            names(prologue.of_run(programs.prologue, plan))
+            for plan, programs in two_and_three
+            if programs.prologue is not None
+        )
+        # a batched linear layer adds its bias by two more; one copy takes six values to the table
+        assert three - two == {"mm": 3, "mul": 3, "add": 1 + 3, "silu": 2, "embedding": 1, "copy_": 1}
 
     def test_joined_parameters_are_copied_by_one_kernel_before_the_steps(
         self, two_and_three: tuple[Lowered, Lowered]

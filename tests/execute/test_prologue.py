@@ -243,3 +243,29 @@ def test_views_of_one_tensor_take_its_bytes_once() -> None:
     rows.load(counter)
     assert all(torch.equal(rows.tensors[name], steps[name][2]) for name in steps)
     assert all(rows.tensors[name].stride() == value.stride() for name, value in examples.items())
+
+
+@pytest.mark.parametrize("layout", ["as in the row", "one elsewhere", "steps within rows", "other strides"])
+def test_views_of_one_tensor_are_tabulated_as_they_lie(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = torch.randn(3, 4, 6 * 16)
+    names = [f"part{index}" for index in range(6)]
+    rows = StaticRows(dict(zip(names, whole[0].chunk(6, dim=1), strict=True)), steps=3)
+    if layout == "steps within rows":
+        whole = whole.transpose(0, 1).contiguous().transpose(0, 1)  # as a batched operator may lay them out
+    parts = list(whole.chunk(6, dim=-1))
+    if layout == "one elsewhere":
+        parts[2] = parts[2].clone()
+    if layout == "other strides":
+        parts[3] = parts[3].transpose(1, 2).contiguous().transpose(1, 2)
+    together: list[int] = []
+    tabulate = StaticRows._tabulate_together
+    monkeypatch.setattr(
+        StaticRows, "_tabulate_together", lambda self, group: together.append(len(group)) or tabulate(self, group)
+    )
+    rows.tabulate(names, parts)
+    assert together == ([6] if layout == "as in the row" else [])
+    counter = StepCounter(torch.device("cpu"))
+    for step in range(3):
+        counter.set(StepIndex(step))
+        rows.load(counter)
+        assert all(torch.equal(rows.tensors[name], part[step]) for name, part in zip(names, parts, strict=True))
