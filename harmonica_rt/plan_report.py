@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from harmonica_rt.execute.plan_runtime import PlanRuntime
 from harmonica_rt.indices import StepIndex
-from harmonica_rt.lower.report import FusionReport, HoistingReport, RegionReport
+from harmonica_rt.lower.report import FusionReport, HoistingReport, JoiningReport, RegionReport
 from harmonica_rt.plan.plan import Plan
 
 
@@ -69,6 +69,7 @@ class PlanReport:
         times: compile time by stage.
         memory: its slots, arenas and CUDA graphs.
         hoisting: what is computed before the steps.
+        joining: which linear layers are computed as one product.
         fusion: what was fused; None where nothing is.
         regions: what Inductor compiled; None where nothing is.
     """
@@ -81,6 +82,7 @@ class PlanReport:
     times: CompileTimes
     memory: PlanMemory
     hoisting: HoistingReport
+    joining: JoiningReport
     fusion: FusionReport | None
     regions: RegionReport | None
 
@@ -115,6 +117,7 @@ class PlanReport:
                 held_bytes=runtime.nbytes,
             ),
             hoisting=lowering.hoisting,
+            joining=lowering.joining,
             fusion=lowering.fusion,
             regions=lowering.regions,
         )
@@ -148,6 +151,11 @@ def plan_lines(plan: PlanReport) -> list[str]:
     if hoisting.values:
         lines.append(
             f"  {hoisting.values} values are computed before the steps, {mebibytes(hoisting.nbytes)} per stream"
+        )
+    if plan.joining.products:
+        lines.append(
+            f"  {plan.joining.layers} linear layers are computed as {plan.joining.products} products, whose joined "
+            f"parameters take {mebibytes(plan.joining.nbytes)} per stream"
         )
     if plan.fusion is not None:
         totals: Counter[str] = sum((Counter(counts) for counts in plan.fusion.programs), Counter())

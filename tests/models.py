@@ -45,6 +45,32 @@ def stack(depth: int = 3, width: int = 8, seed: int = 0) -> Stack:
     return Stack(depth, width).eval()
 
 
+class Attention(nn.Module):
+    """Attention of two heads with projections of its own for queries, keys and values."""
+
+    def __init__(self, width: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width, bias=bias) for _ in range(3))
+        self.to_out = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` [B, N, D]."""
+        query, key, value = (
+            layer(x).view(*x.shape[:-1], 2, -1).transpose(1, 2) for layer in (self.to_q, self.to_k, self.to_v)
+        )
+        attended = nn.functional.scaled_dot_product_attention(query, key, value)
+        out: torch.Tensor = self.to_out(attended.transpose(1, 2).reshape(*x.shape[:-1], -1))
+        return out
+
+
+def attending(depth: int = 2, width: int = 16, seed: int = 0, *, bias: bool = True) -> Stack:
+    """A `Stack` whose blocks attend, in eval mode with random parameters."""
+    model = stack(depth, width, seed)
+    for block in model.blocks:
+        block.attn = Attention(width, bias=bias)
+    return model.eval()
+
+
 def stack_call(step: int, batch: int = 2, tokens: int = 4, width: int = 8) -> dict[str, torch.Tensor]:
     """Arguments of one call of a `Stack`, with other latents at every step."""
     generator = torch.Generator().manual_seed(step)

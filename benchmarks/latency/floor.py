@@ -1,9 +1,10 @@
 """Measures the floor of a step: a lower bound of its time, from its products and the other bytes that it must move.
 
 Products are the matmuls, convolutions and attentions that remain in a step after everything that does not depend on the
-latents is hoisted. Each distinct one is timed alone, repeatedly, as the library computes it. The other bytes are the
-features loaded from slots, the call's tensors and the outputs; they take the time of a large copy of that size.
-Everything else could in principle be fused into the products. The prologue is not included.
+latents is hoisted, joined where `fused` joins them. Each distinct one is timed alone, repeatedly, as the library
+computes it. The other bytes are the features loaded from slots, the call's tensors and the outputs; they take the time
+of a large copy of that size. Everything else could in principle be fused into the products.
+The prologue is not included.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from benchmarks.latency.cases import Task
 from benchmarks.latency.measure import clock_of, seconds_of
 from harmonica_rt.call.roles import roles
 from harmonica_rt.lower import lower
-from harmonica_rt.options import HOISTED
+from harmonica_rt.options import DEFAULT_LOWERING
 from harmonica_rt.plan.step_graph import ProgramGraph
 
 aten = torch.ops.aten
 PRODUCTS = {
     aten.linear,
     aten.addmm,
+    aten._addmm_activation,
     aten.mm,
     aten.bmm,
     aten.baddbmm,
@@ -56,7 +58,7 @@ class Layout:
 def floors(task: Task) -> list[float]:
     """The floor of each step, in seconds."""
     device = task.case.device
-    programs = lower(HOISTED, task.plan, roles(task.case.call())).programs
+    programs = lower(DEFAULT_LOWERING, task.plan, roles(task.case.call())).programs
     graphs = [program.step for program in programs]
     found = {product for step in graphs for product in products(step.graph)}
     seconds = {product: _alone(product, device) for product in found}

@@ -14,7 +14,7 @@ from benchmarks.roofline.kernel import Kernel, work
 from benchmarks.roofline.programs import LOWERINGS, UNCACHED, Programs, programs_of, uncached
 from benchmarks.roofline.results import FULL, PARTIAL, PROLOGUE, RUN, UNFORESEEN, Row
 from benchmarks.roofline.seconds import floor_seconds, host_seconds, products_seconds, step_seconds
-from harmonica_rt.options import HOISTED
+from harmonica_rt.options import DEFAULT_LOWERING
 from harmonica_rt.plan.plan import Plan, build_plan
 
 NO_SCHEDULE = "none"
@@ -52,8 +52,8 @@ class _Part:
 def rows_of(case: MetaCase, schedule: str, lowerings: Sequence[str] = (*UNCACHED, *LOWERINGS)) -> Iterator[Row]:
     """The rows of a case under one of its schedules, and of the uncached model, for the given lowerings."""
     plan = build_plan(case.captured, case.schedules[schedule])
-    hoisted = programs_of(HOISTED, plan, case.roles)
-    floors = _floors(hoisted)
+    best = programs_of(DEFAULT_LOWERING, plan, case.roles)
+    floors = _floors(best)
     full = next((program for program in range(len(plan.programs)) if _is_full(plan, program)), None)
     for name in lowerings:
         if name in UNCACHED:
@@ -63,7 +63,7 @@ def rows_of(case: MetaCase, schedule: str, lowerings: Sequence[str] = (*UNCACHED
             yield _row((case.name, NO_SCHEDULE, name, FULL), [part])
             yield _run((case.name, NO_SCHEDULE, name, RUN), [part])
             continue
-        programs = hoisted if name == HOISTED else programs_of(name, plan, case.roles)
+        programs = best if name == DEFAULT_LOWERING else programs_of(name, plan, case.roles)
         yield from _lowered_rows(case, schedule, name, plan, programs, floors)
 
 
@@ -99,7 +99,7 @@ def _is_full(plan: Plan, program: int) -> bool:
 
 
 def _floors(programs: Programs) -> list[_Floors]:
-    """The floors of each program on each GPU, from its form without what can be hoisted."""
+    """The floors of each program on each GPU, from its form without what can be hoisted, its products joined."""
     return [
         _Floors(
             {name: floor_seconds(kernels, other_bytes(step), gpu) for name, gpu in gpus().items()},

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +21,14 @@ from harmonica_rt.capture.captured_graph import CapturedGraph
 from harmonica_rt.graph.facts import value_of
 from harmonica_rt.lower import lower
 from harmonica_rt.lower.fused import FusedLowering
-from harmonica_rt.lower.graph_states import FusedGraph
-from harmonica_rt.lower.hoist import Prologue, cut
+from harmonica_rt.lower.graph_states import BodyGraph
+from harmonica_rt.lower.hoist import Prologue
 from harmonica_rt.lower.inductor import MOST_OF_LARGEST, MOST_OPERATORS
 from harmonica_rt.lower.plain import Program, with_stores
 from harmonica_rt.lower.regions import Region, divide, operators, sections, whole
 from harmonica_rt.options import HOISTED
 from harmonica_rt.plan.plan import Plan
-from harmonica_rt.plan.step_graph import ProgramGraph, StepGraph
+from harmonica_rt.plan.step_graph import ProgramGraph
 
 LOWERINGS = ("plain", HOISTED, "fused", "inductor")
 UNCACHED = ("eager", "torch.compile")
@@ -56,8 +56,8 @@ class _ToCompile(FusedLowering):
 
     rotary = False
 
-    def _program(self, step: StepGraph | FusedGraph) -> Program:
-        return Program(cut(step, self._hoisted), self._root, direct=True)
+    def _program(self, body: BodyGraph) -> Program:
+        return Program(body, self._root, direct=True)
 
 
 def programs_of(name: str, plan: Plan, roles: Sequence[Role]) -> Programs:
@@ -70,7 +70,8 @@ def programs_of(name: str, plan: Plan, roles: Sequence[Role]) -> Programs:
     else:
         kernels = [_recorded(with_stores(step, direct=name != "plain"), root, _arguments(step))[0] for step in steps]
     timesteps = {index for index, role in enumerate(roles) if role is Role.TIMESTEP}
-    around = [_around_graph(step, timesteps) for step in steps]
+    in_rows = () if lowering.prologue is None else lowering.prologue.each.results
+    around = [_around_graph(step, timesteps, in_rows) for step in steps]
     return Programs(steps, kernels, around, lowering.prologue)
 
 
@@ -137,17 +138,19 @@ def _arguments(step: ProgramGraph) -> list[Any]:
     return [meta_like(value_of(node)) for node in (*step.argument_nodes, *step.stored_nodes)]
 
 
-def _around_graph(step: ProgramGraph, timesteps: set[int]) -> list[Kernel]:
+def _around_graph(step: ProgramGraph, timesteps: set[int], in_rows: Collection[str]) -> list[Kernel]:
     """What a replay launches besides the graph.
 
     It copies the call's tensors to their fixed addresses (one kernel per dtype), the row of hoisted values of the step
-    (one per dtype), the timesteps to the record of the run, and the outputs to the caller.
+    (one per dtype), the timesteps to the record of the run, and the outputs to the caller. Hoisted values that are not
+    `in_rows` belong to the request, and lie where the graph reads them.
     """
     nodes = step.argument_nodes
     first = len(step.parameters) + len(step.constants)
     inputs = nodes[first : first + len(step.inputs)]
     hoisted = nodes[first + len(step.inputs) : first + len(step.inputs) + len(step.hoisted)]
-    values = [*by_dtype(map(value_of, inputs)), *by_dtype(map(value_of, hoisted))]
+    row = (value_of(node) for node, name in zip(hoisted, step.hoisted, strict=True) if name in in_rows)
+    values = [*by_dtype(map(value_of, inputs)), *by_dtype(row)]
     values += [torch.empty(1, dtype=torch.int64, device="meta")] * len(timesteps)
     values += [value_of(node) for node in step.result_nodes if isinstance(node, fx.Node)]
     return copies_of(values)

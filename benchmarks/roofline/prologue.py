@@ -13,6 +13,7 @@ from benchmarks.roofline.programs import by_dtype, copies_of
 from benchmarks.roofline.recorder import Recorder, meta_like
 from harmonica_rt.execute.lowered_prologue import LoweredPrologue
 from harmonica_rt.graph.facts import value_of
+from harmonica_rt.graph.layout import distinct
 from harmonica_rt.lower.hoist import Part, Prologue
 from harmonica_rt.plan.plan import Plan
 
@@ -20,8 +21,8 @@ from harmonica_rt.plan.plan import Plan
 def of_run(prologue: Prologue, plan: Plan) -> list[Kernel]:
     """The kernels before a run whose timesteps are foreseen: values of the request, and of all steps, and their copies.
 
-    The values of a request are copied to fixed addresses, one kernel per dtype; those of the steps to a table, one
-    kernel per value.
+    The values of a request are copied to fixed addresses, one kernel per dtype, and so are the parts of joined tensors;
+    the values of the steps are copied to a table, views of one tensor by one kernel.
     """
     recorder, lowered = Recorder(), LoweredPrologue(prologue, plan.captured.root)
     once = recorder.run(prologue.once.graph, plan.captured.root, _arguments(prologue.once))
@@ -39,7 +40,7 @@ def of_run(prologue: Prologue, plan: Plan) -> list[Kernel]:
     if values is None:
         kernels += of_step(prologue, plan) * steps
         values = tuple(value.new_empty((steps, *value.shape)) for value in _results(prologue.each))
-    return [*kernels, *copies_of([*by_dtype(once), *values])]
+    return [*kernels, *copies_of([*by_dtype(once), *by_dtype(_joined(prologue, plan)), *_by_owner(values)])]
 
 
 def of_step(prologue: Prologue, plan: Plan) -> list[Kernel]:
@@ -47,6 +48,24 @@ def of_step(prologue: Prologue, plan: Plan) -> list[Kernel]:
     recorder = Recorder()
     recorder.run(prologue.each.graph, plan.captured.root, _arguments(prologue.each))
     return recorder.kernels
+
+
+def _by_owner(values: Sequence[Tensor]) -> list[Tensor]:
+    """One tensor for each that the values lie in, as large as those in it."""
+    found: dict[int, dict[tuple[int, ...], Tensor]] = {}
+    for value in values:
+        found.setdefault(value.untyped_storage()._cdata, {})[int(value.storage_offset()), *value.shape] = value
+    return [
+        next(iter(views.values())).new_empty(sum(distinct(view).numel() for view in views.values()))
+        for views in found.values()
+    ]
+
+
+def _joined(prologue: Prologue, plan: Plan) -> list[Tensor]:
+    """The parameters that joined tensors are made of."""
+    parameters = plan.captured.parameters
+    values = {parameters[node.name]: value_of(node) for node in plan.captured.graph.nodes if node.name in parameters}
+    return [meta_like(values[name]) for tensor in prologue.joined for name in tensor.parameters]
 
 
 def _arguments(part: Part) -> list[Any]:

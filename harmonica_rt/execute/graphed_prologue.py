@@ -32,6 +32,7 @@ class GraphedPrologue:
         self._memory = memory
         self._has_request = False  # whether the values of the current request are in memory
         self._has_steps = False  # whether those of all its steps are
+        self._joined: tuple[Any, ...] = ()  # the parameters that the joined tensors in memory were made of
 
     def begin(self) -> None:
         """The next call belongs to another request."""
@@ -42,6 +43,8 @@ class GraphedPrologue:
         memory, forecast, each = self._memory, self._forecast, self._lowered.each.part
         if not self._has_request:
             self._begin_request(forecast.usable_at(step) if each.results else None)
+        elif self._bind(self._lowered.joined) is not self._joined:  # replaced or moved since
+            self._join()
         if not each.results:
             return
         timesteps = self._timesteps()
@@ -96,6 +99,7 @@ class GraphedPrologue:
             self._has_steps = lowered.batches
         else:
             self._run("request", (lowered.once,), self._compute_request)
+        self._joined = self._bind(lowered.joined)
         self._has_request = True
 
     def _run(self, what: str, parts: tuple[LoweredPart, ...], compute: Callable[..., None]) -> None:
@@ -115,11 +119,19 @@ class GraphedPrologue:
 
         memory.graphs.run(key, recordable)
 
+    def _join(self) -> None:
+        """Make the joined tensors of the present parameters."""
+        joined = self._lowered.joined
+        self._joined = self._bind(joined)
+        self._memory.hoisted.put_joined(joined.by_name(self._joined))
+
     def _compute_request(self, once: tuple[Any, ...]) -> None:
+        self._join()
         self._memory.hoisted.put_request(self._lowered.of_request(once, self._memory.leaves.tensors))
 
     def _compute_run(self, once: tuple[Any, ...], each: tuple[Any, ...]) -> None:
         lowered, memory = self._lowered, self._memory
+        self._join()
         request = lowered.of_request(once, memory.leaves.tensors)
         memory.hoisted.put_request(request)
         foreseen = list(memory.foreseen.tensors.values())

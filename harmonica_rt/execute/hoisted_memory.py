@@ -35,6 +35,7 @@ class StaticRows:
         owners: dict[tuple[_Kind, int], list[str]] = {}
         for name, value in examples.items():
             owners.setdefault((_kind(value), value.untyped_storage().data_ptr()), []).append(name)
+        self._owners = list(owners.values())  # names of the values that lie in one tensor
         self._places: dict[str, tuple[_Kind, int]] = {}  # name -> kind, first element
         sizes: dict[_Kind, int] = {}
         for (kind, _), names in owners.items():
@@ -74,12 +75,44 @@ class StaticRows:
             )
 
     def tabulate(self, names: Sequence[str], stacked: Sequence[torch.Tensor]) -> None:
-        """Write the values of all steps, `[steps, ...]` each, to the table."""
-        for name, values in zip(names, stacked, strict=True):
-            kind, start = self._places[name]
-            table, one = self._table[kind], self.tensors[name]
-            column = table.as_strided((len(table), *one.shape), (table.shape[1], *one.stride()), start)
-            distinct(column).copy_(distinct(values, column))
+        """Write the values of all steps, `[steps, ...]` each, to the table; views of one tensor by one copy."""
+        given = dict(zip(names, stacked, strict=True))
+        for owned in self._owners:
+            group = {name: given[name] for name in owned}
+            if len(group) > 1 and self._lie_as_in_row(group):
+                self._tabulate_together(group)
+            else:
+                for name, values in group.items():
+                    self._tabulate_one(name, values)
+
+    def _lie_as_in_row(self, group: Mapping[str, torch.Tensor]) -> bool:
+        """Whether values of all steps lie in one tensor, those of each step as their places lie in the row."""
+        found = {
+            (
+                values.untyped_storage().data_ptr(),
+                values.stride(0),
+                int(values.storage_offset()) - self._places[name][1],
+                values.stride()[1:] == self.tensors[name].stride(),
+            )
+            for name, values in group.items()
+        }
+        return len(found) == 1 and next(iter(found))[-1]
+
+    def _tabulate_one(self, name: str, values: torch.Tensor) -> None:
+        kind, start = self._places[name]
+        table, one = self._table[kind], self.tensors[name]
+        column = table.as_strided((len(table), *one.shape), (table.shape[1], *one.stride()), start)
+        distinct(column).copy_(distinct(values, column))
+
+    def _tabulate_together(self, group: Mapping[str, torch.Tensor]) -> None:
+        """Copy the elements from the first to the last of these values, which lie in one tensor as in the row."""
+        first = min(group, key=lambda name: self._places[name][1])
+        kind, start = self._places[first]
+        width = max(self._places[name][1] + extent(one.shape[1:], one.stride()[1:]) for name, one in group.items())
+        table, source = self._table[kind], group[first]
+        shape = (len(table), width - start)
+        column = table.as_strided(shape, (table.shape[1], 1), start)
+        column.copy_(source.as_strided(shape, (source.stride(0), 1), source.storage_offset()))
 
     def keep(self, step: StepIndex, counter: StepCounter) -> None:
         """Copy the row to its place in the table: by `counter` on the counter's device, elsewhere by `step`."""
@@ -137,6 +170,11 @@ class HoistedMemory:
     def put_request(self, values: Mapping[str, torch.Tensor]) -> None:
         """Store the values of a request."""
         self._request.put(values)
+        self.tensors.update(self._request.tensors)
+
+    def put_joined(self, parts: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        """Store tensors that are made of several each, one below the other."""
+        self._request.put_joined(parts)
         self.tensors.update(self._request.tensors)
 
     def put_steps(self, names: Sequence[str], stacked: Sequence[torch.Tensor]) -> None:

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from harmonica_rt.graph.facts import value_of
 from harmonica_rt.lower.hoist import Part, Prologue
+from harmonica_rt.lower.joined_products import JoinedTensor
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,28 @@ class LoweredPart:
         return self.part.bind(parameters, constants)
 
 
+class JoinedParts:
+    """The parameters that joined tensors are made of.
+
+    Args:
+        tensors: the joined tensors.
+
+    Attributes:
+        tensors: as given.
+    """
+
+    def __init__(self, tensors: Sequence[JoinedTensor]) -> None:
+        self.tensors = tuple(tensors)
+
+    def bind(self, parameters: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
+        """For each joined tensor, a tuple of its parts; another object where a parameter was replaced or moved."""
+        return tuple(tuple(parameters[name] for name in tensor.parameters) for tensor in self.tensors)
+
+    def by_name(self, bound: tuple[Any, ...]) -> dict[str, tuple[torch.Tensor, ...]]:
+        """The parts of each joined tensor by its name."""
+        return {tensor.name: parts for tensor, parts in zip(self.tensors, bound, strict=True)}
+
+
 class LoweredPrologue:
     """A prologue, ready to run for one step or for all steps at once.
 
@@ -40,6 +63,7 @@ class LoweredPrologue:
         prologue: as given.
         once: computes the values of a request.
         each: computes the values of one step, which depend on its timestep.
+        joined: what joined tensors are made of.
         batches: whether `each` can run for all steps at once; True until an operator lacks a batching rule.
     """
 
@@ -47,6 +71,7 @@ class LoweredPrologue:
         self.prologue = prologue
         self.once = LoweredPart(prologue.once, root)
         self.each = LoweredPart(prologue.each, root)
+        self.joined = JoinedParts(prologue.joined)
         # A batched linear layer adds its bias outside of what autocast casts, so its result is wider than in one step.
         results: Any = prologue.each.graph.output_node().args[0]
         self._dtypes = [value_of(node).dtype for node in results]

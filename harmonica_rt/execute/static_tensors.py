@@ -31,6 +31,18 @@ class StaticTensors:
         for copied in _copies({name: self.tensors[name] for name in values}):
             copied.run(values)
 
+    def put_joined(self, parts: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        """Copy the parts of each tensor, which lie one below the other in it; one call for all."""
+        targets: list[torch.Tensor] = []
+        for name, given in parts.items():
+            heights = [len(part) for part in given]
+            if name not in self.tensors:
+                with torch.inference_mode(False), torch.no_grad():
+                    self.tensors[name] = given[0].new_empty((sum(heights), *given[0].shape[1:]))
+            targets += self.tensors[name].split(heights)
+        if targets:
+            torch._foreach_copy_(targets, [part for given in parts.values() for part in given])
+
 
 class StaticLeaves:
     """The tensors of a stream's calls at fixed addresses.

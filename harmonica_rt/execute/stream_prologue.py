@@ -10,10 +10,11 @@ import torch
 
 from harmonica_rt.call.call import Call
 from harmonica_rt.execute.forecast import Forecast, Timesteps
-from harmonica_rt.execute.lowered_prologue import LoweredPart, LoweredPrologue, Values
+from harmonica_rt.execute.lowered_prologue import LoweredPrologue, Values
+from harmonica_rt.execute.parameter_binding import Bindable
 from harmonica_rt.indices import StepIndex
 
-Bind = Callable[[LoweredPart], tuple[Any, ...]]
+Bind = Callable[[Bindable], tuple[Any, ...]]
 
 
 @dataclass
@@ -21,12 +22,14 @@ class HoistedValues:
     """The hoisted values of the current request.
 
     Attributes:
-        request: the values of the request by name; None before its first step.
+        request: the values of the request by name, joined tensors included; None before its first step.
+        joined: the parameters that those tensors were made of.
         given: those among them that the timestep part takes.
         steps: the values of all steps, `[steps, ...]` each; None where they are not known.
     """
 
     request: dict[str, torch.Tensor] | None = None
+    joined: tuple[Any, ...] = ()
     given: Values = field(default_factory=list)
     steps: tuple[torch.Tensor, ...] | None = None
 
@@ -62,6 +65,7 @@ class StreamPrologue:
         each = lowered.each.part
         if values.request is None:
             values.request = self._compute(leaves, forecast.usable_at(step) if each.results else None)
+        self._join(values.request)
         if not each.results:
             return values.request
         timesteps = tuple(leaves[index] for index in lowered.prologue.timesteps)
@@ -89,6 +93,13 @@ class StreamPrologue:
         """The tensors that this object keeps between calls."""
         yield from self._values.tensors()
         yield from self._forecast.tensors()
+
+    def _join(self, request: dict[str, torch.Tensor]) -> None:
+        """Add the joined tensors to the values of a request, unless they are there, made of the present parameters."""
+        lowered, bound = self._lowered.joined, self._bind(self._lowered.joined)
+        if bound is not self._values.joined:
+            request.update({name: torch.cat(parts) for name, parts in lowered.by_name(bound).items()})
+            self._values.joined = bound
 
     def _compute(self, leaves: Sequence[Any], foreseen: Timesteps | None) -> dict[str, torch.Tensor]:
         """Compute the values of a request, and those of all its steps where their timesteps are foreseen."""

@@ -6,11 +6,11 @@ everything computed before the steps.
 Hazard: fused operators round differently. Only `plain` can equal the reference bit for bit; the others are held to a
 measured tolerance.
 
-Reading order: `graph_states`, `plain`, then `fused` with `hoist` (what does not depend on the latents),
-`residual_pattern` and `norm_pattern` (what the operators replace; `casts` says which casts they absorb) and `fuse`,
-`halves`, `rotary_pattern` and `qk_pattern` (queries and keys) and `fuse_rotary`, both with `rewriting`; `epilogue`;
-`inductor` with `regions`, `compiled_region` and `faster_of_two`; `report` (what was done to a plan); for `execute`,
-`cuda_graph_rules` says what a CUDA graph cannot hold.
+Reading order: `graph_states`, `plain`, then `fused` with `hoist` (what does not depend on the latents) and
+`equal_values`, `residual_pattern` and `norm_pattern` (what the operators replace; `casts` says which casts they absorb)
+and `fuse`, `halves`, `rotary_pattern` and `qk_pattern` (queries and keys) and `fuse_rotary`, both with `rewriting`;
+`joined_products` and `joining_rule`; `epilogue`; `inductor` with `regions`, `compiled_region` and `faster_of_two`;
+`report` (what was done to a plan); for `execute`, `cuda_graph_rules` says what a CUDA graph cannot hold.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ rounding.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -23,7 +23,9 @@ from harmonica_rt.call.roles import Role
 from harmonica_rt.capture.captured_graph import CapturedGraph
 from harmonica_rt.graph.facts import needed_nodes, owner
 from harmonica_rt.graph.rebuild import Rebuild
+from harmonica_rt.lower.equal_values import merged
 from harmonica_rt.lower.graph_states import BodyGraph, FusedGraph
+from harmonica_rt.lower.joined_products import JoinedTensor
 from harmonica_rt.plan.binding_time import Binding, bindings
 from harmonica_rt.plan.step_graph import ProgramGraph, StepGraph, TabledGraph
 
@@ -57,6 +59,7 @@ class Prologue:
         each: computes, for one step, those that depend on its timestep too.
         timesteps: indices of the leaves that are timesteps.
         nbytes: bytes of all hoisted values of one stream over a run; views cost nothing.
+        joined: tensors of several parameters each, made once per request; not among the values above.
     """
 
     names: tuple[str, ...]
@@ -64,6 +67,7 @@ class Prologue:
     each: Part
     timesteps: tuple[int, ...]
     nbytes: int
+    joined: tuple[JoinedTensor, ...] = ()
 
 
 def plan_prologue(
@@ -104,15 +108,20 @@ def plan_prologue(
             break
         largest = max(sizes, key=sizes.__getitem__)
         stay |= {*groups[largest], largest.name}
-    hoisted = [nodes[name] for name in names]
-    each = [node for node in hoisted if bound[node] & Binding.TIMESTEP]
-    given = _given(each, bound)
-    once = list(dict.fromkeys([node for node in hoisted if not bound[node] & Binding.TIMESTEP] + given))
+    early = [node for node in captured.graph.nodes if not bound[node] & Binding.LATENTS]
+    rebuilt = merged(captured.graph, frozenset(early))
+    merged_bound = {rebuilt[node]: bound[node] for node in early}
+    each, once = (
+        {name: rebuilt[nodes[name]] for name in names if bool(bound[nodes[name]] & Binding.TIMESTEP) is timed}
+        for timed in (True, False)
+    )
+    given = _given(each.values(), merged_bound)
+    once |= {node.name: node for node in given}
     leaves = [index for index, role in enumerate(roles) if role is Role.TIMESTEP]
     return Prologue(
         names=tuple(names),
-        once=_part(captured, once, ()),
-        each=_part(captured, each, given),
+        once=_part(captured, rebuilt.graph, once, ()),
+        each=_part(captured, rebuilt.graph, each, given),
         timesteps=tuple(index for index in leaves if index in captured.inputs.values()),
         nbytes=sum(sizes.values()),
     )
@@ -190,10 +199,11 @@ def _nbytes(node: fx.Node) -> int:
     return value.numel() * value.element_size() if node.op == "call_function" and isinstance(value, torch.Tensor) else 0
 
 
-def _given(each: list[fx.Node], bound: dict[fx.Node, Binding]) -> list[fx.Node]:
+def _given(each: Iterable[fx.Node], bound: dict[fx.Node, Binding]) -> list[fx.Node]:
     """The values that the timestep part uses but that do not themselves depend on the timestep."""
     given: dict[fx.Node, None] = {}
-    pending, seen = list(each), set(each)
+    pending = list(each)
+    seen = set(pending)
     while pending:
         for used in pending.pop().all_input_nodes:
             if used in seen or used.op == "placeholder":
@@ -206,24 +216,24 @@ def _given(each: list[fx.Node], bound: dict[fx.Node, Binding]) -> list[fx.Node]:
     return list(given)
 
 
-def _part(captured: CapturedGraph, results: Sequence[fx.Node], given: Sequence[fx.Node]) -> Part:
-    """The part of the captured graph that computes `results` from its inputs and from `given` values."""
-    needed = needed_nodes(results, given)
+def _part(captured: CapturedGraph, graph: fx.Graph, results: Mapping[str, fx.Node], given: Sequence[fx.Node]) -> Part:
+    """The part of `graph`, the captured graph with equal values merged, that computes `results` by name."""
+    needed = needed_nodes(results.values(), given)
     rebuilt = Rebuild()
     tables = (captured.parameters, captured.constants, captured.inputs)
     parameters, constants, inputs = (
-        [n for n in captured.graph.nodes if n.op == "placeholder" and n in needed and n.name in t] for t in tables
+        [n for n in graph.nodes if n.op == "placeholder" and n in needed and n.name in t] for t in tables
     )
     for node in (*parameters, *constants, *inputs, *given):
         rebuilt.placeholder(node)
-    for node in captured.graph.nodes:
+    for node in graph.nodes:
         if node in needed and node not in rebuilt:
             rebuilt.copy(node)
     return Part(
-        graph=rebuilt.finish(rebuilt.new(tuple(results))),
+        graph=rebuilt.finish(rebuilt.new(tuple(results.values()))),
         parameters=tuple(captured.parameters[node.name] for node in parameters),
         constants=tuple(node.name for node in constants),
         inputs=tuple(captured.inputs[node.name] for node in inputs),
         given=tuple(node.name for node in given),
-        results=tuple(node.name for node in results),
+        results=tuple(results),
     )

@@ -24,13 +24,12 @@ from harmonica_rt.lower import plain
 from harmonica_rt.lower.compiled_region import CompiledRegion
 from harmonica_rt.lower.faster_of_two import Faster
 from harmonica_rt.lower.fused import FusedLowering
-from harmonica_rt.lower.graph_states import BodyGraph, DividedGraph, FusedGraph
-from harmonica_rt.lower.hoist import cut
+from harmonica_rt.lower.graph_states import BodyGraph, DividedGraph
 from harmonica_rt.lower.plain import Program
 from harmonica_rt.lower.regions import Region, divide, operators, sections, whole
 from harmonica_rt.lower.report import LoweringReport, RegionReport
 from harmonica_rt.plan.plan import Plan
-from harmonica_rt.plan.step_graph import ProgramGraph, StepGraph
+from harmonica_rt.plan.step_graph import ProgramGraph
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +72,7 @@ class InductorLowering(FusedLowering):
         )
         return dataclasses.replace(super().report(), regions=regions)
 
-    def _program(self, step: StepGraph | FusedGraph) -> Program:
-        body = cut(step, self._hoisted)
+    def _program(self, body: BodyGraph) -> Program:
         return RegionProgram(body, divide(body, self._sections, self._compile), self._root)
 
     def _or_whole(self, program: Program) -> Program:

@@ -19,6 +19,21 @@ class HoistingReport:
 
 
 @dataclass(frozen=True)
+class JoiningReport:
+    """Linear layers of one input that are computed as one product.
+
+    Attributes:
+        products: number of such products in a step that computes all of them.
+        layers: number of the layers that they stand for.
+        nbytes: bytes of their joined parameters per stream.
+    """
+
+    products: int = 0
+    layers: int = 0
+    nbytes: int = 0
+
+
+@dataclass(frozen=True)
 class FusionReport:
     """What was fused, and what was not.
 
@@ -56,5 +71,6 @@ class LoweringReport:
     """A lowered plan; `fusion` and `regions` are None where a lowering does no such thing."""
 
     hoisting: HoistingReport = field(default_factory=HoistingReport)
+    joining: JoiningReport = field(default_factory=JoiningReport)
     fusion: FusionReport | None = None
     regions: RegionReport | None = None

@@ -14,10 +14,8 @@ from harmonica_rt.call.call import CallConvention
 from harmonica_rt.engine import RunKey
 from harmonica_rt.errors import RunError
 from harmonica_rt.execute.forecast import Forecast, ForecastKey
-from harmonica_rt.execute.hoisted_memory import StaticRows
 from harmonica_rt.execute.lowered_prologue import LoweredPrologue
 from harmonica_rt.execute.plan_runtime import PlanRuntime
-from harmonica_rt.execute.step_counter import StepCounter
 from harmonica_rt.execute.stream_prologue import StreamPrologue
 from harmonica_rt.indices import StepIndex
 from harmonica_rt.sampling import conditioning
@@ -220,26 +218,3 @@ def test_in_inference_mode_a_buffer_that_is_written_in_every_step(
             for call in CALLS:
                 timestep.copy_(call["timestep"])
                 torch.testing.assert_close(compiled(**{**call, "timestep": timestep}), truth(**call))
-
-
-def test_views_of_one_tensor_take_its_bytes_once() -> None:
-    whole = torch.randn(4, 6 * 16)
-    examples = {f"part{i}": part for i, part in enumerate(whole.chunk(6, dim=1))} | {"other": torch.randn(3).double()}
-    rows, counter = StaticRows(examples, steps=3), StepCounter(torch.device("cpu"))
-    assert rows.nbytes == 4 * (whole.nbytes + 64)  # a row and a table of three
-    steps = {name: torch.stack([value + step for step in range(3)]) for name, value in examples.items()}
-    rows.tabulate(list(steps), list(steps.values()))
-
-    def holds(step: int) -> bool:
-        counter.set(StepIndex(step))
-        rows.load(counter)
-        return all(torch.equal(rows.tensors[name], steps[name][step]) for name in steps)
-
-    assert all(map(holds, (2, 0, 1)))
-    rows.put({name: steps[name][2] for name in steps})
-    rows.keep(StepIndex(1), counter)
-    assert holds(0)
-    counter.set(StepIndex(1))
-    rows.load(counter)
-    assert all(torch.equal(rows.tensors[name], steps[name][2]) for name in steps)
-    assert all(rows.tensors[name].stride() == value.stride() for name, value in examples.items())

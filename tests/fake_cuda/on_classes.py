@@ -22,8 +22,8 @@ guard.load()
 IN_FAMILIES = ("DiTTransformer2DModel", "PixArtTransformer2DModel")  # `on_families.py` runs them
 # Why something of a class runs without a graph, where it does.
 REFUSED = {"GlmImageTransformer2DModel": {"has a size that depends on values"}}
-# Most launches of a full step: 9 operators per block, 6 others, and the copy that puts the patches in their places.
-DIT_XL = 28 * 9 + 7
+# Most launches of a full step: 7 operators per block, 6 others, and the copy that puts the patches in their places.
+DIT_XL = 28 * 7 + 7
 
 
 @pytest.mark.parametrize("name", [name for name in REPRESENTATIVES if name not in IN_FAMILIES])

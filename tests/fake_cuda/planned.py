@@ -18,7 +18,7 @@ from tests.fake_cuda.gpu import FakeGpu
 from tests.fake_cuda.launches import launches
 from tests.fake_cuda.valued import DEVICE
 
-STEPS = 2
+STEPS = 4
 
 
 @dataclass(frozen=True, eq=False)
