@@ -15,7 +15,7 @@ STEPS = 4
 SIZES = [(8, 8), (16, 8), (8, 16), (8, 8), (16, 8), (16, 8)]  # (16, 8) and (8, 16) have as many tokens
 
 
-@pytest.mark.parametrize("max_plans", [2, 8])
+@pytest.mark.parametrize("max_plans", [2, pytest.param(8, marks=pytest.mark.exhaustive)])
 def test_each_size_has_a_plan_and_the_one_unused_longest_is_dropped(
     max_plans: int, caplog: pytest.LogCaptureFixture
 ) -> None:
