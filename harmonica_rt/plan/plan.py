@@ -7,11 +7,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from harmonica_rt.capture.captured_graph import CapturedGraph
 from harmonica_rt.errors import ScheduleMismatchError
 from harmonica_rt.graph import flops
-from harmonica_rt.indices import ProgramId, SlotId, StepIndex
-from harmonica_rt.plan.histories import histories
+from harmonica_rt.indices import ProgramId, SiteIndex, SlotId, StepIndex
+from harmonica_rt.plan.histories import Histories, histories
 from harmonica_rt.plan.liveness import Lifetime, analyse
 from harmonica_rt.plan.slots import SlotTable, Value, place, placed
 from harmonica_rt.plan.specialise import Pattern, specialise
@@ -111,14 +113,16 @@ def build_plan(captured: CapturedGraph, schedule: Schedule, *, offsets: Sequence
         offsets: byte offsets of the slots, as found for an earlier plan; None searches for them.
 
     Raises:
-        ScheduleMismatchError: the schedule and the captured graph do not have the same sites in the same order.
+        ScheduleMismatchError: the schedule and the captured graph do not have the same sites in the same order, or a
+            weighted site gives something else than floating-point numbers.
         InvariantError: the number of offsets is not the number of slots.
     """
     if schedule.sites != captured.sites:
         raise ScheduleMismatchError("the schedule and the captured graph do not have the same sites in the same order")
     started = time.perf_counter()
-    rows, lifetimes = analyse(captured, schedule)
     history = histories(schedule)
+    _check_weighted(captured, history)
+    rows, lifetimes = analyse(captured, schedule)
     distinct = list(dict.fromkeys(rows))
     programs = [specialise(captured, pattern) for pattern in distinct]
     values = [_value(captured, lifetime) for lifetime in lifetimes]
@@ -144,6 +148,14 @@ def build_plan(captured: CapturedGraph, schedule: Schedule, *, offsets: Sequence
         table,
         time.perf_counter() - started,
     )
+
+
+def _check_weighted(captured: CapturedGraph, history: Histories) -> None:
+    for site in np.flatnonzero(history.taken):
+        for node in captured.outputs_of(SiteIndex(int(site))):
+            dtype = node.meta["val"].dtype
+            if not dtype.is_floating_point:
+                raise ScheduleMismatchError(f"{captured.sites[site]} gives {dtype}, which cannot be weighted")
 
 
 def _value(captured: CapturedGraph, lifetime: Lifetime) -> Value:

@@ -48,8 +48,8 @@ class ProgramGraph(TabledGraph):
     Attributes:
         reads: the values of site outputs that it takes from slots.
         stores: the site outputs that it returns to be stored.
-        hoisted: names of the values that are known before the steps: weights, one tensor per device; in a graph cut from
-            its prologue, also what the prologue computes.
+        hoisted: names of the values that are known before the steps: weights, one tensor per device; once the graph is
+            cut from its prologue, also what that computes.
     """
 
     reads: tuple[PastOutput, ...]
