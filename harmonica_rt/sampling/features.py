@@ -27,13 +27,13 @@ class StepTables:
     Attributes:
         compute: bool `[steps, sites]`.
         source: int `[steps, sites]`, the step whose value a site that is reused as it is takes; -1 elsewhere.
-        reused: int `[steps]`, how many sites each step reuses.
+        reused: how many sites each step reuses.
         summed: for each step, the `(step, site)` pairs of the values that its weighted sums take, two index arrays.
     """
 
     compute: NDArray[np.bool_]
     source: NDArray[np.int64]
-    reused: NDArray[np.int64]
+    reused: tuple[int, ...]
     summed: tuple[tuple[NDArray[np.int64], NDArray[np.int64]], ...]
 
     @property
@@ -57,7 +57,7 @@ def step_tables(schedule: Schedule) -> StepTables:
         sites, ages = np.nonzero((taken >= 0) & weighted[:, None])
         summed.append((taken[sites, ages], sites))
     source = np.where(weighted, -1, history.steps[:, :, 0])
-    return StepTables(schedule.compute, source, (~schedule.compute).sum(axis=1), tuple(summed))
+    return StepTables(schedule.compute, source, tuple((~schedule.compute).sum(axis=1).tolist()), tuple(summed))
 
 
 class RunStream:

@@ -228,21 +228,11 @@ class Run:
         first, tables, stats = self.position.step, self._tables, self.stats
         steps = range(first, tables.steps if isinstance(output, WholeRun) else first + 1)
         if catch_up:
-<<<<<<< HEAD
             log.warning("step %d is computed in full: its stream has no features from an earlier step", first)
             stats.catch_ups.append(first)
-        stats.reused += sum(len(tables.reused[step]) for step in steps[catch_up:])
+        stats.reused += sum(tables.reused[step] for step in steps[catch_up:])
         stream.ran(first, all_sites=catch_up)
         stats.entries += tables.sites * len(steps)
         stats.calls += len(steps)
         self.position.step = StepIndex(steps[-1])
-=======
-            log.warning("step %d is computed in full: its stream has no features from an earlier step", step)
-            self.stats.catch_ups.append(step)
-        else:
-            self.stats.reused += int(self._tables.reused[step])
-        stream.ran(step, all_sites=catch_up)
-        self.stats.entries += self._tables.sites
-        self.stats.calls += 1
->>>>>>> 2e7a533 (Reused entries take weighted sums of the latest computed values)
         return output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def test_plain_equals_the_reference_bit_for_bit(seed: int, cur: float, order: in
         assert all(map(torch.equal, run(compiled, each), run(reference, each)))
 
 
-@pytest.mark.parametrize("lowering", ["hoisted", "fused"])
+@pytest.mark.parametrize("lowering", ["hoisted", "fused", "inductor"])
 def test_other_lowerings_equal_it_up_to_rounding(lowering: str) -> None:
     schedule = random_weights(Schedule.random(0.5, steps=STEPS, sites=SITES, seed=1), 3, seed=1)
     report = hrt.verify(MODEL, schedule, calls=[stack_call(step) for step in range(STEPS)], lowering=lowering)
@@ -63,6 +64,20 @@ def test_every_precision(dtype: torch.dtype) -> None:
     reference = hrt.reference(model, schedule)
     for call in calls:
         assert torch.equal(compiled(**call), reference(**call))
+
+
+def test_torch_compile_and_plan_files_keep_weights(tmp_path: Path) -> None:
+    schedule = random_weights(Schedule.random(0.5, steps=STEPS, sites=SITES, seed=1), 3, seed=1)
+    expected = run(hrt.reference(MODEL, schedule), 0)
+    compiled = hrt.compile(MODEL, schedule, lowering="plain", strict=True)
+    run(compiled, 0)
+    compiled.save(tmp_path / "plan.json")
+    assert all(map(torch.equal, run(hrt.load(tmp_path / "plan.json", MODEL), 0), expected))
+    options = {"schedule": schedule, "lowering": "plain"}
+    by_dynamo = torch.compile(MODEL, backend="harmonica", options=options)
+    with torch.no_grad():
+        got = [by_dynamo(**stack_call(step)) for step in range(STEPS)]
+    assert all(map(torch.equal, got, expected))
 
 
 def test_the_sum_is_taken_of_what_was_computed() -> None:
