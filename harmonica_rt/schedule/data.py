@@ -8,7 +8,7 @@ afterwards.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,10 @@ from harmonica_rt.schedule.checks import (
 )
 from harmonica_rt.schedule.producers import site_kind
 from harmonica_rt.schedule.provenance import MadeBy, ModelInfo, SamplerInfo
+from harmonica_rt.schedule.weights import Weights, check_weights, per_entry
 from harmonica_rt.untrusted.text import one_line, quoted
+
+T = TypeVar("T", bound=np.generic)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -37,6 +40,7 @@ class ScheduleData:
     timesteps: tuple[float, ...] | None = None
     guidance: float | None = None
     made_by: MadeBy | None = None
+    weights: Weights | None = None
 
     def __post_init__(self) -> None:
         compute, sites = check_compute(self.compute), check_sites(self.sites)
@@ -52,9 +56,11 @@ class ScheduleData:
                 f"nothing is stored before it; make every entry of step 0 compute"
             )
         set_ = object.__setattr__
-        # frombuffer over bytes: unlike setflags(write=False), nobody can make it writable again
-        set_(self, "compute", np.frombuffer(compute.tobytes(), dtype=np.bool_).reshape(compute.shape))
+        set_(self, "compute", _read_only(compute))
         set_(self, "sites", sites)
+        if self.weights is not None:
+            weights = check_weights(self.weights, compute, sites)
+            set_(self, "weights", None if weights is None else _read_only(weights))
         for field, kind in (("model", ModelInfo), ("sampler", SamplerInfo), ("made_by", MadeBy)):
             value = getattr(self, field)
             if value is not None and not isinstance(value, kind):
@@ -91,6 +97,11 @@ class ScheduleData:
         """Number of distinct rows, including the all-compute row. A plan may have more: its patterns include stores."""
         return len(np.unique(self.compute, axis=0))
 
+    @property
+    def entry_weights(self) -> Weights:
+        """The weights of each entry, `float64[steps, sites, order]`, newest value first; 0 where it is computed."""
+        return per_entry(self.weights, self.compute)
+
     def __eq__(self, other: object) -> bool:
         return self._key() == other._key() if isinstance(other, ScheduleData) else NotImplemented
 
@@ -99,13 +110,23 @@ class ScheduleData:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # through the constructor, so that copies and unpickled schedules are read-only as well
-        return type(self), (np.array(self.compute), *self._key()[2:])
+        weights = None if self.weights is None else np.array(self.weights)
+        return type(self), (np.array(self.compute), *self._fields, weights)
 
     def __repr__(self) -> str:
         made = f", made by {one_line(self.made_by.method)}" if self.made_by else ""
         return f"<{type(self).__name__} {self.steps} steps x {len(self.sites)} sites, CUR {self.cur:.2%}{made}>"
 
+    @property
+    def _fields(self) -> tuple[object, ...]:
+        """All but the arrays."""
+        return self.sites, self.model, self.sampler, self.timesteps, self.guidance, self.made_by
+
     def _key(self) -> tuple[object, ...]:
-        shape, mask = self.compute.shape, self.compute.tobytes()
-        rest = (self.sites, self.model, self.sampler, self.timesteps, self.guidance, self.made_by)
-        return (shape, mask, *rest)
+        weights = None if self.weights is None else (self.weights.shape, self.weights.tobytes())
+        return (self.compute.shape, self.compute.tobytes(), *self._fields, weights)
+
+
+def _read_only(array: NDArray[T]) -> NDArray[T]:
+    """A copy over bytes: unlike after `setflags(write=False)`, nobody can make it writable again."""
+    return np.frombuffer(array.tobytes(), dtype=array.dtype).reshape(array.shape)

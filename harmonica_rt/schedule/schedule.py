@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from numpy.typing import ArrayLike
 
@@ -34,6 +34,9 @@ class Schedule(ScheduleData):
             of steps.
         guidance: the guidance scale it was made for.
         made_by: the method that made it.
+        weights: what the latest computed values are multiplied by, newest first, where an entry reuses: float64
+            `[steps, order]`, shared by the sites of a step, or `[steps, sites, order]`; read-only. None: plain reuse of
+            the latest value, weights `[1]`.
 
     Raises:
         ScheduleError: a field is invalid. The message names the field, what was expected, what was given, and what to
@@ -228,6 +231,19 @@ class Schedule(ScheduleData):
     def plot(self, path: FilePath | None = None) -> Figure:
         """Steps x sites as a heat map, with one panel per kind of site; saved to `path` (PNG, SVG, PDF) if given."""
         return draw.plot(self, path)
+
+    def with_weights(self, weights: ArrayLike) -> Schedule:
+        """A copy whose reused entries are `sum_j weights[j] * (the j-th latest computed value)`.
+
+        Args:
+            weights: `[steps, order]`, shared by the sites of a step, or `[steps, sites, order]`, newest value first; at
+                most 4 per entry, rounded to float32. Those of computed entries are ignored.
+
+        Raises:
+            ScheduleError: the shape is wrong, a number is not finite, all weights of a reused entry are 0, or an entry
+                has weights for more values than were computed before it.
+        """
+        return replace(self, weights=cast(Any, weights))  # the constructor checks it
 
     def with_provenance(
         self,
