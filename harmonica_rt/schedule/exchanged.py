@@ -72,11 +72,11 @@ class ExchangedSchedule(WeightedSchedule):
                 default), or another calibrator than TaylorSeer is on; or a setting is unknown or has a wrong value.
         """
         names = check_sites(sites)
-        if isinstance(settings, Mapping):
-            found = cache_dit.settings_of(settings)
-        else:
-            with format.named_errors(os.fspath(settings)):
-                found = cache_dit.settings_of(cache_dit.read_settings(os.fspath(settings)))
+        if not isinstance(settings, Mapping):
+            source = os.fspath(settings)
+            with format.named_errors(source):
+                return cls.from_cache_dit(cache_dit.read_settings(source), sites=names)
+        found = cache_dit.settings_of(settings)
         made_by = MadeBy("cache-dit", {"Fn_compute_blocks": found.first, "Bn_compute_blocks": found.last})
         made = cls(found.mask(names), names, made_by=made_by)
         return made.with_taylor(found.order, since=cache_dit.SINCE) if found.order else made

@@ -11,7 +11,7 @@ from typing import Any
 from harmonica_rt.errors import ScheduleError
 from harmonica_rt.untrusted.text import one_line
 
-_LARGEST = 1_000_000  # bytes
+_LARGEST, _BRACKETS = 16_384, 100  # bytes and brackets: PyYAML takes the square of either in time
 
 
 def read_options(data: bytes, section: str, refusal: str) -> dict[str, object]:
@@ -26,6 +26,8 @@ def read_options(data: bytes, section: str, refusal: str) -> dict[str, object]:
         raise ScheduleError(f"{refusal}: {len(data)} bytes, more than {_LARGEST}")
     try:
         text = data.decode("utf-8")
+        if text.count("[") + text.count("{") > _BRACKETS:
+            raise ScheduleError(f"{refusal}: more than {_BRACKETS} brackets")
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
             raise ScheduleError(f"{refusal}: it has aliases")
         loader = yaml.SafeLoader(text)

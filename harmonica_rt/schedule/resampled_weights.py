@@ -20,6 +20,8 @@ from harmonica_rt.schedule.provenance import WeightsBy
 from harmonica_rt.schedule.weight_rules import Rule, rule_of, weights_by_rule
 from harmonica_rt.schedule.weights import Weights, check_weights, same_weights
 
+_NOTHING = 1e-6  # weights that add up to less are the rounding errors of gains of 0
+
 
 def remake(
     weights: Weights, by: WeightsBy | None, compute: NDArray[np.bool_], resampled: NDArray[np.bool_]
@@ -85,7 +87,7 @@ def _interpolated(weights: Weights, compute: NDArray[np.bool_], resampled: NDArr
             known = [i for i in range(len(terms)) if np.isfinite(gains[:, i]).any()]
             own = [_at(share, shares, gains[:, i]) for i in known]
             made[step, site, : len(history)] = own @ terms[known] if known else np.eye(1, len(history))[0]
-            if not made[step, site].astype(np.float32).any():  # nothing is left of them: plain reuse
+            if np.abs(made[step, site]).sum() < _NOTHING:  # no term is left that has a gain
                 made[step, site, 0] = 1.0
     return made
 
