@@ -39,7 +39,7 @@ def weights_by_rule(rule: Rule, compute: NDArray[np.bool_]) -> Weights:
     return weights
 
 
-def taylor(order: int = 1, since: int = 0) -> Rule:
+def taylor_rule(order: int = 1, since: int = 0) -> Rule:
     """TaylorSeer (arXiv 2503.06923): `sum_i x^i / i! * d_i`, i = 0 ... order; see `differences` for `x` and `d_i`.
 
     A shorter history lowers the order. Order 1 is the straight line through the last two values, exact for polynomials
@@ -122,7 +122,7 @@ def rule_of(method: str, settings: Mapping[str, object], steps: int) -> Rule | N
         ScheduleError: a setting has a value that the rule cannot have.
     """
     rules: dict[str, tuple[Callable[..., Rule], set[str]]] = {
-        "taylor": (taylor, {"order", "since"}),
+        "taylor": (taylor_rule, {"order", "since"}),
         "hermite": (hermite_rule, {"order", "contraction", "since"}),
         "chebyshev": (lambda **given: chebyshev_rule(steps, **given), {"degree", "ridge", "blend", "values"}),
         "ratios": (lambda **given: ratios_rule(steps, **given), {"ratios"}),

@@ -13,7 +13,14 @@ from harmonica_rt.schedule.producers import check_count
 from harmonica_rt.schedule.provenance import MadeBy, WeightsBy
 from harmonica_rt.schedule.resampled_weights import remake
 from harmonica_rt.schedule.resampling import resampled_rows
-from harmonica_rt.schedule.weight_rules import rule_of, weights_by_rule
+from harmonica_rt.schedule.weight_rules import (
+    Rule,
+    chebyshev_rule,
+    hermite_rule,
+    ratios_rule,
+    taylor_rule,
+    weights_by_rule,
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,21 +45,23 @@ class WeightedSchedule(ScheduleData):
         """A copy with the weights of TaylorSeer (arXiv 2503.06923): a Taylor series of finite differences.
 
         Each site extrapolates from the steps at which it was itself computed. Entries that have fewer earlier values
-        than `order + 1` use a lower order. See `weight_rules.taylor` for the equation, and for what it is exact.
+        than `order + 1` use a lower order. See `weight_rules.taylor_rule` for the equation, and for what it is exact.
 
         Args:
             order: the highest difference, 1 ... 3; an entry has up to `order + 1` weights.
             since: values that were computed before this step are not subtracted from. 0 as in diffusers, 2 as in
                 cache-dit, the number of warm-up steps less 1 in TaylorSeer's code.
         """
-        return self._with_rule("taylor", order=order, since=since)
+        return self._by_rule(taylor_rule(order, since), "taylor", order=order, since=since)
 
     def with_hermite(self, order: int = 2, *, contraction: float = 0.5, since: int = 0) -> Self:
         """A copy with the weights of HiCache (arXiv 2508.16984): scaled Hermite polynomials of finite differences.
 
         See `weight_rules.hermite_rule` for the equation. `order` and `since` are as in `with_taylor`.
         """
-        return self._with_rule("hermite", order=order, contraction=contraction, since=since)
+        return self._by_rule(
+            hermite_rule(order, contraction, since), "hermite", order=order, contraction=contraction, since=since
+        )
 
     def with_chebyshev(self, degree: int = 4, *, ridge: float = 0.1, blend: float = 1.0, values: int = 4) -> Self:
         """A copy with the weights of Spectrum (arXiv 2603.01623): a ridge regression on Chebyshev polynomials.
@@ -66,7 +75,14 @@ class WeightedSchedule(ScheduleData):
             blend: the share of the fit; the rest is the straight line through the last two values.
             values: how many of the latest values are fitted, 1 ... 4.
         """
-        return self._with_rule("chebyshev", degree=degree, ridge=ridge, blend=blend, values=values)
+        return self._by_rule(
+            chebyshev_rule(self.steps, degree, ridge, blend, values),
+            "chebyshev",
+            degree=degree,
+            ridge=ridge,
+            blend=blend,
+            values=values,
+        )
 
     def with_ratios(self, ratios: Sequence[float]) -> Self:
         """A copy that scales a reused value by the magnitude ratios of the steps since it was computed, one weight.
@@ -75,12 +91,10 @@ class WeightedSchedule(ScheduleData):
             ratios: as MagCache measures them (arXiv 2506.09045), one per step: the mean magnitude of the step's
                 residual divided by that of the step before.
         """
-        return self._with_rule("ratios", ratios=ratios)
+        return self._by_rule(ratios_rule(self.steps, ratios), "ratios", ratios=ratios)
 
-    def _with_rule(self, method: str, **settings: object) -> Self:
-        by = WeightsBy(method, settings)  # plain values, also of an array
-        rule = rule_of(method, by.hyper_parameters, self.steps)
-        return self if rule is None else self.with_weights(weights_by_rule(rule, self.compute), by=by)
+    def _by_rule(self, rule: Rule, method: str, **settings: object) -> Self:
+        return self.with_weights(weights_by_rule(rule, self.compute), by=WeightsBy(method, settings))
 
     def resample(self, steps: int) -> Self:
         """A schedule of the same sites for another number of steps, which computes each as often per step as this one.

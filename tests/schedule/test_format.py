@@ -137,11 +137,14 @@ def test_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert os.listdir(tmp_path) == ["s.json"]
 
 
-def test_documented_example_is_what_save_writes() -> None:
+def test_documented_examples_are_what_save_writes() -> None:
     text = (Path(__file__).parents[2] / "docs" / "schedule-format.md").read_text()
-    example = re.search(r"```json\n(.*?)```", text, re.DOTALL)
-    assert example is not None
-    assert format.to_text(Schedule(**format.parse(example[1].encode()))) == example[1]
+    examples = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        schedule = Schedule(**format.parse(example.encode()))
+        assert format.to_text(schedule) == example
+        assert schedule.weights is None or schedule == schedule.with_taylor()
 
 
 @pytest.mark.parametrize("name", Schedule.known_names())

@@ -72,6 +72,14 @@ def test_weights_are_read_only_and_survive_copies() -> None:
         assert again.weights_by == WeightsBy("mine", {"a": (1,)})
 
 
+def test_provenance_leaves_weights_alone() -> None:
+    schedule = plain().with_weights(SHARED, by=WeightsBy("mine"))
+    made = schedule.with_provenance(guidance=2)
+    assert made.weights_by == WeightsBy("mine")
+    assert made.with_weights(None) == plain().with_provenance(guidance=2)
+    assert np.array_equal(made.entry_weights, schedule.entry_weights)
+
+
 def test_equality_tells_weights_and_their_maker_apart() -> None:
     schedule = plain().with_weights(SHARED)
     assert schedule != plain()
