@@ -51,6 +51,11 @@ def per_entry(weights: Weights | None, compute: NDArray[np.bool_]) -> Weights:
     return np.where(compute[:, :, None], 0.0, weights if weights.ndim == 3 else weights[:, None, :])
 
 
+def same_weights(one: Weights | None, other: Weights | None) -> bool:
+    """Whether two schedules of equal masks have equal weights."""
+    return np.array_equal(one, other) if one is not None and other is not None else one is other
+
+
 def reach(weights: Weights) -> NDArray[np.int64]:
     """How many of the latest values each entry uses, from its weights `[..., order]`; 0 where there are none."""
     place = np.arange(1, weights.shape[-1] + 1)
@@ -78,17 +83,17 @@ def _checked_array(weights: ArrayLike, shape: tuple[int, ...]) -> Weights:
     if array.dtype.kind not in "iuf":
         raise ScheduleError(f"weights: expected numbers, got dtype {array.dtype}")
     with np.errstate(over="ignore"):
-        rounded: Weights = array.astype(np.float32).astype(np.float64)
+        rounded: Weights = array.astype(np.float32).astype(np.float64) + 0.0  # + 0.0: no "-0.0"
     if not np.isfinite(rounded).all():
-        odd = array[~np.isfinite(rounded)][0]
-        raise ScheduleError(f"weights: expected finite numbers that float32 can hold, got {odd}")
+        at = tuple(np.argwhere(~np.isfinite(rounded))[0])
+        raise ScheduleError(f"weights, step {at[0]}: expected finite numbers that float32 can hold, got {array[at]}")
     return rounded
 
 
 def _check_reach(each: Weights, compute: NDArray[np.bool_], sites: tuple[str, ...]) -> None:
     used, there = reach(each), computed_before(compute)
     for wrong, what in (
-        ((used == 0) & ~compute, "are all 0; drop a value by computing it"),
+        ((used == 0) & ~compute, "are all 0 in float32; compute the entry, or give it another weight"),
         (used > there, "use more values than were computed before it"),
     ):
         if wrong.any():
