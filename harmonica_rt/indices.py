@@ -15,3 +15,10 @@ class SiteOutput(NamedTuple):
 
     site: SiteIndex
     output: int
+
+
+class PastOutput(NamedTuple):
+    """The value of a site output from the `age`-th latest step that computed it; age 0 is the latest."""
+
+    output: SiteOutput
+    age: int

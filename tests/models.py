@@ -86,4 +86,14 @@ def random_schedule(model: nn.Module, steps: int, seed: int = 0) -> Schedule:
     return Schedule.from_array(mask, sites=sites)
 
 
+def random_weights(schedule: Schedule, order: int, *, seed: int, per_site: bool = True) -> Schedule:
+    """The schedule with random weights, as many per entry as values were computed before it, at most `order`."""
+    there = np.cumsum(schedule.compute, axis=0) - schedule.compute
+    if not per_site:
+        there = np.where(schedule.compute, order, there).min(axis=1, keepdims=True)
+    weights = np.random.default_rng(seed).normal(size=(*there.shape, order))
+    weights[np.arange(order) >= there[:, :, None]] = 0.0
+    return schedule.with_weights(weights if per_site else weights[:, 0])
+
+
 SITES = ["blocks.*.attn", "blocks.*.mlp"]

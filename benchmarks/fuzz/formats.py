@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from benchmarks.fuzz import checkpoints, conditions, plan_file, recipes, routers, schedules, smoothcache
+from benchmarks.fuzz import cache_dit, checkpoints, conditions, plan_file, recipes, routers, schedules, smoothcache
 from benchmarks.fuzz.format import Format
 
 _ALL = (
     schedules.FORMAT,
     routers.FORMAT,
     smoothcache.FORMAT,
+    cache_dit.FORMAT,
     recipes.FORMAT,
     checkpoints.FORMAT,
     conditions.EMBEDDINGS,

@@ -14,6 +14,12 @@ from harmonica_rt.errors import ScheduleError
 from harmonica_rt.schedule import render
 from harmonica_rt.schedule.format import parse, to_text
 
+MAKERS = (
+    {"method": "taylor", "hyper_parameters": {"order": 1, "since": 0}},
+    {"method": "chebyshev", "hyper_parameters": {"degree": 4, "ridge": 0.1, "blend": 1.0, "values": 4}},
+    {"method": "fit", "hyper_parameters": {"images": 64, "prompts": ["a", "b"]}},
+)
+
 
 def document(rng: Random) -> dict[str, Any]:
     """A valid schedule file as plain JSON; each optional field is sometimes left out."""
@@ -34,17 +40,46 @@ def document(rng: Random) -> dict[str, Any]:
     for field in ("model", "sampler", "timesteps", "guidance", "made_by"):
         if rng.random() < 0.3:
             del made[field]
+    if rng.random() < 0.5:
+        made |= {"version": 2, "weights": _weights(rng, sites, rows)}
+        if rng.random() < 0.7:
+            made["weights_by"] = rng.choice(MAKERS)
     return made
 
 
+def _weights(rng: Random, sites: list[str], rows: list[str]) -> list[Any]:
+    """Weights that fit the mask: shared by the sites of a step, or one list for each."""
+    items: list[Any] = []
+    for step, row in enumerate(rows):
+        reused = [place for place, bit in enumerate(row) if bit == "0"]
+        most = {place: min(4, sum(earlier[place] == "1" for earlier in rows[:step])) for place in reused}
+        lists = {sites[place]: _numbers(rng, rng.randint(1, most[place])) for place in reused}
+        shared = rng.random() < 0.5 and bool(reused)
+        items.append(_numbers(rng, rng.randint(1, min(most.values()))) if shared else lists or [])
+    return items
+
+
+def _numbers(rng: Random, count: int) -> list[float]:
+    return [1.5, *(rng.choice((0, -0.5, 1e-30, rng.gauss(0, 1))) for _ in range(count - 1))]
+
+
 def check(result: object, path: Path) -> None:
-    """The schedule survives being saved, and its text has no control characters."""
+    """The schedule survives being saved and resampled, and its text has no control characters."""
     assert isinstance(result, Schedule)
     again = Schedule(**parse(to_text(result).encode()))
     assert again == result
     assert hash(again) == hash(result)
+    assert _resampled(result)
     assert repr(result).isprintable()
     assert render(result, width=80).plain.replace("\n", "").isprintable()
+
+
+def _resampled(schedule: Schedule) -> bool:
+    """Whether it can be resampled, or says why not."""
+    try:
+        return schedule.resample(schedule.steps + 2).steps == schedule.steps + 2
+    except ScheduleError as error:
+        return "float32" in str(error)
 
 
 FORMAT = Format(

@@ -46,7 +46,7 @@ def read(path: Path) -> Schedule:
 
 @app.command(cls=Command)
 def show(schedule: Path = SCHEDULE) -> None:
-    """Draw a schedule in the terminal: steps down, sites across."""
+    """Draw a schedule in the terminal: steps down, sites across, with the CUR and the weights of each step."""
     from harmonica_rt.schedule import render
 
     console.print(render(read(schedule), width=console.width))

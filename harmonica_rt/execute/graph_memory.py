@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 
 import torch
 
 from harmonica_rt.execute.cuda_graphs import Pool
 from harmonica_rt.execute.forecast import TimestepLog
 from harmonica_rt.execute.graph_replay import GraphedPrograms
-from harmonica_rt.execute.hoisted_memory import HoistedMemory
+from harmonica_rt.execute.hoisted_memory import HoistedMemory, StaticRows
 from harmonica_rt.execute.lowered_plan import LoweredPlan
 from harmonica_rt.execute.sampler_state import SamplerState
 from harmonica_rt.execute.static_tensors import StaticLeaves, StaticTensors
@@ -29,6 +29,7 @@ class GraphMemory:
         leaves: the tensors of the current call.
         foreseen: the timesteps of all steps, where they are foreseen.
         hoisted: the values that the prologue computes.
+        weights: the weights of the current step; None where no site is weighted.
         counter: the current step.
         log: the timesteps of the run so far.
         allocated: what has run once, so that it now finds all its memory allocated.
@@ -41,6 +42,7 @@ class GraphMemory:
         self.leaves = StaticLeaves(sorted(set(lowered.plan.captured.inputs.values())), lowered.roles)
         self.foreseen = StaticTensors()
         self.hoisted = HoistedMemory(steps)
+        self.weights = _weight_rows(lowered.weights)
         self.counter = StepCounter(pool.device)
         self.log = TimestepLog(steps)
         self.allocated: set[Hashable] = set()
@@ -51,7 +53,8 @@ class GraphMemory:
         """Bytes that it holds; the pool of the graphs counts its own."""
         of_samplers = (tensor for state in self.samplers.values() for tensor in state.tensors)
         small = sum(tensor.nbytes for tensor in (self.counter.tensor, *(self.log.rows or ()), *of_samplers))
-        return self.leaves.nbytes + self.foreseen.nbytes + self.hoisted.nbytes + small
+        weights = self.weights.nbytes if self.weights is not None else 0
+        return self.leaves.nbytes + self.foreseen.nbytes + self.hoisted.nbytes + weights + small
 
     @property
     def tensors(self) -> Iterator[torch.Tensor]:
@@ -59,7 +62,17 @@ class GraphMemory:
         yield from self.leaves.held
         yield from self.foreseen.tensors.values()
         yield from self.hoisted.owned
+        if self.weights is not None:
+            yield from self.weights.owned
         yield self.counter.tensor
         yield from self.log.rows or ()
         for state in self.samplers.values():
             yield from state.tensors
+
+
+def _weight_rows(tables: Mapping[str, torch.Tensor]) -> StaticRows | None:
+    if not tables:
+        return None
+    rows = StaticRows({name: table[0] for name, table in tables.items()}, len(next(iter(tables.values()))))
+    rows.tabulate(list(tables), list(tables.values()))
+    return rows

@@ -60,6 +60,8 @@ class GraphedStream(PlanStream[GraphedPrologue]):
         memory.counter.begin(step)
         if self._prologue is not None:
             self._prologue.prepare(step)
+        if memory.weights is not None:
+            memory.weights.load_elsewhere(step, memory.counter)
         program, slots = self._program(step, catch_up=catch_up)
         bound = self.parameters.of(program)  # first: if parameters have moved, this drops the graphs
         if catch_up:
@@ -90,7 +92,11 @@ class GraphedStream(PlanStream[GraphedPrologue]):
         memory = self._memory
         if self._prologue is not None:
             self._prologue.load()
-        given = [memory.hoisted.tensors[name] for name in program.step.hoisted]
+        known = memory.hoisted.tensors
+        if memory.weights is not None:
+            memory.weights.load(memory.counter)
+            known = {**known, **memory.weights.tensors}
+        given = [known[name] for name in program.step.hoisted]
         outputs = program(bound, memory.leaves.tensors, *slots, given)
         memory.counter.advance()
         return outputs

@@ -74,6 +74,10 @@ class StaticRows:
                 [distinct(values[name], target) for name, target in zip(names, targets, strict=True)],
             )
 
+    def lies_on(self, device: torch.device) -> bool:
+        """Whether all of it lies on `device`, so that `load` loads all of it."""
+        return all(tensor.device == device for tensor in self.owned)
+
     def tabulate(self, names: Sequence[str], stacked: Sequence[torch.Tensor]) -> None:
         """Write the values of all steps, `[steps, ...]` each, to the table; views of one tensor by one copy."""
         given = dict(zip(names, stacked, strict=True))
@@ -165,7 +169,7 @@ class HoistedMemory:
 
     def lies_on(self, device: torch.device) -> bool:
         """Whether the values of all steps lie on `device`, so that `load` loads all of them."""
-        return self._rows is None or all(tensor.device == device for tensor in self._rows.owned)
+        return self._rows is None or self._rows.lies_on(device)
 
     def put_request(self, values: Mapping[str, torch.Tensor]) -> None:
         """Store the values of a request."""

@@ -14,7 +14,9 @@ class LaunchedStream(PlanStream[StreamPrologue]):
     """A stream that launches each operator of a step."""
 
     def _run(self, step: StepIndex, call: Call, *, catch_up: bool) -> tuple[Any, ...]:
-        hoisted = self._prologue.at(step, call) if self._prologue is not None else {}
+        known = {name: table[step] for name, table in self.lowered.weights.items()}
+        if self._prologue is not None:
+            known.update(self._prologue.at(step, call))
         program, slots = self._program(step, catch_up=catch_up)
-        given = [hoisted[name] for name in program.step.hoisted]
+        given = [known[name] for name in program.step.hoisted]
         return program(self.parameters.of(program), call.leaves, *slots, given)

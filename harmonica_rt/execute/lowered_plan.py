@@ -18,6 +18,7 @@ from harmonica_rt.indices import SlotId, StepIndex
 from harmonica_rt.lower import Lowering, lower
 from harmonica_rt.lower.plain import Program
 from harmonica_rt.plan.plan import Plan
+from harmonica_rt.plan.weight_tables import weight_tables
 
 
 class LoweredPlan:
@@ -32,6 +33,7 @@ class LoweredPlan:
         plan, roles: as given.
         lowering: the programs of the plan's step graphs, and a report on them.
         prologue: what is computed before the steps; None where nothing is.
+        weights: the weights of all steps by name, `[steps, sites, 4]` each; see `weight_tables`.
         seconds: wall time of lowering.
     """
 
@@ -42,6 +44,7 @@ class LoweredPlan:
         self.lowering: Lowering = lower(lowering, plan, roles)
         prologue = self.lowering.prologue
         self.prologue = LoweredPrologue(prologue, plan.captured.root) if prologue is not None else None
+        self.weights = weight_tables(plan)
         self.seconds = time.perf_counter() - started
         self._catch_up: dict[StepIndex, tuple[Program, tuple[SlotId, ...]]] = {}
 

@@ -40,6 +40,9 @@ class WholeRunStream(GraphedStream):
         steps = [StepIndex(step) for step in range(sampler.first, len(plan.steps))]
         if len(steps) > MAX_STEPS:
             return None
+        weights = memory.weights
+        if weights is not None and (catch_up or not weights.lies_on(memory.counter.device)):
+            return None  # steps after the first, too, may lack values of weighted sums
         self.parameters.of(self.lowered.program(steps[0]))  # first: if parameters have moved, this drops the graphs
         state = self._state(sampler)
         numbers = {plan.addressed_programs[step] for step in steps[catch_up:]}

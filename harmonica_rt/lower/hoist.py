@@ -160,7 +160,7 @@ def cut(step: StepGraph | FusedGraph, names: Collection[str]) -> BodyGraph:
         parameters=_kept(step.parameters, kept),
         constants=_kept(step.constants, kept),
         inputs=_kept(step.inputs, kept),
-        hoisted=tuple(hoisted[node] for node in live),
+        hoisted=(*_kept(step.hoisted, kept), *(hoisted[node] for node in live)),
         reads=_kept(step.reads, kept),
     )
 

@@ -12,6 +12,7 @@ from harmonica_rt.execute.plan_stream import PlanStream
 from harmonica_rt.indices import SiteIndex, SiteOutput, StepIndex
 from harmonica_rt.lower.plain import Program
 from harmonica_rt.parity.tolerance import Error, limit_from, same_bits
+from harmonica_rt.plan.histories import histories
 from harmonica_rt.plan.specialise import Pattern, specialise
 from harmonica_rt.reference_engine import ReferenceStream
 
@@ -27,22 +28,24 @@ def first_divergent_site(
     """The first divergent site of a step, in execution order; takes reused sites from slots, recomputes the others."""
     plan = planned.lowered.plan
     captured, entry = plan.captured, plan.steps[step]
-    reuse = frozenset[SiteIndex]() if catch_up else plan.patterns[entry.program].reuse
+    pattern = plan.patterns[entry.program]
+    reuse = frozenset[SiteIndex]() if catch_up else pattern.reuse
     computed = frozenset(
         SiteOutput(SiteIndex(site), index)
         for site, nodes in enumerate(captured.site_outputs)
         if site not in reuse
         for index in range(len(nodes))
     )
-    graph = specialise(captured, Pattern(reuse, computed))
-    # the slots that an earlier step wrote and this step or a later one reads
-    alive = {s.value.output: s.id for s in plan.table.slots if s.value.first < step <= s.value.last}
-    slots = planned.buffers.slots
+    graph = specialise(captured, Pattern(reuse, computed, frozenset() if catch_up else pattern.taken))
+    history, slots = histories(plan.schedule), {(s.value.output, s.value.first): s.id for s in plan.table.slots}
     program = Program(graph, captured.root)
     writes = [_empty_like(node.meta["val"]) for node in graph.stored_nodes]
-    reads = [slots[alive[output]] for output in graph.reads]
-    program(planned.parameters.of(program), call.leaves, reads, writes)
-    values = {**dict(zip(graph.reads, reads, strict=True)), **dict(zip(graph.stores, writes, strict=True))}
+    reads = [planned.buffers.slots[slots[o, history.source(step, o.site, age)]] for o, age in graph.reads]
+    known = {name: table[step] for name, table in planned.lowered.weights.items()}
+    given = [known[name] for name in graph.hoisted]
+    program(planned.parameters.of(program), call.leaves, reads, writes, given)
+    latest = {output: value for (output, age), value in zip(graph.reads, reads, strict=True) if age == 0}
+    values = {**latest, **dict(zip(graph.stores, writes, strict=True))}
     for site, name in enumerate(captured.sites):
         mine = [value for output, value in sorted(values.items()) if output.site == site]
         theirs = tensors_of(reference.cache.get(SiteIndex(site)))

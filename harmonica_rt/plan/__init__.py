@@ -7,6 +7,7 @@ Hazard: a value may be overwritten before the last step that reads it. `invarian
 made the plan.
 
 Reading order: `plan` (the stage), `step_graph` (what a step graph is) and `specialise` (makes one per pattern),
-`liveness` (how long stored values live), `slots` (where those values lie), `invariants`; `binding_time`, for the
-prologue, says what each value depends on.
+`histories` (the values that reused entries take), `liveness` (how long stored values live), `slots` (where those values
+lie), `weight_tables` (the weights of all steps), `invariants`; `binding_time`, for the prologue, says what each value
+depends on.
 """

@@ -1,7 +1,7 @@
 """Checks the rules that every plan keeps. Each plan is checked before it runs; a breach is a defect of this package.
 
 1. The schedule and the step table agree: a step's program reuses exactly the sites that the schedule reuses.
-2. Every slot that a step reads was stored by an earlier step, and no step in between computed its site.
+2. Every slot that a step reads was stored by the step whose value the schedule takes there.
 3. Nothing is stored that no later step reads.
 4. Slots of one device that are alive in the same step do not overlap; all slots lie inside their arena and are aligned.
 5. A slot has the shape, strides, dtype and device of the placeholder or value it is bound to.
@@ -18,8 +18,8 @@ from collections.abc import Iterable
 from torch import fx
 
 from harmonica_rt.errors import InvariantError
-from harmonica_rt.indices import SlotId
-from harmonica_rt.plan.liveness import sources
+from harmonica_rt.indices import SlotId, StepIndex
+from harmonica_rt.plan.histories import histories
 from harmonica_rt.plan.plan import Plan
 from harmonica_rt.plan.slots import ALIGNMENT, Slot
 from harmonica_rt.plan.step_graph import check_step_graph
@@ -68,16 +68,16 @@ def _check_layout(plan: Plan, step: int, bound: Iterable[tuple[SlotId, fx.Node]]
 
 
 def _check_reads_and_stores(plan: Plan) -> None:
-    source = sources(plan.schedule.compute)
+    history = histories(plan.schedule)
     stored_in: dict[SlotId, int] = {}
     read: set[SlotId] = set()
     for index, step in enumerate(plan.steps):
         program = plan.programs[step.program]
-        for output, slot in zip(program.reads, step.reads, strict=True):
+        for (output, age), slot in zip(program.reads, step.reads, strict=True):
             value = plan.table.slots[slot].value
             _require(value.output == output, f"step {index} reads {output} from the slot of {value.output}")
             _require(slot in stored_in, f"step {index} reads slot {slot}, which nothing stored before")
-            due = source[index, output.site]
+            due = history.source(StepIndex(index), output.site, age)
             stale = f"step {index} reads slot {slot}, stored in step {stored_in[slot]} and not in step {due}"
             _require(stored_in[slot] == due, stale)
             _require(index <= value.last, f"step {index} reads slot {slot}, which is freed after step {value.last}")

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from harmonica_rt.capture.captured_graph import CapturedGraph
 from harmonica_rt.indices import SiteIndex, SiteOutput, StepIndex
+from harmonica_rt.plan.histories import histories
 from harmonica_rt.plan.specialise import Pattern, live_reads
+from harmonica_rt.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -26,18 +28,23 @@ class Lifetime:
     last: StepIndex
 
 
-def analyse(captured: CapturedGraph, compute: NDArray[np.bool_]) -> tuple[list[Pattern], list[Lifetime]]:
-    """The pattern of each step of a `[steps, sites]` schedule, and all stored values in order of step and site."""
-    source = sources(compute)
-    reuse = [frozenset(SiteIndex(int(i)) for i in np.flatnonzero(~row)) for row in compute]
-    stored = _stores_by_site(captured, compute)
+def analyse(captured: CapturedGraph, schedule: Schedule) -> tuple[list[Pattern], list[Lifetime]]:
+    """The pattern of each step of a schedule, and all stored values in order of step and site."""
+    history = histories(schedule)
+    reuse = [frozenset(SiteIndex(int(i)) for i in np.flatnonzero(~row)) for row in schedule.compute]
+    taken = [frozenset((site, history.values(site)) for site in sites if history.taken[site]) for sites in reuse]
+    stored = _stores_by_site(captured, schedule.compute)
     while True:
-        patterns = [Pattern(sites, frozenset(outputs)) for sites, outputs in zip(reuse, stored, strict=True)]
+        patterns = [
+            Pattern(sites, frozenset(outputs), values)
+            for sites, outputs, values in zip(reuse, stored, taken, strict=True)
+        ]
         reads = {pattern: live_reads(captured, pattern) for pattern in dict.fromkeys(patterns)}
         last: dict[tuple[SiteOutput, int], int] = {}
         for step, pattern in enumerate(patterns):
             for output in reads[pattern]:
-                last[output, int(source[step, output.site])] = step
+                for age in range(history.values(output.site)):
+                    last[output, history.source(StepIndex(step), output.site, age)] = step
         unread = [{output for output in outputs if (output, step) not in last} for step, outputs in enumerate(stored)]
         if not any(unread):
             break
@@ -50,20 +57,14 @@ def analyse(captured: CapturedGraph, compute: NDArray[np.bool_]) -> tuple[list[P
     return patterns, lifetimes
 
 
-def sources(compute: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """`[steps, sites]`: the step that computed the value a site has in each step (that step itself if computed)."""
-    steps = np.where(compute, np.arange(len(compute))[:, None], 0)
-    return np.maximum.accumulate(steps, axis=0).astype(np.int64)
-
-
 def _stores_by_site(captured: CapturedGraph, compute: NDArray[np.bool_]) -> list[set[SiteOutput]]:
-    """For each step, all outputs of the sites that this step computes and the next step reuses."""
-    reused_next = np.vstack([~compute[1:], np.zeros((1, compute.shape[1]), bool)])
+    """For each step, all outputs of the sites that this step computes and a later step reuses."""
+    reused_later = np.logical_or.accumulate(~compute[::-1], axis=0)[::-1]
     return [
         {
             SiteOutput(SiteIndex(int(site)), index)
             for site in np.flatnonzero(row)
             for index in range(len(captured.outputs_of(SiteIndex(int(site)))))
         }
-        for row in compute & reused_next
+        for row in compute & reused_later
     ]

@@ -7,10 +7,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from harmonica_rt.capture.captured_graph import CapturedGraph
 from harmonica_rt.errors import ScheduleMismatchError
 from harmonica_rt.graph import flops
-from harmonica_rt.indices import ProgramId, SlotId, StepIndex
+from harmonica_rt.indices import ProgramId, SiteIndex, SlotId, StepIndex
+from harmonica_rt.plan.histories import Histories, histories
 from harmonica_rt.plan.liveness import Lifetime, analyse
 from harmonica_rt.plan.slots import SlotTable, Value, place, placed
 from harmonica_rt.plan.specialise import Pattern, specialise
@@ -52,10 +55,17 @@ class Plan:
     def catch_up_graph(self, step: StepIndex) -> tuple[StepGraph, tuple[SlotId, ...]]:
         """A step graph that computes everything in `step` and fills every slot that a later step may read.
 
-        It is for a stream that missed an earlier step, and so lacks values that the schedule expects in its slots.
-        Returns the step graph and the slot for each of its stores.
+        It is for a stream that missed an earlier step, and so lacks values that the schedule expects in its slots. A
+        value computed later than the schedule says replaces a missing one where it is reused as it is, but not in a
+        weighted sum. Returns the step graph and the slot for each of its stores.
         """
-        alive = {slot.value.output: slot.id for slot in self.table.slots if slot.value.first <= step < slot.value.last}
+        weighted = histories(self.schedule).taken
+        alive = {
+            slot.value.output: slot.id
+            for slot in self.table.slots
+            if slot.value.first <= step < slot.value.last
+            and (slot.value.first == step or not weighted[slot.value.output.site])
+        }
         graph = specialise(self.captured, Pattern(frozenset(), frozenset(alive)))
         return graph, tuple(alive[output] for output in graph.stores)
 
@@ -103,22 +113,21 @@ def build_plan(captured: CapturedGraph, schedule: Schedule, *, offsets: Sequence
         offsets: byte offsets of the slots, as found for an earlier plan; None searches for them.
 
     Raises:
-        ScheduleMismatchError: the schedule and the captured graph do not have the same sites in the same order.
+        ScheduleMismatchError: the schedule and the captured graph do not have the same sites in the same order, or a
+            weighted site gives something else than floating-point numbers.
         InvariantError: the number of offsets is not the number of slots.
     """
     if schedule.sites != captured.sites:
         raise ScheduleMismatchError("the schedule and the captured graph do not have the same sites in the same order")
     started = time.perf_counter()
-    rows, lifetimes = analyse(captured, schedule.compute)
+    history = histories(schedule)
+    _check_weighted(captured, history)
+    rows, lifetimes = analyse(captured, schedule)
     distinct = list(dict.fromkeys(rows))
     programs = [specialise(captured, pattern) for pattern in distinct]
     values = [_value(captured, lifetime) for lifetime in lifetimes]
     table = place(values) if offsets is None else placed(values, offsets)
-    slot_at = {
-        (lifetime.output, StepIndex(step)): SlotId(slot)
-        for slot, lifetime in enumerate(lifetimes)
-        for step in range(lifetime.first, lifetime.last + 1)
-    }
+    slot_of = {(lifetime.output, lifetime.first): SlotId(slot) for slot, lifetime in enumerate(lifetimes)}
     steps = []
     for index, row in enumerate(rows):
         program = ProgramId(distinct.index(row))
@@ -126,8 +135,8 @@ def build_plan(captured: CapturedGraph, schedule: Schedule, *, offsets: Sequence
         steps.append(
             Step(
                 program,
-                tuple(slot_at[output, StepIndex(index)] for output in graph.reads),
-                tuple(slot_at[output, StepIndex(index)] for output in graph.stores),
+                tuple(slot_of[o, history.source(StepIndex(index), o.site, age)] for o, age in graph.reads),
+                tuple(slot_of[output, StepIndex(index)] for output in graph.stores),
             )
         )
     return Plan(
@@ -139,6 +148,14 @@ def build_plan(captured: CapturedGraph, schedule: Schedule, *, offsets: Sequence
         table,
         time.perf_counter() - started,
     )
+
+
+def _check_weighted(captured: CapturedGraph, history: Histories) -> None:
+    for site in np.flatnonzero(history.taken):
+        for node in captured.outputs_of(SiteIndex(int(site))):
+            dtype = node.meta["val"].dtype
+            if not dtype.is_floating_point:
+                raise ScheduleMismatchError(f"{captured.sites[site]} gives {dtype}, which cannot be weighted")
 
 
 def _value(captured: CapturedGraph, lifetime: Lifetime) -> Value:

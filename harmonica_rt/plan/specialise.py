@@ -1,8 +1,8 @@
 """Specialises the captured graph for one pattern: which sites are reused, which outputs are stored.
 
-Requires: a functional captured graph. Ensures: every reused site is a slot read, nothing that fed only reused sites is
-left, every stored value is an extra output, and no node is shared with the captured graph (parameters are shared: both
-graphs refer to them only by name).
+Requires: a functional captured graph. Ensures: every reused site is a slot read or a weighted sum of slots, nothing
+that fed only reused sites is left, every stored value is an extra output, and no node is shared with the captured graph
+(parameters are shared: both graphs refer to them only by name).
 """
 
 from __future__ import annotations
@@ -10,22 +10,32 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from harmonica_rt.capture.captured_graph import CapturedGraph
 from harmonica_rt.errors import InvariantError
-from harmonica_rt.graph.facts import needed_nodes
+from harmonica_rt.graph.facts import needed_nodes, value_of
 from harmonica_rt.graph.rebuild import Rebuild
-from harmonica_rt.indices import SiteIndex, SiteOutput
+from harmonica_rt.graph.weighted_sum import weighted_sum
+from harmonica_rt.indices import PastOutput, SiteIndex, SiteOutput
 from harmonica_rt.plan.step_graph import StepGraph, check_step_graph
+from harmonica_rt.schedule.weights import MOST_WEIGHTS
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which sites a step reuses, and which outputs of those it computes are stored for a later step."""
+    """Which sites a step reuses, and which outputs of those it computes are stored for a later step.
+
+    Attributes:
+        reuse: the sites it reuses.
+        store: the outputs it stores.
+        taken: of those that it reuses as weighted sums, the site and how many values it takes.
+    """
 
     reuse: frozenset[SiteIndex]
     store: frozenset[SiteOutput]
+    taken: frozenset[tuple[SiteIndex, int]] = frozenset()
 
 
 def specialise(captured: CapturedGraph, pattern: Pattern) -> StepGraph:
@@ -49,9 +59,7 @@ def specialise(captured: CapturedGraph, pattern: Pattern) -> StepGraph:
     inputs = [node for node in placeholders if node.name in captured.inputs]
     for node in (*parameters, *constants, *inputs):
         rebuilt.placeholder(node)
-    live = {output: node for output, node in reads.items() if node in needed}
-    for output, node in live.items():
-        rebuilt.placeholder(node, f"slot_{_identifier(captured.sites[output.site])}_{output.output}")
+    weights, past = _add_reads(rebuilt, captured, pattern, {o: node for o, node in reads.items() if node in needed})
     for node in captured.graph.nodes:
         if node in needed and node.op in ("call_function", "get_attr") and node not in rebuilt:
             rebuilt.copy(node).meta["captured_name"] = node.name
@@ -60,7 +68,8 @@ def specialise(captured: CapturedGraph, pattern: Pattern) -> StepGraph:
         parameters=tuple(captured.parameters[node.name] for node in parameters),
         constants=tuple(node.name for node in constants),
         inputs=tuple(captured.inputs[node.name] for node in inputs),
-        reads=tuple(live),
+        hoisted=weights,
+        reads=past,
         stores=tuple(stores),
     )
     check_step_graph(step)
@@ -81,6 +90,40 @@ def _reused_nodes(captured: CapturedGraph, pattern: Pattern) -> dict[SiteOutput,
         for site in sorted(pattern.reuse)
         for index, node in enumerate(captured.outputs_of(site))
     }
+
+
+def _add_reads(
+    rebuilt: Rebuild, captured: CapturedGraph, pattern: Pattern, live: dict[SiteOutput, fx.Node]
+) -> tuple[tuple[str, ...], tuple[PastOutput, ...]]:
+    """Add placeholders for weights and slots, and let slots or weighted sums of them stand for the `live` nodes.
+
+    Returns the names of the weights, one tensor per device, and what is read.
+    """
+    taken = dict(pattern.taken)
+    weights: dict[torch.device, fx.Node] = {}
+    for output, node in live.items():
+        device = value_of(node).device
+        if output.site in taken and device not in weights:
+            weights[device] = rebuilt.graph.placeholder(weights_name(device))
+            shape = (len(captured.sites), MOST_WEIGHTS)
+            weights[device].meta["val"] = value_of(node).new_empty(shape, dtype=torch.float32)
+    slots: dict[PastOutput, fx.Node] = {}
+    for output, node in live.items():
+        name = f"slot_{_identifier(captured.sites[output.site])}_{output.output}"
+        for age in range(taken.get(output.site, 1)):
+            slots[PastOutput(output, age)] = rebuilt.placeholder(node, f"{name}_{age}" if age else name)
+    for output, node in live.items():
+        if output.site in taken:
+            values = [slots[PastOutput(output, age)] for age in range(taken[output.site])]
+            arguments = (values, weights[value_of(node).device], int(output.site))
+            rebuilt[node] = rebuilt.graph.call_function(weighted_sum, arguments)
+            rebuilt[node].meta["val"] = value_of(node)
+    return tuple(node.name for node in weights.values()), tuple(slots)
+
+
+def weights_name(device: torch.device) -> str:
+    """The name of a step's weights on a device, among the hoisted values of a step graph."""
+    return f"weights_{_identifier(str(device))}"
 
 
 def _identifier(path: str) -> str:

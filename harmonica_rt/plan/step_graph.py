@@ -12,7 +12,7 @@ from torch import fx
 
 from harmonica_rt.errors import InvariantError
 from harmonica_rt.graph.facts import is_mutating
-from harmonica_rt.indices import SiteOutput
+from harmonica_rt.indices import PastOutput, SiteOutput
 
 G = TypeVar("G", bound="ProgramGraph")
 
@@ -46,12 +46,13 @@ class ProgramGraph(TabledGraph):
     one entry per placeholder. The output node holds `(outputs, stored)`, two flat tuples.
 
     Attributes:
-        reads: the site outputs that it takes from slots.
+        reads: the values of site outputs that it takes from slots.
         stores: the site outputs that it returns to be stored.
-        hoisted: names of the values that are computed before the steps; only a graph cut from its prologue has any.
+        hoisted: names of the values that are known before the steps: weights, one tensor per device; once the graph is
+            cut from its prologue, also what that computes.
     """
 
-    reads: tuple[SiteOutput, ...]
+    reads: tuple[PastOutput, ...]
     stores: tuple[SiteOutput, ...]
     hoisted: tuple[str, ...] = ()
 

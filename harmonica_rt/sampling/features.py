@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from harmonica_rt.call.call import Call, Signature
 from harmonica_rt.engine import Stream
 from harmonica_rt.indices import StepIndex
-from harmonica_rt.plan.liveness import sources
+from harmonica_rt.plan.histories import histories
 from harmonica_rt.sampling.conditioning import Conditioning
 from harmonica_rt.schedule import Schedule
 
@@ -26,20 +26,20 @@ class StepTables:
 
     Attributes:
         compute: bool `[steps, sites]`.
-        source: int `[steps, sites]`, the step whose value a reused site takes.
-        latest: int `[steps, sites]`, the last step up to this one that computes the site.
-        reused: indices of the sites that each step reuses.
+        source: int `[steps, sites]`, the step whose value a site that is reused as it is takes; -1 elsewhere.
+        reused: how many sites each step reuses.
+        summed: for each step, the `(step, site)` pairs of the values that its weighted sums take, two index arrays.
     """
 
     compute: NDArray[np.bool_]
     source: NDArray[np.int64]
-    latest: NDArray[np.int64]
-    reused: tuple[NDArray[np.intp], ...]
+    reused: tuple[int, ...]
+    summed: tuple[tuple[NDArray[np.int64], NDArray[np.int64]], ...]
 
     @property
     def steps(self) -> int:
         """The number of steps."""
-        return len(self.reused)
+        return len(self.compute)
 
     @property
     def sites(self) -> int:
@@ -50,10 +50,14 @@ class StepTables:
 @functools.lru_cache(maxsize=64)
 def step_tables(schedule: Schedule) -> StepTables:
     """The tables of a schedule."""
-    compute = schedule.compute
-    steps = np.arange(len(compute))[:, None]
-    latest = np.maximum.accumulate(np.where(compute, steps, -1), axis=0)
-    return StepTables(compute, sources(compute), latest, tuple(np.flatnonzero(~row) for row in compute))
+    history = histories(schedule)
+    weighted = history.taken > 0
+    summed = []
+    for taken in history.steps:
+        sites, ages = np.nonzero((taken >= 0) & weighted[:, None])
+        summed.append((taken[sites, ages], sites))
+    source = np.where(weighted, -1, history.steps[:, :, 0])
+    return StepTables(schedule.compute, source, tuple((~schedule.compute).sum(axis=1).tolist()), tuple(summed))
 
 
 class RunStream:
@@ -87,7 +91,7 @@ class RunStream:
         self.stream.begin()
         self.conditioning = Conditioning(call)
         self._regular = self.last_step == -1
-        self._stored = np.full(self._tables.sites, -1)  # if not regular: the step that stored each site, -1 for none
+        self._held = np.zeros_like(self._tables.compute)  # if not regular: [steps, sites], what it has computed
 
     def lacks_features(self, step: StepIndex, before: int) -> bool:
         """Whether `step` would reuse features that the stream, whose last step was `before`, does not hold."""
@@ -95,18 +99,17 @@ class RunStream:
             return False
         if self._regular:
             self._regular = False
-            if before >= 0:
-                self._stored = self._tables.latest[before].copy()
-        reused = self._tables.reused[step]
-        return bool((self._stored[reused] < self._tables.source[step, reused]).any())
+            self._held[: before + 1] = self._tables.compute[: before + 1]
+        latest = np.where(self._held, np.arange(self._tables.steps)[:, None], -1).max(axis=0)
+        return bool((latest < self._tables.source[step]).any() or not self._held[self._tables.summed[step]].all())
 
     def spoil(self, before: int) -> None:
         """Discount its last step, which was run for a model that had changed; it continues after step `before`."""
         self.last_step = before
         self._regular = False
-        self._stored[:] = -1
+        self._held[:] = False
 
     def ran(self, step: StepIndex, *, all_sites: bool) -> None:
         """Record that it ran `step`, as scheduled or with all sites computed."""
         if not self._regular:
-            self._stored[slice(None) if all_sites else self._tables.compute[step]] = step
+            self._held[step] = True if all_sites else self._tables.compute[step]

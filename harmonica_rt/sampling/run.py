@@ -230,7 +230,7 @@ class Run:
         if catch_up:
             log.warning("step %d is computed in full: its stream has no features from an earlier step", first)
             stats.catch_ups.append(first)
-        stats.reused += sum(len(tables.reused[step]) for step in steps[catch_up:])
+        stats.reused += sum(tables.reused[step] for step in steps[catch_up:])
         stream.ran(first, all_sites=catch_up)
         stats.entries += tables.sites * len(steps)
         stats.calls += len(steps)

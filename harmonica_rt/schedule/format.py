@@ -11,7 +11,6 @@ import difflib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +26,20 @@ from harmonica_rt.schedule.provenance import (
     ModelInfo,
     SamplerInfo,
     ScheduleFields,
+    WeightsBy,
     check_mapping,
 )
+from harmonica_rt.schedule.weights_text import parse_weights, weights_lines
 from harmonica_rt.untrusted import strict_json
 from harmonica_rt.untrusted.text import one_line, quoted
 
 FORMAT = "harmonica-schedule"
-VERSION = 1
-READABLE_VERSIONS = (1,)
+VERSION = 2  # of schedules with weights; without, a file is of version 1, which older readers know
+READABLE_VERSIONS = (1, 2)
 
 _REQUIRED = ("format", "version", "steps", "sites", "compute")
 _OPTIONAL = ("model", "sampler", "timesteps", "guidance", "made_by")
-_KNOWN = "known"  # the folder of the bundled schedules
+_NEW = ("weights", "weights_by")  # optional in version 2
 
 
 class ScheduleFileNotFoundError(ScheduleError, FileNotFoundError):
@@ -49,11 +50,13 @@ def to_text(schedule: ScheduleData) -> str:
     """The file's text: one line per site, per step, and per row of scores. Equal schedules give equal text."""
     fields = [
         f'"format": {_json(FORMAT)}',
-        f'"version": {VERSION}',
+        f'"version": {1 if schedule.weights is None else VERSION}',
         f'"steps": {schedule.steps}',
         f'"sites": {_lines([_json(site) for site in schedule.sites])}',
         f'"compute": {_lines([_json(_bits(row)) for row in schedule.compute])}',
     ]
+    if schedule.weights is not None:
+        fields.append(f'"weights": {_lines(weights_lines(schedule))}')
     if (model := schedule.model) is not None:
         names = {"class_name": model.class_name, "config_fingerprint": model.config_fingerprint}
         fields.append(f'"model": {_json({k: v for k, v in names.items() if v is not None}, indent=2)}')
@@ -66,15 +69,17 @@ def to_text(schedule: ScheduleData) -> str:
         fields.append(f'"guidance": {_json(schedule.guidance)}')
     if schedule.made_by is not None:
         fields.append(f'"made_by": {_made_by_text(schedule.made_by)}')
+    if schedule.weights_by is not None:
+        fields.append(f'"weights_by": {_made_by_text(schedule.weights_by)}')
     return "{\n" + ",\n".join("  " + field for field in fields) + "\n}\n"
 
 
-def _made_by_text(made_by: MadeBy) -> str:
-    params = check_mapping(made_by.hyper_parameters, "made_by.hyper_parameters").plain()
+def _made_by_text(made_by: MadeBy | WeightsBy) -> str:
+    params = check_mapping(made_by.hyper_parameters, "hyper_parameters").plain()
     fields = [f'"method": {_json(made_by.method)}', f'"hyper_parameters": {_json(params, indent=4)}']
-    if made_by.threshold is not None:
+    if isinstance(made_by, MadeBy) and made_by.threshold is not None:
         fields.append(f'"threshold": {_json(made_by.threshold)}')
-    if made_by.scores is not None:
+    if isinstance(made_by, MadeBy) and made_by.scores is not None:
         rows = ["null" if row is None else f"[{', '.join(map(_score, row))}]" for row in made_by.scores]
         fields.append(f'"scores": {_lines(rows, indent=4)}')
     return "{\n" + ",\n".join("    " + field for field in fields) + "\n  }"
@@ -130,19 +135,6 @@ def read_bytes(path: str) -> bytes:
         raise ScheduleError(f"{path}: cannot be read as a schedule file ({error})") from error
 
 
-def known_names() -> tuple[str, ...]:
-    """Names of the bundled schedules."""
-    folder = resources.files("harmonica_rt.schedule") / _KNOWN
-    return tuple(sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json")))
-
-
-def read_known(name: str) -> bytes:
-    """The bytes of a bundled schedule, or ScheduleFileNotFoundError listing the available names."""
-    if name not in known_names():
-        raise ScheduleFileNotFoundError(f"the package has no schedule {quoted(name)}; it has {list(known_names())}")
-    return (resources.files("harmonica_rt.schedule") / _KNOWN / f"{name}.json").read_bytes()
-
-
 def read_object(data: bytes, refusal: str) -> dict[str, Any]:
     """The JSON object in `data`, read strictly.
 
@@ -164,8 +156,8 @@ def parse(data: bytes) -> ScheduleFields:
             version, missing or unknown fields, wrong types, wrong lengths, or entries other than 0 and 1.
     """
     document = read_object(data, "not a schedule file")
-    _check_header(document)
-    _check_fields(document, "", _REQUIRED, _OPTIONAL)
+    version = _check_header(document)
+    _check_fields(document, "", _REQUIRED, _OPTIONAL if version == 1 else (*_OPTIONAL, *_NEW))
     sites = check_sites(check_sequence(document["sites"], "sites"))
     fields = ScheduleFields(sites=sites, compute=_parse_compute(document, len(sites)))
     if "model" in document:
@@ -180,21 +172,30 @@ def parse(data: bytes) -> ScheduleFields:
     if "made_by" in document:
         made_by = _object(document["made_by"], "made_by", ("method", "hyper_parameters"), ("threshold", "scores"))
         fields["made_by"] = MadeBy(**made_by)
+    if "weights" in document:
+        fields["weights"] = parse_weights(document["weights"], fields["compute"], sites)
+    if "weights_by" in document:
+        weights_by = _object(document["weights_by"], "weights_by", ("method", "hyper_parameters"), ())
+        fields["weights_by"] = WeightsBy(**weights_by)
     return fields
 
 
-def _check_header(document: dict[str, object]) -> None:
+def _check_header(document: dict[str, object]) -> int:
+    """The version of the file, if it is one of ours that can be read."""
     name, version = document.get("format"), document.get("version")
     if name != FORMAT:
         raise ScheduleError(
             f"format: expected {FORMAT!r}, got {quoted(name)}; this is not a schedule file of harmonica-rt"
         )
     if isinstance(version, bool) or version not in READABLE_VERSIONS or not isinstance(version, int):
-        readable = ", ".join(map(str, READABLE_VERSIONS))
+        readable = " and ".join(map(str, READABLE_VERSIONS))
         raise ScheduleError(
-            f"version: this harmonica-rt reads version {readable}, got {quoted(version)}; "
+            f"version: this harmonica-rt reads versions {readable}, got {quoted(version)}; "
             f"a newer file needs a newer harmonica-rt"
         )
+    if version == 1 and (new := [field for field in _NEW if field in document]):
+        raise ScheduleError(f"{new[0]}: version 1 has no such field; a file with weights is of version {VERSION}")
+    return version
 
 
 def _check_fields(value: dict[str, object], where: str, required: Sequence[str], optional: Sequence[str]) -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from harmonica_rt.errors import ScheduleError
-from harmonica_rt.schedule import draw
+from harmonica_rt.schedule import heat_map
 from harmonica_rt.schedule.data import ScheduleData
 from harmonica_rt.schedule.format import ScheduleFileNotFoundError, to_text
+from harmonica_rt.schedule.panels import weights_in_words
 from harmonica_rt.schedule.provenance import check_mapping
 from harmonica_rt.schedule.writing import write_file
 from harmonica_rt.untrusted.text import one_line
@@ -24,6 +25,8 @@ from harmonica_rt.untrusted.text import one_line
 FILE, PICTURE, CARD = "schedule.json", "schedule.png", "README.md"
 LIBRARY = "harmonica-rt"  # `library_name` of our cards
 _IN_CODE = str.maketrans({"`": "'", "|": r"\|"})  # what would end code or a table cell in Markdown
+_WEIGHTS = """A reused output is a weighted sum of the latest computed ones; the schedule has the weights.
+"""
 
 
 def find_file(repo_or_dir: str | os.PathLike[str], filename: str, **download: Any) -> str:
@@ -67,7 +70,7 @@ def write_folder(schedule: ScheduleData, folder: str | os.PathLike[str], base_mo
         raise ScheduleError(f"{target}: expected a folder, but this is a file; `save` writes single files")
     target.mkdir(parents=True, exist_ok=True)
     write_file(target / FILE, to_text(schedule))
-    draw.plot(schedule, target / PICTURE)
+    heat_map.plot(schedule, target / PICTURE)
     if not (target / CARD).exists() or is_ours((target / CARD).read_bytes()):
         write_file(target / CARD, card(schedule, base_model))
 
@@ -118,6 +121,8 @@ def card(schedule: ScheduleData, base_model: str | None) -> str:
         ["reused (CUR)", f"{schedule.cur:.2%}"],
         ["different steps", str(schedule.patterns)],
     ]
+    if schedule.weights is not None:
+        figures.append(["weights", _plain(weights_in_words(schedule))])
     made_for = []
     if schedule.model is not None:
         fingerprint = schedule.model.config_fingerprint
@@ -138,6 +143,7 @@ def card(schedule: ScheduleData, base_model: str | None) -> str:
             "# A static cache schedule\n",
             "Which attention and feed-forward outputs of a Diffusion Transformer to compute at every denoising step,",
             "and which to reuse from an earlier one. harmonica-rt runs it.\n",
+            *([_WEIGHTS] if schedule.weights is not None else []),
             f"![Steps down, sites across; dark is computed, light is reused]({PICTURE})\n",
             _table("figure", "", figures),
             _table("kind of site", "reused", kinds),

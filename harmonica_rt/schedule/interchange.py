@@ -1,16 +1,17 @@
-"""Schedules in the formats of other tools: SmoothCache's JSON and cache-dit's step masks.
+"""Schedules in the formats of other tools: SmoothCache's JSON, step masks, and lists of computed steps.
 
 SmoothCache (arXiv 2411.10510) keeps a list of 0 and 1 for each `component`, or for each `component-block`: 1 = compute.
 A component is the last name of a module's path and a block the name before it. The list of a block takes precedence
 over that of its component, and a module without a list computes at every step.
 
-cache-dit's `steps_computation_mask` is one list of 0 and 1 for the whole model: 1 = compute the step.
+cache-dit's `steps_computation_mask` is one list of 0 and 1 for the whole model: 1 = compute the step. A trace of the
+decisions of a cache that decides while it runs (TeaCache, First Block Cache) is the list of the steps that it computed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from harmonica_rt.errors import ScheduleError
 from harmonica_rt.schedule.checks import check_sequence
 from harmonica_rt.schedule.data import ScheduleData
 from harmonica_rt.schedule.format import read_bytes, read_object
-from harmonica_rt.schedule.producers import mask_column
+from harmonica_rt.schedule.producers import check_count, mask_column
 from harmonica_rt.untrusted.text import one_line, quoted
 
 
@@ -64,6 +65,7 @@ def smoothcache_mask(
 
 def smoothcache_text(schedule: ScheduleData, components: Mapping[str, str]) -> str:
     """The file that SmoothCache reads: one list per component if all its blocks agree, else one per block."""
+    _check_no_weights(schedule, "SmoothCache's files hold")
     names = {ours: theirs for theirs, ours in components.items()}
     blocks: dict[str, NDArray[np.bool_]] = {}
     kinds: dict[str, list[str]] = {}
@@ -85,16 +87,41 @@ def step_mask_of(schedule: ScheduleData) -> list[int]:
     """One entry, 0 or 1, per step.
 
     Raises:
-        ScheduleError: a step computes some sites and reuses others.
+        ScheduleError: a step computes some sites and reuses others, or the schedule has weights.
     """
-    mixed = np.flatnonzero(schedule.compute.any(axis=1) & ~schedule.compute.all(axis=1))
-    if len(mixed):
+    _check_no_weights(schedule, "a step mask holds")
+    if mixed := mixed_steps(schedule):
         reused = int((~schedule.compute[mixed[0]]).sum())
         raise ScheduleError(
             f"step {mixed[0]} reuses {reused} of {len(schedule.sites)} sites and computes the others; a step mask "
             f"has whole steps only ({len(mixed)} of {schedule.steps} steps are mixed)"
         )
     return [int(step) for step in schedule.compute[:, 0]]
+
+
+def mixed_steps(schedule: ScheduleData) -> list[int]:
+    """The steps that compute some sites and reuse others."""
+    return np.flatnonzero(schedule.compute.any(axis=1) & ~schedule.compute.all(axis=1)).tolist()
+
+
+def mask_of_steps(computed: Iterable[int], steps: int, n_sites: int) -> NDArray[np.bool_]:
+    """The mask `[steps, sites]` that computes whole steps: those that are listed."""
+    count = check_count(steps, "steps")
+    column = np.zeros(count, dtype=np.bool_)
+    for step in list(computed) if isinstance(computed, Iterable) else [computed]:
+        if isinstance(step, bool) or not isinstance(step, int | np.integer) or not 0 <= step < count:
+            raise ScheduleError(f"computed: expected whole numbers of 0 ... {count - 1}, got {quoted(step)}")
+        if column[step]:
+            raise ScheduleError(f"computed: step {step} occurs twice")
+        column[step] = True
+    return np.repeat(column[:, None], n_sites, axis=1)
+
+
+def _check_no_weights(schedule: ScheduleData, what: str) -> None:
+    if schedule.weights is not None:
+        raise ScheduleError(
+            f"this schedule has weights, and {what} none; with_weights(None) drops them, and reuses plainly"
+        )
 
 
 def _keys(site: str, names: Mapping[str, str]) -> tuple[str, str]:

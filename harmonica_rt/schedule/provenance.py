@@ -142,6 +142,22 @@ class MadeBy:
             object.__setattr__(self, "scores", _check_scores(self.scores))
 
 
+@dataclass(frozen=True)
+class WeightsBy:
+    """The method that made the weights of a schedule (`taylor`, `hermite`, `chebyshev`, `ratios`, ...), with settings.
+
+    `Schedule.resample` applies it again; other methods may have any name and any plain JSON values as settings.
+    """
+
+    method: str
+    hyper_parameters: Mapping[str, object] = FrozenMap({})
+
+    def __post_init__(self) -> None:
+        check_name(self.method, "weights_by.method")
+        params = check_mapping(self.hyper_parameters, "weights_by.hyper_parameters")
+        object.__setattr__(self, "hyper_parameters", params)
+
+
 class ScheduleFields(TypedDict, total=False):
     """The arguments of `Schedule`, as file readers return them."""
 
@@ -152,6 +168,8 @@ class ScheduleFields(TypedDict, total=False):
     timesteps: tuple[float, ...] | None
     guidance: float | None
     made_by: MadeBy | None
+    weights: NDArray[np.float64] | None
+    weights_by: WeightsBy | None
 
 
 def check_mapping(value: object, field: str) -> FrozenMap:

@@ -9,20 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import ArrayLike
 
-from harmonica_rt.schedule import draw, format, hub, interchange, producers, routers
+from harmonica_rt.schedule import bundled, format, heat_map, hub, producers
 from harmonica_rt.schedule.checks import check_compute, check_number, check_sites, check_timesteps
-from harmonica_rt.schedule.data import ScheduleData
+from harmonica_rt.schedule.exchanged import ExchangedSchedule, FilePath
 from harmonica_rt.schedule.provenance import MadeBy, ModelInfo, SamplerInfo
 from harmonica_rt.schedule.writing import write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FilePath = str | os.PathLike[str]
-
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Schedule(ScheduleData):
+class Schedule(ExchangedSchedule):
     """A static cache schedule. Immutable and hashable; `==` compares all fields and returns a single bool.
 
     Attributes:
@@ -34,6 +32,10 @@ class Schedule(ScheduleData):
             of steps.
         guidance: the guidance scale it was made for.
         made_by: the method that made it.
+        weights: what the latest computed values are multiplied by, newest first, where an entry reuses: float64
+            `[steps, order]`, shared by the sites of a step, or `[steps, sites, order]`; read-only. None: plain reuse of
+            the latest value, weights `[1]`.
+        weights_by: the method that made the weights; None if unknown or if there are none.
 
     Raises:
         ScheduleError: a field is invalid. The message names the field, what was expected, what was given, and what to
@@ -89,41 +91,6 @@ class Schedule(ScheduleData):
         return cls(mask, names, made_by=MadeBy("random", {"cur": ratio, "seed": seed}))
 
     @classmethod
-    def from_router(
-        cls,
-        path: FilePath,
-        *,
-        sites: Iterable[str] | None = None,
-        steps: int | None = None,
-        threshold: float | None = None,
-        kind: routers.RouterKind = "auto",
-    ) -> Schedule:
-        """Read a router checkpoint of the released HarmoniCa or Learning-to-Cache code; scores above tau compute.
-
-        `threshold` is tau; by default 0.1, or 0.9 for U-ViT, as in the released commands. See `routers.read_router` for
-        details.
-        """
-        names = None if sites is None else check_sites(sites)
-        return cls(**routers.read_router(path, sites=names, steps=steps, threshold=threshold, kind=kind))
-
-    @classmethod
-    def from_smoothcache(
-        cls, path: FilePath, *, sites: Iterable[str], components: Mapping[str, str] | None = None
-    ) -> Schedule:
-        """Read a schedule file of SmoothCache (arXiv 2411.10510).
-
-        A site without a list computes at every step, as in SmoothCache. `components` renames: `{"attn": "attn1", "mlp":
-        "ff"}` applies a file made for a model with `attn` and `mlp` to one whose modules are `attn1` and `ff`.
-
-        Raises:
-            ScheduleError: the file is not of this format, or has lists that decide no site.
-        """
-        names, source = check_sites(sites), os.fspath(path)
-        with format.named_errors(source):
-            mask = interchange.read_smoothcache(source, names, components or {})
-            return cls(mask, names, made_by=MadeBy("smoothcache"))
-
-    @classmethod
     def from_pretrained(cls, repo_or_dir: FilePath, *, filename: str = hub.FILE, **download: Any) -> Schedule:
         """Read a folder that `save_pretrained` wrote, or a repository of the Hugging Face hub, `owner/name`.
 
@@ -151,7 +118,7 @@ class Schedule(ScheduleData):
     @classmethod
     def known(cls, name: str) -> Schedule:
         """A schedule bundled with the package; `known_names()` lists them."""
-        return cls._parsed(format.read_known(name), name)
+        return cls._parsed(bundled.read_known(name), name)
 
     @classmethod
     def _parsed(cls, data: bytes, source: str) -> Schedule:
@@ -161,7 +128,7 @@ class Schedule(ScheduleData):
     @staticmethod
     def known_names() -> tuple[str, ...]:
         """Names of the bundled schedules."""
-        return format.known_names()
+        return bundled.known_names()
 
     def save(self, path: FilePath) -> None:
         """Write the schedule as JSON (docs/schedule-format.md), completely or not at all.
@@ -208,26 +175,9 @@ class Schedule(ScheduleData):
             self, repo_id, base_model=base_model, private=private, token=token, revision=revision, message=message
         )
 
-    def save_smoothcache(self, path: FilePath, *, components: Mapping[str, str] | None = None) -> None:
-        """Write the schedule in SmoothCache's JSON format; `components` is as in `from_smoothcache`.
-
-        Raises:
-            ScheduleWriteError: the file cannot be written.
-            ScheduleError: two sites of the same name, in blocks of the same number, are reused differently.
-        """
-        write_file(path, interchange.smoothcache_text(self, components or {}))
-
-    def step_mask(self) -> list[int]:
-        """One entry per step, 1 = compute: cache-dit's `steps_computation_mask`; `from_mask` reads it.
-
-        Raises:
-            ScheduleError: a step computes some sites and reuses others.
-        """
-        return interchange.step_mask_of(self)
-
     def plot(self, path: FilePath | None = None) -> Figure:
         """Steps x sites as a heat map, with one panel per kind of site; saved to `path` (PNG, SVG, PDF) if given."""
-        return draw.plot(self, path)
+        return heat_map.plot(self, path)
 
     def with_provenance(
         self,

@@ -32,6 +32,13 @@ def test_schedule_made_shown_and_drawn(schedule: Path, tmp_path: Path) -> None:
     assert matplotlib.image.imread(tmp_path / "heat.png").shape[0] > 100
 
 
+def test_weights_are_shown(tmp_path: Path) -> None:
+    Schedule.every(2, steps=4, sites=["blocks.0.ff"]).with_taylor().save(tmp_path / "s.json")
+    shown = run("schedule", "show", tmp_path / "s.json")
+    assert "weights     up to 2 per entry, 1 of 2 reused entries, made by taylor" in shown.output
+    assert "   3  2  100.0%  1.5 -0.5" in shown.output
+
+
 @pytest.mark.parametrize(
     ("options", "rows"),
     [(["--every", "2"], ["1111", "0000"] * 2), (["--mask", "1101"], ["1111", "1111", "0000", "1111"])],

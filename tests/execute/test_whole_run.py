@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import diffusers as d
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -386,3 +387,18 @@ def test_a_dit_with_guidance(lowering: str) -> None:
             for each in (compiled, plain)
         )
         assert torch.equal(found, expected) or (lowering == "fused" and torch.allclose(found, expected, atol=1e-4))
+
+
+def test_a_run_with_weights_is_one_graph_unless_it_lacks_history() -> None:
+    model = on_device(conditioned())
+    weights = np.ones((STEPS, 2)) * [1.5, -0.5]
+    weights[1] = [1.0, 0.0]
+    schedule = Schedule.every(2, steps=STEPS, sites=hrt.find_sites(model)).with_weights(weights)
+    case, given = Case(schedule=schedule), scheduler()
+    for request in range(6):
+        assert case.agree(request, given)
+        assert (case.replays() == 1) == (request >= FIRST)
+    for request in range(6):  # from step 1 on: steps 1 and 3 lack values that a weighted sum takes
+        assert case.agree(request, given, begin_index=1)
+        assert case.replays() > 1
+        assert case.compiled.report().last_catch_ups == (1, 3)

@@ -15,11 +15,11 @@ from harmonica_rt.call.call import CallConvention
 from harmonica_rt.capture.capture import capture
 from harmonica_rt.capture.captured_graph import CapturedGraph
 from harmonica_rt.errors import InvariantError, ScheduleMismatchError
-from harmonica_rt.indices import SlotId, StepIndex
+from harmonica_rt.indices import SiteIndex, SlotId, StepIndex
+from harmonica_rt.plan.histories import histories
 from harmonica_rt.plan.invariants import check_plan
-from harmonica_rt.plan.liveness import sources
 from harmonica_rt.plan.plan import Plan, Step, build_plan
-from tests.models import stack, stack_call
+from tests.models import random_weights, stack, stack_call
 
 MODEL = stack(depth=2)
 SITES = find_sites(MODEL)
@@ -35,9 +35,18 @@ def plan_of(captured: CapturedGraph, rows: list[str]) -> Plan:
     return build_plan(captured, Schedule.from_array(mask, sites=SITES))
 
 
-def test_sources_name_the_step_whose_value_a_site_has() -> None:
-    compute = np.array([[1, 1], [0, 1], [0, 0], [1, 0]], bool)
-    assert sources(compute).tolist() == [[0, 0], [0, 1], [0, 1], [3, 1]]
+def test_histories_name_the_steps_whose_values_are_taken() -> None:
+    compute = np.array([[1, 1], [1, 1], [0, 1], [1, 0], [0, 0]], bool)
+    plain = histories(Schedule.from_array(compute, sites=["a", "b"]))
+    assert plain.steps[:, :, 0].tolist() == [[-1, -1], [-1, -1], [1, -1], [-1, 2], [3, 2]]
+    assert plain.taken.tolist() == [0, 0]
+    weights = np.zeros((5, 2, 3))
+    weights[2, 0], weights[4, 0], weights[3:, 1] = (0.5, 0, 0), (2, 0, -1), (1, 0, 0)
+    summed = histories(Schedule.from_array(compute, sites=["a", "b"]).with_weights(weights))
+    assert summed.taken.tolist() == [3, 0]
+    assert summed.steps[4, 0].tolist() == [3, 1, 0]
+    assert summed.steps[2, 0].tolist() == [1, -1, -1]
+    assert [summed.source(StepIndex(2), SiteIndex(0), age) for age in range(3)] == [1, 1, 1]
 
 
 def test_stores_are_made_only_where_a_later_step_reads(captured: CapturedGraph) -> None:
@@ -103,16 +112,18 @@ def masks(draw: st.DrawFn) -> NDArray[np.bool_]:
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(masks())
-def test_every_schedule_gives_a_plan_that_keeps_the_rules(mask: NDArray[np.bool_]) -> None:
+@given(masks(), st.integers(0, 4))
+def test_every_schedule_gives_a_plan_that_keeps_the_rules(mask: NDArray[np.bool_], order: int) -> None:
     graph = capture(MODEL, CallConvention(MODEL).normalise((), stack_call(0)), SITES) if not CACHE else CACHE[0]
     CACHE.append(graph)
-    plan = build_plan(graph, Schedule.from_array(mask, sites=SITES))
+    schedule = Schedule.from_array(mask, sites=SITES)
+    plan = build_plan(graph, random_weights(schedule, order, seed=len(mask)) if order else schedule)
     check_plan(plan)
     for step in range(len(mask)):
         program, slots = plan.catch_up_graph(StepIndex(step))
         alive = [s.id for s in plan.table.slots if s.value.first <= step < s.value.last]
-        assert sorted(slots) == alive
+        stored = [s.id for s in plan.table.slots if s.value.first == step]
+        assert sorted(slots) == (stored if order else alive)  # nothing else may stand in a weighted sum
         assert program.reads == ()
 
 

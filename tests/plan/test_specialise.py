@@ -8,7 +8,7 @@ from harmonica_rt.call.call import CallConvention
 from harmonica_rt.capture.capture import capture
 from harmonica_rt.capture.captured_graph import CapturedGraph
 from harmonica_rt.errors import InvariantError
-from harmonica_rt.indices import SiteIndex, SiteOutput
+from harmonica_rt.indices import PastOutput, SiteIndex, SiteOutput
 from harmonica_rt.plan.specialise import Pattern, specialise
 from harmonica_rt.plan.step_graph import check_step_graph
 from tests.models import stack, stack_call
@@ -28,7 +28,7 @@ def pattern(reuse: set[int] | None = None, store: set[int] | None = None) -> Pat
 def test_reads_and_stores_are_placeholders_and_outputs(captured: CapturedGraph) -> None:
     step = specialise(captured, pattern(reuse={0}, store={1}))
     assert [node.name for node in step.read_nodes] == ["slot_blocks_0_attn_0"]
-    assert step.reads == (SiteOutput(SiteIndex(0), 0),)
+    assert step.reads == (PastOutput(SiteOutput(SiteIndex(0), 0), 0),)
     assert step.stores == (SiteOutput(SiteIndex(1), 0),)
     assert [tuple(node.meta["val"].shape) for node in step.stored_nodes] == [(2, 4, 8)]
 

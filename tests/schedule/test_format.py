@@ -137,11 +137,14 @@ def test_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert os.listdir(tmp_path) == ["s.json"]
 
 
-def test_documented_example_is_what_save_writes() -> None:
+def test_documented_examples_are_what_save_writes() -> None:
     text = (Path(__file__).parents[2] / "docs" / "schedule-format.md").read_text()
-    example = re.search(r"```json\n(.*?)```", text, re.DOTALL)
-    assert example is not None
-    assert format.to_text(Schedule(**format.parse(example[1].encode()))) == example[1]
+    examples = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        schedule = Schedule(**format.parse(example.encode()))
+        assert format.to_text(schedule) == example
+        assert schedule.weights is None or schedule == schedule.with_taylor()
 
 
 @pytest.mark.parametrize("name", Schedule.known_names())
@@ -187,10 +190,10 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
 BAD_FIELDS = {
     "no-format": ({"format": ...}, "format: expected 'harmonica-schedule', got None; this is not a schedule file"),
     "other-format": ({"format": "x"}, "format: expected 'harmonica-schedule', got 'x'"),
-    "newer": ({"version": 2}, "version: this harmonica-rt reads version 1, got 2; a newer file needs a newer"),
-    "version-text": ({"version": "1"}, "version: this harmonica-rt reads version 1, got '1'"),
-    "version-bool": ({"version": True}, "version: this harmonica-rt reads version 1, got True"),
-    "version-float": ({"version": 1.0}, "version: this harmonica-rt reads version 1, got 1.0"),
+    "newer": ({"version": 3}, "version: this harmonica-rt reads versions 1 and 2, got 3; a newer file needs a newer"),
+    "version-text": ({"version": "1"}, "version: this harmonica-rt reads versions 1 and 2, got '1'"),
+    "version-bool": ({"version": True}, "version: this harmonica-rt reads versions 1 and 2, got True"),
+    "version-float": ({"version": 1.0}, "version: this harmonica-rt reads versions 1 and 2, got 1.0"),
     "missing": ({"compute": ...}, "compute: missing field; required are format, version, steps, sites, compute"),
     "unknown": ({"guidence": 2}, "guidence: unknown field; did you mean 'guidance'?"),
     "unknown-far": ({"zzz": 2}, "zzz: unknown field; the fields are format, version"),

@@ -85,6 +85,17 @@ def test_two_sites_of_one_name_there(tmp_path: Path) -> None:
         differing.save_smoothcache(tmp_path / "s.json")
 
 
+def test_weights_are_not_lost_on_the_way(tmp_path: Path) -> None:
+    schedule = Schedule.every(2, steps=6, sites=DIFFUSERS).with_taylor()
+    with pytest.raises(
+        ScheduleError, match=r"has weights, and SmoothCache's files hold none; with_weights\(None\) drops"
+    ):
+        schedule.save_smoothcache(tmp_path / "s.json")
+    with pytest.raises(ScheduleError, match="has weights, and a step mask holds none"):
+        schedule.computed_steps()
+    assert schedule.with_weights(None).step_mask() == [1, 0] * 3
+
+
 def test_step_masks() -> None:
     schedule = Schedule.from_mask([1, 0, 1, 1], sites=SITES)
     assert schedule.step_mask() == [1, 0, 1, 1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-HEAVY = ("torch", "triton", "diffusers", "matplotlib", "rich", "harmonica_kernels", "harmonica_training")
+HEAVY = ("torch", "triton", "yaml", "diffusers", "matplotlib", "rich", "harmonica_kernels", "harmonica_training")
 
 
 def test_import_and_use_stay_light() -> None:
