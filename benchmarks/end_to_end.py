@@ -100,6 +100,8 @@ def _check(case: models.Case, schedule: hrt.Schedule) -> None:
         ParityError: outputs differ from the reference.
     """
     first = hrt.Schedule.from_array(schedule.compute[:CHECKED], sites=schedule.sites)
+    if schedule.weights is not None:
+        first = first.with_weights(schedule.weights[:CHECKED])
     hrt.verify(case.model, first, calls=case.calls[:CHECKED], lowering="fused")
 
 
