@@ -48,7 +48,7 @@ class SamplerState:
         if last is None or last[0] != sampler.timesteps or not np.array_equal(last[1], sampler.rows):
             self._rows.copy_(torch.from_numpy(sampler.rows))
             each = (*(sampler.timesteps[:1] * sampler.first), *sampler.timesteps)
-            self.timesteps.copy_(torch.tensor(each, dtype=sampler.timestep_dtype)[:, None])
+            self.timesteps.copy_(torch.tensor(each, device="cpu", dtype=sampler.timestep_dtype)[:, None])
         self._history[0].copy_(sampler.latents)
         self._loaded = sampler.timesteps, sampler.rows
 

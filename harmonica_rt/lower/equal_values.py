@@ -42,9 +42,14 @@ def merged(graph: fx.Graph, nodes: Collection[fx.Node]) -> Rebuild:
 def _key(node: fx.Node, rebuilt: Rebuild) -> Any:
     """What equal nodes have in common; None for a node whose arguments cannot be compared."""
     leaves, spec = pytree.tree_flatten(rebuilt.new((node.args, dict(node.kwargs))))
-    key = (node.target, str(spec), tuple((type(leaf), leaf) for leaf in leaves))
+    key = (node.target, str(spec), tuple((type(leaf), _told_apart(leaf)) for leaf in leaves))
     try:
         hash(key)
     except TypeError:
         return None
     return key
+
+
+def _told_apart(leaf: Any) -> Any:
+    """What is equal for equal arguments only: 0.0 and -0.0 are equal in Python."""
+    return repr(leaf) if isinstance(leaf, float | complex) else leaf

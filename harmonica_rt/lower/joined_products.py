@@ -160,7 +160,8 @@ def _layer(node: fx.Node, parameters: Mapping[fx.Node, str]) -> Layer | None:
     if not all(each in parameters for each in operands) or not all(isinstance(value, FakeTensor) for value in values):
         return None
     weight = values[2]
-    is_plain = weight.dim() == 2 and weight.is_contiguous() and all(value.dim() == 1 for value in values[3:])
+    fits = all(bias.shape == weight.shape[:1] for bias in values[3:])  # a bias of one number is broadcast
+    is_plain = weight.dim() == 2 and weight.is_contiguous() and fits
     aligned = weight.shape[0] * weight.element_size() % ALIGNMENT == 0
     user = only_user(node)
     if not is_plain or not aligned or len({value.dtype for value in values}) > 1 or not values[0].is_contiguous():

@@ -36,6 +36,14 @@ class CurrentRun:
         over = not run.untouched and self.origin is not None and self.origin.over
         return None if over else run
 
+    @property
+    def under_way(self) -> bool:
+        """Whether the run has begun and may go on, as far as the stack shows: its function has not returned."""
+        run, origin = self.run, self.origin
+        if run is None or run.untouched or run.finished or run.failed:
+            return False
+        return origin is not None and origin.known and not origin.over
+
     def makes_this_call(self, run: Run, caller: Any) -> bool:
         """Whether the call under way, from the pipeline with scheduler `caller` (None: no pipeline), is the run's.
 

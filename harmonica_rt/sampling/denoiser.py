@@ -13,7 +13,7 @@ from torch import nn
 from harmonica_rt.call.call import CallConvention
 from harmonica_rt.changes import Changes
 from harmonica_rt.engine import Engine
-from harmonica_rt.errors import HarmonicaError
+from harmonica_rt.errors import HarmonicaError, RunError
 from harmonica_rt.execute.sampler import Sampler
 from harmonica_rt.model.forward import own_forward
 from harmonica_rt.model.hooked_call import call_with_hooks
@@ -140,7 +140,8 @@ class Denoiser(Session):
                 does not fit the latents.
             ScheduleMismatchError: the scheduler is set to a number of steps other than the schedule's.
             ArgumentError: an argument is not what it should be.
-            RunError, ConcurrentRunError, CaptureError: see the call of the model.
+            RunError: a run of its pipeline is under way (in a callback), which this one would end.
+            ConcurrentRunError, CaptureError: see the call of the model.
         """
         options = SampleOptions(
             guidance_scale=guidance_scale,
@@ -152,14 +153,23 @@ class Denoiser(Session):
         changes = Changes()
         with changes, changes:
             self._enter(changes)
+            if self._following and self._current.under_way:
+                raise RunError(
+                    f"a run of a pipeline is under way on this {self._model_name}, and another would end it. Sample "
+                    "after it, or with a compiled model of its own"
+                )
             self._by_hand.begins(self._current.run)
             run = self._begin()
             run.key = asked.key
             run.begin_at(asked.sampler.first)
-            result = asked.run(functools.partial(self._step_of, run))
-            self.last_stats = run.stats
-            if self._following:
-                self._current.run = None  # calls of a pipeline are not this run's
+            result = None
+            try:
+                result = asked.run(functools.partial(self._step_of, run))
+            finally:
+                run.failed = result is None  # no later call may go on with what is left of it
+                self.last_stats = run.stats
+                if self._following:
+                    self._current.run = None  # calls of a pipeline are not this run's
         return result
 
     def _step_of(self, run: Run, arguments: dict[str, Any], sampler: Sampler | None) -> object:

@@ -43,15 +43,15 @@ class _Note:
     def __init__(self, scheduler: Any, begin_index: int | None) -> None:
         self._begin_index = begin_index
         self._held = {"": type(scheduler), **getattr(scheduler, "__dict__", {})}
-        self._versions = [
-            value._version
-            for value in self._held.values()
-            if isinstance(value, torch.Tensor) and not value.is_inference()
-        ]
+        tensors = [value for value in self._held.values() if isinstance(value, torch.Tensor)]
+        self._told = not any(tensor.is_inference() for tensor in tensors)  # writes to those leave no trace
+        self._versions = [tensor._version for tensor in tensors] if self._told else []
 
     def same_as(self, other: _Note) -> bool:
         return (
-            self._begin_index == other._begin_index
+            self._told
+            and other._told
+            and self._begin_index == other._begin_index
             and self._held.keys() == other._held.keys()
             and all(value is other._held[name] for name, value in self._held.items())
             and self._versions == other._versions

@@ -9,16 +9,18 @@ by values is refused.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.overrides import TorchFunctionMode
 
 from harmonica_rt.engine import RunKey
-from harmonica_rt.errors import ArgumentError, SamplerError
+from harmonica_rt.errors import ArgumentError, HarmonicaError, SamplerError
 from harmonica_rt.execute.sampler import SamplerTable
 from harmonica_rt.indices import StepIndex
 from harmonica_rt.sampling.run_timesteps import RunSteps, timesteps_are_set
@@ -34,6 +36,16 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "algorithm_type": (lambda value: str(value).startswith("sde"), "draws noise in every step"),
     "stochastic_sampling": (bool, "draws noise in every step"),
 }
+
+
+# The functions and methods of torch that draw random numbers.
+_DRAWING = frozenset(
+    (
+        *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli"),
+        *("multinomial", "poisson", "binomial", "normal_", "uniform_", "random_", "bernoulli_", "exponential_"),
+        *("cauchy_", "geometric_", "log_normal_", "dropout"),
+    )
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,15 +81,27 @@ def scheduler_run(scheduler: Any, steps: int, begin_index: int | None) -> Schedu
     """
     name = type(scheduler).__name__
     _check(scheduler, name)
+    with torch.device("cpu"), torch.no_grad(), _no_trace_of_draws():
+        try:
+            return _scheduler_run(scheduler, name, steps, begin_index)
+        except HarmonicaError:
+            raise
+        except Exception as error:  # whatever the code of a scheduler raises for what it is given here
+            raise SamplerError(
+                f"this {name} cannot be stepped with latents, a model output and a timestep alone, which is all that "
+                f"sample() has ({type(error).__name__}: {error}). Sample with a loop of your own, or another scheduler"
+            ) from error
+
+
+def _scheduler_run(scheduler: Any, name: str, steps: int, begin_index: int | None) -> SchedulerRun:
     first_copy, second_copy = (_at_beginning(scheduler, begin_index) for _ in range(2))
     run = RunSteps.of(first_copy, steps)
     if run.timesteps is None or run.key is None:
         raise SamplerError(f"a {name} has no tensor of timesteps [steps], which sample() needs")
     rows = steps - run.first
     timesteps = run.timesteps.known[-rows:]
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        weights, scales = _probed(first_copy, rows)
-        wrong = _first_wrong_row(second_copy, SamplerTable(weights, scales))
+    weights, scales = _probed(first_copy, rows)
+    wrong = _first_wrong_row(second_copy, SamplerTable(weights, scales))
     if wrong is not None:
         raise SamplerError(
             f"the steps of this {name} are no fixed sum of latents and outputs (step {wrong} of the run differs): "
@@ -85,6 +109,30 @@ def scheduler_run(scheduler: Any, steps: int, begin_index: int | None) -> Schedu
         )
     table = SamplerTable(_trimmed(weights, name), scales)
     return SchedulerRun(table, run.first, run.key, timesteps, tuple(timesteps.tolist()))
+
+
+class _Draws(TorchFunctionMode):
+    """Notes whether this thread may draw random numbers from torch's own generator."""
+
+    seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See `TorchFunctionMode`."""
+        given = kwargs or {}
+        self.seen |= getattr(func, "__name__", "") in _DRAWING and given.get("generator") is None
+        return func(*args, **given)
+
+
+@contextmanager
+def _no_trace_of_draws() -> Iterator[None]:
+    """Undo what the scheduler draws. Unless it draws, the generator, which other threads share, is left alone."""
+    before, draws = torch.get_rng_state(), _Draws()
+    try:
+        with draws:
+            yield
+    finally:
+        if draws.seen:
+            torch.set_rng_state(before)
 
 
 def _check(scheduler: Any, name: str) -> None:

@@ -72,9 +72,9 @@ class RunTimesteps:
 def timesteps_are_set(scheduler: Any) -> bool:
     """Whether timesteps were set for sampling. A new diffusers scheduler has none, or all its training timesteps."""
     timesteps = getattr(scheduler, "timesteps", None)
-    trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
-    asked = getattr(scheduler, "num_inference_steps", None) or (len(timesteps) if timesteps is not None else trained)
-    return timesteps is not None and asked != trained
+    if timesteps is None or getattr(scheduler, "num_inference_steps", None) is not None:
+        return timesteps is not None
+    return len(timesteps) != getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
 
 
 @dataclass(frozen=True)

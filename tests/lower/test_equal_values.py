@@ -38,6 +38,8 @@ def test_arguments_of_other_types_or_places_are_not_equal() -> None:
         (aten.add.Tensor, (1,)),
         (aten.add.Tensor, (1.0,)),
         (aten.add.Tensor, (True,)),
+        (aten.mul.Tensor, (0.0,)),
+        (aten.mul.Tensor, (-0.0,)),
         (aten.sum.dim_IntList, ([0],)),
         (aten.sum.dim_IntList, ([1],)),
         (aten.to.dtype, (torch.float32,)),

@@ -230,6 +230,13 @@ def test_layers_of_unaligned_width_stay() -> None:
     assert joins_of(model) == ()
 
 
+def test_a_layer_whose_bias_is_broadcast_stays() -> None:
+    model = attending(depth=1)
+    for name in ("to_q", "to_k", "to_v"):
+        getattr(model.blocks[0].attn, name).bias = nn.Parameter(torch.ones(1))
+    assert joins_of(model) == ()
+
+
 def test_layers_with_and_without_bias_are_joined_apart() -> None:
     model = attending(depth=1)
     model.blocks[0].attn.to_k.bias = None

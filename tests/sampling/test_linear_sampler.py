@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -168,6 +169,47 @@ def test_a_scheduler_in_the_wrong_state_is_refused() -> None:
         scheduler_run(scheduler, 8, None)
     with pytest.raises(ScheduleMismatchError, match="for 7 steps"):
         scheduler_run(begun(dpm(), 8)[0], 7, None)
+
+
+def test_what_another_thread_draws_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It draws between two steps of the probe, from the generator that all threads share."""
+    scheduler, rows = begun(dpm(), 8)
+    drawn: list[torch.Tensor] = []
+    step = d.DPMSolverMultistepScheduler.step
+
+    def beside(*given: Any, **named: Any) -> Any:
+        thread = threading.Thread(target=lambda: drawn.append(torch.randn(4)))
+        thread.start()
+        thread.join()
+        return step(*given, **named)
+
+    monkeypatch.setattr(d.DPMSolverMultistepScheduler, "step", beside)
+    scheduler_run(scheduler, rows, None)
+    drawn.append(torch.randn(4))
+    assert len({tuple(each.tolist()) for each in drawn}) == len(drawn) > rows
+
+
+def test_schedulers_of_other_kinds_are_refused_in_words() -> None:
+    scheduler, rows = begun(d.DDPMWuerstchenScheduler(), 8)
+    with pytest.raises(SamplerError, match=r"this DDPMWuerstchenScheduler .*IndexError") as refused:
+        scheduler_run(scheduler, rows, None)
+    assert isinstance(refused.value.__cause__, IndexError)
+
+
+def test_all_training_timesteps_may_be_asked_for() -> None:
+    scheduler = d.DDIMScheduler(num_train_timesteps=12, clip_sample=False)
+    with pytest.raises(SamplerError, match="no timesteps yet"):
+        scheduler_run(scheduler, 12, None)
+    scheduler.set_timesteps(12)
+    assert len(scheduler_run(scheduler, 12, None).table.weights) == 12
+
+
+def test_a_scheduler_that_may_be_written_unseen_is_read_in_every_run() -> None:
+    known = KnownSamplers(6)
+    with torch.inference_mode():
+        scheduler, _ = begun(dpm(), 6)
+    before = known.of(scheduler, None)
+    assert known.of(scheduler, None) is not before
 
 
 def test_a_table_is_found_again_until_the_scheduler_changes() -> None:

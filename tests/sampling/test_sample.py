@@ -227,22 +227,54 @@ def test_in_a_compiled_pipeline_it_is_a_run_of_its_own(model: nn.Module) -> None
 
 
 @torch.no_grad()
-def test_a_pipeline_whose_run_it_interrupts_goes_on_with_the_plain_model(model: nn.Module) -> None:
+def test_in_a_callback_it_is_refused_and_the_run_of_the_pipeline_goes_on(model: nn.Module) -> None:
     schedule = random_schedule(model, STEPS, seed=1)
-    uncached = Schedule.all_compute(steps=STEPS, sites=schedule.sites)
-    expected = unclipped_pipeline(hrt.reference(model, uncached))()
-    own = sampled(hrt.reference(model, schedule))
     pipeline = hrt.compile(unclipped_pipeline(model), schedule, strict=True)
     compiled: Any = hrt.get_compiled(pipeline)
-    inner: list[torch.Tensor] = []
 
     def callback(_: Any, step: int) -> None:
-        if step == 0:  # which every schedule computes in full
-            inner.append(sampled(compiled))
+        if step < STEPS - 1:  # then it is over
+            with pytest.raises(RunError, match="a run of a pipeline is under way"):
+                sampled(compiled)
 
-    assert same(pipeline(callback), expected)
-    assert same(inner[0], own)
-    assert same(pipeline(), unclipped_pipeline(hrt.reference(model, schedule))())
+    assert same(pipeline(callback), unclipped_pipeline(hrt.reference(model, schedule))())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("in_pipeline", [True, False], ids=["pipeline", "model"])
+def test_nothing_goes_on_with_a_run_that_failed(model: nn.Module, in_pipeline: bool) -> None:
+    schedule = Schedule.every(STEPS, steps=STEPS, sites=hrt.find_sites(model))
+    pipeline = hrt.compile(unclipped_pipeline(model), schedule, strict=True) if in_pipeline else None
+    compiled: Any = hrt.get_compiled(pipeline) if in_pipeline else hrt.compile(model, schedule, strict=True)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.register_forward_hook(stop)  # behind the call of the first step, not within it
+    with pytest.raises(KeyboardInterrupt):
+        sampled(compiled)
+    hook.remove()
+    call = (2 * first_latents(), torch.full((2,), 0.9), PROMPT)
+    if in_pipeline:
+        assert torch.equal(compiled(*call), model(*call))
+    else:
+        with pytest.raises(RunError, match="failed"):
+            compiled(*call)
+    assert same(sampled(compiled), sampled(hrt.reference(model, schedule)))
+
+
+@torch.no_grad()
+def test_the_default_device_does_not_matter(model: nn.Module) -> None:
+    schedule = random_schedule(model, STEPS, seed=1)
+    compiled = hrt.compile(model, schedule, strict=True)
+    expected = sampled(compiled)
+    scheduler = d.DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(STEPS)
+    latents = first_latents()
+    with torch.device("meta"):
+        for _ in range(2):  # its table is found, and known
+            got = compiled.sample(latents, scheduler, prompt=PROMPT, model_timestep=thousandths)
+            assert got.device == expected.device
 
 
 @torch.no_grad()
