@@ -15,7 +15,7 @@ LINTED := $(TYPED) tests setup.py docs/site_pages.py $(wildcard benchmarks)
 MAKEFLAGS += --jobs=2
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-all lint docs format sanitize bench train-digits train-schedule clean
+.PHONY: help demo test test-all lint docs format sanitize triton-versions bench train-digits train-schedule clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -58,6 +58,18 @@ sanitize: $(STAMP)  ## run the tests of the C++ extension under AddressSanitizer
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(PY) -m pytest -p no:cacheprovider -q $(SANITIZED_TESTS)
+
+# The launchers, the machine code and the results in the interpreter. The environment keeps the Triton that it has.
+TRITON_VERSIONS := 3.4.0 3.5.1 3.6.0 3.7.1 3.8.0
+TRITON_TESTS := $(addprefix tests/kernels/test_triton_,launcher.py ahead_of_time.py interpreter.py)
+triton-versions: $(STAMP)  ## run the tests of the Triton kernels with every minor version of Triton since 3.4
+	@set -e; for version in $(TRITON_VERSIONS); do \
+		folder="$(CURDIR)/build/triton-$$version"; \
+		test -d "$$folder/triton" || $(PIP) install -q --no-deps --target "$$folder" "triton==$$version"; \
+		export PYTHONPATH="$$folder" TRITON_CACHE_DIR="$$folder/cache"; \
+		$(PY) -c "import triton; print('Triton', v := triton.__version__); raise SystemExit(v != '$$version')"; \
+		$(PY) -m pytest -p no:cacheprovider -q -rs $(TRITON_TESTS); \
+	done
 
 bench: $(STAMP)  ## run the benchmarks
 	$(PY) -m benchmarks $(BENCH_ARGS)

@@ -67,8 +67,9 @@ class Norm:
 def find_norms(total: fx.Node) -> list[Norm]:
     """Matches of the first norm that reads `total`; each entry extends further than the one before it.
 
-    Each entry can be replaced on its own: its `out` has the dtype and shape of `total`, and the nodes between have no
-    other users. The caller must check that the operands can be computed before `total`.
+    Each entry can be replaced on its own: its `out` has the shape of `total` and its dtype, or is cast to that dtype by
+    all that read it, and the nodes between have no other users. The caller must check that the operands can be computed
+    before `total`.
     """
     for norm in _norms_of(total):
         found = list(_followed(norm, value_of(total)))
@@ -135,12 +136,29 @@ def _written_out_rms(square: fx.Node, sources: list[fx.Node] | None) -> tuple[fx
 
 
 def _followed(norm: Norm, total: torch.Tensor) -> Iterator[Norm]:
-    """`norm`, and all that it can be extended to; only those whose result has the dtype of `total`."""
+    """`norm`, and all that it can be extended to; only those whose result has, or is cast to, the dtype of `total`."""
     current: Norm | None = norm
     while current is not None:
-        if value_of(current.out).dtype == total.dtype:
+        if value_of(current.out).dtype == total.dtype or _is_cast_by_autocast(current.out, total.dtype):
             yield current
         current = _next(current, total)
+
+
+def _is_cast_by_autocast(node: fx.Node, dtype: torch.dtype) -> bool:
+    """Whether autocast rounds `node`, which is in the dtype computed in, to `dtype` wherever it is read.
+
+    Under autocast on CUDA a norm of a half type gives fp32, and linear layers cast what they take: no node of the graph
+    shows it, only the dtype of their results.
+    """
+    if not node.users or value_of(node).dtype is not arithmetic(dtype):
+        return False
+    return all(
+        user.target is aten.linear.default
+        and user.args[0] is node
+        and node not in user.args[1:]
+        and value_of(user).dtype is dtype
+        for user in node.users
+    )
 
 
 def _next(norm: Norm, total: torch.Tensor) -> Norm | None:

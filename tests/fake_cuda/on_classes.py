@@ -55,6 +55,9 @@ def test_autocast(autocast: None) -> None:
     found = planned(gpu, gpu.move(model), arguments)
     linear = found.plan.captured.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
     assert {node.meta["val"].dtype for node in linear} == {torch.bfloat16}
+    full, partial = found.launches("fused")  # norms are part of the sums before them, but for the first of a step
+    assert full <= 32
+    assert partial <= 6
     for lowering in ("plain", "fused"):
         assert found.refusals(lowering) == []
         pool = PlainPool(device=DEVICE)

@@ -17,9 +17,10 @@ import triton
 from harmonica_kernels import _launch
 from harmonica_kernels.gated_residual.triton import gated_residual_triton
 from harmonica_kernels.norm_rotary.triton import norm_rotary_triton
+from harmonica_kernels.norm_rotary.triton_kernel import Place
 from harmonica_kernels.residual_reuse.triton import MAX_TERMS, residual_reuse_triton
 from harmonica_kernels.residual_reuse_norm_modulate.triton import residual_reuse_norm_modulate_triton
-from tests.kernels.noted_launches import STUB, Calls, check, check_launch
+from tests.kernels.noted_launches import STUB, Calls, check, check_launch, leaves
 from tests.tiers import member
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -89,6 +90,19 @@ def test_norm_rotary(parts: int, across: bool) -> None:
             counts, nothing = [1, parts - 1], [None] * parts
             norm_rotary_triton(xs, counts, weights, nothing, tables, tables, across=across)
     assert 2 * calls.direct >= len(check(calls)) == 2 * -(-parts // 8)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_norm_rotary_of_parts_that_differ(interleaved: bool) -> None:
+    """Each part lacks other operands, or has tables of another form: dense, per pair, or per pair and for all rows."""
+    dense, pairs = torch.zeros(5, 3, 16), torch.zeros(5, 3, 8, 2)[..., 0]
+    tables = [None, dense, dense[:, :1], pairs, pairs[:, :1], pairs[0, 0], None, pairs]
+    vectors = [torch.zeros(16, dtype=torch.bfloat16) if index % 3 else None for index in range(8)]
+    with Calls() as calls:
+        for _ in range(2):
+            xs = [torch.zeros(2, 5, 3, 16, dtype=torch.bfloat16) for _ in tables]
+            norm_rotary_triton(xs, [8], vectors, vectors[::-1], tables, tables, norm="layer", interleaved=interleaved)
+    assert 2 * calls.direct >= len(check(calls)) == 2
 
 
 def test_a_wrong_call_is_refused_after_right_ones() -> None:
@@ -167,6 +181,14 @@ def test_a_wrong_launch_is_noticed() -> None:
         with pytest.raises(AssertionError):
             check_launch(launch, arguments | wrong, grid, kernel)
     check_launch(launch, arguments, grid, kernel)
+
+
+def test_none_inside_an_operand_is_noticed() -> None:
+    kind = (Place("*bf16", "i32", "i32", ("i32",), ()), "constexpr")  # type: ignore[arg-type]
+    place = Place(torch.zeros(4), 0, 0, (0,), ())
+    assert len(list(leaves((0,), kind, (place, None)))) == 5
+    with pytest.raises(AssertionError, match="None inside"):
+        list(leaves((0,), kind, (place._replace(outer=None), None)))  # type: ignore[arg-type]
 
 
 def test_triton_is_the_one_of_the_stub() -> None:

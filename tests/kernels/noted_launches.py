@@ -101,8 +101,13 @@ def check_launch(launch: Launch, arguments: dict[str, Any], grid: tuple[int, ...
 
 
 def leaves(path: tuple[int, ...], kind: Any, value: Any) -> Iterator[tuple[tuple[int, ...], str, Any]]:
-    """Path, type and value of each scalar of an argument."""
+    """Path, type and value of each scalar of an argument.
+
+    An operand that is missing is None. Inside an operand, a named tuple, None is no value: kernels ask whether an
+    operand is there, and Triton 3.4 to 3.6 do not compile that question about a tuple with None inside.
+    """
     if isinstance(kind, tuple):
+        assert not (hasattr(value, "_fields") and any(item is None for item in value)), f"None inside {value}"
         for index, (one, item) in enumerate(zip(kind, value, strict=True)):
             yield from leaves((*path, index), one, item)
     elif value is None and kind == "constexpr":

@@ -37,7 +37,7 @@ class _Place(NamedTuple):
     number: int
     offset: int
     itemsize: int
-    strides: tuple[int, int, int | None, int | None]
+    strides: tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 
 def norm_rotary_triton(
@@ -167,8 +167,9 @@ def _place(index: int, tensor: torch.Tensor | None, part: torch.Tensor, *, offse
         raise NotRows
     leading = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
     outer, middle, inner = _padded([0 if size == 1 else stride for size, stride in leading], 0)
-    strides = (outer, middle, inner or None, tensor.stride(-1)) if per_pair else (outer, middle, inner, None)
-    return _Place(index, offset, tensor.element_size(), strides)
+    own = () if per_pair and not inner else (inner,)
+    pair = (tensor.stride(-1),) if per_pair else ()
+    return _Place(index, offset, tensor.element_size(), (outer, middle, own, pair))
 
 
 def _at(memory: Memory, index: int, offset: int, itemsize: int, strides: tuple[Any, ...]) -> Place:

@@ -17,15 +17,16 @@ import triton.language as tl
 class Place(NamedTuple):
     """A tensor as [outer, middle, inner, width]: its memory, and its strides in elements, 0 where it broadcasts.
 
-    `pair` is None where the numbers of a row lie densely; else there is one number per pair, `pair` is their distance,
-    and `inner` is None if all rows of a program share them.
+    Two of them may be missing, and are tuples of no or of one stride. `pair` is empty where the numbers of a row lie
+    densely; else there is one number per pair, `pair` has their distance, and `inner` is empty if all rows of a program
+    share them. None would not do: Triton 3.4 to 3.6 cannot compare a tuple with None inside, or tell its length.
     """
 
     memory: torch.Tensor
     outer: int
     middle: int
-    inner: int | None
-    pair: int | None
+    inner: tuple[int, ...]
+    pair: tuple[int, ...]
 
 
 class Extent(NamedTuple):
@@ -46,11 +47,11 @@ def _load(place, outer, middle, inner, pairs, mask, INTERLEAVED: tl.constexpr, W
     start = place.memory + outer * place.outer + middle * place.middle
     half: tl.constexpr = pairs.shape[1]
     inside = pairs < WIDTH // 2
-    if place.inner is not None:
-        start += inner * place.inner
+    if len(place.inner) > 0:
+        start += inner * place.inner[0]
         inside = mask & inside
-    if place.pair is not None:
-        first = tl.load(start + pairs * place.pair, mask=inside, other=0.0).to(tl.float32)
+    if len(place.pair) > 0:
+        first = tl.load(start + pairs * place.pair[0], mask=inside, other=0.0).to(tl.float32)
         second = first
     elif INTERLEAVED:
         columns = tl.arange(0, 2 * half).to(tl.int64)[None, :]
@@ -119,7 +120,7 @@ def _tile(
         sin_first, sin_second = _load(sin, outer, middle, inner, pairs, mask, INTERLEAVED, WIDTH)
         first, second = first * cos_first - second * sin_first, second * cos_second + first * sin_second
 
-    start = out.memory + outer * out.outer + middle * out.middle + inner * out.inner
+    start = out.memory + outer * out.outer + middle * out.middle + inner * out.inner[0]
     dtype = out.memory.dtype.element_ty
     if INTERLEAVED:
         columns = tl.arange(0, 2 * HALF).to(tl.int64)[None, :]
