@@ -60,7 +60,7 @@ sanitize: $(STAMP)  ## run the tests of the C++ extension under AddressSanitizer
 		$(PY) -m pytest -p no:cacheprovider -q $(SANITIZED_TESTS)
 
 # The launchers, the machine code and the results in the interpreter. The environment keeps the Triton that it has.
-TRITON_VERSIONS := 3.4.0 3.5.1 3.6.0 3.7.1 3.8.0
+TRITON_VERSIONS := 3.4.0 3.6.0 3.7.1 3.8.0 3.5.1
 TRITON_TESTS := $(addprefix tests/kernels/test_triton_,launcher.py ahead_of_time.py interpreter.py)
 triton-versions: $(STAMP)  ## run the tests of the Triton kernels with every minor version of Triton since 3.4
 	@set -e; for version in $(TRITON_VERSIONS); do \

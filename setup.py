@@ -57,7 +57,7 @@ INSTALL_REQUIRES = [
     "matplotlib>=3.8",
     "pillow>=10",
     "nvidia-ml-py>=12",
-    'triton>=3.4; platform_system == "Linux"',
+    'triton>=3.4,!=3.5.1; platform_system == "Linux"',
 ]
 # What diffusers pipelines with text encoders need, and adapters on their denoisers.
 MODEL_EXTRAS = ["transformers>=4.50", "accelerate>=1.0", "sentencepiece>=0.2", "protobuf>=4", "peft>=0.17"]
