@@ -1,4 +1,4 @@
-"""Call: normalises the arguments of a denoiser call, and finds the role of each in a run.
+"""Call: normalises the arguments of a denoiser call, and finds the role of each argument in a run.
 
 In: positional and keyword arguments as pipelines pass them, and the signature of the model's forward. Out: a `Call`
 with its leaves, its `Signature` (tree, shapes, strides, dtypes, devices, plain values), and a `Role` per leaf: latents,
