@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from harmonica_rt.schedule import cache_dit, diffusers_caches, format, interchange, routers
+from harmonica_rt.schedule import cache_dit, diffusers_caches, format, interchange, invardiff, routers
 from harmonica_rt.schedule.checks import check_sites
 from harmonica_rt.schedule.provenance import MadeBy
 from harmonica_rt.schedule.weighted import WeightedSchedule
@@ -163,6 +163,34 @@ class ExchangedSchedule(WeightedSchedule):
             ScheduleError: as for `step_mask`.
         """
         return [step for step, computed in enumerate(self.step_mask()) if computed]
+
+    @classmethod
+    def from_invardiff(cls, path: FilePath, *, sites: Iterable[str]) -> Self:
+        """Read the books of InvarDiff (arXiv 2512.05134), JSON: reused steps and, in the others, reused modules.
+
+        Args:
+            path: the file, for DiT or for Flux.
+            sites: dotted module paths in diffusers' model. A site without a book computes in every step that is not
+                reused. A reused step reuses all sites. InvarDiff then takes over the last hidden state of the blocks:
+                exactly that if the last block is the only site, and nearly that if the modules inside the blocks are.
+
+        Raises:
+            ScheduleFileNotFoundError: there is no such file.
+            ScheduleError: a book is missing, unknown or of another shape than its sites, or reuses what is no site.
+        """
+        names, source = check_sites(sites), os.fspath(path)
+        with format.named_errors(source):
+            mask = invardiff.mask_of_books(invardiff.read_books(source), names)
+            return cls(mask, names, made_by=MadeBy("invardiff"))
+
+    def save_invardiff(self, path: FilePath) -> None:
+        """Write the books of InvarDiff, which `from_invardiff` reads, for the sites of DiT or of Flux.
+
+        Raises:
+            ScheduleWriteError: the file cannot be written.
+            ScheduleError: the schedule has weights, or sites that InvarDiff has no book for.
+        """
+        write_file(path, invardiff.text_of_books(self))
 
     def save_smoothcache(self, path: FilePath, *, components: Mapping[str, str] | None = None) -> None:
         """Write the schedule in SmoothCache's JSON format; `components` is as in `from_smoothcache`.
