@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from harmonica_rt.api import (
         CompiledModel,
         compile,
+        fit,
         get_compiled,
         load,
         reference,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 _HOME = {
     "CompiledModel": "harmonica_rt.api",
     "compile": "harmonica_rt.api",
+    "fit": "harmonica_rt.api",
     "get_compiled": "harmonica_rt.api",
     "load": "harmonica_rt.api",
     "model_info": "harmonica_rt.pipelines.fit",
@@ -73,6 +75,7 @@ __all__ = [
     "demo_pipeline",
     "demo_schedule",
     "find_sites",
+    "fit",
     "get_compiled",
     "load",
     "model_info",

@@ -116,23 +116,30 @@ def checked_calls(given: object, steps: int) -> list[Mapping[str, Any]]:
     expected = "calls=[...] holds the keyword arguments of one call per step, as a list of dicts"
     if given is None:
         raise ArgumentError(f"verify(model, schedule) needs calls: {expected}")
+    calls = list_of_calls(given, expected)
+    if len(calls) != steps:
+        raise ArgumentError(f"calls holds {len(calls)} calls, the schedule has {steps} steps: pass one per step")
+    return calls
+
+
+def list_of_calls(given: object, expected: str) -> list[Mapping[str, Any]]:
+    """The keyword arguments of calls; ArgumentError, with what is `expected`, unless they are a list of mappings."""
     if isinstance(given, str | Mapping) or not isinstance(given, Iterable):
         raise ArgumentError(f"{expected}; got {described(given)}")
     calls = list(given)
     for index, call in enumerate(calls):
         if not isinstance(call, Mapping) or not all(isinstance(name, str) for name in call):
             raise ArgumentError(f"{expected}; call {index} is {described(call)}")
-    if len(calls) != steps:
-        raise ArgumentError(f"calls holds {len(calls)} calls, the schedule has {steps} steps: pass one per step")
     return calls
 
 
-def check_pipeline_arguments(pipeline: Any, given: Mapping[str, Any]) -> None:
-    """Raise ArgumentError unless the pipeline can be called with these keyword arguments."""
+def check_pipeline_arguments(pipeline: Any, given: Mapping[str, Any], function: str = "verify") -> None:
+    """Raise ArgumentError unless the pipeline can be called with these keyword arguments, as `function` does."""
     name = type(pipeline).__name__
     if not callable(pipeline):
         raise ArgumentError(
-            f"verify calls the pipeline, and a {name} cannot be called; verify its model: verify(model, calls=[...])"
+            f"{function} calls the pipeline, and a {name} cannot be called; {function} its model: "
+            f"{function}(model, calls=[...])"
         )
     signature = inspect.signature(type(pipeline).__call__)
     parameters = signature.parameters.values()
@@ -140,12 +147,13 @@ def check_pipeline_arguments(pipeline: Any, given: Mapping[str, Any]) -> None:
     if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         near = difflib.get_close_matches(unknown[0], signature.parameters, 1)
         raise ArgumentError(
-            f"verify calls the pipeline, and {name} takes no {unknown[0]}" + (f"; it takes {near[0]}" if near else "")
+            f"{function} calls the pipeline, and {name} takes no {unknown[0]}"
+            + (f"; it takes {near[0]}" if near else "")
         )
     try:
         signature.bind(pipeline, **given)
     except TypeError as error:
         raise ArgumentError(
-            f"verify calls the pipeline, and {name} cannot be called like this: {error}. Pass what you pass to the "
-            "pipeline, by name: verify(pipe, schedule, num_inference_steps=..., ...)"
+            f"{function} calls the pipeline, and {name} cannot be called like this: {error}. Pass what you pass to the "
+            "pipeline, by name, num_inference_steps included"
         ) from error

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -83,29 +84,53 @@ class ReferenceStream:
         """See `Stream.run`."""
         row = self._schedule.compute[step]
         reuse = set() if catch_up else {SiteIndex(i) for i, computed in enumerate(row) if not computed}
-        given = {site: self._given(step, site) for site in reuse}
+        output, fresh = self._forward(call, {site: self._given(step, site) for site in reuse})
+        self.cache.update({site: outputs for site, outputs in fresh.items() if outputs})
+        if self._schedule.weights is not None:
+            self._remember(step, fresh)
+        self._watch.accept()  # tables that the model itself built in this call do not count as a change
+        return output
+
+    def _forward(self, call: Call, given: dict[SiteIndex, list[Any]]) -> tuple[Any, dict[SiteIndex, list[Any]]]:
+        """One forward in which some sites return what is given; its output, and the outputs of all other sites."""
         fresh: dict[SiteIndex, list[Any]] = {}
         changes = Changes()
         with changes, changes:
             run_untraced(self._model, changes)
             _replace_sites(self._model, self._schedule.sites, given, fresh, changes)
             output = own_forward(self._model)(**call.kwargs)
-        self.cache.update({site: outputs for site, outputs in fresh.items() if outputs})
-        if self._schedule.weights is not None:
-            for site, outputs in fresh.items():
-                self._history.setdefault(site, {})[step] = outputs
-        self._watch.accept()  # tables that the model itself built in this call do not count as a change
-        return output
+        return output, fresh
+
+    def _remember(self, step: StepIndex, fresh: dict[SiteIndex, list[Any]]) -> None:
+        """Keep the latest values that the schedule computes, as many as an entry may take."""
+        for site, outputs in fresh.items():
+            if self._schedule.compute[step, site]:
+                kept = self._history.setdefault(site, {})
+                kept[step] = outputs
+                if len(kept) > self._schedule.most_weights:
+                    del kept[min(kept)]
 
     def _given(self, step: StepIndex, site: SiteIndex) -> list[Any]:
         """What the calls of a reused site return in a step."""
-        weights = self._schedule.entry_weights[step, site]
+        weights = self._weights(step, site)
         used = [age for age, weight in enumerate(weights) if weight != 0.0]
         if used == [0] and weights[0] == 1.0:
             return self.cache.get(site, [])
+        values = self._values(step, site, used[-1] + 1)
+        return [
+            _weighted_sum([outputs[age] for age in used], [float(weights[age]) for age in used])
+            for outputs in zip(*values, strict=True)
+        ]
+
+    def _weights(self, step: StepIndex, site: SiteIndex) -> NDArray[np.float64]:
+        """The weights of an entry, newest value first."""
+        weights: NDArray[np.float64] = self._schedule.entry_weights[step, site]
+        return weights
+
+    def _values(self, step: StepIndex, site: SiteIndex, count: int) -> list[list[Any]]:
+        """The latest `count` values that the schedule computes before a step, newest first."""
         computed = np.flatnonzero(self._schedule.compute[:step, site])[::-1]
-        values = [self._history[site][int(computed[age])] for age in used]
-        return [_weighted_sum(outputs, [float(weights[age]) for age in used]) for outputs in zip(*values, strict=True)]
+        return [self._history[site][int(source)] for source in computed[:count]]
 
 
 def _replace_sites(

@@ -20,7 +20,7 @@ ROOMS = (
     *("untrusted", "version", "errors", "options", "indices", "changes", "torch_state", "wrappers"),
     *("schedule", "call", "model", "graph", "capture", "plan", "lower", "planfile"),
     *("engine", "reference_engine", "execute", "sampling", "pipelines"),
-    *("plan_report", "report", "parity", "arguments", "backend", "api"),
+    *("plan_report", "report", "parity", "fitting", "arguments", "backend", "api"),
 )
 SURFACE = ("demo", "recipes", "cli")  # they use the package as its users do, and each other
 CONTRACT = ("untrusted", "errors", "wrappers", "schedule")  # all that the schedule imports

@@ -6,7 +6,7 @@ Hazard: a compiled pipeline looks like a plain one, and torch.compile may wrap e
 plain model, and refuses one that two compilers hold (`subject`).
 
 Reading order: `subject` (finds the model), `compiled_model` (what a model becomes), `compiling` (`compile`, `load`,
-`uncompile`, `get_compiled`), `comparing` (`reference`, `verify`). Checks of single arguments are in
+`uncompile`, `get_compiled`), `comparing` (`reference`, `verify`), `fitting` (`fit`). Checks of single arguments are in
 `harmonica_rt.arguments`, options in `harmonica_rt.options`.
 """
 
@@ -14,5 +14,6 @@ from harmonica_rt.api.comparing import reference, verify
 from harmonica_rt.api.compiled_model import CompiledModel
 from harmonica_rt.api.compiled_model import _compile_copy as _compiled_again  # noqa: F401  # the name in earlier pickles
 from harmonica_rt.api.compiling import compile, get_compiled, load, uncompile
+from harmonica_rt.api.fitting import fit
 
-__all__ = ["CompiledModel", "compile", "get_compiled", "load", "reference", "uncompile", "verify"]
+__all__ = ["CompiledModel", "compile", "fit", "get_compiled", "load", "reference", "uncompile", "verify"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,7 +10,6 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from harmonica_rt.changes import Changes
 from harmonica_rt.engine import Engine
 from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.execute.planned_engine import PlannedEngine
@@ -20,7 +17,8 @@ from harmonica_rt.options import EXACT, CompileOptions
 from harmonica_rt.parity.lockstep import LockstepEngine, Tolerance
 from harmonica_rt.parity.report import ParityError, ParityReport, TrajectoryParity
 from harmonica_rt.parity.tolerance import NONE, Error, limit_from, same_bits, worst
-from harmonica_rt.pipelines.install import denoiser_module, put_temporarily
+from harmonica_rt.pipelines.install import denoiser_module
+from harmonica_rt.pipelines.one_run import run_once
 from harmonica_rt.sampling.denoiser import Denoiser
 from harmonica_rt.schedule import Schedule
 
@@ -51,14 +49,7 @@ def verify_pipeline(
     def generate(engine: Engine) -> Any:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
-        gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-        # some pipelines draw from torch's own generator even if they are given another one
-        changes = Changes()
-        with changes, changes, torch.random.fork_rng(gpus):
-            changes.undone_by(functools.partial(torch.set_rng_state, torch.get_rng_state()))
-            put_temporarily(pipeline, Denoiser(model, schedule, engine), changes)
-            torch.manual_seed(seed)
-            return _generate(pipeline, seed, arguments)
+        return run_once(pipeline, Denoiser(model, schedule, engine), seed, arguments)
 
     expected = _checked_runs(lockstep, lambda: generate(lockstep))
     return _finish(lockstep, expected, generate)
@@ -124,15 +115,6 @@ def _last(denoiser: Denoiser, inputs: list[Mapping[str, Any]]) -> Any:
     for kwargs in inputs:
         output = denoiser(**kwargs)
     return output
-
-
-def _generate(pipeline: Any, seed: int, arguments: Mapping[str, Any]) -> Any:
-    arguments, taken = dict(arguments), inspect.signature(type(pipeline).__call__).parameters
-    if "generator" in taken:
-        arguments.setdefault("generator", torch.Generator("cpu").manual_seed(seed))
-    if "output_type" in taken:
-        arguments.setdefault("output_type", "np")
-    return pipeline(**arguments)
 
 
 def _finish(lockstep: LockstepEngine, expected: Any, run: Callable[[Engine], Any]) -> ParityReport:

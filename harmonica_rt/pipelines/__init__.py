@@ -6,5 +6,5 @@ Hazard: pipelines share modules and schedulers, and users assign others. The mod
 parameters; only its call is replaced, in `_compiled_call_impl`, where `nn.Module.compile` puts one too.
 
 Reading order: `install`, `denoiser` (a compiled model that is assigned to a pipeline; the denoiser beneath is that of
-`sampling`), `fit` (does a schedule fit the model and the sampler?).
+`sampling`), `one_run` (a call with another denoiser), `fit` (does a schedule fit the model and the sampler?).
 """

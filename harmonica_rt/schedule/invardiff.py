@@ -1,8 +1,9 @@
 """The books of InvarDiff (arXiv 2512.05134): which steps are reused and, in the other steps, which modules.
 
 `step_cache_book` has one bool per step, every other book one per step and block; true = reuse. DiT has the books
-`msa_cache_book` and `mlp_cache_book`; those of Flux are in `transformer_cache_book` and `single_transformer_cache_book`,
-by kind of module. A module is reused from the latest step that computed it. In a reused step, the other books are void.
+`msa_cache_book` and `mlp_cache_book`; those of Flux are in two mappings, `transformer_cache_book` and
+`single_transformer_cache_book`, by kind of module. A module is reused from the latest step that computed it. In a
+reused step, the other books are void.
 
 Hazard: a reused step of InvarDiff takes over the last hidden state of the blocks. If the sites are the modules inside
 the blocks, it reuses all of them here, and so adds their residuals to the new input of the blocks. If the only site is
@@ -23,7 +24,7 @@ from harmonica_rt.schedule.checks import check_sequence
 from harmonica_rt.schedule.data import ScheduleData
 from harmonica_rt.schedule.format import read_bytes, read_object
 from harmonica_rt.schedule.producers import mask_column
-from harmonica_rt.untrusted.text import one_line, quoted
+from harmonica_rt.untrusted.text import one_line
 
 STEPS = "step_cache_book"
 DIT = {"msa_cache_book": "transformer_blocks.*.attn1", "mlp_cache_book": "transformer_blocks.*.ff"}
@@ -61,7 +62,7 @@ def mask_of_books(books: Mapping[str, object], sites: Sequence[str]) -> Mask:
     """
     if STEPS not in books:
         raise ScheduleError(f"{STEPS}: missing book; InvarDiff's files have one bool per step there")
-    computed = ~mask_column(check_sequence(books[STEPS], STEPS), STEPS)
+    computed: Mask = np.logical_not(mask_column(check_sequence(books[STEPS], STEPS), STEPS))
     computed[0] = True  # there is nothing to reuse yet, and InvarDiff's code for Flux says so
     mask = np.repeat(computed[:, None], len(sites), axis=1)
     reused: dict[str, Mask] = {}  # pattern of sites -> [steps, blocks]
@@ -103,7 +104,7 @@ def text_of_books(schedule: ScheduleData) -> str:
     covered = {place for pattern in names.values() for place in found[pattern]}
     if left := [site for place, site in enumerate(schedule.sites) if place not in covered]:
         raise ScheduleError(f"{left[0]}: InvarDiff has no book for it; its books are about {sorted({*names.values()})}")
-    reused = ~schedule.compute.any(axis=1)
+    reused: Mask = np.logical_not(schedule.compute.any(axis=1))
     books: dict[str, object] = {STEPS: reused.tolist()}
     for key, pattern in names.items():
         outer, _, inner = key.rpartition(".")
@@ -137,7 +138,7 @@ def _rows(rows: object, key: str, computed: Mask) -> Mask:
         raise ScheduleError(f"{key}: expected one row per step ({len(computed)} by {STEPS}), got {len(columns)}")
     if len({len(column) for column in columns}) != 1:
         raise ScheduleError(f"{key}: expected rows of one length, one entry per block")
-    book = np.stack(columns) & computed[:, None]
+    book: Mask = np.stack(columns) & computed[:, None]
     book[0] = False
     return book
 
@@ -149,7 +150,7 @@ def _joined(reused: dict[str, Mask], sites: Sequence[str]) -> dict[str, Mask]:
         return reused
     names = [joined.replace("proj_out", part) for part in parts]
     books = [reused[name] for name in names if name in reused]
-    if len(books) == 1 or (len(books) == 2 and not np.array_equal(*books)):
+    if len(books) == 1 or (len(books) == 2 and not np.array_equal(books[0], books[1])):
         raise ScheduleError(
             f"the books reuse one of {' and '.join(names)} where they compute the other, and the site {joined} takes "
             "both; pass these two as sites"
