@@ -1,8 +1,13 @@
-"""`python -m benchmarks quality [--methods M ...] [--points T@S ...] [--seeds N ...] [--images N] [--workers N]`."""
+"""`python -m benchmarks quality [--methods M ...] [--points T@S ...] [--seeds N ...] [--images N] [--workers N]`.
+
+`python -m benchmarks quality --forecasts ...` is another comparison, with options of its own: `quality.forecasts`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import sys
 from collections.abc import Sequence
 
 from benchmarks import rows
@@ -11,10 +16,16 @@ from benchmarks.quality.matrix import Settings
 from benchmarks.quality.producers import PRODUCERS
 
 QUICK_IMAGES = 20
+FORECASTS = "--forecasts"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Finish the chosen cells of the quality benchmark, then print and plot all rows."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if FORECASTS in given:
+        given.remove(FORECASTS)
+        importlib.import_module("benchmarks.quality.forecasts.__main__").main(given)
+        return
     points = {str(point): point for point in matrix.SEEDS}
     seeds = sorted({seed for planned in matrix.SEEDS.values() for seed in planned})
     parser = argparse.ArgumentParser(prog="python -m benchmarks quality", description=main.__doc__)
@@ -39,8 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--workers", type=int, default=1, help="worker processes of one thread each (default: 1, this process)"
     )
+    parser.add_argument(FORECASTS, action="store_true", help="compare forecasts instead; it has options of its own")
     parser.add_argument("--quick", action="store_true", help=f"a trial: {QUICK_IMAGES} images and hardly any training")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(given)
     count = options.images or (QUICK_IMAGES if options.quick else matrix.IMAGES[options.device])
     if count < 2:
         parser.error("--images must be at least 2")
