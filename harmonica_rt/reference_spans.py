@@ -142,6 +142,8 @@ def _how(leaf: Any, inputs: Sequence[Any], entered: Sequence[Any], origins: _Ori
 class _Origins(TorchDispatchMode):
     """Notes the origins of all tensors while it is active; those that enter are their own."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, inputs: Sequence[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
         self._known: dict[int, Origin] = {}

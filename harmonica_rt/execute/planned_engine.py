@@ -195,7 +195,7 @@ class PlannedEngine:
             captured = mark(self._model, unmarked, self._schedule.sites, seconds=0.0 if kept else None)
         except CaptureError as error:
             # What the user can easily fix is raised; running eagerly instead would only be slow.
-            if self.options.strict or error.failure.obstacle in (Obstacle.TRAINING, Obstacle.SITE):
+            if self.options.strict or error.failure.obstacle in (Obstacle.TRAINING, Obstacle.SITE, Obstacle.SPAN):
                 raise
             self.failures = {key: failure for key, failure in self.failures.items() if self.watch.knows(key.model)}
             self.failures[self._key(call)] = error.failure

@@ -44,11 +44,11 @@ def blocks(model: nn.Module) -> list[Span]:
 
 
 def spans(model: nn.Module) -> list[Span]:
-    """Each list of blocks as one span; a list inside a block of another one is a part of that block."""
+    """Each list of blocks with sub-layers as one span; a list inside a block of another one is a part of that block."""
     found: list[Span] = []
     for path, modules in _block_lists(model):
         inside = any(path.startswith(f"{outer.path}.") for outer in found)
-        if not inside and any(map(_has_attention, modules)):
+        if not inside and any(_sites_of(modules)):
             found.append(Span(path, 0, len(modules)))
     return found
 

@@ -108,10 +108,14 @@ def check_modules(sites: Sequence[str], purpose: str) -> None:
             raise SiteError(f"{purpose} takes sub-layers as sites, as find_sites(model) lists them, got {site!r}")
 
 
-def _check_span(span: Span, blocks: nn.Module) -> None:
+def _is_list(module: nn.Module) -> bool:
     from torch import nn
 
-    if not isinstance(blocks, nn.ModuleList | nn.Sequential):
+    return isinstance(module, nn.ModuleList | nn.Sequential)
+
+
+def _check_span(span: Span, blocks: nn.Module) -> None:
+    if not _is_list(blocks):
         raise SiteError(f"{span}: {span.path} is a {type(blocks).__name__}; a span takes blocks of an nn.ModuleList")
     if span.stop > len(blocks):
         raise SiteError(f"{span}: {span.path} has {len(blocks)} blocks, so a span of it ends at {len(blocks)} at most")
@@ -148,7 +152,7 @@ def _matched(pattern: str, model: nn.Module, places: Mapping[str, int]) -> dict[
     matched = {name: place for name, place in places.items() if regex.fullmatch(name)}
     if span is None:
         return matched
-    found = [span._replace(path=name) for name in matched]
+    found = [span._replace(path=name) for name in matched if span.path == name or _is_list(model.get_submodule(name))]
     for each in found:
         _check_span(each, model.get_submodule(each.path))
     return {str(each): places[each.blocks[0]] for each in found}
