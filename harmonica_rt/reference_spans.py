@@ -144,6 +144,11 @@ class _Origins(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Whether torch.compile may run parts of the block (flex attention) as if this mode were not there."""
+        return True
+
     def __init__(self, inputs: Sequence[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
         self._known: dict[int, Origin] = {}

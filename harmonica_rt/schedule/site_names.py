@@ -52,6 +52,11 @@ def span_of(site: str) -> Span | None:
     return span
 
 
+def is_module(site: str) -> bool:
+    """Whether a site is a module, neither a span nor the output."""
+    return site != OUTPUT and span_of(site) is None
+
+
 def check_disjoint(sites: Sequence[str]) -> None:
     """Raise SiteError if two sites overlap: a part of the model would belong to both."""
     if OUTPUT in sites and len(sites) > 1:

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, TypeGuard
 
 from harmonica_rt.errors import ArgumentError, SiteError
 from harmonica_rt.schedule import site_rule
-from harmonica_rt.schedule.site_names import OUTPUT, Span, check_disjoint, span_of
+from harmonica_rt.schedule.site_names import OUTPUT, Span, check_disjoint, is_module, span_of
 from harmonica_rt.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from torch import nn
-
-Level = Literal["sublayer", "block", "span", "output"]
-"""How much of the model a site is: an attention or feed-forward layer, a block, a list of blocks, or all of it."""
 
 _BY_LEVEL: Mapping[str, Callable[[nn.Module], Iterable[object]]] = {
     "sublayer": site_rule.sublayers,
@@ -29,7 +26,7 @@ _BY_LEVEL: Mapping[str, Callable[[nn.Module], Iterable[object]]] = {
 }
 
 
-def find_sites(model: nn.Module, patterns: Sequence[str] | None = None, *, level: Level | None = None) -> list[str]:
+def find_sites(model: nn.Module, patterns: Sequence[str] | None = None, *, level: str | None = None) -> list[str]:
     """The sites of `model`, block by block, in registration (usually also execution) order.
 
     A sub-layer is named by its module path, `transformer_blocks.3.attn1`. A span of blocks is named
@@ -104,11 +101,11 @@ def check_sites(model: nn.Module, sites: Iterable[str]) -> None:
 def check_modules(sites: Sequence[str], purpose: str) -> None:
     """Raise SiteError if a site is no module, for a purpose that takes modules only."""
     for site in sites:
-        if site == OUTPUT or span_of(site) is not None:
+        if not is_module(site):
             raise SiteError(f"{purpose} takes sub-layers as sites, as find_sites(model) lists them, got {site!r}")
 
 
-def _is_list(module: nn.Module) -> bool:
+def _is_list(module: nn.Module) -> TypeGuard[nn.ModuleList | nn.Sequential]:
     from torch import nn
 
     return isinstance(module, nn.ModuleList | nn.Sequential)

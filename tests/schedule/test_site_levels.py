@@ -98,10 +98,19 @@ def test_a_mask_names_spans_and_their_lists() -> None:
     assert Schedule.from_mask({"blocks": "10"}, sites=sites).compute.tolist() == [[True, True], [False, False]]
 
 
-def test_files(tmp_path: Path) -> None:
-    schedule = Schedule.every(2, steps=4, sites=["blocks[0:2]", "blocks.2.attn"]).with_taylor(1)
-    schedule.save(tmp_path / "schedule.json")
-    assert Schedule.load(tmp_path / "schedule.json") == schedule
+@pytest.mark.parametrize("sites", [["blocks[0:2]", "blocks.2.attn"], [hrt.OUTPUT]], ids=["span", "output"])
+def test_files_are_of_version_2(tmp_path: Path, sites: list[str]) -> None:
+    path = tmp_path / "schedule.json"
+    schedule = Schedule.every(2, steps=4, sites=sites)
+    schedule.save(path)
+    assert '"version": 2' in path.read_text()
+    assert Schedule.load(path) == schedule
+    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
+    with pytest.raises(ScheduleError, match="version 1 has no spans and no output"):
+        Schedule.load(path)
+
+
+def test_the_output_is_a_kind_of_its_own() -> None:
     assert Schedule.every(2, steps=4, sites=[hrt.OUTPUT]).cur_per_kind() == {"output": 0.5}
 
 
