@@ -33,6 +33,21 @@ class Joint(nn.Module):
         return both[:, : text.shape[1]], both[:, text.shape[1] :]
 
 
+class Apart(nn.Module):
+    """A block that adds to a part of each stream, and joins it with the rest again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        first, middle, last = torch.split(image, [1, 1, IMAGE - 2], dim=1)
+        rest, narrow = last[..., : WIDTH // 2], last[..., WIDTH // 2 :]
+        last = torch.cat([rest, narrow + scale * narrow.tanh()], dim=-1)
+        image = torch.cat([torch.cat([first, middle + scale * self.mix(middle)], dim=1), last], dim=1)
+        return text + self.mix(text), image + self.mix(image)
+
+
 class InPlace(nn.Module):
     """A block that adds in place, in fp32, and returns its own type."""
 
@@ -129,7 +144,7 @@ def test_a_span_has_one_value_per_stream_however_many_blocks_it_has() -> None:
     assert [len(outputs) for outputs in each.site_outputs] == [2, 2, 2, 2]
 
 
-@pytest.mark.parametrize("block", [Joint, InPlace], ids=["joined and split", "in place"])
+@pytest.mark.parametrize("block", [Joint, Apart, InPlace], ids=["joined and split", "split and joined", "in place"])
 @pytest.mark.parametrize("sites", [("blocks[0:4]",), ("blocks[1:3]", "blocks[3:4]"), ("blocks.0", "blocks[2:4]")])
 def test_parity(block: type[nn.Module], sites: tuple[str, ...]) -> None:
     if block is InPlace and "blocks.0" in sites:
