@@ -10,7 +10,13 @@ from importlib import resources
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel
+from diffusers import (
+    DDIMScheduler,
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    WanTransformer3DModel,
+)
 from torch import nn
 
 from harmonica_rt import CompiledModel
@@ -187,6 +193,23 @@ def flux_calls(model: nn.Module, rows: int, steps: int, *, side: int, text_token
         }
         for sigma in torch.linspace(1, 1 / steps, steps)
     ]
+
+
+def wan_on_meta(layers: int = 40) -> nn.Module:
+    """Wan 2.1 at the geometry of its 14B text-to-video model (width 5120), on the meta device."""
+    with torch.device("meta"):
+        model: nn.Module = WanTransformer3DModel(num_layers=layers)
+    return model.eval()
+
+
+def wan_call() -> dict[str, Any]:
+    """The call of one step for 81 frames of 720 x 1280 pixels, on the meta device; 75600 tokens."""
+    with torch.device("meta"):
+        return {
+            "hidden_states": torch.empty(1, 16, 21, 90, 160),
+            "timestep": torch.empty(1),
+            "encoder_hidden_states": torch.empty(1, 512, 4096),
+        }
 
 
 def flux_like() -> nn.Module:

@@ -1,15 +1,21 @@
-"""Compares planned slot memory with a lower bound for any plan, for models whose sites have one size or several."""
+"""Compares planned slot memory with a lower bound for any plan, for models whose sites have one size or several.
+
+For two large models, in bf16 and without allocating them, it also compares the levels of sites: what a stream keeps for
+sub-layers, blocks, spans, and the output, with plain reuse and with weights.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 import harmonica_rt as hrt
 from benchmarks import models, schedules
+from benchmarks.roofline.cases import call_on_meta, on_meta
 from benchmarks.rows import Row
 from harmonica_rt import Schedule
 from harmonica_rt.call.call import CallConvention
-from harmonica_rt.capture.capture import capture
+from harmonica_rt.capture.capture import capture, capture_model, mark
 from harmonica_rt.plan.invariants import check_plan
 from harmonica_rt.plan.plan import Plan, build_plan
 
@@ -24,6 +30,26 @@ def run(*, repeats: int, quick: bool) -> list[Row]:
     for image, text in ((64, 8), (64, 48)):
         name = f"Flux-like, 19 + 38 blocks, {image} image and {text} text tokens"
         rows += _rows(name, flux, models.flux_call(image, text), steps, "at most 1.1")
+    if not quick:
+        flux = models.flux_on_meta()
+        call = models.flux_calls(flux, 1, 1, side=64, text_tokens=512)[0]
+        rows += level_rows("Flux 1024, 1 image", flux, call)
+        rows += level_rows("Wan 14B, 81 frames of 720 x 1280", models.wan_on_meta(), models.wan_call())
+    return rows
+
+
+def level_rows(case: str, model: nn.Module, arguments: dict[str, object], steps: int = 20) -> list[Row]:
+    """Bytes of one stream by the level of its sites, for every(2) with plain reuse and with two weights per entry."""
+    model = on_meta(model, torch.bfloat16)
+    call = call_on_meta(model, arguments, torch.bfloat16)
+    captured = capture_model(model, call)
+    rows = []
+    for level in ("sublayer", "block", "span", "output"):
+        plain = Schedule.every(2, steps=steps, sites=hrt.find_sites(model, level=level))
+        for weights, schedule in {"plain": plain, "two weights": plain.with_taylor(1)}.items():
+            plan = build_plan(mark(model, captured, schedule.sites), schedule)
+            check_plan(plan)
+            rows += _plan_rows(case, f"every(2), {weights}, {level}", plan, None)
     return rows
 
 
@@ -46,7 +72,7 @@ def _schedules(sites: list[str], steps: int) -> dict[str, Schedule]:
     return found
 
 
-def _plan_rows(case: str, schedule: str, plan: Plan, target: str) -> list[Row]:
+def _plan_rows(case: str, schedule: str, plan: Plan, target: str | None) -> list[Row]:
     planned, bound = sum(plan.table.arena_bytes.values()), sum(plan.table.lower_bound.values())
     figures: list[tuple[str, float, str, str | None]] = [
         ("planned", planned, "bytes", None),

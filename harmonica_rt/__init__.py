@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from harmonica_rt.execute.planned_engine import FallbackWarning
     from harmonica_rt.parity.report import ParityError, ParityReport
     from harmonica_rt.pipelines.fit import model_info
-    from harmonica_rt.schedule import Schedule, find_sites
+    from harmonica_rt.schedule import OUTPUT, Schedule, find_sites
 
 _HOME = {
     "CompiledModel": "harmonica_rt.api",
@@ -57,11 +57,13 @@ _HOME = {
     "HarmonicaError": "harmonica_rt.errors",
     "ParityError": "harmonica_rt.parity.report",
     "ParityReport": "harmonica_rt.parity.report",
+    "OUTPUT": "harmonica_rt.schedule",
     "Schedule": "harmonica_rt.schedule",
     "find_sites": "harmonica_rt.schedule",
 }
 
 __all__ = [
+    "OUTPUT",
     "CaptureError",
     "CompiledModel",
     "FallbackWarning",

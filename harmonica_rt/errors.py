@@ -90,6 +90,7 @@ class Obstacle(enum.Enum):
     HOOKS = "modules inside the model carry hooks, which a graph would bypass"
     TRAINING = "the model is in training mode"
     SITE = "a site has no output that a graph could cut at"
+    SPAN = "a span of blocks has an output that is no residual, so there is nothing to cache"
     OUTPUT = "the model returns something other than tensors"
 
 

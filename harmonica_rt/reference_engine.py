@@ -1,14 +1,13 @@
 """The reference: the plain model, run eagerly, with the outputs of reused sites replaced. No graph, no plan.
 
 It is the truth that compiled programs are compared with, and it runs where a model cannot be captured. So it favours
-being obviously right over being fast: cached values are cloned when stored and when returned, in case the model later
-changes them in place.
+being obviously right over being fast.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,15 +17,15 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from harmonica_rt.call.call import Call
-from harmonica_rt.capture.sites import check_site_result
-from harmonica_rt.changes import Changes, in_this_thread
+from harmonica_rt.changes import Changes
 from harmonica_rt.engine import RunKey
-from harmonica_rt.errors import SiteError
 from harmonica_rt.indices import SiteIndex, StepIndex
 from harmonica_rt.model.forward import own_forward
 from harmonica_rt.model.use import run_untraced
 from harmonica_rt.model.watch import ModelState, ModelWatch
-from harmonica_rt.schedule import Schedule
+from harmonica_rt.reference_calls import cloned, replace_sites
+from harmonica_rt.reference_spans import BlockShape
+from harmonica_rt.schedule import OUTPUT, Schedule
 from harmonica_rt.schedule.sites import check_sites
 
 
@@ -59,10 +58,10 @@ class ReferenceEngine:
 
 
 class ReferenceStream:
-    """A stream with the latest outputs of each site: of all its calls in one forward, as a module may run twice.
+    """A stream with the latest values of each site: of all its calls in one forward, as a module may run twice.
 
     Attributes:
-        cache: site -> the outputs of the latest step that computed it.
+        cache: site -> its values (see `reference_calls`) in the latest step that computed it.
     """
 
     def __init__(self, model: nn.Module, schedule: Schedule, watch: ModelWatch) -> None:
@@ -70,6 +69,8 @@ class ReferenceStream:
         self._schedule = schedule
         self._watch = watch
         self.cache: dict[SiteIndex, list[Any]] = {}
+        self._output = SiteIndex(0) if OUTPUT in schedule.sites else None  # then it is the only site
+        self._shapes: dict[SiteIndex, list[BlockShape]] = {}
         self._history: dict[SiteIndex, dict[int, list[Any]]] = {}  # site -> step -> outputs, the latest last
 
     def begin(self) -> None:
@@ -84,7 +85,8 @@ class ReferenceStream:
         """See `Stream.run`."""
         row = self._schedule.compute[step]
         reuse = set() if catch_up else {SiteIndex(i) for i, computed in enumerate(row) if not computed}
-        output, fresh = self._forward(call, {site: self._given(step, site) for site in reuse})
+        given = {site: self._given(step, site) for site in reuse}
+        output, fresh = self._forward(call, given)
         self.cache.update({site: outputs for site, outputs in fresh.items() if outputs})
         if self._schedule.weights is not None:
             self._remember(step, fresh)
@@ -92,13 +94,17 @@ class ReferenceStream:
         return output
 
     def _forward(self, call: Call, given: dict[SiteIndex, list[Any]]) -> tuple[Any, dict[SiteIndex, list[Any]]]:
-        """One forward in which some sites return what is given; its output, and the outputs of all other sites."""
+        """The model's output with these values of reused sites, and the values of all other sites."""
         fresh: dict[SiteIndex, list[Any]] = {}
+        if self._output in given:
+            return cloned(given[self._output][0]), fresh
         changes = Changes()
         with changes, changes:
             run_untraced(self._model, changes)
-            _replace_sites(self._model, self._schedule.sites, given, fresh, changes)
+            replace_sites(self._model, self._schedule.sites, given, fresh, self._shapes, changes)
             output = own_forward(self._model)(**call.kwargs)
+        if self._output is not None:
+            fresh[self._output] = [cloned(output)]
         return output, fresh
 
     def _remember(self, step: StepIndex, fresh: dict[SiteIndex, list[Any]]) -> None:
@@ -133,54 +139,6 @@ class ReferenceStream:
         return [self._history[site][int(source)] for source in computed[:count]]
 
 
-def _replace_sites(
-    model: nn.Module,
-    sites: tuple[str, ...],
-    given: dict[SiteIndex, list[Any]],
-    fresh: dict[SiteIndex, list[Any]],
-    changes: Changes,
-) -> None:
-    """Until `changes` are undone, calls of reused sites return what is `given`, and those of others go to `fresh`.
-
-    Torch runs a module's `_compiled_call_impl`, if it has one, in place of its hooks and its forward.
-    """
-    for index, name in enumerate(sites):
-        site, module = SiteIndex(index), model.get_submodule(name)
-        plain = module.__dict__.get("_compiled_call_impl") or module._call_impl
-        if site in given:
-            call: Callable[..., Any] = _Reused(given[site])
-        else:
-            call = _Recorded(module, fresh.setdefault(site, []), plain)
-        changes.set(module.__dict__, "_compiled_call_impl", in_this_thread(call, plain))
-
-
-class _Reused:
-    """Stands in for a site's call: the k-th call in a forward returns the k-th cached output."""
-
-    def __init__(self, outputs: list[Any]) -> None:
-        self._outputs = iter(outputs)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        for output in self._outputs:
-            return _cloned(output)
-        raise SiteError("a site ran more often in this forward than in the one that stored its outputs")
-
-
-class _Recorded:
-    """Runs a site and keeps a copy of what it returns."""
-
-    def __init__(self, module: nn.Module, kept: list[Any], call: Callable[..., Any]) -> None:
-        self._module = module
-        self._call = call
-        self._kept = kept
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self._call(*args, **kwargs)
-        check_site_result(self._module, args, kwargs, output)
-        self._kept.append(_cloned(output))
-        return output
-
-
 def _weighted_sum(outputs: Sequence[Any], weights: Sequence[float]) -> Any:
     """`sum_j weights[j] * outputs[j]` in fp32 (fp64 for fp64), rounded once."""
 
@@ -192,7 +150,3 @@ def _weighted_sum(outputs: Sequence[Any], weights: Sequence[float]) -> Any:
         return functools.reduce(torch.add, terms).to(values[0].dtype)
 
     return pytree.tree_map(total, *outputs)
-
-
-def _cloned(output: Any) -> Any:
-    return pytree.tree_map_only(torch.Tensor, torch.clone, output)

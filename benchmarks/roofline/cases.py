@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,7 @@ class MetaCase:
 def meta_case(geometry: Geometry, images: int, steps: int, dtype: torch.dtype) -> MetaCase:
     """Capture a model of the latency benchmark for a number of images and steps, without allocating it."""
     model = on_meta(geometry.build(), dtype)
-    call = call_on_meta(geometry, model, images, dtype)
+    call = call_on_meta(model, geometry.calls(model, images, 1)[0], dtype)
     captured = capture(model, call, find_sites(model))
     name = f"{geometry.title}, {images} image{'s' * (images > 1)}"
     return MetaCase(name, captured, roles(call), schedules_of(model, steps))
@@ -49,12 +50,11 @@ def on_meta(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model.eval()
 
 
-def call_on_meta(geometry: Geometry, model: nn.Module, images: int, dtype: torch.dtype) -> Call:
-    """The call of one step, its floating-point tensors converted."""
-    [call] = geometry.calls(model, images, 1)
+def call_on_meta(model: nn.Module, arguments: Mapping[str, object], dtype: torch.dtype) -> Call:
+    """The call with these arguments, its floating-point tensors converted."""
 
     def convert(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
-    converted = torch.utils._pytree.tree_map_only(torch.Tensor, convert, call)
+    converted = torch.utils._pytree.tree_map_only(torch.Tensor, convert, dict(arguments))
     return CallConvention(model).normalise((), meta_like(converted))

@@ -1,4 +1,4 @@
-"""Trace a model into one graph with every site marked.
+"""Trace a model into one graph, and mark the sites of a schedule in it.
 
 Three hazards shape the mechanism. A graph that deep-copied the parameters would double the memory and miss later
 updates, so parameters are placeholders here and are fetched from the model when a run starts. In-place operations
@@ -17,12 +17,12 @@ from typing import Any
 from torch import fx, nn
 
 from harmonica_rt.call.call import Call
-from harmonica_rt.capture.captured_graph import CapturedGraph, Placeholders
+from harmonica_rt.capture.captured_graph import CapturedGraph, CapturedModel, Placeholders
 from harmonica_rt.capture.closed_values import fold_closed_values
 from harmonica_rt.capture.one_thread import import_tracer
 from harmonica_rt.capture.request_values import request_values_of
 from harmonica_rt.capture.shared_draws import SharedDraws
-from harmonica_rt.capture.sites import check_site_result, find_site_outputs, site_columns, without_call_suffix
+from harmonica_rt.capture.sites import returns_an_input, site_columns, without_call_suffix
 from harmonica_rt.capture.trace import trace
 from harmonica_rt.changes import Changes, in_this_thread
 from harmonica_rt.errors import CaptureError, CaptureFailure, Obstacle
@@ -37,19 +37,40 @@ def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph
     """Capture `model` for calls with the signature of `call`, with `sites` marked.
 
     Raises:
+        CaptureError: see `capture_model` and `mark`.
+    """
+    return mark(model, capture_model(model, call), sites)
+
+
+def mark(
+    model: nn.Module, captured: CapturedModel, sites: Sequence[str], *, seconds: float | None = None
+) -> CapturedGraph:
+    """A captured model with the sites of a schedule marked; `seconds` as in `CapturedModel.marked`.
+
+    Raises:
+        CaptureError: a site cannot be cut out of the graph; its `failure` names the obstacle and where it lies.
+    """
+    columns = site_columns(model, sites)
+    return captured.marked(sites, lambda path: columns.get(without_call_suffix(path)), seconds=seconds)
+
+
+def capture_model(model: nn.Module, call: Call) -> CapturedModel:
+    """Capture `model` for calls with the signature of `call`.
+
+    Raises:
         CaptureError: the model cannot be captured; its `failure` names the obstacle and where it lies.
     """
     check_capturable(model)
     import_tracer()
     started = time.perf_counter()
-    changes = Changes()
+    changes, unchanged = Changes(), set[int]()
     with changes, changes:
         trace_alone(model, changes)  # before the lock, which a run in progress may need
         take_capture_lock(changes)
         draws = SharedDraws(changes)
         keep_only_own_forward(model, changes)
-        _check_results_of(model, sites, changes)
-        traced = trace(model, call, sites, draws)
+        _watch_results(model, unchanged, changes)
+        traced = trace(model, call, draws)
     exported, values = traced.exported, traced.values
     check_draws_nothing(exported.graph, modes_of(model))
     placeholders = Placeholders.of(exported, len(call.leaves))
@@ -62,27 +83,29 @@ def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph
             detail = "the values that it reads from its request differ when they are computed again"
             raise CaptureError(CaptureFailure(Obstacle.EXPORT, detail))
         exported.graph.eliminate_dead_code()
-    columns = site_columns(model, sites)
-    site_outputs = find_site_outputs(exported.graph, sites, lambda path: columns.get(without_call_suffix(path)))
-    kept = {node for nodes in site_outputs for node in nodes}
-    return CapturedGraph(
+    modules = model.named_modules(remove_duplicate=False)
+    return CapturedModel(
         graph=exported.graph,
         root=exported.graph_module,
         parameters=placeholders.parameters,
-        constants=fold_closed_values(exported.graph, placeholders.constants, kept),
+        constants=fold_closed_values(exported.graph, placeholders.constants),
         inputs=placeholders.inputs,
         out_spec=out_spec,
-        sites=tuple(sites),
-        site_outputs=site_outputs,
         seconds=time.perf_counter() - started,
         request_values=found,
+        unchanged=frozenset(path for path, module in modules if id(module) in unchanged),
     )
 
 
-def _check_results_of(model: nn.Module, sites: Sequence[str], changes: Changes) -> None:
-    """Run `check_site_result` on what the sites return in this thread, until `changes` are undone."""
-    mine = in_this_thread(check_site_result, lambda *_: None)
-    for held in (model.get_submodule(site).__dict__ for site in sites):
+def _watch_results(model: nn.Module, unchanged: set[int], changes: Changes) -> None:
+    """Add to `unchanged` the ids of modules that return an input in this thread, until `changes` are undone."""
+
+    def watch(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if returns_an_input(args, kwargs, output):
+            unchanged.add(id(module))
+
+    mine = in_this_thread(watch, lambda *_: None)
+    for held in (module.__dict__ for module in model.modules() if "_forward_hooks" in module.__dict__):
         for hooks, value in (("_forward_hooks", mine), ("_forward_hooks_with_kwargs", True)):
             changes.set(held, hooks, OrderedDict({**held[hooks], "harmonica_rt": value}))
 

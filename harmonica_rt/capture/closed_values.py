@@ -21,16 +21,13 @@ LARGEST = 2**20  # bytes of one value; a plan file holds no larger constants
 CPU = torch.device("cpu")
 
 
-def fold_closed_values(
-    graph: fx.Graph, constants: Mapping[str, torch.Tensor], sites: Collection[fx.Node]
-) -> dict[str, torch.Tensor]:
+def fold_closed_values(graph: fx.Graph, constants: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Replace values made on the CPU from constants alone, and then used on another device, by constants.
 
     Args:
         graph: a functional graph; it is changed.
         constants: placeholder name -> tensor. Those that `torch.tensor` made during the trace count as closed; others
             are held by the model or by its module, which may write to them.
-        sites: nodes that stay, since a schedule may reuse or store them.
 
     Returns:
         The constants of the changed graph: the given ones and those that were made.
@@ -38,7 +35,7 @@ def fold_closed_values(
     found = dict(constants)
     if all(map(_on_cpu, graph.nodes)):
         return found
-    closed = _closed(graph, constants, sites)
+    closed = _closed(graph, constants)
     values: dict[fx.Node, Any] = {}
     made: dict[tuple[fx.Node, torch.device], fx.Node] = {}
     last_placeholder = [node for node in graph.nodes if node.op == "placeholder"][-1]
@@ -73,7 +70,7 @@ def compute(node: fx.Node, constants: Mapping[str, torch.Tensor], values: dict[f
     return values[node]
 
 
-def _closed(graph: fx.Graph, constants: Collection[str], sites: Collection[fx.Node]) -> dict[fx.Node, None]:
+def _closed(graph: fx.Graph, constants: Collection[str]) -> dict[fx.Node, None]:
     """The nodes on the CPU that only constants lead to, and the copies of them on other devices, in graph order."""
     found: dict[fx.Node, None] = {}
     for node in graph.nodes:
@@ -81,7 +78,7 @@ def _closed(graph: fx.Graph, constants: Collection[str], sites: Collection[fx.No
         if node.op == "placeholder":
             is_closed = node.name in constants and _on_cpu(node) and all(map(_is_fresh_copy, node.users))
         else:
-            is_closed = node not in sites and _can_fold(node) and (bool(inputs) or _on_cpu(node))
+            is_closed = _can_fold(node) and (bool(inputs) or _on_cpu(node))
             is_closed = is_closed and all(used in found and _on_cpu(used) for used in inputs)
         if is_closed:
             found[node] = None

@@ -19,12 +19,12 @@ import torch
 from torch import fx
 
 from harmonica_rt.call.call import Call, CallConvention
-from harmonica_rt.capture.captured_graph import CapturedGraph, Placeholders
+from harmonica_rt.capture.captured_graph import CapturedGraph, CapturedModel, Placeholders
 from harmonica_rt.capture.closed_values import fold_closed_values
 from harmonica_rt.capture.dynamo_frame import SEE_THE_BREAK, Frame, module_path, path_steps, source_name
 from harmonica_rt.capture.dynamo_replay import Replay
 from harmonica_rt.capture.export import export_functional
-from harmonica_rt.capture.sites import find_site_outputs, site_columns, site_of
+from harmonica_rt.capture.sites import site_columns, site_of
 from harmonica_rt.errors import CaptureError, CaptureFailure, Obstacle
 from harmonica_rt.model.training_mode import check_draws_nothing, modes_of
 
@@ -108,19 +108,16 @@ class DynamoGraph:
         placeholders = Placeholders.of(exported, len(call.values))
         arguments = placeholders.inputs
         leaf = {path: index for index, path in enumerate(call.paths)}
-        site_outputs = find_site_outputs(exported.graph, self._sites, self._site_at)
-        kept = {node for nodes in site_outputs for node in nodes}
-        return CapturedGraph(
+        captured = CapturedModel(
             graph=exported.graph,
             root=exported.graph_module,
             parameters={name: self.parameters[index] for name, index in arguments.items() if index in self.parameters},
-            constants=fold_closed_values(exported.graph, placeholders.constants, kept),
+            constants=fold_closed_values(exported.graph, placeholders.constants),
             inputs={name: leaf[self.inputs[index]] for name, index in arguments.items() if index in self.inputs},
             out_spec=exported.call_spec.out_spec,
-            sites=self._sites,
-            site_outputs=site_outputs,
             seconds=time.perf_counter() - started,
         )
+        return captured.marked(self._sites, self._site_at)
 
     def _site_at(self, path: str) -> int | None:
         return self._columns.get(module_path(path, self._prefix)) if path.startswith(self._prefix) else None

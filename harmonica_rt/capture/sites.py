@@ -1,4 +1,4 @@
-"""Which nodes of a traced graph belong to a site, and which modules cannot be sites."""
+"""Which nodes of a captured graph belong to a site, and which modules cannot be sites."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import functools
 import logging
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from harmonica_rt.capture.spans import find_bases
 from harmonica_rt.errors import CaptureError, CaptureFailure, Obstacle
+from harmonica_rt.schedule.site_names import OUTPUT, span_of
 
 log = logging.getLogger(__name__)
 
@@ -25,26 +28,47 @@ _PRODUCTS = frozenset(
     )
 )
 
+_IN_A_LIST = re.compile(r"\.\d+(?:[.@]|$)")
+
+
+@dataclass(frozen=True)
+class SiteMarks:
+    """Where the sites of a schedule lie in a graph.
+
+    Attributes:
+        outputs: for each site, the nodes whose values leave it, in graph order; empty for a site that does nothing.
+        bases: for each output of a span, the node that it is a residual of. The cached value is the difference.
+    """
+
+    outputs: tuple[tuple[fx.Node, ...], ...]
+    bases: dict[fx.Node, fx.Node]
+
 
 def site_columns(model: nn.Module, sites: Sequence[str]) -> dict[str, int]:
     """Module path -> site index (column of the schedule); a module in several places is listed under each path."""
-    by_module = {id(model.get_submodule(site)): index for index, site in enumerate(sites)}
+    by_module: dict[int, int] = {}
+    for index, site in enumerate(sites):
+        span = span_of(site)
+        for path in span.blocks if span is not None else (site,) if site != OUTPUT else ():
+            by_module[id(model.get_submodule(path))] = index
     modules = model.named_modules(remove_duplicate=False)
     return {path: by_module[id(module)] for path, module in modules if id(module) in by_module}
 
 
-def find_site_outputs(
-    graph: fx.Graph, sites: Sequence[str], index_of: Callable[[str], int | None]
-) -> tuple[tuple[fx.Node, ...], ...]:
-    """For each site, the nodes inside it whose values are used outside it (or are returned).
+def find_marks(
+    graph: fx.Graph, sites: Sequence[str], index_of: Callable[[str], int | None], fixed: Collection[str]
+) -> SiteMarks:
+    """The outputs of each site: the nodes inside it whose values are used outside it (or are returned).
 
     Args:
         graph: a functional graph with identities removed.
-        sites: site paths.
+        sites: names of the sites.
         index_of: maps a module path, as written in `nn_module_stack`, to the index of its site, or to None.
+        fixed: names of the placeholders that are parameters or constants.
 
     Raises:
-        CaptureError: no site has outputs in this graph, or some have none and the graph has nested graphs.
+        CaptureError: no site has outputs in this graph; some have none and the graph has nested graphs; a value in a
+            site has a data-dependent size; or an output of a span is no residual.
     """
     inside: dict[fx.Node, int] = {}
     for node in graph.nodes:
@@ -52,10 +76,21 @@ def find_site_outputs(
             site = site_of(node, index_of)
             if site is not None:
                 inside[node] = site
+                _check_size(node)
     outputs: list[list[fx.Node]] = [[] for _ in sites]
     for node, site in inside.items():
         if any(inside.get(user) != site for user in node.users):
             outputs[site].extend(_tensor_values(node))
+    if OUTPUT in sites:
+        results: Any = graph.output_node().args[0]
+        outputs[sites.index(OUTPUT)] = [node for node in results if _is_computed_tensor(node)]
+    _check_idle(graph, sites, outputs)
+    distinct = tuple(tuple(dict.fromkeys(nodes)) for nodes in outputs)
+    spans = {index: distinct[index] for index, site in enumerate(sites) if span_of(site) is not None}
+    return SiteMarks(distinct, find_bases(graph, inside, spans, sites, fixed))
+
+
+def _check_idle(graph: fx.Graph, sites: Sequence[str], outputs: Sequence[Sequence[fx.Node]]) -> None:
     idle = [site for site, nodes in zip(sites, outputs, strict=True) if not nodes]
     nested = [node for node in graph.nodes if isinstance(node.target, torch._ops.HigherOrderOperator)]
     if idle and nested:
@@ -68,7 +103,10 @@ def find_site_outputs(
     if idle:
         # Skip-layer guidance leaves whole blocks out of some calls, so this is not an error.
         log.warning("%d of %d sites do nothing in this call; the first is %s", len(idle), len(sites), idle[0])
-    return tuple(tuple(dict.fromkeys(nodes)) for nodes in outputs)
+
+
+def _is_computed_tensor(value: Any) -> bool:
+    return isinstance(value, fx.Node) and value.op == "call_function" and isinstance(value.meta["val"], torch.Tensor)
 
 
 def _tensor_values(node: fx.Node) -> list[fx.Node]:
@@ -80,11 +118,15 @@ def _tensor_values(node: fx.Node) -> list[fx.Node]:
 
 def site_of(node: fx.Node, index_of: Callable[[str], int | None]) -> int | None:
     """The index of the site that a node lies in; None if it lies in none."""
-    for path, _ in (node.meta.get("nn_module_stack") or {}).values():
+    for path in _module_paths(node):
         index = index_of(path)
         if index is not None:
             return index
     return None
+
+
+def _module_paths(node: fx.Node) -> Iterator[str]:
+    return (path for path, _ in (node.meta.get("nn_module_stack") or {}).values())
 
 
 @functools.lru_cache(maxsize=65536)
@@ -93,34 +135,32 @@ def without_call_suffix(path: str) -> str:
     return re.sub(r"@\d+", "", path)
 
 
-def check_site_result(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-    """A forward hook that refuses a site that returns one of its inputs: an earlier output cannot replace that input.
-
-    Raises:
-        CaptureError: with Obstacle.SITE.
-    """
+def returns_an_input(args: Any, kwargs: Any, output: Any) -> bool:
+    """Whether a module returns one of its inputs unchanged."""
     inputs = {id(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
-    if any(id(leaf) in inputs for leaf in pytree.tree_leaves(output)):
-        raise CaptureError(
-            CaptureFailure(
-                Obstacle.SITE,
-                "it returns one of its inputs unchanged; choose a site inside it",
-                node=type(module).__name__,
-            )
-        )
+    return any(id(leaf) in inputs for leaf in pytree.tree_leaves(output))
 
 
-def check_sizes(graph: fx.Graph, columns: Mapping[str, int]) -> None:
-    """Raise CaptureError if a value in a site, or the result of a product, has a data-dependent size.
+def unchanged_input(name: str) -> CaptureError:
+    """The error for a site that returns one of its inputs: an earlier output cannot replace that input."""
+    detail = "it returns one of its inputs unchanged; choose a site inside it"
+    return CaptureError(CaptureFailure(Obstacle.SITE, detail, node=name))
+
+
+def check_sizes(graph: fx.Graph) -> None:
+    """Raise CaptureError if a value in a block, or the result of a product, has a data-dependent size.
 
     Its memory or FLOPs cannot be known. Elsewhere such a size does no harm: it never reaches a slot.
     """
     for node in graph.nodes:
-        value = node.meta.get("val")
-        if not _depends_on_values(value):
-            continue
-        if site_of(node, lambda path: columns.get(without_call_suffix(path))) is not None or _is_product(node):
-            raise CaptureError(_unknown_size(value, node=node.name, stack=node.meta.get("stack_trace")))
+        if _is_product(node) or any(_IN_A_LIST.search(path) for path in _module_paths(node)):
+            _check_size(node)
+
+
+def _check_size(node: fx.Node) -> None:
+    value: Any = node.meta.get("val")
+    if _depends_on_values(value):
+        raise CaptureError(_unknown_size(value, node=node.name, stack=node.meta.get("stack_trace")))
 
 
 class StopsAtUnknownSizes(TorchFunctionMode):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from harmonica_rt.call.call import Call
 from harmonica_rt.capture.export import GivenUp, export_functional, not_traced
 from harmonica_rt.capture.request_value_mode import RequestValueMode, keep_lists_whole
 from harmonica_rt.capture.shared_draws import SharedDraws
-from harmonica_rt.capture.sites import StopsAtUnknownSizes, check_sizes, site_columns
+from harmonica_rt.capture.sites import StopsAtUnknownSizes, check_sizes
 from harmonica_rt.changes import Changes
 from harmonica_rt.errors import CaptureError, CaptureFailure, Obstacle
 from harmonica_rt.model.facts import Facts
@@ -43,7 +43,7 @@ class Traced:
     values: list[torch.Tensor] | None = None
 
 
-def trace(model: nn.Module, call: Call, sites: Sequence[str], draws: SharedDraws) -> Traced:
+def trace(model: nn.Module, call: Call, draws: SharedDraws) -> Traced:
     """Trace a model whose forward does not change it.
 
     A model may build tables at its first call. So a model that changes while it is traced is run once and traced again.
@@ -52,19 +52,19 @@ def trace(model: nn.Module, call: Call, sites: Sequence[str], draws: SharedDraws
     Raises:
         CaptureError: the model cannot be traced, or changes whenever it runs. It is then left as it was.
     """
-    traced = _trace_as_it_is(model, call, sites, draws)
+    traced = _trace_as_it_is(model, call, draws)
     if not traced.written:
         return traced
     before = Facts(model)
     _run_once(model, call)
-    traced = _trace_as_it_is(model, call, sites, draws)
+    traced = _trace_as_it_is(model, call, draws)
     if traced.written:
         before.put_back()
         raise CaptureError(CaptureFailure(Obstacle.STATE, "; ".join(traced.written)))
     return traced
 
 
-def _trace_as_it_is(model: nn.Module, call: Call, sites: Sequence[str], draws: SharedDraws) -> Traced:
+def _trace_as_it_is(model: nn.Module, call: Call, draws: SharedDraws) -> Traced:
     """Trace a model and leave it as it was.
 
     A model that cannot be traced without values is traced again with its reads of the request answered. If that fails
@@ -88,7 +88,7 @@ def _trace_as_it_is(model: nn.Module, call: Call, sites: Sequence[str], draws: S
                 noting = _noting_changes(draws.noting(forward), model, written)
                 changes.set(model.__dict__, "forward", Swapped(noting, own_forward(model)))
                 exported = export_functional(model, (), call.kwargs)
-            check_sizes(exported.graph, site_columns(model, sites))
+            check_sizes(exported.graph)
             if draws.drew_last:
                 written.append("it draws random numbers from Python or numpy")
             return Traced(exported, tuple(written))

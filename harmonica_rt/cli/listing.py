@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from harmonica_rt.cli.console import console, line, print_unwrapped
-from harmonica_rt.cli.options import MODEL, PATTERN
+from harmonica_rt.cli.options import LEVEL, MODEL, PATTERN
 
 
 def sites(
     model: Path = MODEL,
     pattern: list[str] = PATTERN,
+    level: str | None = LEVEL,
 ) -> None:
-    """List the cacheable sub-layers of a pipeline's denoiser, in execution order."""
+    """List the sites of a pipeline's denoiser, in execution order: its sub-layers, unless --level says otherwise."""
     from collections import Counter
 
     from harmonica_rt import find_sites
@@ -20,7 +21,7 @@ def sites(
     from harmonica_rt.schedule.producers import site_kind
 
     denoiser = load_denoiser(model)
-    found = find_sites(denoiser, pattern or None)
+    found = find_sites(denoiser, pattern or None, level=level)
     for site in found:
         print_unwrapped(site)
     kinds = Counter(site_kind(site) for site in found)

@@ -21,6 +21,9 @@ SCHEDULE: Any = typer.Argument(..., metavar="SCHEDULE", help="A schedule file, o
 PATTERN: Any = typer.Option(
     [], help="A glob over module paths that chooses the sites, instead of the built-in rule; may be repeated."
 )
+LEVEL: Any = typer.Option(
+    None, help="What the sites are: sublayer (the default), block, span (a list of blocks as one) or output."
+)
 ARGUMENTS: Any = typer.Option(
     [], "--arg", metavar="NAME=VALUE", help="An argument of the pipeline's call; may be repeated."
 )

@@ -9,7 +9,7 @@ import typer
 
 from harmonica_rt.cli.command import Command
 from harmonica_rt.cli.console import console, print_unwrapped
-from harmonica_rt.cli.options import MODEL, PATTERN, SCHEDULE, SCHEDULE_OUT, SEED, one_of, writable_picture
+from harmonica_rt.cli.options import LEVEL, MODEL, PATTERN, SCHEDULE, SCHEDULE_OUT, SEED, one_of, writable_picture
 from harmonica_rt.errors import HarmonicaError, ScheduleError
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def make(
     random: float | None = typer.Option(None, min=0, max=1, help="Reuse this share of entries at random."),
     mask: str | None = typer.Option(None, help="One 0 or 1 per step, 1 = compute."),
     pattern: list[str] = PATTERN,
+    level: str | None = LEVEL,
     seed: int = SEED,
 ) -> None:
     """Make a schedule for the sites of a pipeline by hand: one of --every, --random, --mask."""
@@ -111,7 +112,7 @@ def make(
     from harmonica_rt.cli.loading import load_denoiser
 
     denoiser = load_denoiser(model)
-    sites = find_sites(denoiser, pattern or None)
+    sites = find_sites(denoiser, pattern or None, level=level)
     if every is not None:
         made = Schedule.every(every, steps=steps or 20, sites=sites)
     elif random is not None:

@@ -13,7 +13,8 @@ from torch import nn
 
 from harmonica_rt.call.call import Call
 from harmonica_rt.call.roles import roles
-from harmonica_rt.capture.capture import capture
+from harmonica_rt.capture.capture import mark
+from harmonica_rt.capture.captures import captures_of
 from harmonica_rt.changes import Changes
 from harmonica_rt.engine import RunKey, Stream
 from harmonica_rt.errors import CaptureError, CaptureFailure, Obstacle, PlanFileError
@@ -63,6 +64,7 @@ class PlannedEngine:
         self._model = model
         self._schedule = schedule
         self.watch = ModelWatch(model)
+        self._captures = captures_of(model)
         self._state: ModelState | None = None  # the model's state as the last call found it
         self._new_states = NewStates(type(model).__name__)
         self._ran_eagerly = False  # in this run
@@ -189,10 +191,11 @@ class PlannedEngine:
         name = type(self._model).__name__
         check_sites(self._model, self._schedule.sites)  # modules may have been removed since it was compiled
         try:
-            captured = capture(self._model, call, self._schedule.sites)
+            unmarked, kept = self._captures.get(self.watch, self._state or self._look(), call)
+            captured = mark(self._model, unmarked, self._schedule.sites, seconds=0.0 if kept else None)
         except CaptureError as error:
             # What the user can easily fix is raised; running eagerly instead would only be slow.
-            if self.options.strict or error.failure.obstacle in (Obstacle.TRAINING, Obstacle.SITE):
+            if self.options.strict or error.failure.obstacle in (Obstacle.TRAINING, Obstacle.SITE, Obstacle.SPAN):
                 raise
             self.failures = {key: failure for key, failure in self.failures.items() if self.watch.knows(key.model)}
             self.failures[self._key(call)] = error.failure
@@ -200,7 +203,6 @@ class PlannedEngine:
             log.warning("%s", message)
             warnings.warn(message, FallbackWarning, stacklevel=2)
             return None
-        self.watch.accept()  # a model may build tables when it first runs
         key = self._key(call)
         if captured.request_values is not None:
             key = key._replace(signature=dataclasses.replace(key.signature, request_values=captured.request_values.key))

@@ -7,7 +7,8 @@ All functions only read the graph. A node's fake tensor, or list of them, is its
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable
+import types
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -88,8 +89,13 @@ def _may_return_alias(target: Any) -> bool:
     return bool(target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd))
 
 
-def needed_nodes(roots: Iterable[Any], cut: Collection[fx.Node] = ()) -> set[fx.Node]:
-    """The roots that are nodes, and all nodes that they depend on; the search does not go past `cut` nodes."""
+def needed_nodes(
+    roots: Iterable[Any], cut: Collection[fx.Node] = (), bases: Mapping[fx.Node, fx.Node] = types.MappingProxyType({})
+) -> set[fx.Node]:
+    """The roots that are nodes, and all nodes that they depend on.
+
+    The search goes on from a `cut` node only to its base, if it has one.
+    """
     needed: set[fx.Node] = set()
     pending = [root for root in roots if isinstance(root, fx.Node)]
     while pending:
@@ -99,4 +105,6 @@ def needed_nodes(roots: Iterable[Any], cut: Collection[fx.Node] = ()) -> set[fx.
         needed.add(node)
         if node not in cut:
             pending.extend(node.all_input_nodes)
+        elif node in bases:
+            pending.append(bases[node])
     return needed

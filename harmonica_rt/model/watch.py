@@ -49,13 +49,14 @@ class ModelWatch:
     """Watches one model for changes.
 
     Attributes:
+        model: the model.
         difference: a description of how the latest facts differ from those before; None until they first change.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.difference: str | None = None
         self._tensors: dict[str, torch.Tensor] = {}
-        self._model = model
+        self.model = model
         self._known: list[Facts] = []
         self._states: list[ModelState] = []
         self._current: ModelState | None = None
@@ -109,7 +110,7 @@ class ModelWatch:
 
     def _untouched(self) -> bool:
         now = self._now
-        if now is None or _innermost(self._model) is not self._own_forward:
+        if now is None or _innermost(self.model) is not self._own_forward:
             return False
         changed = -1
         while (index := first_change(now.containers, now.noted, now.versions)) >= 0:
@@ -126,7 +127,7 @@ class ModelWatch:
             return False
         unused: frozenset[str] = frozenset()
         if isinstance(container, nn.Module):
-            unused = UNUSED_OF_ROOT if container is self._model else UNUSED
+            unused = UNUSED_OF_ROOT if container is self.model else UNUSED
         # In a module's contents, after its class, each value follows its key.
         for position, (old, new) in enumerate(zip(before, now, strict=True)):
             if old is not new and not _equal(old, new) and (position == 0 or now[position - 1] not in unused):
@@ -151,12 +152,12 @@ class ModelWatch:
         before, self._now = self._now, None  # first, so that an interruption does not leave released facts in use
         if before is not None:
             before.let_go()
-        return Facts(self._model)
+        return Facts(self.model)
 
     def _recognised(self, now: Facts) -> Facts:
         """Earlier facts that equal `now`, or `now` itself if there are none. Notes the current tensors and forward."""
-        self._own_forward = _innermost(self._model)
-        tensors = named_tensors(self._model)
+        self._own_forward = _innermost(self.model)
+        tensors = named_tensors(self.model)
         held, before = self._tensors, self._note
         self._note = TensorNote([*tensors.values(), *now.tensors])
         replaced = tensors.keys() != held.keys() or not same_objects(tensors.values(), held.values())

@@ -159,7 +159,7 @@ def _check_weighted(captured: CapturedGraph, history: Histories) -> None:
 
 
 def _value(captured: CapturedGraph, lifetime: Lifetime) -> Value:
-    fake = captured.outputs_of(lifetime.output.site)[lifetime.output.output].meta["val"]
+    fake = captured.cached_value(captured.outputs_of(lifetime.output.site)[lifetime.output.output])
     return Value(
         lifetime.output,
         lifetime.first,

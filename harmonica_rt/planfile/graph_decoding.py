@@ -15,8 +15,9 @@ from torch import fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from harmonica_rt.call.call import Signature
-from harmonica_rt.capture.captured_graph import CapturedGraph
-from harmonica_rt.capture.sites import find_site_outputs, site_columns, without_call_suffix
+from harmonica_rt.capture.capture import mark
+from harmonica_rt.capture.captured_graph import CapturedGraph, CapturedModel
+from harmonica_rt.capture.sites import without_call_suffix
 from harmonica_rt.errors import CaptureError, PlanFileError
 from harmonica_rt.graph.layout_inference import Inference, Layout, layout_of, layouts_of
 from harmonica_rt.planfile.constants import decode_constant
@@ -57,21 +58,20 @@ def decode_graph(
     out_spec = decode_tree(entry["out_spec"], f"{where}.out_spec")
     if out_spec.num_leaves != len(results):
         raise refused(f"{where}.outputs", f"{out_spec.num_leaves} values, as out_spec has", outputs)
-    found = _site_outputs(graph, facts, sites, f"{where}.site_outputs")
-    numbers = {node: number for number, node in enumerate(nodes)}
-    if [[numbers[node] for node in outputs] for outputs in found] != entry["site_outputs"]:
-        raise PlanFileError(f"{where}.site_outputs: not the outputs of the schedule's sites in this graph")
-    return CapturedGraph(
+    captured = CapturedModel(
         graph=graph,
         root=nn.Module(),
         parameters=decoder.parameters,
         constants=decoder.constants,
         inputs=decoder.inputs,
         out_spec=out_spec,
-        sites=sites,
-        site_outputs=found,
         seconds=0.0,
     )
+    marked = _marked(captured, facts, sites, f"{where}.site_outputs")
+    numbers = {node: number for number, node in enumerate(nodes)}
+    if [[numbers[node] for node in outputs] for outputs in marked.site_outputs] != entry["site_outputs"]:
+        raise PlanFileError(f"{where}.site_outputs: not the outputs of the schedule's sites in this graph")
+    return marked
 
 
 class _Decoder:
@@ -195,11 +195,8 @@ def _result(value: Any, decoder: _Decoder, where: str) -> Any:
     return result
 
 
-def _site_outputs(
-    graph: fx.Graph, facts: ModelFacts, sites: tuple[str, ...], where: str
-) -> tuple[tuple[fx.Node, ...], ...]:
-    columns = site_columns(facts.model, sites)
+def _marked(captured: CapturedModel, facts: ModelFacts, sites: tuple[str, ...], where: str) -> CapturedGraph:
     try:
-        return find_site_outputs(graph, sites, lambda path: columns.get(without_call_suffix(path)))
+        return mark(facts.model, captured, sites)
     except CaptureError as error:
         raise PlanFileError(f"{where}: {error}") from error

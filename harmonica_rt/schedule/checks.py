@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from harmonica_rt.errors import ScheduleError
+from harmonica_rt.errors import ScheduleError, SiteError
+from harmonica_rt.schedule.site_names import check_disjoint
 from harmonica_rt.untrusted.text import one_line, quoted
 
 
@@ -74,7 +75,7 @@ def check_compute(mask: ArrayLike) -> NDArray[np.bool_]:
 
 
 def check_sites(sites: Iterable[object]) -> tuple[str, ...]:
-    """Distinct dotted module paths, or ScheduleError. Whether a model has them is checked by `sites.check_sites`."""
+    """Site names that do not overlap, or ScheduleError. Whether a model has them is checked by `sites.check_sites`."""
     if isinstance(sites, str) or not isinstance(sites, Iterable):
         raise ScheduleError(f"sites: expected a list of dotted module paths, got {quoted(sites)}")
     names = tuple(sites)
@@ -90,6 +91,10 @@ def check_sites(sites: Iterable[object]) -> tuple[str, ...]:
     paths = tuple(check_text(str(name), f"sites[{i}]") for i, name in enumerate(names))
     if twice := sorted(path for path, times in Counter(paths).items() if times > 1):
         raise ScheduleError(f"sites: each site may appear only once, got several times: {one_line(', '.join(twice))}")
+    try:
+        check_disjoint(paths)
+    except SiteError as error:
+        raise ScheduleError(f"sites: {error}") from error
     return paths
 
 

@@ -29,12 +29,13 @@ from harmonica_rt.schedule.provenance import (
     WeightsBy,
     check_mapping,
 )
+from harmonica_rt.schedule.site_names import is_module
 from harmonica_rt.schedule.weights_text import parse_weights, weights_lines
 from harmonica_rt.untrusted import strict_json
 from harmonica_rt.untrusted.text import one_line, quoted
 
 FORMAT = "harmonica-schedule"
-VERSION = 2  # of schedules with weights; without, a file is of version 1, which older readers know
+VERSION = 2  # of schedules with weights, spans or the output; others are of version 1, which older readers know
 READABLE_VERSIONS = (1, 2)
 
 _REQUIRED = ("format", "version", "steps", "sites", "compute")
@@ -50,7 +51,7 @@ def to_text(schedule: ScheduleData) -> str:
     """The file's text: one line per site, per step, and per row of scores. Equal schedules give equal text."""
     fields = [
         f'"format": {_json(FORMAT)}',
-        f'"version": {1 if schedule.weights is None else VERSION}',
+        f'"version": {1 if schedule.weights is None and all(map(is_module, schedule.sites)) else VERSION}',
         f'"steps": {schedule.steps}',
         f'"sites": {_lines([_json(site) for site in schedule.sites])}',
         f'"compute": {_lines([_json(_bits(row)) for row in schedule.compute])}',
@@ -159,6 +160,8 @@ def parse(data: bytes) -> ScheduleFields:
     version = _check_header(document)
     _check_fields(document, "", _REQUIRED, _OPTIONAL if version == 1 else (*_OPTIONAL, *_NEW))
     sites = check_sites(check_sequence(document["sites"], "sites"))
+    if version == 1 and (new := [site for site in sites if not is_module(site)]):
+        raise ScheduleError(f"sites: version 1 has no spans and no output, got {quoted(new[0])}; version {VERSION} has")
     fields = ScheduleFields(sites=sites, compute=_parse_compute(document, len(sites)))
     if "model" in document:
         fields["model"] = ModelInfo(**_object(document["model"], "model", ("class_name",), ("config_fingerprint",)))

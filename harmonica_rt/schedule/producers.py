@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from harmonica_rt.errors import ScheduleError
 from harmonica_rt.schedule.checks import check_sequence
+from harmonica_rt.schedule.site_names import span_of
 from harmonica_rt.untrusted.text import quoted
 
 StepMask = str | Sequence[int]
@@ -20,8 +21,12 @@ StepMask = str | Sequence[int]
 
 
 def site_kind(site: str) -> str:
-    """The last component of a site's path that is not a number: `transformer_blocks.3.attn1` -> `attn1`."""
-    names = [part for part in site.split(".") if not part.isdigit()]
+    """The last component of a site's path that is not a number: `transformer_blocks.3.attn1` -> `attn1`.
+
+    Of a span it is that of its list: `transformer_blocks[4:8]` -> `transformer_blocks`.
+    """
+    span = span_of(site)
+    names = [part for part in (span.path if span else site).split(".") if not part.isdigit()]
     return names[-1] if names else site
 
 
@@ -65,8 +70,8 @@ def random_mask(cur: float, steps: int, n_sites: int, seed: int) -> NDArray[np.b
 def step_mask(mask: StepMask | Mapping[str, StepMask], sites: Sequence[str]) -> NDArray[np.bool_]:
     """A mask `[steps, sites]` from one step mask for all sites, or from one per site pattern.
 
-    A pattern matches a site if it matches its whole path or its kind (`fnmatch` rules; `*` crosses dots). The first
-    matching pattern decides, so `{"attn*": "1010", "*": "1100"}` reads from top to bottom.
+    A pattern matches a site if it is its name, or matches its whole path or its kind (`fnmatch` rules; `*` crosses
+    dots). The first matching pattern decides, so `{"attn*": "1010", "*": "1100"}` reads from top to bottom.
 
     Raises:
         ScheduleError: there are entries other than 0 and 1, masks of unequal length, a site that no pattern matches, or
@@ -93,7 +98,7 @@ def step_mask(mask: StepMask | Mapping[str, StepMask], sites: Sequence[str]) -> 
 
 def _first_match(site: str, patterns: Mapping[str, object]) -> str:
     for pattern in patterns:
-        if fnmatchcase(site, pattern) or fnmatchcase(site_kind(site), pattern):
+        if site == pattern or fnmatchcase(site, pattern) or fnmatchcase(site_kind(site), pattern):
             return pattern
     raise ScheduleError(
         f"mask: no pattern matches the site {site!r} (kind {site_kind(site)!r}); patterns: {list(patterns)}. "

@@ -1,11 +1,4 @@
-"""Finds the cacheable sub-layers of a model, by one rule for all diffusers transformers or by globs for any module.
-
-The rule: in every `ModuleList` of blocks of one class, the sites are the direct children that are attention or
-feed-forward layers. A block that runs both in parallel and joins them in one projection (Flux single blocks) has that
-projection as its only site, because caching a site that feeds only another site would be useless. A block that is its
-own feed-forward layer (it holds the up and the down projection) has the down projection as a site. A block made of
-blocks (HiDream wraps each, Kandinsky 6 joins one for video and one for audio, T5 lists its sub-layers) has the sites of
-those.
+"""Finds the sites of a model: sub-layers, blocks, spans of blocks, or its output, by rule or by globs.
 
 Sites are named here because their names are part of the contract between training and runtime. Importing the contract
 must stay light, so torch is imported by the functions that check a module's class.
@@ -14,48 +7,60 @@ must stay light, so torch is imported by the functions that check a module's cla
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeGuard
 
 from harmonica_rt.errors import ArgumentError, SiteError
+from harmonica_rt.schedule import site_rule
+from harmonica_rt.schedule.site_names import OUTPUT, Span, check_disjoint, is_module, span_of
 from harmonica_rt.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from torch import nn
 
-_ATTENTION_NAME = re.compile(r"^((self|cross|joint|spatial|temporal)_)?(attn|attention)(_?\w+)?$")
-_FEED_FORWARD_NAME = re.compile(r"^(ff|ffn|mlp|feed_?forward)(_?\w+)?$")
-_ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
-# T5 calls it dense-activation-dense; AlphaFold and similar models call it a transition
-_FEED_FORWARD_CLASS = re.compile(r"feed_?forward|mlp|ffn|dense\w*dense|transition", re.IGNORECASE)
-_NORM = re.compile(r"norm|modulation|scale_shift|ada_?ln", re.IGNORECASE)
-_UP_AND_DOWN = {
-    "up_proj": "down_proj",
-    "ff_in": "ff_out",
-    "proj_mlp": "proj_out",
-}  # a feed-forward layer that is the block itself
+_BY_LEVEL: Mapping[str, Callable[[nn.Module], Iterable[object]]] = {
+    "sublayer": site_rule.sublayers,
+    "block": site_rule.blocks,
+    "span": site_rule.spans,
+    "output": lambda model: [OUTPUT],
+}
 
 
-def find_sites(model: nn.Module, patterns: Sequence[str] | None = None) -> list[str]:
-    """The sites of `model`: dotted module paths, block by block, in registration (usually also execution) order.
+def find_sites(model: nn.Module, patterns: Sequence[str] | None = None, *, level: str | None = None) -> list[str]:
+    """The sites of `model`, block by block, in registration (usually also execution) order.
+
+    A sub-layer is named by its module path, `transformer_blocks.3.attn1`. A span of blocks is named
+    `transformer_blocks[4:8]` (blocks 4 to 7): what is cached is its residual, what leaves the last block less what
+    entered the first. The output is named `harmonica_rt.OUTPUT`.
 
     Args:
         model: any module. Without `patterns`, its blocks must be in a `ModuleList`, as they are in diffusers.
         patterns: globs over module paths that replace the rule. `*` matches within one path component, `**` matches
-            any number of components: `"blocks.*.mlp"`, `"**.attn"`.
+            any number of components: `"blocks.*.mlp"`, `"**.attn"`. A list of blocks followed by `[start:stop]` is a
+            span: `"transformer_blocks[0:4]"`.
+        level: `"sublayer"` (the default), `"block"` (each block a span of its own), `"span"` (each list of blocks one
+            span) or `"output"`. Not together with `patterns`.
 
     Raises:
-        SiteError: nothing was found, a pattern matches nothing, or one site would lie inside another.
-        ArgumentError: `model` is not a module, or `patterns` is not a list of strings.
+        SiteError: nothing was found, a pattern matches nothing, or two sites overlap.
+        ArgumentError: `model` is not a module, `patterns` is not a list of strings, `level` is unknown, or both are
+            given.
     """
     model = _checked_model(model)
-    sites = list(dict.fromkeys(_by_rule(model))) if patterns is None else _by_globs(model, patterns)
+    if level is not None and level not in _BY_LEVEL:
+        raise ArgumentError(f"level is one of {', '.join(map(repr, _BY_LEVEL))}, got {level!r}")
+    if level is not None and patterns is not None:
+        raise ArgumentError("find_sites takes patterns or a level, not both: the patterns say what the sites are")
+    if patterns is None:
+        sites = [str(site) for site in _BY_LEVEL[level or "sublayer"](model)]
+    else:
+        sites = _by_globs(model, patterns)
     if not sites:
         raise SiteError(
             f"no sites were found in {type(model).__name__}: it has no ModuleList of equal blocks with attention "
             'or feed-forward children. Choose the sub-layers yourself: find_sites(model, patterns=["blocks.*.mlp"])'
         )
-    check_not_nested(sites)
+    check_disjoint(sites)
     return sites
 
 
@@ -72,86 +77,45 @@ def _checked_model(model: object) -> nn.Module:
 
 
 def check_sites(model: nn.Module, sites: Iterable[str]) -> None:
-    """Raise SiteError unless every site is a module of `model` and none lies inside another."""
+    """Raise SiteError unless `model` has every site and no two of them overlap."""
     names = list(sites)
     known = dict(model.named_modules())
-    missing = [site for site in names if site not in known]
+    check_disjoint(names)
+    if OUTPUT in names and OUTPUT in known:
+        raise SiteError(
+            f"{type(model).__name__} has a module called {OUTPUT!r}, which is the name of its output as a site"
+        )
+    spans = {site: span_of(site) for site in names}
+    for span in spans.values():
+        if span is not None and span.path in known:
+            _check_span(span, known[span.path])
+    missing = [site for site, span in spans.items() if (span.path if span else site) not in known and site != OUTPUT]
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise SiteError(
             f"{type(model).__name__} has no module {shown}. The schedule was made for another model; "
             f"this one has the sites that find_sites(model) lists"
         )
-    check_not_nested(names)
 
 
-def check_not_nested(sites: Sequence[str]) -> None:
-    """Raise SiteError if one site lies inside another: reusing the outer one would keep the inner one from running."""
-    chosen = set(sites)
+def check_modules(sites: Sequence[str], purpose: str) -> None:
+    """Raise SiteError if a site is no module, for a purpose that takes modules only."""
     for site in sites:
-        parent = site
-        while "." in parent:
-            parent = parent.rpartition(".")[0]
-            if parent in chosen:
-                raise SiteError(f"site {site} lies inside site {parent}; choose one of the two")
+        if not is_module(site):
+            raise SiteError(f"{purpose} takes sub-layers as sites, as find_sites(model) lists them, got {site!r}")
 
 
-def _by_rule(model: nn.Module) -> Iterator[str]:
+def _is_list(module: nn.Module) -> TypeGuard[nn.ModuleList | nn.Sequential]:
     from torch import nn
 
-    for path, blocks in model.named_modules():
-        if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
-            continue
-        if len({type(block) for block in blocks}) != 1:
-            continue
-        first_places = {id(block): index for index, block in reversed(list(enumerate(blocks)))}
-        for index, block in enumerate(blocks):
-            if first_places[id(block)] != index:
-                continue  # a block in several places has one set of sites, which run several times
-            if any(_is_attention(name.rpartition(".")[2], module) for name, module in block.named_modules()):
-                yield from (f"{path}.{index}.{site}" for site in _block_sites(block))
+    return isinstance(module, nn.ModuleList | nn.Sequential)
 
 
-def _block_sites(block: nn.Module) -> list[str]:
-    from torch import nn
-
-    children = dict(block.named_children())
-    attention = [name for name, child in children.items() if _is_attention(name, child)]
-    feed_forward = [name for name, child in children.items() if _is_feed_forward(name, child)]
-    if not feed_forward:
-        feed_forward = [down for up, down in _UP_AND_DOWN.items() if up in children and down in children]
-        if "proj_out" in feed_forward:
-            attention = []
-    sites = []
-    for name, child in children.items():
-        if name in attention or name in feed_forward:
-            sites.append(name)
-        elif isinstance(child, nn.ModuleList):
-            sites += [f"{name}.{index}.{site}" for index, part in enumerate(child) for site in _block_sites(part)]
-        elif any(_is_attention(*grandchild) for grandchild in child.named_children()):
-            sites += [f"{name}.{site}" for site in _block_sites(child)]
-    return sites
-
-
-def _is_attention(name: str, module: nn.Module) -> bool:
-    if not _has_parameters(module) or _NORM.search(name) or _NORM.search(type(module).__name__):
-        return False
-    return bool(_ATTENTION_NAME.match(name) or _ATTENTION_CLASS.search(type(module).__name__))
-
-
-def _is_feed_forward(name: str, module: nn.Module) -> bool:
-    from torch import nn
-
-    if not _has_parameters(module) or isinstance(module, nn.Linear):
-        return False
-    if _NORM.search(name) or _NORM.search(type(module).__name__):
-        return False
-    return bool(_FEED_FORWARD_NAME.match(name) or _FEED_FORWARD_CLASS.search(type(module).__name__))
-
-
-def _has_parameters(module: nn.Module) -> bool:
-    """Whether a module has parameters; an activation (`mlp_act`) has none and is not a sub-layer."""
-    return next(module.parameters(), None) is not None
+def _check_span(span: Span, blocks: nn.Module) -> None:
+    if not _is_list(blocks):
+        raise SiteError(f"{span}: {span.path} is a {type(blocks).__name__}; a span takes blocks of an nn.ModuleList")
+    if span.stop > len(blocks):
+        raise SiteError(f"{span}: {span.path} has {len(blocks)} blocks, so a span of it ends at {len(blocks)} at most")
 
 
 def _by_globs(model: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -163,17 +127,32 @@ def _by_globs(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     if not globs:
         raise SiteError("patterns is empty, so it chooses no site; leave it out to find sites by rule")
     names = [name for name, _ in model.named_modules() if name]
-    chosen: set[str] = set()
+    places = {name: place for place, name in enumerate(names)}
+    chosen: dict[str, int] = {}
     for pattern in globs:
-        regex = _glob_regex(pattern)
-        matched = [name for name in names if regex.fullmatch(name)]
+        matched = _matched(pattern, model, places)
         if not matched:
             raise SiteError(
                 f"the pattern {pattern!r} matches no module of {type(model).__name__}: `*` stands for any part of one "
                 "name between dots, `**` for any number of names"
             )
         chosen.update(matched)
-    return [name for name in names if name in chosen]
+    return sorted(chosen, key=chosen.__getitem__)
+
+
+def _matched(pattern: str, model: nn.Module, places: Mapping[str, int]) -> dict[str, int]:
+    """The sites that a pattern names, each with the place of its first module."""
+    if pattern == OUTPUT and OUTPUT not in places:
+        return {OUTPUT: 0}
+    span = span_of(pattern)
+    regex = _glob_regex(pattern if span is None else span.path)
+    matched = {name: place for name, place in places.items() if regex.fullmatch(name)}
+    if span is None:
+        return matched
+    found = [span._replace(path=name) for name in matched if span.path == name or _is_list(model.get_submodule(name))]
+    for each in found:
+        _check_span(each, model.get_submodule(each.path))
+    return {str(each): places[each.blocks[0]] for each in found}
 
 
 def _glob_regex(pattern: str) -> re.Pattern[str]:

@@ -19,6 +19,9 @@ def test_sites(model: Path) -> None:
     assert "4 sites of DiTTransformer2DModel: 2 attn1, 2 ff" in result.output
     only = run("sites", model, "--pattern", "transformer_blocks.*.ff")
     assert "2 sites of DiTTransformer2DModel: 2 ff" in only.output
+    spans = run("sites", model, "--level", "span")
+    assert "transformer_blocks[0:2]" in spans.output.splitlines()
+    assert "level is one of 'sublayer', 'block', 'span', 'output'" in str(run("sites", model, "--level", "x").exception)
 
 
 def test_schedule_made_shown_and_drawn(schedule: Path, tmp_path: Path) -> None:

@@ -57,8 +57,8 @@ def test_figures() -> None:
 
 
 def test_kind_of_a_site_is_its_last_name_that_is_no_number() -> None:
-    schedule = Schedule.all_compute(steps=1, sites=["blocks.0", "blocks.1", "blocks.0.ff.net.2", "7"])
-    assert list(schedule.cur_per_kind()) == ["blocks", "net", "7"]
+    schedule = Schedule.all_compute(steps=1, sites=["blocks.0", "blocks.1", "blocks.2.ff.net.2", "parts[0:2]", "7"])
+    assert list(schedule.cur_per_kind()) == ["blocks", "net", "parts", "7"]
 
 
 def test_provenance_is_normalised() -> None:

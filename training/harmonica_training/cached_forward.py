@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from harmonica_rt.changes import Changes
-from harmonica_rt.schedule.sites import check_sites
+from harmonica_rt.schedule.sites import check_modules, check_sites
 from harmonica_training.errors import TrainingError
 from harmonica_training.forward_replacement import replace_forward
 
@@ -49,6 +49,7 @@ class CachedForward:
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[str], *, checkpointing: bool = False) -> None:
+        check_modules(sites, "training")
         check_sites(model, sites)
         self.sites = tuple(sites)
         self._modules = [model.get_submodule(site) for site in sites]

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from harmonica_rt.errors import ScheduleError, ScheduleMismatchError, SiteError
-from harmonica_rt.schedule.sites import check_sites
+from harmonica_rt.schedule.sites import check_modules, check_sites
 from harmonica_training.forward_recording import Recorder, Recording, marked, unfused_attention
 
 
@@ -116,6 +116,7 @@ def count_costs(model: nn.Module, sites: Sequence[str], call: Callable[[], objec
         SiteError: the model lacks a site, one site lies inside another, or a site does not run in the forward.
         ValueError: `call` returned no tensor that was computed in it.
     """
+    check_modules(sites, "counting the costs of sites")
     check_sites(model, sites)
     recording = Recording()
     recorder = Recorder(recording)
