@@ -17,7 +17,7 @@ from torch import Tensor
 import harmonica_rt as hrt
 from benchmarks import rows as common
 from benchmarks.quality import images
-from benchmarks.quality.forecasts.methods import METHODS, STEPS, Setting, levels, schedules
+from benchmarks.quality.forecasts.methods import LEVELS, METHODS, STEPS, Setting, schedules
 from benchmarks.quality.forecasts.peers import PEERS, SETTINGS, counted_speedup, why_not
 from benchmarks.quality.metrics import psnr
 
@@ -50,8 +50,9 @@ class Cell:
 
 def cells() -> list[Cell]:
     """All cells; the bundled schedule has sub-layers only, and other libraries cannot run it."""
-    ours = [name + ending for name, method in METHODS.items() for ending in ("", BEST)[: 1 + bool(method.others)]]
-    kinds = [(level, method) for level in levels() for method in ours] + [(PEER, peer) for peer in PEERS]
+    named = [(level, name) for level, names in LEVELS.items() for name in names]
+    ours = [(level, method) for level, name in named for method in _variants(level, name)]
+    kinds = ours + [(PEER, peer) for peer in PEERS]
     return [
         Cell(schedule, level, method, seed)
         for seed in SEEDS
@@ -59,6 +60,11 @@ def cells() -> list[Cell]:
         for level, method in kinds
         if schedule != "bundled" or level == "sublayer"
     ]
+
+
+def _variants(level: str, name: str) -> list[str]:
+    """A method with its default setting and, on sub-layers, with the best, if there is a choice."""
+    return [name, name + BEST] if level == "sublayer" and METHODS[name].others else [name]
 
 
 def run(pipeline: Any, count: int, path: Path, chosen: Iterable[Cell]) -> Iterator[Row]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,18 +70,16 @@ METHODS: dict[str, Method] = {
 """TaylorSeer's order is diffusers' default; HiCache's contraction and Spectrum's ridge and blend are their papers'."""
 
 
-def levels() -> tuple[str, ...]:
-    """The levels of sites that `find_sites` knows."""
-    known = "level" in inspect.signature(hrt.find_sites).parameters
-    return ("sublayer", "span", "output") if known else ("sublayer",)
+LEVELS: dict[str, tuple[str, ...]] = {
+    "sublayer": tuple(METHODS),
+    "output": ("reuse", "Taylor", "fitted, 2 weights", "fitted, 4 weights"),
+    "span": ("reuse", "Taylor", "fitted, 2 weights"),
+}
+"""Levels of sites, with the methods that are compared there."""
 
 
 def schedules(model: Any, level: str) -> dict[str, hrt.Schedule]:
     """The masks that are compared, by name; the bundled schedule has sub-layers only."""
-    if level != "sublayer":
-        find: Any = hrt.find_sites
-        sites = find(model, level=level)
-        return {f"every({k})": hrt.Schedule.every(k, steps=STEPS, sites=sites) for k in (2, 3)}
-    sites = hrt.find_sites(model)
+    sites = hrt.find_sites(model, level=level)
     found = {f"every({k})": hrt.Schedule.every(k, steps=STEPS, sites=sites) for k in (2, 3)}
-    return {**found, "bundled": hrt.demo_schedule().with_weights(None)}
+    return {**found, "bundled": hrt.demo_schedule().with_weights(None)} if level == "sublayer" else found
