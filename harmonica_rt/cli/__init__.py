@@ -7,8 +7,8 @@ Hazard: importing torch takes seconds. Heavy imports happen inside the commands,
 Reading order: `options` (what commands share), `console` and `command` (how commands print and fail), `packages` (what
 to install for a failed import), `signals` (Ctrl-C and SIGTERM), `loading` and `calling` (pipelines and the arguments of
 their calls), `tables`; then one file per command or pair of commands: `demo`, `listing` (`sites`, `recipes`),
-`checking` (`verify`, `bench`), `schedule`, `doctor`, and `train` with `conditions` (what it generates), `keeping` (its
-schedule is not lost) and `going_on` (how to continue an interrupted training).
+`checking` (`verify`, `bench`), `schedule`, `fitting` (`schedule fit`), `doctor`, and `train` with `conditions` (what it
+generates), `keeping` (its schedule is not lost) and `going_on` (how to continue an interrupted training).
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from harmonica_rt.cli.command import Command
 from harmonica_rt.cli.console import fail, set_debug
 from harmonica_rt.cli.demo import demo
 from harmonica_rt.cli.doctor import doctor
+from harmonica_rt.cli.fitting import fit
 from harmonica_rt.cli.listing import recipes, sites
 from harmonica_rt.cli.train import train
 from harmonica_rt.errors import HarmonicaError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.add_typer(schedule.app, name="schedule", help="Show, make, convert and draw schedule files.")
+schedule.app.command(cls=Command)(fit)
+app.add_typer(schedule.app, name="schedule", help="Show, make, fit, convert and draw schedule files.")
 for function in (demo, sites, recipes, verify, bench, train, doctor):
     app.command(cls=Command)(function)
 

@@ -35,6 +35,19 @@ def test_schedule_made_shown_and_drawn(schedule: Path, tmp_path: Path) -> None:
     assert matplotlib.image.imread(tmp_path / "heat.png").shape[0] > 100
 
 
+def test_weights_are_fitted(model: Path, schedule: Path, tmp_path: Path) -> None:
+    out = tmp_path / "fitted.json"
+    fitted = run("schedule", "fit", model, schedule, out, "--runs", "2", "--arg", "class_labels=[3]", "--guidance", "2")
+    assert fitted.exit_code == 0
+    assert "of that of plain reuse" in fitted.output
+    made = Schedule.load(out)
+    assert made.weights_by is not None
+    assert made.weights_by.hyper_parameters["samples"] == 4  # two calls, two halves of guidance
+    assert made.compute.tolist() == Schedule.load(schedule).compute.tolist()
+    wrong = run("schedule", "fit", model, schedule, out, "--arg", "class_labels=[77777]")
+    assert "failed when called with num_inference_steps=4" in str(wrong.exception)
+
+
 def test_weights_are_shown(tmp_path: Path) -> None:
     Schedule.every(2, steps=4, sites=["blocks.0.ff"]).with_taylor().save(tmp_path / "s.json")
     shown = run("schedule", "show", tmp_path / "s.json")
