@@ -7,9 +7,7 @@ from collections.abc import Sequence
 
 from benchmarks import rows as common
 from benchmarks.quality.forecasts import latency, table
-from benchmarks.quality.forecasts.cells import cells, run
-from harmonica_rt.demo import bundled_model
-from harmonica_training.digits import load_pipeline
+from benchmarks.quality.forecasts.cells import bundled_pipeline, cells, run, settings_of
 
 IMAGES = 12  # per cell, of the published rows
 
@@ -31,12 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path = common.RESULTS.parents[1] / ".bench" / "forecasts" / f"{options.images}.json"
     chosen = [cell for cell in cells() if options.only in f"{cell.schedule} {cell.level} {cell.method}"]
     if options.latency is not None:
-        rows = [row for row in common.read(path) if "setting" in row]
-        settings = {(row["schedule"], row["level"], row["method"]): row["setting"] for row in rows}
-        latency.measure(chosen, options.latency, settings)
+        latency.measure(chosen, options.latency, settings_of(common.read(path)))
     else:
-        pipeline = load_pipeline(bundled_model())
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline = bundled_pipeline()
         for row in run(pipeline, options.images, path, chosen):
             figures = row.get("reason") or f"{row['speedup']:.3f}x, {row['psnr']:.2f} dB, {row['setting']}"
             print(f"{row['schedule']} {row['level']} {row['method']} seed {row['seed']}: {figures}", flush=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from benchmarks.quality import images
 from benchmarks.quality.forecasts.methods import LEVELS, METHODS, STEPS, Setting, schedules
 from benchmarks.quality.forecasts.peers import PEERS, SETTINGS, counted_speedup, why_not
 from benchmarks.quality.metrics import psnr
+from harmonica_rt.demo import bundled_model
+from harmonica_training.digits import load_pipeline
 
 SEEDS = (0, 1, 2)
 FIT_SEED = 900  # plus the cell's: of the noise that weights are fitted to
@@ -29,8 +31,18 @@ PEER = "peer"  # the level of cells of other libraries
 KEY = ("schedule", "level", "method", "seed")
 
 Row = dict[str, Any]
-Sampler = Callable[[int, int], Tensor]
-"""(number of images, seed) -> images."""
+
+
+class Prepared(NamedTuple):
+    """A pipeline that runs as a cell says.
+
+    Attributes:
+        sample: (number of images, seed) -> images.
+        speedup: the theoretical one: FLOPs of an uncached run divided by those of such a run, after the first sample.
+    """
+
+    sample: Callable[[int, int], Tensor]
+    speedup: Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -69,8 +81,9 @@ def _variants(level: str, name: str) -> list[str]:
 
 def run(pipeline: Any, count: int, path: Path, chosen: Iterable[Cell]) -> Iterator[Row]:
     """Finish the chosen cells that have no row in the file yet, and yield each new row after it was written."""
-    done = {tuple(row[name] for name in KEY) for row in common.read(path)}
-    comparison = Comparison(pipeline, count)
+    rows = common.read(path)
+    done = {tuple(row[name] for name in KEY) for row in rows}
+    comparison = Comparison(pipeline, count, settings_of(rows))
     for cell in chosen:
         if dataclasses.astuple(cell) not in done:
             row = comparison.row(cell)
@@ -78,12 +91,24 @@ def run(pipeline: Any, count: int, path: Path, chosen: Iterable[Cell]) -> Iterat
             yield row
 
 
-class Comparison:
-    """Computes cells with one pipeline, of a number of images each; keeps chosen settings and uncached images."""
+def settings_of(rows: Iterable[Row]) -> dict[tuple[str, str, str], Setting]:
+    """Schedule, level and method -> the setting of its rows, which all seeds share."""
+    return {(row["schedule"], row["level"], row["method"]): row["setting"] for row in rows if "setting" in row}
 
-    def __init__(self, pipeline: Any, count: int) -> None:
+
+class Comparison:
+    """Computes cells with one pipeline, of a number of images each; keeps chosen settings and uncached images.
+
+    Args:
+        pipeline: the bundled pipeline, uncached. Other libraries get one of their own: what they change may stay.
+        count: images per cell.
+        known: settings that were chosen in an earlier run.
+    """
+
+    def __init__(self, pipeline: Any, count: int, known: Mapping[tuple[str, str, str], Setting]) -> None:
         self._pipeline = pipeline
         self._count = count
+        self._known = known
         self._uncached = functools.cache(lambda count, seed: sample(pipeline, count, seed))
         self._best = functools.cache(self._chosen)
 
@@ -98,28 +123,31 @@ class Comparison:
         started = time.perf_counter()
         with self.prepared(cell, setting) as made:
             seconds = time.perf_counter() - started
-            scores = _scores(made(self._count, cell.seed), truth)
-            speedup = _speedup(self._pipeline, cell, made)
+            scores = _scores(made.sample(self._count, cell.seed), truth)
+            speedup = made.speedup()
         figures = {"images": self._count, "speedup": speedup, "psnr": float(scores.mean()), "prepared_in": seconds}
         each = [round(float(score), 3) for score in scores]
         return {**head, "setting": dict(setting), **common.rounded(figures), "psnr_of_images": each}
 
-    def prepared(self, cell: Cell, setting: Setting) -> AbstractContextManager[Sampler]:
-        """A context in which the pipeline runs as the cell says, with a function that samples."""
+    def prepared(self, cell: Cell, setting: Setting) -> AbstractContextManager[Prepared]:
+        """A context in which a pipeline runs as the cell says."""
         if cell.level == PEER:
-            return _peer(self._pipeline, cell, setting)
+            return _peer(cell, setting)
         schedule = schedules(self._pipeline.transformer, cell.level)[cell.schedule]
         weighted = METHODS[cell.name].weigh(self._pipeline, schedule, FIT_SEED + cell.seed, **setting)
         return _compiled(self._pipeline, weighted)
 
     def _chosen(self, cell: Cell) -> Setting:
         """The best setting for a cell with the tuning noise."""
+        key = cell.schedule, cell.level, cell.method
+        if key in self._known:
+            return self._known[key]
         settings = SETTINGS[cell.name] if cell.level == PEER else METHODS[cell.name].all_settings
         truth = self._uncached(TUNING_IMAGES, TUNING_SEED)
         scores = []
         for setting in settings:
             with self.prepared(cell, setting) as made:
-                scores.append(float(_scores(made(TUNING_IMAGES, TUNING_SEED), truth).mean()))
+                scores.append(float(_scores(made.sample(TUNING_IMAGES, TUNING_SEED), truth).mean()))
         return settings[max(range(len(scores)), key=scores.__getitem__)]
 
 
@@ -141,23 +169,28 @@ def _scores(found: Tensor, truth: Tensor) -> Tensor:
 
 
 @contextmanager
-def _peer(pipeline: Any, cell: Cell, setting: Setting) -> Iterator[Sampler]:
+def _peer(cell: Cell, setting: Setting) -> Iterator[Prepared]:
+    pipeline = bundled_pipeline()
     k = int(cell.schedule.removeprefix("every(").removesuffix(")"))
     with PEERS[cell.name](pipeline, k, **setting) as call:
-        yield functools.partial(sample, call)
+        made = functools.partial(sample, call)
+        yield Prepared(made, lambda: counted_speedup(pipeline.transformer, lambda: made(1, 0)))
 
 
 @contextmanager
-def _compiled(pipeline: Any, schedule: hrt.Schedule) -> Iterator[Sampler]:
+def _compiled(pipeline: Any, schedule: hrt.Schedule) -> Iterator[Prepared]:
     hrt.compile(pipeline, schedule, strict=True)
     try:
-        yield functools.partial(sample, pipeline)
+        yield Prepared(
+            functools.partial(sample, pipeline),
+            lambda: hrt.get_compiled(pipeline).report().plans[0].theoretical_speedup,
+        )
     finally:
         hrt.uncompile(pipeline)
 
 
-def _speedup(pipeline: Any, cell: Cell, made: Sampler) -> float:
-    """FLOPs of an uncached run divided by those of a run as prepared; fused operators are counted by the plan."""
-    if cell.level == PEER:
-        return counted_speedup(pipeline.transformer, lambda: made(1, 0))
-    return float(hrt.get_compiled(pipeline).report().plans[0].theoretical_speedup)
+def bundled_pipeline() -> Any:
+    """The bundled pipeline, without a progress bar."""
+    pipeline = load_pipeline(bundled_model())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

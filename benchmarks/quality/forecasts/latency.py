@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import rows as common
-from benchmarks.quality.forecasts.cells import PEER, Cell, Comparison, sample
+from benchmarks.quality.forecasts.cells import PEER, Cell, Comparison, bundled_pipeline, sample
 from benchmarks.quality.forecasts.methods import METHODS, Setting
 from benchmarks.quality.forecasts.peers import SETTINGS, why_not
 from benchmarks.timing import Spread, interleaved
-from harmonica_rt.demo import bundled_model
-from harmonica_training.digits import load_pipeline
 
 PATH = common.RESULTS / "forecasts-latency-cpu.json"
 IMAGES = 2
@@ -44,7 +42,7 @@ def measure(cells: Iterable[Cell], repeats: int, settings: Mapping[Key, Setting]
     for schedule, chosen in by_schedule.items():
         with ExitStack() as prepared:
             providers = {
-                (schedule, "-", UNCACHED): functools.partial(sample, _pipeline(), IMAGES, 0),
+                (schedule, "-", UNCACHED): functools.partial(sample, bundled_pipeline(), IMAGES, 0),
                 **{
                     key: functools.partial(_sampler(prepared, cell, settings.get(key)), IMAGES, 0)
                     for key, cell in chosen.items()
@@ -59,13 +57,8 @@ def measure(cells: Iterable[Cell], repeats: int, settings: Mapping[Key, Setting]
 def _sampler(prepared: ExitStack, cell: Cell, setting: Setting | None) -> Any:
     """A function that samples in the cell's way, on a pipeline of its own."""
     default = SETTINGS[cell.name][0] if cell.level == PEER else METHODS[cell.name].default
-    return prepared.enter_context(Comparison(_pipeline(), IMAGES).prepared(cell, setting or default))
-
-
-def _pipeline() -> Any:
-    pipeline = load_pipeline(bundled_model())
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    comparison = Comparison(bundled_pipeline(), IMAGES, {})
+    return prepared.enter_context(comparison.prepared(cell, setting or default)).sample
 
 
 def _row(schedule: str, level: str, method: str, seconds: list[float]) -> dict[str, Any]:

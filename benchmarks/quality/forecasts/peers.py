@@ -64,6 +64,7 @@ def _diffusers(pipeline: Any, k: int, *, predicts: str, order: int) -> Iterator[
 @contextmanager
 def _cache_dit(pipeline: Any, k: int, *, warm_up: int, order: int) -> Iterator[Call]:
     cache_dit = importlib.import_module("cache_dit")
+    pipeline.__class__ = type(type(pipeline).__name__, (type(pipeline),), {})  # it replaces the call of the class
     blocks = len(pipeline.transformer.transformer_blocks)
     count = fewest_computed(blocks, 1, STEPS, STEPS / len(range(0, STEPS, k)))
     spread = evenly(count - warm_up + 1, STEPS - warm_up + 1)[1:]
