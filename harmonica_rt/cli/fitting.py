@@ -37,10 +37,10 @@ def fit(
     recipe: list[str] = RECIPE,
     arg: list[str] = ARGUMENTS,
     guidance: float | None = GUIDANCE,
-    seed: int = SEED,
     transformer: str | None = TRANSFORMER,
     sampler: str | None = SAMPLER,
     sampler_arg: list[str] = SAMPLER_ARGUMENTS,
+    seed: int = SEED,
     dtype: str = DTYPE,
     device: str = DEVICE,
 ) -> None:

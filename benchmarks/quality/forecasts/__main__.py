@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for row in run(pipeline, options.images, path, chosen):
             figures = row.get("reason") or f"{row['speedup']:.3f}x, {row['psnr']:.2f} dB, {row['setting']}"
             print(f"{row['schedule']} {row['level']} {row['method']} seed {row['seed']}: {figures}", flush=True)
-    print(table.markdown(table.lines(common.read(path), latency.medians())))
+    lines = table.lines(common.read(path), latency.medians())
+    print(f"{table.markdown(lines)}\n\n{table.overview(lines)}")
     print(f"rows: {path}")
 
 

@@ -84,7 +84,8 @@ def lines(rows: Iterable[Row], latency: Mapping[tuple[str, str, str], float]) ->
                 latency.get((schedule, level, method)),
             )
         )
-    return sorted(found, key=lambda line: (line.schedule == "bundled", line.schedule))
+    levels = list(dict.fromkeys(level for _, level, _ in groups))
+    return sorted(found, key=lambda line: (line.schedule == "bundled", line.schedule, levels.index(line.level)))
 
 
 def markdown(found: Iterable[Line]) -> str:
@@ -98,6 +99,20 @@ def markdown(found: Iterable[Line]) -> str:
         latency = "-" if line.latency is None else f"{line.latency:.3f}"
         own = [line.schedule, line.level, line.method, setting, f"{line.speedup:.2f}x", str(line.psnr), str(line.gain)]
         table.append([*own, latency])
+    return "\n".join(f"| {' | '.join(row)} |" for row in table)
+
+
+def overview(found: Iterable[Line]) -> str:
+    """A Markdown table of PSNR alone: one row per level and method, one column per schedule."""
+    lines = list(found)
+    schedules = list(dict.fromkeys(line.schedule for line in lines))
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for line in lines:
+        own = f"{line.psnr.mean:.1f} ({line.psnr.low:.1f} - {line.psnr.high:.1f})"
+        cells.setdefault((line.level, line.method), {})[line.schedule] = own
+    table = [["sites", "method", *schedules], ["---"] * (2 + len(schedules))]
+    for (level, method), own in cells.items():
+        table.append([level, method, *(own.get(schedule, "-") for schedule in schedules)])
     return "\n".join(f"| {' | '.join(row)} |" for row in table)
 
 
