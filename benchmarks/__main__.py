@@ -14,6 +14,7 @@ BENCHMARKS = (
     "kernels",
     "speedup",
     "end_to_end",
+    "site_levels",
     "latency",
     "host_path",
     "host_run",

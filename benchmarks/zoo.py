@@ -30,7 +30,7 @@ from harmonica_rt.lower import lower
 from harmonica_rt.plan.invariants import check_plan
 from harmonica_rt.plan.plan import build_plan
 from tests.zoo.entry import Entry, calls_of, model_of
-from tests.zoo.run import STEPS
+from tests.zoo.run import STEPS, run_level
 from tests.zoo.run import run as run_tiny
 from tests.zoo.table import NO_DENOISER, ZOO
 
@@ -101,16 +101,19 @@ def compile_seconds(model: nn.Module, entry: Entry, device: str) -> dict[str, fl
 def table_row(name: str, entry: Entry, seconds: str) -> str:
     """The table row of one class, which is run at its tiny size."""
     if entry.failure is not None:
-        return f"| `{name}` | | no: {entry.failure.why}. Upstream: {entry.failure.upstream} | | | |"
+        return f"| `{name}` | | no: {entry.failure.why}. Upstream: {entry.failure.upstream} | | | | |"
     outcome = run_tiny(name, entry)
+    for level in ("output",) if entry.no_span else ("span", "output"):
+        run_level(name, entry, level)
     kinds = ", ".join(f"`{kind}`" for kind in outcome.kinds)
-    speedup = outcome.fused.plans[0].theoretical_speedup
-    return f"| `{name}` | {kinds} | yes | {outcome.schedule.cur:.0%} | {speedup:.2f}x | {seconds} |"
+    speedup, spans = outcome.fused.plans[0].theoretical_speedup, entry.no_span or "yes"
+    return f"| `{name}` | {kinds} | yes | {spans} | {outcome.schedule.cur:.0%} | {speedup:.2f}x | {seconds} |"
 
 
 def page(lines: Sequence[str]) -> str:
     """The text of docs/zoo.md."""
     works = sum(entry.failure is None for entry in ZOO.values())
+    spans = sum(entry.failure is None and entry.no_span is None for entry in ZOO.values())
     others = "\n".join(f"- `{name}`: {reason}." for name, reason in NO_DENOISER.items())
     return f"""# The zoo
 
@@ -122,10 +125,13 @@ one compile at the published geometry (`python -m benchmarks zoo`), on the meta 
 read values (lengths of prompts, in masks) or have flex attention: they were compiled on the CPU, with parameters
 expanded from one number. `benchmarks/results/zoo.json` names the machine.
 
+The output is a site of all {works}, and lists of blocks are spans of {spans}. The tests check both in the same way,
+with two weights per entry.
+
 Written by `python -m benchmarks.zoo`.
 
-| class | sites | compiled | CUR | theoretical | seconds to compile |
-| --- | --- | --- | --- | --- | --- |
+| class | sites | compiled | spans | CUR | theoretical | seconds to compile |
+| --- | --- | --- | --- | --- | --- | --- |
 {chr(10).join(lines)}
 
 Not counted, because they denoise nothing:

@@ -97,3 +97,20 @@ def random_weights(schedule: Schedule, order: int, *, seed: int, per_site: bool 
 
 
 SITES = ["blocks.*.attn", "blocks.*.mlp"]
+
+
+def mixed_sites(model: nn.Module, seed: int) -> list[str]:
+    """Sites of several sizes that do not overlap: each block is a part of a span, or has its sub-layers as sites."""
+    generator = np.random.default_rng(seed)
+    sublayers, found = find_sites(model), list[str]()
+    for path, _, blocks in (site.partition("[") for site in find_sites(model, level="span")):
+        count, start = int(blocks.rstrip("]").partition(":")[2]), 0
+        while start < count:
+            stop = int(generator.integers(start + 1, count + 1))
+            if generator.random() < 0.5:
+                found.append(f"{path}[{start}:{stop}]")
+            else:
+                inside = tuple(f"{path}.{block}." for block in range(start, stop))
+                found += [site for site in sublayers if site.startswith(inside)]
+            start = stop
+    return found

@@ -21,6 +21,7 @@ from harmonica_rt.schedule.checks import check_sequence
 from harmonica_rt.schedule.data import ScheduleData
 from harmonica_rt.schedule.format import read_bytes, read_object
 from harmonica_rt.schedule.producers import check_count, mask_column
+from harmonica_rt.schedule.site_names import is_module
 from harmonica_rt.untrusted.text import one_line, quoted
 
 
@@ -66,6 +67,8 @@ def smoothcache_mask(
 def smoothcache_text(schedule: ScheduleData, components: Mapping[str, str]) -> str:
     """The file that SmoothCache reads: one list per component if all its blocks agree, else one per block."""
     _check_no_weights(schedule, "SmoothCache's files hold")
+    if odd := [site for site in schedule.sites if not is_module(site)]:
+        raise ScheduleError(f"SmoothCache's files hold the outputs of modules, not {odd[0]!r}")
     names = {ours: theirs for theirs, ours in components.items()}
     blocks: dict[str, NDArray[np.bool_]] = {}
     kinds: dict[str, list[str]] = {}

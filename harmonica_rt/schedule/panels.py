@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from harmonica_rt.schedule.data import ScheduleData
 from harmonica_rt.schedule.producers import site_kind
+from harmonica_rt.schedule.site_names import span_of
 from harmonica_rt.schedule.weights import reach
 from harmonica_rt.untrusted.text import one_line
 
@@ -47,10 +48,15 @@ def panels_of(sites: Sequence[str]) -> list[Panel]:
 
 def _panel(kind: str, columns: list[int], sites: Sequence[str]) -> Panel:
     """The panel of a kind: sites are labelled by block numbers if these tell them apart, else by their parents."""
+    spans = [span_of(sites[column]) for column in columns]
+    if all(spans) and len({span.path for span in spans if span}) == 1:
+        return Panel(kind, tuple(columns), tuple(f"{span.start}:{span.stop}" for span in spans if span), "blocks")
     paths = [sites[column].split(".") for column in columns]
     numbers = [".".join(part for part in path if part.isdigit()) for path in paths]
     if all(numbers) and len(set(numbers)) == len(numbers):
         return Panel(kind, tuple(columns), tuple(numbers), "block")
+    if any(spans):
+        return Panel(kind, tuple(columns), tuple(sites[column] for column in columns), "")
     owners = [".".join(path[: len(path) - path[::-1].index(kind) - 1]) or kind for path in paths]
     return Panel(kind, tuple(columns), tuple(owners), "")
 

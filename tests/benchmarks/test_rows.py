@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import host_path, rows, schedules, slot_memory
+from benchmarks import host_path, models, rows, schedules, site_levels, slot_memory
 from benchmarks.rows import Row
 from benchmarks.timing import Spread, interleaved
-from tests.models import stack, stack_call
+from tests.models import attending, stack, stack_call
 
 
 def test_rows_are_one_line_each_and_say_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,6 +99,15 @@ def test_slot_memory_of_a_small_model() -> None:
     ratios = [row.value for row in measured if row.metric == "planned / lower bound"]
     assert len(ratios) == 6
     assert set(ratios) == {1.0}
+
+
+def test_site_levels_of_a_small_model() -> None:
+    case = models.Case("small", attending(), [stack_call(step, width=16) for step in range(4)])
+    found = site_levels.case_rows(case, 1)
+    ratios = {row.schedule: row.value for row in found if row.metric == "run / sublayer, plain"}
+    assert len(ratios) == 8
+    assert ratios["sublayer, plain"] == 1.0
+    assert all(ratio > 0 for ratio in ratios.values())
 
 
 def test_host_path_has_both_figures() -> None:

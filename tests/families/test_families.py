@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import harmonica_rt as hrt
 from harmonica_rt import Schedule, find_sites
-from tests.models import random_weights
+from tests.models import mixed_sites, random_weights
 from tests.tiers import member
 from tests.tiny import Family, built, families, random_schedule, sample, saved_and_loaded, shallow
 
@@ -124,11 +124,20 @@ def test_any_random_schedule_is_equal(shallow_pipelines: dict[str, Any], name: s
     assert all(step.same_bits for step in report.steps)
 
 
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("name", [member(name, id=name, always=name == "sd3") for name in FAMILIES])
-def test_weighted_sums_are_equal(shallow_pipelines: dict[str, Any], name: str) -> None:
+def test_any_mix_of_sites_with_weights_is_equal(shallow_pipelines: dict[str, Any], name: str, seed: int) -> None:
     pipeline = shallow_pipelines[name]
-    schedule = Schedule.random(0.5, steps=STEPS, sites=find_sites(pipeline.transformer), seed=1)
-    schedule = random_weights(schedule, 3, seed=1)
+    schedule = Schedule.random(0.5, steps=STEPS, sites=mixed_sites(pipeline.transformer, seed), seed=seed)
+    schedule = random_weights(schedule, 3, seed=seed)
+    report = hrt.verify(pipeline, schedule, lowering="plain", num_inference_steps=STEPS, **FAMILIES[name].guided)
+    assert all(step.same_bits for step in report.steps)
+
+
+@pytest.mark.parametrize("name", [member(name, id=name, always=name == "flux") for name in FAMILIES])
+def test_a_forecast_of_the_output_is_equal(shallow_pipelines: dict[str, Any], name: str) -> None:
+    pipeline = shallow_pipelines[name]
+    schedule = Schedule.every(2, steps=STEPS, sites=[hrt.OUTPUT]).with_taylor(1)
     report = hrt.verify(pipeline, schedule, lowering="plain", num_inference_steps=STEPS, **FAMILIES[name].guided)
     assert all(step.same_bits for step in report.steps)
 

@@ -10,6 +10,7 @@ from torch import nn
 import harmonica_rt as hrt
 from harmonica_rt.errors import ArgumentError, ScheduleError, SiteError
 from harmonica_rt.schedule import Schedule, find_sites
+from harmonica_rt.schedule.panels import panels_of
 from harmonica_rt.schedule.sites import check_sites
 from tests.models import attending, stack, stack_call
 
@@ -112,6 +113,25 @@ def test_files_are_of_version_2(tmp_path: Path, sites: list[str]) -> None:
 
 def test_the_output_is_a_kind_of_its_own() -> None:
     assert Schedule.every(2, steps=4, sites=[hrt.OUTPUT]).cur_per_kind() == {"output": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("sites", "labels", "axis"),
+    [
+        (["blocks[0:2]", "blocks[2:3]", "blocks[3:4]", "blocks[4:5]"], ("0:2", "2:3", "3:4", "4:5"), "blocks"),
+        (["a.blocks[0:1]", "a.blocks[1:2]", "b.blocks[0:1]"], ("a.blocks[0:1]", "a.blocks[1:2]", "b.blocks[0:1]"), ""),
+        ([hrt.OUTPUT], ("output",), ""),
+    ],
+)
+def test_pictures_name_blocks(sites: list[str], labels: tuple[str, ...], axis: str) -> None:
+    (panel,) = panels_of(sites)
+    assert (panel.labels, panel.axis) == (labels, axis)
+    assert Schedule.every(2, steps=4, sites=sites).plot() is not None
+
+
+def test_smoothcache_has_no_spans(tmp_path: Path) -> None:
+    with pytest.raises(ScheduleError, match=r"outputs of modules, not 'blocks\[0:2\]'"):
+        Schedule.every(2, steps=4, sites=["blocks[0:2]"]).save_smoothcache(tmp_path / "schedule.json")
 
 
 def test_sub_layers_beside_a_span() -> None:

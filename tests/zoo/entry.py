@@ -107,6 +107,7 @@ class Entry:
         size: its real geometry.
         real: what its published config has other than the defaults of the class.
         failure: why it cannot be compiled; None where it can.
+        no_span: why its blocks are no spans, in words; None where they are.
     """
 
     config: Mapping[str, Any]
@@ -114,6 +115,7 @@ class Entry:
     size: Size = IMAGE
     real: Mapping[str, Any] = field(default_factory=dict)
     failure: Failure | None = None
+    no_span: str | None = None
 
 
 def model_of(name: str, config: Mapping[str, Any]) -> Any:

@@ -207,6 +207,7 @@ IMAGES: dict[str, Entry] = {
         },
         real={"in_channels": 4, "patch_size": 2, "sample_size": 128, "hidden_size": 1408, "num_layers": 40}
         | {"mlp_ratio": 4.3637},
+        no_span="no: each block of the second half projects a skip connection",
     ),
     "HunyuanImageTransformer2DModel": Entry(
         {**HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 2, "num_single_layers": 2}

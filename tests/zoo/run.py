@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import torch
-from torch import nn
 
 import harmonica_rt as hrt
-from harmonica_rt.call.call import Call, Signature
-from harmonica_rt.capture import capture as graph
-from harmonica_rt.capture.captured_graph import CapturedGraph
+from harmonica_rt.capture.captures import captures_of
 from harmonica_rt.errors import PlanFileError
-from harmonica_rt.execute import planned_engine as planned
 from harmonica_rt.parity.report import ParityReport
 from harmonica_rt.report import Report
 from tests.tiny import random_schedule, randomised
@@ -64,17 +58,36 @@ def run(name: str, entry: Entry) -> Outcome:
     """
     torch.manual_seed(0)
     model = randomised(model_of(name, entry.config))
+    kept = captures_of(model)  # tracing takes longer than all else together
     schedule = random_schedule(model, STEPS)
     calls = calls_of(entry, model, TINY, STEPS)
-    with captured_once():
-        plain = hrt.verify(model, schedule, calls=calls, lowering="plain")
-        fused = hrt.compile(model, schedule, lowering="fused", strict=True, verify=True)
-        for _ in range(2):  # what timesteps there are is known in the second run, which computes them ahead
-            fused.reset()
-            for call in calls:
-                fused(**call)
-        unsaved = why_unsaved(fused)
+    plain = hrt.verify(model, schedule, calls=calls, lowering="plain")
+    fused = hrt.compile(model, schedule, lowering="fused", strict=True, verify=True)
+    for _ in range(2):  # what timesteps there are is known in the second run, which computes them ahead
+        fused.reset()
+        for call in calls:
+            fused(**call)
+    unsaved = why_unsaved(fused)
+    del kept
     return Outcome(schedule, plain, fused.report(), unsaved)
+
+
+def run_level(name: str, entry: Entry, level: str) -> ParityReport:
+    """Parity of the lowering `plain` with sites of a level and two weights per entry, once `fused` is in its limits.
+
+    Raises:
+        CaptureError: an output of a block is no residual.
+        ParityError: it computes something else than the reference.
+    """
+    torch.manual_seed(0)
+    model = randomised(model_of(name, entry.config))
+    kept = captures_of(model)
+    schedule = hrt.Schedule.random(0.5, steps=STEPS, sites=hrt.find_sites(model, level=level), seed=1).with_taylor(1)
+    calls = calls_of(entry, model, TINY, STEPS)
+    hrt.verify(model, schedule, calls=calls, lowering="fused")
+    plain = hrt.verify(model, schedule, calls=calls, lowering="plain")
+    del kept
+    return plain
 
 
 def why_unsaved(compiled: hrt.CompiledModel) -> str | None:
@@ -86,17 +99,3 @@ def why_unsaved(compiled: hrt.CompiledModel) -> str | None:
             return str(error)
         hrt.load(Path(folder) / "plan.json", compiled.model, strict=True)
     return None
-
-
-@contextmanager
-def captured_once() -> Iterator[None]:
-    """Within this block one graph serves all lowerings of a signature: tracing takes longer than all else together."""
-    graphs: dict[Signature, CapturedGraph] = {}
-
-    def capture(model: nn.Module, call: Call, sites: Sequence[str]) -> CapturedGraph:
-        if call.signature not in graphs:
-            graphs[call.signature] = graph.capture(model, call, sites)
-        return graphs[call.signature]
-
-    with mock.patch.object(planned, "capture", capture):
-        yield

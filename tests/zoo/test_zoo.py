@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from harmonica_rt import find_sites
-from harmonica_rt.errors import CaptureError
+from harmonica_rt.errors import CaptureError, Obstacle
+from tests.tiers import member
 from tests.zoo.entry import model_of
-from tests.zoo.run import kinds_of, run
+from tests.zoo.run import kinds_of, run, run_level
 from tests.zoo.table import NO_DENOISER, REPRESENTATIVES, ZOO, exported
 
 pytestmark = [
@@ -47,6 +48,21 @@ def test_compiled_equals_the_reference(name: str) -> None:
     assert outcome.unsaved is None or re.search(UNSAVED, outcome.unsaved)
 
 
+@pytest.mark.parametrize("level", ["span", "output"])
+@pytest.mark.parametrize(
+    "name", [member(name, id=name, always=name == "CogVideoXTransformer3DModel") for name in WORKS]
+)
+def test_spans_and_the_output_equal_the_reference(name: str, level: str) -> None:
+    if level == "span" and ZOO[name].no_span is not None:
+        with pytest.raises(CaptureError) as raised:
+            run_level(name, ZOO[name], level)
+        assert raised.value.failure.obstacle is Obstacle.SPAN
+        return
+    plain = run_level(name, ZOO[name], level)
+    assert all(step.same_bits for step in plain.steps)
+    assert plain.trajectory_same_bits
+
+
 @pytest.mark.parametrize("name", FAILS)
 def test_exceptions_fail_as_they_say(name: str) -> None:
     expected = ZOO[name].failure
@@ -65,6 +81,8 @@ def page() -> str:
 def test_the_page_lists_what_the_table_holds(page: str) -> None:
     listed = dict(re.findall(r"^\| `(\w+)` \|[^|]*\| (yes|no)", page, re.MULTILINE))
     assert listed == {name: "yes" if entry.failure is None else "no" for name, entry in ZOO.items()}
+    spans = {name: entry.no_span or "yes" for name, entry in ZOO.items() if entry.failure is None}
+    assert dict(re.findall(r"^\| `(\w+)` \|[^|]*\| yes \| ([^|]*) \|", page, re.MULTILINE)) == spans
 
 
 def test_the_sites_of_every_class_are_those_that_the_page_lists(page: str) -> None:
