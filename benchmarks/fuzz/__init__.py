@@ -10,6 +10,6 @@ structure of a format, and every eighth file is valid and must be read.
 
 Reading order: `format` (what the fuzzer knows about a format), `json_damage` and `safetensors_damage` (damage that
 knows the structure of a file), one module per format (valid files, damage, public reader, documented errors):
-`schedules`, `routers`, `smoothcache`, `cache_dit`, `recipes`, `checkpoints`, `conditions`, `plan_file`; `formats` (all
-of them), `run`. To add a format, write such a module and name it in `formats`.
+`schedules`, `routers`, `smoothcache`, `cache_dit`, `invardiff`, `recipes`, `checkpoints`, `conditions`, `plan_file`;
+`formats` (all of them), `run`. To add a format, write such a module and name it in `formats`.
 """

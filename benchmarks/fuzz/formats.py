@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from benchmarks.fuzz import cache_dit, checkpoints, conditions, plan_file, recipes, routers, schedules, smoothcache
+from benchmarks.fuzz import (
+    cache_dit,
+    checkpoints,
+    conditions,
+    invardiff,
+    plan_file,
+    recipes,
+    routers,
+    schedules,
+    smoothcache,
+)
 from benchmarks.fuzz.format import Format
 
 _ALL = (
@@ -10,6 +20,7 @@ _ALL = (
     routers.FORMAT,
     smoothcache.FORMAT,
     cache_dit.FORMAT,
+    invardiff.FORMAT,
     recipes.FORMAT,
     checkpoints.FORMAT,
     conditions.EMBEDDINGS,
