@@ -29,7 +29,7 @@ from harmonica_rt.plan.plan import build_plan
 from harmonica_rt.planfile import plan_record
 from harmonica_rt.planfile.model_facts import ModelFacts
 from harmonica_rt.reference_engine import ReferenceEngine
-from harmonica_rt.schedule import Schedule
+from harmonica_rt.schedule import Schedule, ScheduleSet
 from harmonica_rt.schedule.sites import check_sites
 from harmonica_rt.torch_state import keep_torch_state
 
@@ -61,14 +61,13 @@ class PlannedEngine:
         self.cache = Plans(type(model).__name__, options, graphs or graphs_of(options.graphs))
         self.failures: dict[PlanKey, CaptureFailure] = {}
         self._model = model
-        self._schedule = schedule
+        self._schedule = schedule  # of the current run
         self.watch = ModelWatch(model)
         self._state: ModelState | None = None  # the model's state as the last call found it
         self._new_states = NewStates(type(model).__name__)
         self._ran_eagerly = False  # in this run
         self._looks = 0  # at the model, in this run
         self._changed_before_run = False  # between the last run and this one; then it is likely to change again
-        self._reference = ReferenceEngine(model, schedule, self.watch)
 
     @property
     def plans(self) -> dict[PlanKey, PlanRuntime]:
@@ -90,8 +89,9 @@ class PlannedEngine:
         """See `Engine.state`; plans are made for a state, and kept in case it comes back."""
         return self._look()
 
-    def begin_run(self, key: RunKey | None = None) -> ModelState | None:
+    def begin_run(self, key: RunKey | None = None, schedule: Schedule | None = None) -> ModelState | None:
         """See `Engine.begin_run`; parameters are fetched anew."""
+        self._schedule = schedule or self._schedule
         self._ran_eagerly = False
         begins_anew = self._changed_before_run and self._looks == 1
         self._looks = 1 if begins_anew else 0
@@ -121,11 +121,12 @@ class PlannedEngine:
     def stream_for(self, call: Call) -> HeldStream:
         """A stream for `call`, and the request values that it holds for; None if it holds for all."""
         found = self._planned_for(call)
-        if found is None and self._key(call) not in self.failures and self._may_plan(self._key(call)):
+        failed = self._key(call).without_schedule() in self.failures
+        if found is None and not failed and self._may_plan(self._key(call)):
             found = self._add_plan(call)
         if found is None:
             self._ran_eagerly = True
-            return self._reference.new_stream(call), None
+            return ReferenceEngine(self._model, self._schedule, self.watch).new_stream(call), None
         return found.new_stream(), found.lowered.plan.captured.request_values
 
     def _planned_for(self, call: Call) -> PlanRuntime | None:
@@ -155,16 +156,20 @@ class PlannedEngine:
         model, changes = ModelFacts.of(self._model), Changes()
         with changes, changes:
             keep_torch_state(changes)
-            return [
-                plan_record.encode(runtime.lowered.plan, key.signature, runtime.lowered.roles, model)
-                for key, runtime in fitting.items()
-            ]
+            records: list[dict[str, Any]] = []
+            plans: list[plan_record.SavedPlan] = []
+            for key, runtime in fitting.items():
+                plan = plan_record.SavedPlan(runtime.lowered.plan, key.signature, runtime.lowered.roles)
+                records.append(plan_record.encode(plan, model, plans))
+                plans.append(plan)
+            return records
 
-    def restore(self, records: Iterable[Any]) -> None:
+    def restore(self, records: Iterable[Any], schedules: ScheduleSet) -> None:
         """Add plans that `saved` returned, for a model in the same state as then.
 
         Args:
             records: the plans, from a file that anyone may have written.
+            schedules: the schedules of the file, which those of other plans are resampled from.
 
         Raises:
             CaptureError: the model is in a state that no plan can stand for.
@@ -174,12 +179,15 @@ class PlannedEngine:
         check_capturable(self._model)
         facts = self.watch.look().facts
         model = ModelFacts.of(self._model)
+        plans: list[plan_record.SavedPlan] = []
         for number, record in enumerate(records):
             started, where, changes = time.perf_counter(), f"plans[{number}]", Changes()
             with changes, changes:
                 keep_torch_state(changes)
-                plan, signature, leaf_roles = plan_record.decode(record, self._schedule, model, where)
-            key = PlanKey(signature, facts)
+                found = plan_record.decode(record, schedules, model, plans, where)
+            plans.append(found)
+            plan, signature, leaf_roles = found
+            key = PlanKey(signature, facts, plan.schedule)
             if key in self.cache:
                 raise PlanFileError(f"{where}: a second plan for calls of {signature}")
             self.cache.add(key, plan, self.watch.live_tensors, leaf_roles, started=started, loaded=True)
@@ -189,13 +197,14 @@ class PlannedEngine:
         name = type(self._model).__name__
         check_sites(self._model, self._schedule.sites)  # modules may have been removed since it was compiled
         try:
-            captured = capture(self._model, call, self._schedule.sites)
+            captured = self.cache.captured_before(self._key(call), call.leaves)
+            captured = captured or capture(self._model, call, self._schedule.sites)
         except CaptureError as error:
             # What the user can easily fix is raised; running eagerly instead would only be slow.
             if self.options.strict or error.failure.obstacle in (Obstacle.TRAINING, Obstacle.SITE):
                 raise
             self.failures = {key: failure for key, failure in self.failures.items() if self.watch.knows(key.model)}
-            self.failures[self._key(call)] = error.failure
+            self.failures[self._key(call).without_schedule()] = error.failure
             message = f"{name} runs without a compiled plan, eagerly with the same schedule. {error.failure}"
             log.warning("%s", message)
             warnings.warn(message, FallbackWarning, stacklevel=2)
@@ -210,7 +219,7 @@ class PlannedEngine:
     def _key(self, call: Call) -> PlanKey:
         """The key of a plan for this call."""
         state = self._state or self.state(call)
-        return PlanKey(call.signature, state.facts)
+        return PlanKey(call.signature, state.facts, self._schedule)
 
     def _may_plan(self, key: PlanKey) -> bool:
         """Whether to plan for the model's current state; False if the model keeps changing in this run."""
