@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 MAX_KEPT = 16  # resampled schedules
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class RunSchedule:
     """The schedule of a run.
 
