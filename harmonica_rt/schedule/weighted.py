@@ -103,8 +103,8 @@ class WeightedSchedule(ScheduleData):
         (what it stores for later steps may be new). Weights that a rule made (`with_taylor`, ...) are made by the rule
         again. Of other weights, the parts of a Taylor series are taken, scaled to the new distances, and interpolated
         in time. Entries whose history has become too short have fewer weights. `timesteps` are dropped, scores follow
-        their rows, and the hyper-parameters in `made_by` say `resampled_from`: the number of steps that the schedule was
-        made for.
+        their rows, and the hyper-parameters in `made_by` say `resampled_from`: the number of steps that the schedule
+        was made for.
 
         Raises:
             ScheduleError: `steps` is not a whole number of at least 1, or float32 cannot hold a weight.

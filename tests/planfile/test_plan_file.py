@@ -429,9 +429,17 @@ def test_plans_of_several_numbers_of_steps(tmp_path: Path, monkeypatch: pytest.M
     assert len(json.loads((tmp_path / "again.json").read_text())["plans"]) == 4
 
 
-def test_what_becomes_of_other_steps_is_in_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "plan.json"
+@pytest.fixture(scope="module")
+def two_numbers(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A file with plans for 9 and 4 steps."""
+    path = tmp_path_factory.mktemp("plans") / "plan.json"
     other_steps(path, 9, STEPS)
+    return path.read_bytes()
+
+
+def test_what_becomes_of_other_steps_is_in_the_file(two_numbers: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_bytes(two_numbers)
     hrt.load(path, stack()).reset(steps=5)
     with pytest.raises(ScheduleMismatchError):
         hrt.load(path, stack(), on_other_steps="error").reset(steps=9)
@@ -468,9 +476,9 @@ def test_a_set_of_schedules_is_in_the_file(tmp_path: Path, monkeypatch: pytest.M
         (lambda plans: plans[1]["signature"]["leaves"][0].update(shape=[1, 4, 8]), r"plans\[1\]"),
     ],
 )
-def test_forged_numbers_of_steps_are_refused(tmp_path: Path, change: Any, message: str) -> None:
+def test_forged_numbers_of_steps_are_refused(two_numbers: bytes, tmp_path: Path, change: Any, message: str) -> None:
     path = tmp_path / "plan.json"
-    other_steps(path, 9, STEPS)
+    path.write_bytes(two_numbers)
     forge(path, lambda document: change(document["plans"]))
     with pytest.raises(PlanFileError, match=message):
         hrt.load(path, stack())
