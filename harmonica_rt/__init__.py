@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from harmonica_rt.execute.planned_engine import FallbackWarning
     from harmonica_rt.parity.report import ParityError, ParityReport
     from harmonica_rt.pipelines.fit import model_info
-    from harmonica_rt.schedule import OUTPUT, Schedule, find_sites
+    from harmonica_rt.schedule import OUTPUT, Schedule, ScheduleSet, find_sites
 
 _HOME = {
     "CompiledModel": "harmonica_rt.api",
@@ -59,6 +59,7 @@ _HOME = {
     "ParityReport": "harmonica_rt.parity.report",
     "OUTPUT": "harmonica_rt.schedule",
     "Schedule": "harmonica_rt.schedule",
+    "ScheduleSet": "harmonica_rt.schedule",
     "find_sites": "harmonica_rt.schedule",
 }
 
@@ -71,6 +72,7 @@ __all__ = [
     "ParityError",
     "ParityReport",
     "Schedule",
+    "ScheduleSet",
     "__version__",
     "attach",
     "compile",

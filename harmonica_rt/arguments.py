@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 from torch import nn
@@ -18,13 +18,13 @@ from harmonica_rt.errors import ArgumentError
 from harmonica_rt.parity.lockstep import Tolerance
 from harmonica_rt.pipelines.install import is_pipeline
 from harmonica_rt.sampling.denoiser import Denoiser
-from harmonica_rt.schedule import Schedule
+from harmonica_rt.schedule import Schedule, ScheduleSet
 from harmonica_rt.untrusted.text import described
 
 
 def check_schedule(given: object) -> None:
-    """Raise ArgumentError unless `given` is a schedule."""
-    if isinstance(given, Schedule):
+    """Raise ArgumentError unless `given` is a schedule or a set of schedules."""
+    if isinstance(given, Schedule | ScheduleSet):
         return
     remedy = "Schedule.load(path) reads one; Schedule.every(2, steps=20, sites=hrt.find_sites(model)) makes one"
     if given is Schedule:
@@ -35,7 +35,9 @@ def check_schedule(given: object) -> None:
         remedy = "the model or pipeline comes first, the schedule second"
     elif isinstance(given, Mapping):
         remedy = "one schedule at a time; Schedule.load(path) reads the JSON of a file"
-    elif isinstance(getattr(given, "schedule", None), Schedule):
+    elif isinstance(given, list | tuple) and given and all(isinstance(each, Schedule) for each in given):
+        remedy = "ScheduleSet(schedules) makes a set of schedules for several numbers of steps"
+    elif isinstance(getattr(given, "schedule", None), Schedule | ScheduleSet):
         remedy = "it holds one: pass its `.schedule`"
     elif hasattr(given, "__array__"):
         remedy = "Schedule.from_array(mask, sites) makes one from a mask"
@@ -59,7 +61,7 @@ def check_subject(given: object) -> None:
         remedy = "its scheduler is None, and the steps of a pipeline are followed through its scheduler"
     elif isinstance(given, type):
         remedy = f"create an object, as with {given.__name__}.from_pretrained(...)"
-    elif isinstance(given, Schedule):
+    elif isinstance(given, Schedule | ScheduleSet):
         remedy = "the model or pipeline comes first, the schedule second"
     elif isinstance(given, str | os.PathLike):
         remedy = f"load it first: DiffusionPipeline.from_pretrained({os.fspath(given)!r})"
@@ -102,23 +104,28 @@ def check_path(given: object) -> None:
     remedy = ""
     if isinstance(given, nn.Module) or is_pipeline(given):
         remedy = "; the path comes first, the model or pipeline second"
-    elif isinstance(given, Schedule):
+    elif isinstance(given, Schedule | ScheduleSet):
         remedy = "; a schedule goes to compile(model_or_pipeline, schedule)"
     raise ArgumentError(f"expected the path of a file, got {described(given)}{remedy}")
 
 
-def checked_calls(given: object, steps: int) -> list[Mapping[str, Any]]:
+def checked_calls(given: object, steps: Sequence[int] | None) -> list[Mapping[str, Any]]:
     """The calls for `verify(model, ...)`, one mapping of keyword arguments per step.
 
+    Args:
+        given: what the caller gave.
+        steps: the numbers of steps that there are schedules for; None: any number will do.
+
     Raises:
-        ArgumentError: not a list of mappings, or not `steps` of them.
+        ArgumentError: not a list of mappings, or not as many as a schedule has steps.
     """
     expected = "calls=[...] holds the keyword arguments of one call per step, as a list of dicts"
     if given is None:
         raise ArgumentError(f"verify(model, schedule) needs calls: {expected}")
     calls = list_of_calls(given, expected)
-    if len(calls) != steps:
-        raise ArgumentError(f"calls holds {len(calls)} calls, the schedule has {steps} steps: pass one per step")
+    if steps is not None and len(calls) not in steps:
+        have = f"schedule has {steps[0]}" if len(steps) == 1 else f"schedules have {', '.join(map(str, steps))}"
+        raise ArgumentError(f"calls holds {len(calls)} calls, the {have} steps: pass one per step")
     return calls
 
 

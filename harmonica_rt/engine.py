@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from harmonica_rt.call.call import Call
-from harmonica_rt.errors import ArgumentError, ScheduleMismatchError
+from harmonica_rt.errors import ArgumentError
 from harmonica_rt.indices import StepIndex
+from harmonica_rt.schedule import Schedule
 
 
 class RunKey(NamedTuple):
@@ -33,12 +34,11 @@ class RunKey(NamedTuple):
     first: StepIndex = StepIndex(0)
 
     @classmethod
-    def of(cls, timesteps: object, steps: int) -> RunKey:
-        """The key of a run over all `steps` of a schedule with these timesteps.
+    def of(cls, timesteps: object) -> RunKey:
+        """The key of a run over all steps of a schedule with these timesteps.
 
         Raises:
             ArgumentError: not a flat list, array or tensor of finite numbers.
-            ScheduleMismatchError: not one per step.
         """
         expected = "timesteps is a list, array or tensor of finite numbers, one per step"
         if isinstance(timesteps, torch.Tensor | np.ndarray):
@@ -56,8 +56,6 @@ class RunKey(NamedTuple):
             if not math.isfinite(number):
                 raise ArgumentError(f"{expected}; one of them is {number}")
             values.append(number)
-        if len(values) != steps:
-            raise ScheduleMismatchError(f"the schedule is for {steps} steps, reset got {len(values)} timesteps")
         return cls(tuple(values))
 
 
@@ -94,11 +92,12 @@ class Engine(Protocol):
     def state(self, call: Call) -> object:
         """The model's current state, compared by identity: features stored in one state are never reused in another."""
 
-    def begin_run(self, key: RunKey | None = None) -> object | None:
+    def begin_run(self, key: RunKey | None = None, schedule: Schedule | None = None) -> object | None:
         """A sampling run begins: all streams of the last one are over.
 
         Args:
             key: runs with equal keys are alike; None where no scheduler drives the run.
+            schedule: what all streams of the run are under, of the same sites as before; None: as in the last run.
 
         Returns:
             The model's state at the end of the last run, for which the first step may start before the model is

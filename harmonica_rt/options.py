@@ -13,22 +13,28 @@ DEFAULT_LOWERING = "fused"
 HOISTED = "hoisted"  # `fused` without its ops, for benchmarks to measure what the ops gain
 EXACT = ("plain",)  # equal to the reference bit for bit on CPU
 GRAPH_MODES = ("auto", "on", "off")
+OTHER_STEPS = ("error", "resample", "plain")
 
 
-class LoadKeywords(TypedDict, total=False):
-    """The keywords of `harmonica_rt.load`; see `CompileOptions`."""
-
+class _Keywords(TypedDict, total=False):
     graphs: str
     strict: bool
     max_plans: int
     max_plan_bytes: int | None
 
 
-class CompileKeywords(LoadKeywords, total=False):
+class LoadKeywords(_Keywords, total=False):
+    """The keywords of `harmonica_rt.load`; see `CompileOptions`."""
+
+    on_other_steps: str | None
+
+
+class CompileKeywords(_Keywords, total=False):
     """The keywords of `harmonica_rt.compile`; see `CompileOptions`."""
 
     lowering: str
     debug: bool
+    on_other_steps: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +49,7 @@ class CompileOptions:
         max_plan_bytes: bytes of device memory that all plans may hold; None means a share of a GPU's memory, and no
             limit on a CPU.
         debug: fill slots with NaN before they are written and after their last read.
+        on_other_steps: what becomes of runs with a number of steps that no schedule is for, one of `OTHER_STEPS`.
 
     Raises:
         ArgumentError: an option is invalid; the message names it, what it takes and what was given.
@@ -54,11 +61,13 @@ class CompileOptions:
     max_plans: int = 8
     max_plan_bytes: int | None = None
     debug: bool = False
+    on_other_steps: str = "error"
 
     def __post_init__(self) -> None:
         check_flags(strict=self.strict, debug=self.debug)
         check_choice("lowering", self.lowering, LOWERINGS, unlisted=(HOISTED,))
         check_choice("graphs", self.graphs, GRAPH_MODES)
+        check_choice("on_other_steps", self.on_other_steps, OTHER_STEPS)
         check_whole_number("max_plans", self.max_plans, least=1)
         if self.max_plan_bytes is not None:
             check_whole_number("max_plan_bytes", self.max_plan_bytes, least=1)

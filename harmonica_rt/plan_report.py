@@ -140,7 +140,7 @@ def plan_lines(plan: PlanReport) -> list[str]:
     memory, times, hoisting = plan.memory, plan.times, plan.hoisting
     kernels = f", kernels {times.kernels:.2f}" if times.kernels else ""
     lines = [
-        f"plan for {plan.signature}",
+        f"plan for {plan.signature}, {len(plan.steps)} steps",
         f"  theoretical speed-up {plan.theoretical_speedup:.2f}x ({plan.full_flops / 1e9:.2f} GFLOP per call uncached)",
         f"  {plan.programs} step programs ({plan.programs_with_addresses} with addresses), {memory.slots} slots in "
         f"{mebibytes(memory.arena_bytes)} (lower bound {mebibytes(memory.lower_bound_bytes)}, one address per site "

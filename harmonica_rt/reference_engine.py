@@ -43,8 +43,9 @@ class ReferenceEngine:
         """See `Engine.state`."""
         return self._watch.look()
 
-    def begin_run(self, key: RunKey | None = None) -> None:
+    def begin_run(self, key: RunKey | None = None, schedule: Schedule | None = None) -> None:
         """Nothing is kept between runs."""
+        self._schedule = schedule or self._schedule
         self._watch.begin_run()
 
     def new_stream(self, call: Call) -> ReferenceStream:

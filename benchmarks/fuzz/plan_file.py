@@ -107,7 +107,7 @@ def _forged(rng: Random, document: dict[str, Any]) -> dict[str, Any]:
     """The document with one change that keeps the JSON valid."""
     plan = rng.choice(document["plans"])
     if rng.random() < 0.25:
-        part = rng.choice(("signature", "roles", "graph", "slot_offsets"))
+        part = rng.choice(("steps", "signature", "roles", "graph", "slot_offsets"))
         plan[part] = changed(rng, plan[part])
         return document
     graph = plan["graph"] if isinstance(plan.get("graph"), dict) else {}
@@ -163,7 +163,7 @@ def _argument(rng: Random, nodes: int) -> Any:
 
 
 def _change_schedule(rng: Random, document: dict[str, Any]) -> None:
-    rows = document["schedule"]["compute"]
+    rows = document["schedules"][0]["compute"]
     row = rng.randrange(len(rows))
     rows[row] = "".join(rng.choice("01") for _ in rows[row])
 

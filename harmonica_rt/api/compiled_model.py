@@ -18,19 +18,22 @@ from harmonica_rt.parity.lockstep import LockstepEngine
 from harmonica_rt.pipelines.denoiser import PipelineDenoiser
 from harmonica_rt.planfile import file as plan_file
 from harmonica_rt.report import Report
-from harmonica_rt.schedule import Schedule
+from harmonica_rt.schedule import Schedule, ScheduleSet
 from harmonica_rt.wrappers import unwrapped
 
 
 class CompiledModel(PipelineDenoiser):
     """A model compiled with a schedule. It is called like the model, one run at a time; see `compile`."""
 
-    def __init__(self, given: nn.Module, schedule: Schedule, planned: PlannedEngine, *, verify: bool) -> None:
+    def __init__(
+        self, given: nn.Module, schedule: Schedule | ScheduleSet, planned: PlannedEngine, *, verify: bool
+    ) -> None:
         self._planned = planned
         lockstep = None
         if verify:
-            lockstep = LockstepEngine(unwrapped(given), schedule, planned, tolerance="auto", raise_at_once=True)
-        super().__init__(given, schedule, lockstep or planned)
+            first = ScheduleSet.of(schedule).schedules[0]
+            lockstep = LockstepEngine(unwrapped(given), first, planned, tolerance="auto", raise_at_once=True)
+        super().__init__(given, schedule, lockstep or planned, planned.options.on_other_steps)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copies and pickles hold the model, the schedule and the options; their plans are made at their first call."""
@@ -38,7 +41,7 @@ class CompiledModel(PipelineDenoiser):
         return _compile_copy, (self.given, self.schedule, self._planned.options, verify)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the schedule and all plans, without the model's parameters, as JSON for `load`. The write is atomic.
+        """Write the schedules and all plans, without the model's parameters, as JSON for `load`. The write is atomic.
 
         Raises:
             HarmonicaError: there is no plan yet (the first call makes one).
@@ -49,7 +52,7 @@ class CompiledModel(PipelineDenoiser):
         if not plans:
             raise HarmonicaError("there is no plan to save yet: the first call of the compiled model makes one")
         try:
-            plan_file.write(path, self.model, self.schedule, self._planned.options.lowering, plans)
+            plan_file.write(path, self.model, self.schedule, self._planned.options, plans)
         except OSError as error:
             raise PlanFileError(
                 f"{os.fspath(path)}: cannot be written ({error.strerror}); give a file in a folder that exists and can "
@@ -79,5 +82,8 @@ class CompiledModel(PipelineDenoiser):
         return Report.of(type(self.model).__name__, self.schedule, self._planned.cache, self.stats, failures)
 
 
-def _compile_copy(given: nn.Module, schedule: Schedule, options: CompileOptions, verify: bool) -> CompiledModel:
-    return CompiledModel(given, schedule, PlannedEngine(unwrapped(given), schedule, options), verify=verify)
+def _compile_copy(
+    given: nn.Module, schedule: Schedule | ScheduleSet, options: CompileOptions, verify: bool
+) -> CompiledModel:
+    engine = PlannedEngine(unwrapped(given), ScheduleSet.of(schedule).schedules[0], options)
+    return CompiledModel(given, schedule, engine, verify=verify)

@@ -1,4 +1,4 @@
-"""Compiles models and pipelines, from a schedule or from a saved plan, and undoes it."""
+"""Compiles models and pipelines, from a schedule or from a saved plan."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ from typing import Any, TypeVar, Unpack, overload
 from torch import nn
 
 from harmonica_rt.api.compiled_model import CompiledModel
-from harmonica_rt.api.subject import held_model, model_to_compile, runs_through_torch_compile
-from harmonica_rt.arguments import check_path, check_pipeline, check_schedule
+from harmonica_rt.api.subject import held_model, model_to_compile
+from harmonica_rt.arguments import check_path, check_schedule
 from harmonica_rt.errors import HarmonicaError, InvariantError, PlanFileError
 from harmonica_rt.execute.planned_engine import PlannedEngine
-from harmonica_rt.options import DEFAULT_LOWERING, CompileKeywords, CompileOptions, LoadKeywords, check_flags
+from harmonica_rt.options import (
+    DEFAULT_LOWERING,
+    OTHER_STEPS,
+    CompileKeywords,
+    CompileOptions,
+    LoadKeywords,
+    check_choice,
+    check_flags,
+)
 from harmonica_rt.pipelines.fit import check_fit, warn_about_sampler
 from harmonica_rt.pipelines.install import (
-    denoiser_module,
-    held_denoiser,
     install,
-    install_assigned,
-    installed,
     other_denoisers,
-    uninstall,
 )
 from harmonica_rt.planfile import file as plan_file
-from harmonica_rt.schedule import Schedule
+from harmonica_rt.schedule import Schedule, ScheduleSet
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +39,7 @@ P = TypeVar("P")
 @overload
 def compile(
     model_or_pipeline: nn.Module,
-    schedule: Schedule,
+    schedule: Schedule | ScheduleSet,
     *,
     verify: bool = ...,
     **options: Unpack[CompileKeywords],
@@ -46,7 +49,7 @@ def compile(
 @overload
 def compile(
     model_or_pipeline: P,
-    schedule: Schedule,
+    schedule: Schedule | ScheduleSet,
     *,
     verify: bool = ...,
     **options: Unpack[CompileKeywords],
@@ -55,7 +58,7 @@ def compile(
 
 def compile(
     model_or_pipeline: Any,
-    schedule: Schedule,
+    schedule: Schedule | ScheduleSet,
     *,
     lowering: str = DEFAULT_LOWERING,
     graphs: str = "auto",
@@ -64,6 +67,7 @@ def compile(
     max_plans: int = 8,
     max_plan_bytes: int | None = None,
     debug: bool = False,
+    on_other_steps: str = "error",
 ) -> Any:
     """Compile a model, or the denoiser of a pipeline, with a schedule.
 
@@ -76,7 +80,8 @@ def compile(
 
     Args:
         model_or_pipeline: an `nn.Module` in eval mode, or a diffusers pipeline.
-        schedule: which sites to compute and which to reuse in each step.
+        schedule: which sites to compute and which to reuse in each step; or a `ScheduleSet`, of which each run takes
+            the schedule for its number of steps.
         lowering: `fused` uses fused ops and computes everything that does not depend on the latents before the steps;
             it equals the reference up to rounding. `inductor` also compiles what lies between the fused ops, each
             unique region once, in seconds to minutes. `plain` runs operator by operator; on CPU it equals the reference
@@ -91,6 +96,10 @@ def compile(
             memory that graphs reserved); by default a quarter of a GPU's memory, and no limit on a CPU. The least
             recently used plans are dropped; those of the current run stay, however large they are.
         debug: fill slots with NaN before they are written and after their last read.
+        on_other_steps: what becomes of a run with a number of steps (NFE) that no schedule is for. `error`:
+            ScheduleMismatchError. `resample`: the schedule, or the nearest of a set, is resampled
+            (`Schedule.resample`), and planned without a new capture. `plain`: the run is uncached. A model by itself
+            knows the number of steps of a run only if `reset` is given them or their timesteps.
 
     Raises:
         ScheduleMismatchError: the schedule was made for another model.
@@ -110,6 +119,7 @@ def compile(
         max_plans=max_plans,
         max_plan_bytes=max_plan_bytes,
         debug=debug,
+        on_other_steps=on_other_steps,
     )
     planned = _planned(model_or_pipeline, schedule, options)
     return _take_over(model_or_pipeline, CompiledModel(held_model(model_or_pipeline), schedule, planned, verify=verify))
@@ -139,8 +149,9 @@ def load(
     strict: bool = False,
     max_plans: int = 8,
     max_plan_bytes: int | None = None,
+    on_other_steps: str | None = None,
 ) -> Any:
-    """Compile a model or pipeline with the schedule, lowering and plans of a file that `CompiledModel.save` wrote.
+    """Compile a model or pipeline with the schedules, lowering and plans of a file that `CompiledModel.save` wrote.
 
     A call whose signature was saved is not captured or planned again; other signatures get their plans as usual.
 
@@ -149,6 +160,7 @@ def load(
         model_or_pipeline: the same model in the same state (the values of its parameters may differ), or a pipeline
             with it.
         graphs, strict, max_plans, max_plan_bytes: see `compile`.
+        on_other_steps: see `compile`; None: as the saved model was compiled.
 
     Raises:
         PlanFileError: the file is missing, damaged, or made for another model, torch or version.
@@ -158,15 +170,22 @@ def load(
     """
     check_path(path)
     options = CompileOptions(graphs=graphs, strict=strict, max_plans=max_plans, max_plan_bytes=max_plan_bytes)
+    if on_other_steps is not None:
+        check_choice("on_other_steps", on_other_steps, OTHER_STEPS)
     model = model_to_compile(model_or_pipeline)
     try:
         found = plan_file.read(path, model)
     except OSError as error:
         raise PlanFileError(f"{os.fspath(path)}: cannot be read as a saved plan ({error.strerror})") from error
-    options = dataclasses.replace(options, lowering=found.lowering, max_plans=max(max_plans, len(found.plans)))
+    options = dataclasses.replace(
+        options,
+        lowering=found.lowering,
+        max_plans=max(max_plans, len(found.plans)),
+        on_other_steps=found.on_other_steps if on_other_steps is None else on_other_steps,
+    )
     planned = _planned(model_or_pipeline, found.schedule, options)
     try:
-        planned.restore(found.plans)
+        planned.restore(found.plans, ScheduleSet.of(found.schedule))
     except (PlanFileError, InvariantError) as error:
         raise PlanFileError(f"{os.fspath(path)}: {error}; compile the model and save it again") from error
     return _take_over(
@@ -174,47 +193,11 @@ def load(
     )
 
 
-def uncompile(pipeline: P) -> P:
-    """Restore a pipeline's plain denoiser and scheduler, and return the same pipeline.
-
-    A pipeline that is not compiled is returned unchanged.
-
-    Raises:
-        ArgumentError: the argument is not a pipeline.
-    """
-    check_pipeline(pipeline)
-    install_assigned(pipeline)
-    uninstall(pipeline)
-    return pipeline
-
-
-def get_compiled(pipeline: Any) -> CompiledModel:
-    """Return the compiled denoiser of a pipeline, for example for its `report()`.
-
-    Raises:
-        ArgumentError: the argument is not a pipeline.
-        HarmonicaError: the pipeline is not compiled.
-    """
-    check_pipeline(pipeline)
-    install_assigned(pipeline)
-    compiled, name = installed(denoiser_module(pipeline)), type(pipeline).__name__
-    if isinstance(compiled, CompiledModel):
-        return compiled
-    if compiled is not None:
-        raise HarmonicaError(f"this {name} is not compiled but runs the reference; compile(pipe, schedule) compiles it")
-    if runs_through_torch_compile(held_denoiser(pipeline)):
-        raise HarmonicaError(
-            f"this {name} is not compiled by harmonica_rt.compile but by torch.compile; "
-            "attach(pipe.transformer).report() reports on it"
-        )
-    raise HarmonicaError(f"this {name} is not compiled; harmonica_rt.compile(pipe, schedule) compiles it")
-
-
-def _planned(model_or_pipeline: Any, schedule: Schedule, options: CompileOptions) -> PlannedEngine:
+def _planned(model_or_pipeline: Any, schedule: Schedule | ScheduleSet, options: CompileOptions) -> PlannedEngine:
     check_schedule(schedule)
     model = model_to_compile(model_or_pipeline)
     check_fit(model, schedule)
-    return PlannedEngine(model, schedule, options)
+    return PlannedEngine(model, ScheduleSet.of(schedule).schedules[0], options)
 
 
 def _take_over(model_or_pipeline: Any, compiled: CompiledModel) -> Any:

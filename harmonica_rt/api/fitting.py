@@ -66,6 +66,8 @@ def fit(
             compiled by torch.compile with this package's backend.
     """
     check_schedule(schedule)
+    if not isinstance(schedule, Schedule):
+        raise ArgumentError("fit takes one schedule; fit each schedule of a set, with calls of its number of steps")
     check_flags(per_site=per_site)
     check_seed(seed)
     check_whole_number("order", order, 1)

@@ -10,7 +10,7 @@ from typing import Any
 from harmonica_rt.arguments import check_schedule
 from harmonica_rt.errors import ArgumentError, HarmonicaError
 from harmonica_rt.options import CompileOptions
-from harmonica_rt.schedule import Schedule
+from harmonica_rt.schedule import Schedule, ScheduleSet
 from harmonica_rt.untrusted.text import described
 
 NAME = "harmonica"
@@ -18,9 +18,9 @@ NAME = "harmonica"
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """The `options` given to `torch.compile`: the schedule, and the options that `harmonica_rt.compile` takes."""
+    """The `options` given to `torch.compile`: schedule or set of schedules, and those that `hrt.compile` takes."""
 
-    schedule: Schedule
+    schedule: Schedule | ScheduleSet
     plans: CompileOptions
 
     @classmethod

@@ -16,6 +16,7 @@ from harmonica_rt.execute.plan_cache import PlanKey, Plans
 from harmonica_rt.model.tensors import TensorNote, same_objects
 from harmonica_rt.model.watch import KNOWN_STATES
 from harmonica_rt.plan.plan import build_plan
+from harmonica_rt.schedule import Schedule, ScheduleSet
 
 
 class GraphEngine:
@@ -25,8 +26,8 @@ class GraphEngine:
 
     def __init__(self, model_name: str, options: BackendOptions) -> None:
         self.plans = Plans(model_name, options.plans, graphs_of(options.plans.graphs))
-        self._schedule = options.schedule
-        self._passed: dict[PlanKey, _PassedTensors] = {}
+        self._schedule = ScheduleSet.of(options.schedule).schedules[0]
+        self._passed: dict[Signature, _PassedTensors] = {}
         self._states: dict[Signature, list[TensorNote]] = {}  # states seen in this run, the latest last
 
     def state(self, call: Call) -> object:
@@ -38,25 +39,27 @@ class GraphEngine:
             return known[-1]
         state = next((note for note in known if note.is_of(tensors) and note.hold()), None) or TensorNote(tensors)
         self._states[call.signature] = [*(note for note in known if note is not state), state][-KNOWN_STATES:]
-        if (passed := self._passed.get(PlanKey(call.signature))) is not None:
+        if (passed := self._passed.get(call.signature)) is not None:
             passed.renew(graph_call)
         return state
 
-    def begin_run(self, key: RunKey | None = None) -> None:
+    def begin_run(self, key: RunKey | None = None, schedule: Schedule | None = None) -> None:
         """See `Engine.begin_run`. Forgets the states of earlier runs, of which no stream is left."""
+        self._schedule = schedule or self._schedule
         self._states.clear()
         self.plans.begin_run(key)
 
     def new_stream(self, call: Call) -> Stream:
         """See `Engine.new_stream`."""
-        graph_call, key = _graph_call(call), PlanKey(call.signature)
-        passed = self._passed.setdefault(key, _PassedTensors())
+        graph_call, key = _graph_call(call), PlanKey(call.signature, schedule=self._schedule)
+        passed = self._passed.setdefault(call.signature, _PassedTensors())
         passed.renew(graph_call)
         if key not in self.plans:
             started = time.perf_counter()
-            plan = build_plan(graph_call.graph.capture(graph_call), self._schedule)
+            captured = self.plans.captured_before(key, call.leaves) or graph_call.graph.capture(graph_call)
+            plan = build_plan(captured, self._schedule)
             self.plans.add(key, plan, passed, roles(call), started=started)
-            self._passed = {kept: self._passed[kept] for kept in self.plans.held}
+            self._passed = {held.signature: self._passed[held.signature] for held in self.plans.held}
             self._states = {held.signature: self._states.get(held.signature, []) for held in self.plans.held}
         return self.plans[key].new_stream()
 

@@ -29,7 +29,7 @@ class GraphSession(FindsItsPipeline):
         name = type(model).__name__
         self._model = weakref.ref(model)  # a session is freed with its model
         self._alone = False  # after detach(): only pipelines that are attached are followed
-        super().__init__(name, options.schedule, GraphEngine(name, options))
+        super().__init__(name, options.schedule, GraphEngine(name, options), options.plans.on_other_steps)
 
     def attach(self, pipeline: Any) -> None:
         """See `Session.attach`; replaces another session of this backend that follows the pipeline."""

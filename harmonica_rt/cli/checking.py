@@ -18,6 +18,7 @@ from harmonica_rt.cli.options import (
     GUIDANCE,
     LOWERING,
     MODEL,
+    OTHER_STEPS,
     RECIPE,
     REPEATS,
     SAMPLER,
@@ -33,7 +34,7 @@ from harmonica_rt.cli.tables import latency_table, parity_table
 if TYPE_CHECKING:
     from harmonica_rt.cli.loading import PipelineChoice
     from harmonica_rt.parity.report import ParityReport
-    from harmonica_rt.schedule import Schedule
+    from harmonica_rt.schedule import Schedule, ScheduleSet
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,20 @@ class _Case:
     """A pipeline, the schedule that it is compiled with, and the arguments of its calls."""
 
     pipeline: Any
-    schedule: Schedule
+    schedule: Schedule | ScheduleSet
     arguments: dict[str, Any]
 
     @classmethod
-    def load(cls, choice: PipelineChoice, schedule: Schedule, given: Sequence[str], guidance: float | None) -> _Case:
+    def load(
+        cls, choice: PipelineChoice, schedule: Schedule | ScheduleSet, given: Sequence[str], guidance: float | None
+    ) -> _Case:
         """Load the pipeline; `given` are the `name=value` pairs of `--arg`."""
         from harmonica_rt.cli.calling import call_arguments
         from harmonica_rt.cli.loading import load_pipeline
+        from harmonica_rt.schedule import ScheduleSet
 
-        pipeline = load_pipeline(choice)
-        return cls(pipeline, schedule, call_arguments(pipeline, given, schedule.steps, guidance))
+        pipeline, steps = load_pipeline(choice), ScheduleSet.of(schedule).steps
+        return cls(pipeline, schedule, call_arguments(pipeline, given, steps[0], guidance))
 
     def checked_parity(self, **options: Any) -> ParityReport:
         """Compare compiled with reference and return the report; if they differ, end the command with exit status 1."""
@@ -74,6 +78,7 @@ def verify(
     guidance: float | None = GUIDANCE,
     lowering: str = LOWERING,
     graphs: str = GRAPHS,
+    on_other_steps: str = OTHER_STEPS,
     seed: int = SEED,
     tolerance: str = typer.Option("auto", help="exact, measured, or auto (exact for plain on CPU, else measured)."),
     transformer: str | None = TRANSFORMER,
@@ -91,7 +96,9 @@ def verify(
     one_of("--tolerance", tolerance, get_args(Tolerance))
     choice = PipelineChoice(model, transformer, sampler, tuple(sampler_arg), dtype, device)
     case = _Case.load(choice, read(schedule), arg, guidance)
-    report = case.checked_parity(lowering=lowering, graphs=graphs, seed=seed, tolerance=tolerance)
+    report = case.checked_parity(
+        lowering=lowering, graphs=graphs, on_other_steps=on_other_steps, seed=seed, tolerance=tolerance
+    )
     console.print(parity_table(report))
     console.print(str(report), style="bold green")
 
@@ -104,6 +111,7 @@ def bench(
     guidance: float | None = GUIDANCE,
     lowering: str = LOWERING,
     graphs: str = GRAPHS,
+    on_other_steps: str = OTHER_STEPS,
     repeats: int = REPEATS,
     seed: int = SEED,
     transformer: str | None = TRANSFORMER,
@@ -125,8 +133,9 @@ def bench(
     def generate() -> Any:
         return case.pipeline(**case.arguments, generator=torch.Generator().manual_seed(seed))
 
-    parity = case.checked_parity(lowering=lowering, graphs=graphs, seed=seed)
-    hrt.compile(case.pipeline, case.schedule, lowering=lowering, graphs=graphs, strict=True)
+    how: dict[str, Any] = {"lowering": lowering, "graphs": graphs, "on_other_steps": on_other_steps}
+    parity = case.checked_parity(**how, seed=seed)
+    hrt.compile(case.pipeline, case.schedule, **how, strict=True)
     compiled = hrt.get_compiled(case.pipeline)
     with console.status("warm up") as status:
         latency = compare(

@@ -10,7 +10,7 @@ import typer
 
 from harmonica_rt.cli.console import console, line, print_unwrapped
 from harmonica_rt.cli.options import REPEATS, SEED, writable_picture
-from harmonica_rt.cli.schedule import read
+from harmonica_rt.cli.schedule import read_one
 from harmonica_rt.cli.tables import latency_table
 from harmonica_rt.errors import HarmonicaError
 
@@ -52,9 +52,7 @@ def demo(
             "`harmonica-rt bench` runs any pipeline"
         )
     if schedule is not None:
-        chosen = read(schedule)
-        if steps not in (None, chosen.steps):
-            raise HarmonicaError(f"--steps is {steps}, but {schedule} is for {chosen.steps} steps; leave --steps out")
+        chosen = read_one(schedule, steps)
     elif model is None and steps is None:
         chosen = hrt.Schedule.load(bundled_schedule())
     else:

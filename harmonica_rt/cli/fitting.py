@@ -23,6 +23,7 @@ from harmonica_rt.cli.options import (
     TRANSFORMER,
 )
 from harmonica_rt.cli.schedule import read
+from harmonica_rt.errors import HarmonicaError
 
 RUNS: Any = typer.Option(1, min=1, help="Calls of the pipeline to fit to; call k has seed + k.")
 
@@ -48,8 +49,11 @@ def fit(
     import harmonica_rt as hrt
     from harmonica_rt.cli.calling import call_arguments, calling
     from harmonica_rt.cli.loading import PipelineChoice, load_pipeline
+    from harmonica_rt.schedule import Schedule
 
     given = read(schedule)
+    if not isinstance(given, Schedule):
+        raise HarmonicaError(f"{schedule} is a set of schedules; `fit` takes one of them, as a file of its own")
     pipeline = load_pipeline(PipelineChoice(model, transformer, sampler, tuple(sampler_arg), dtype, device))
     call = call_arguments(pipeline, arg, given.steps, guidance)
     with console.status("fitting"), calling(pipeline, call):

@@ -17,7 +17,17 @@ PICTURES = (".png", ".svg", ".pdf")
 MODEL: Any = typer.Argument(
     ..., metavar="MODEL", help="A directory that a pipeline was saved in, or its id on the Hugging Face hub."
 )
-SCHEDULE: Any = typer.Argument(..., metavar="SCHEDULE", help="A schedule file, or a directory with a schedule.json.")
+SCHEDULE: Any = typer.Argument(
+    ...,
+    metavar="SCHEDULE",
+    help="A schedule file, a directory with a schedule.json, or a set: its file, or a directory of schedule files.",
+)
+STEPS: Any = typer.Option(
+    None, min=1, help="Draw the schedule for this number of steps: that of a set, or one that is resampled."
+)
+OTHER_STEPS: Any = typer.Option(
+    "error", help="For another number of steps than there are schedules for: error, resample, or plain (uncached)."
+)
 PATTERN: Any = typer.Option(
     [], help="A glob over module paths that chooses the sites, instead of the built-in rule; may be repeated."
 )

@@ -9,34 +9,45 @@ import typer
 
 from harmonica_rt.cli.command import Command
 from harmonica_rt.cli.console import console, print_unwrapped
-from harmonica_rt.cli.options import LEVEL, MODEL, PATTERN, SCHEDULE, SCHEDULE_OUT, SEED, one_of, writable_picture
+from harmonica_rt.cli.options import (
+    LEVEL,
+    MODEL,
+    PATTERN,
+    SCHEDULE,
+    SCHEDULE_OUT,
+    SEED,
+    STEPS,
+    one_of,
+    writable_picture,
+)
 from harmonica_rt.errors import HarmonicaError, ScheduleError
 
 if TYPE_CHECKING:
-    from harmonica_rt.schedule import Schedule
+    from harmonica_rt.schedule import Schedule, ScheduleSet
 
 app = typer.Typer(no_args_is_help=True)
 
 _ROUTERS = (".pt", ".pth", ".ckpt", ".bin")
 
 
-def read(path: Path) -> Schedule:
-    """The schedule in a file, or in a directory that `save_pretrained` wrote.
+def read(path: Path) -> Schedule | ScheduleSet:
+    """The schedule in a file, or in a directory that `save_pretrained` wrote; or a set: its file, or a directory.
 
     Raises:
-        HarmonicaError: there is no schedule, or the file cannot be read or is malformed.
+        HarmonicaError: there is no schedule, or a file cannot be read or is malformed.
     """
-    from harmonica_rt.schedule import Schedule
+    from harmonica_rt.schedule import Schedule, ScheduleSet
     from harmonica_rt.schedule.hub import FILE
+    from harmonica_rt.schedule.schedule_set import is_set
 
     if path.is_dir():
         if not (path / FILE).is_file():
-            there = sorted(found.name for found in path.glob("*.json"))[:5]
-            beside = f" (it has {', '.join(there)})" if there else ""
-            raise HarmonicaError(f"{path} is a directory without a {FILE}; give the schedule file itself{beside}")
+            if any(path.glob("*.json")):
+                return ScheduleSet.load(path)
+            raise HarmonicaError(f"{path} is a directory without a {FILE}, and without other schedule files (*.json)")
         path = path / FILE
     try:
-        return Schedule.load(path)
+        return ScheduleSet.load(path) if is_set(path) else Schedule.load(path)
     except ScheduleError as error:
         if path.suffix not in _ROUTERS or not path.is_file():
             raise
@@ -44,17 +55,45 @@ def read(path: Path) -> Schedule:
         raise ScheduleError(f"{error}; {hint}") from error
 
 
-@app.command(cls=Command)
-def show(schedule: Path = SCHEDULE) -> None:
-    """Draw a schedule in the terminal: steps down, sites across, with the CUR and the weights of each step."""
-    from harmonica_rt.schedule import render
+def read_one(path: Path, steps: int | None, *, resample: bool = False) -> Schedule:
+    """The schedule of a file; of a set, the one for this number of steps.
 
-    console.print(render(read(schedule), width=console.width))
+    Args:
+        path: see `read`.
+        steps: the number of steps; None: that of the only schedule.
+        resample: make a schedule for another number of steps, instead of an error.
+
+    Raises:
+        HarmonicaError: see `read`; or there is no schedule for these steps, or there are several and no number.
+    """
+    from harmonica_rt.schedule import ScheduleSet
+
+    found = ScheduleSet.of(read(path))
+    listed = " and ".join(map(str, found.steps))
+    if steps is None and len(found.steps) > 1:
+        raise HarmonicaError(f"{path} has schedules for {listed} steps, and one is needed: give --steps")
+    if steps not in (None, *found.steps) and not resample:
+        raise HarmonicaError(f"--steps is {steps}, but {path} is for {listed} steps; leave --steps out")
+    return found.resample(steps or found.steps[0])
+
+
+@app.command(cls=Command)
+def show(schedule: Path = SCHEDULE, steps: int | None = STEPS) -> None:
+    """Draw a schedule in the terminal: steps down, sites across, with the CUR and the weights of each step.
+
+    All schedules of a set are drawn, one below the other.
+    """
+    from harmonica_rt.schedule import ScheduleSet, render
+
+    found = ScheduleSet.of(read(schedule))
+    for each in found.schedules if steps is None else (found.resample(steps),):
+        console.print(render(each, width=console.width))
 
 
 @app.command(cls=Command)
 def plot(
     schedule: Path = SCHEDULE,
+    steps: int | None = STEPS,
     out: Path = typer.Argument(
         ...,
         metavar="PNG",
@@ -65,7 +104,7 @@ def plot(
     ),
 ) -> None:
     """Draw a schedule as a heat map."""
-    read(schedule).plot(out)
+    read_one(schedule, steps, resample=True).plot(out)
     print_unwrapped(f"written to {out}")
 
 

@@ -128,6 +128,7 @@ def train(
     with console.status("load libraries"):
         from harmonica_rt.cli.calling import call_arguments, calling
         from harmonica_rt.cli.loading import PipelineChoice, load_pipeline
+        from harmonica_rt.schedule import ScheduleSet
         from harmonica_training import TrainConfig, TrainingInterrupted, train
         from harmonica_training.console_progress import ConsoleProgress
         from harmonica_training.distributed import leave, rank
@@ -163,6 +164,8 @@ def train(
         if own := _OWN_OPTIONS.get(pair.partition("=")[0]):
             raise HarmonicaError(f"--arg {pair}: use {own} instead")
     beginning = read(start) if start else None
+    if isinstance(beginning, ScheduleSet):
+        beginning = beginning.resample(steps)
     choice = PipelineChoice(model, transformer, sampler, tuple(sampler_arg), dtype, _own_device(device))
     pipeline = load_pipeline(choice)
     given = call_arguments(pipeline, arg, steps, guidance)

@@ -28,6 +28,7 @@ class LoweredPlan:
         plan: the plan.
         roles: roles of the leaves of its calls.
         lowering: one of `harmonica_rt.options.LOWERINGS`.
+        like: a plan of the same captured graph, lowered by the same lowering, to share programs and prologue with.
 
     Attributes:
         plan, roles: as given.
@@ -37,13 +38,17 @@ class LoweredPlan:
         seconds: wall time of lowering.
     """
 
-    def __init__(self, plan: Plan, roles: Sequence[Role], lowering: str) -> None:
+    def __init__(self, plan: Plan, roles: Sequence[Role], lowering: str, *, like: LoweredPlan | None = None) -> None:
         started = time.perf_counter()
         self.plan = plan
         self.roles = tuple(roles)
-        self.lowering: Lowering = lower(lowering, plan, roles)
+        self.lowering: Lowering = lower(lowering, plan, roles, like.lowering if like is not None else None)
         prologue = self.lowering.prologue
-        self.prologue = LoweredPrologue(prologue, plan.captured.root) if prologue is not None else None
+        self.prologue: LoweredPrologue | None = None
+        if prologue is not None:
+            before = like.prologue if like is not None else None
+            same = before is not None and before.prologue.each is prologue.each
+            self.prologue = before if same else LoweredPrologue(prologue, plan.captured.root)
         self.weights = weight_tables(plan)
         self.seconds = time.perf_counter() - started
         self._catch_up: dict[StepIndex, tuple[Program, tuple[SlotId, ...]]] = {}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from harmonica_rt.call.call import Signature
 from harmonica_rt.call.roles import Role
+from harmonica_rt.capture.captured_graph import CapturedGraph
 from harmonica_rt.engine import RunKey
 from harmonica_rt.execute.cuda_graphs import Graphs
 from harmonica_rt.execute.launch_order import has_streams
@@ -22,6 +24,7 @@ from harmonica_rt.model.facts import Facts
 from harmonica_rt.options import CompileOptions
 from harmonica_rt.plan.invariants import check_plan
 from harmonica_rt.plan.plan import Plan
+from harmonica_rt.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +37,19 @@ class PlanKey(NamedTuple):
     Attributes:
         signature: the signature of its calls.
         model: the facts of the model that it was made for; None where the caller ensures that they hold.
+        schedule: the schedule that it implements; None in the key of what holds for all schedules.
     """
 
     signature: Signature
     model: Facts | None = None
+    schedule: Schedule | None = None
 
     def __str__(self) -> str:
         return str(self.signature)
+
+    def without_schedule(self) -> PlanKey:
+        """The key of what holds for all schedules."""
+        return self._replace(schedule=None)
 
     def without_request_values(self) -> PlanKey:
         """This key without request values, as a call has it before a plan is found."""
@@ -93,6 +102,23 @@ class Plans:
         """Bytes that all plans hold now."""
         return sum(runtime.nbytes for runtime in self._held.values())
 
+    def captured_before(self, key: PlanKey, leaves: Sequence[Any]) -> CapturedGraph | None:
+        """The captured graph of a plan for another schedule that holds for a call with these leaves.
+
+        None if there is no such plan. The graph takes no time to capture again.
+
+        Args:
+            key: as the call has it before a plan is found.
+            leaves: of the call.
+        """
+        for held, runtime in self._held.items():
+            captured = runtime.lowered.plan.captured
+            values = captured.request_values
+            same = held.without_request_values().without_schedule() == key.without_schedule()
+            if same and (values is None or values.hold(leaves)):
+                return dataclasses.replace(captured, seconds=0.0)
+        return None
+
     def begin_run(self, key: RunKey | None) -> None:
         """A run begins, for every plan."""
         self._key = key
@@ -127,22 +153,28 @@ class Plans:
         check_plan(plan)
         signature = key.signature
         with signature.in_its_autocast():
-            lowered = LoweredPlan(plan, roles, self.options.lowering)
+            lowered = LoweredPlan(plan, roles, self.options.lowering, like=self._like(plan))
             runtime = PlanRuntime(lowered, parameters, signature.device, graphs=self._graphs, debug=self.options.debug)
         runtime.kernel_seconds = compile_ahead(lowered, signature.device)
         runtime.begin_run(self._key)
         runtime.compile_seconds = time.perf_counter() - started
         self._held[key] = runtime
         log.info(
-            "%s %s for %s in %.1f s: %d step programs",
+            "%s %s for %s and %d steps in %.1f s: %d step programs",
             "loaded the plan of" if loaded else "planned",
             self._model_name,
             signature,
+            len(plan.steps),
             runtime.compile_seconds,
             len(plan.programs),
         )
         self._drop_surplus(coming=sum(plan.table.arena_bytes.values()))
         return runtime
+
+    def _like(self, plan: Plan) -> LoweredPlan | None:
+        """A lowered plan of the same captured graph, if there is one."""
+        lowered = (runtime.lowered for runtime in self._held.values())
+        return next((one for one in lowered if one.plan.captured.graph is plan.captured.graph), None)
 
     def _drop_surplus(self, *, coming: int) -> None:
         """Drop plans, the least recently used first, until both limits hold.

@@ -14,6 +14,7 @@ from torch import nn
 from harmonica_rt.call.call import Call
 from harmonica_rt.call.roles import roles
 from harmonica_rt.capture.capture import mark
+from harmonica_rt.capture.captured_graph import CapturedGraph
 from harmonica_rt.capture.captures import captures_of
 from harmonica_rt.changes import Changes
 from harmonica_rt.engine import RunKey, Stream
@@ -30,7 +31,7 @@ from harmonica_rt.plan.plan import build_plan
 from harmonica_rt.planfile import plan_record
 from harmonica_rt.planfile.model_facts import ModelFacts
 from harmonica_rt.reference_engine import ReferenceEngine
-from harmonica_rt.schedule import Schedule
+from harmonica_rt.schedule import Schedule, ScheduleSet
 from harmonica_rt.schedule.sites import check_sites
 from harmonica_rt.torch_state import keep_torch_state
 
@@ -62,7 +63,7 @@ class PlannedEngine:
         self.cache = Plans(type(model).__name__, options, graphs or graphs_of(options.graphs))
         self.failures: dict[PlanKey, CaptureFailure] = {}
         self._model = model
-        self._schedule = schedule
+        self._schedule = schedule  # of the current run
         self.watch = ModelWatch(model)
         self._captures = captures_of(model)
         self._state: ModelState | None = None  # the model's state as the last call found it
@@ -70,7 +71,6 @@ class PlannedEngine:
         self._ran_eagerly = False  # in this run
         self._looks = 0  # at the model, in this run
         self._changed_before_run = False  # between the last run and this one; then it is likely to change again
-        self._reference = ReferenceEngine(model, schedule, self.watch)
 
     @property
     def plans(self) -> dict[PlanKey, PlanRuntime]:
@@ -92,8 +92,9 @@ class PlannedEngine:
         """See `Engine.state`; plans are made for a state, and kept in case it comes back."""
         return self._look()
 
-    def begin_run(self, key: RunKey | None = None) -> ModelState | None:
+    def begin_run(self, key: RunKey | None = None, schedule: Schedule | None = None) -> ModelState | None:
         """See `Engine.begin_run`; parameters are fetched anew."""
+        self._schedule = schedule or self._schedule
         self._ran_eagerly = False
         begins_anew = self._changed_before_run and self._looks == 1
         self._looks = 1 if begins_anew else 0
@@ -123,11 +124,12 @@ class PlannedEngine:
     def stream_for(self, call: Call) -> HeldStream:
         """A stream for `call`, and the request values that it holds for; None if it holds for all."""
         found = self._planned_for(call)
-        if found is None and self._key(call) not in self.failures and self._may_plan(self._key(call)):
+        failed = self._key(call).without_schedule() in self.failures
+        if found is None and not failed and self._may_plan(self._key(call)):
             found = self._add_plan(call)
         if found is None:
             self._ran_eagerly = True
-            return self._reference.new_stream(call), None
+            return ReferenceEngine(self._model, self._schedule, self.watch).new_stream(call), None
         return found.new_stream(), found.lowered.plan.captured.request_values
 
     def _planned_for(self, call: Call) -> PlanRuntime | None:
@@ -157,16 +159,20 @@ class PlannedEngine:
         model, changes = ModelFacts.of(self._model), Changes()
         with changes, changes:
             keep_torch_state(changes)
-            return [
-                plan_record.encode(runtime.lowered.plan, key.signature, runtime.lowered.roles, model)
-                for key, runtime in fitting.items()
-            ]
+            records: list[dict[str, Any]] = []
+            plans: list[plan_record.SavedPlan] = []
+            for key, runtime in fitting.items():
+                plan = plan_record.SavedPlan(runtime.lowered.plan, key.signature, runtime.lowered.roles)
+                records.append(plan_record.encode(plan, model, plans))
+                plans.append(plan)
+            return records
 
-    def restore(self, records: Iterable[Any]) -> None:
+    def restore(self, records: Iterable[Any], schedules: ScheduleSet) -> None:
         """Add plans that `saved` returned, for a model in the same state as then.
 
         Args:
             records: the plans, from a file that anyone may have written.
+            schedules: the schedules of the file, which those of other plans are resampled from.
 
         Raises:
             CaptureError: the model is in a state that no plan can stand for.
@@ -176,12 +182,15 @@ class PlannedEngine:
         check_capturable(self._model)
         facts = self.watch.look().facts
         model = ModelFacts.of(self._model)
+        plans: list[plan_record.SavedPlan] = []
         for number, record in enumerate(records):
             started, where, changes = time.perf_counter(), f"plans[{number}]", Changes()
             with changes, changes:
                 keep_torch_state(changes)
-                plan, signature, leaf_roles = plan_record.decode(record, self._schedule, model, where)
-            key = PlanKey(signature, facts)
+                found = plan_record.decode(record, schedules, model, plans, where)
+            plans.append(found)
+            plan, signature, leaf_roles = found
+            key = PlanKey(signature, facts, plan.schedule)
             if key in self.cache:
                 raise PlanFileError(f"{where}: a second plan for calls of {signature}")
             self.cache.add(key, plan, self.watch.live_tensors, leaf_roles, started=started, loaded=True)
@@ -191,14 +200,13 @@ class PlannedEngine:
         name = type(self._model).__name__
         check_sites(self._model, self._schedule.sites)  # modules may have been removed since it was compiled
         try:
-            unmarked, kept = self._captures.get(self.watch, self._state or self._look(), call)
-            captured = mark(self._model, unmarked, self._schedule.sites, seconds=0.0 if kept else None)
+            captured = self.cache.captured_before(self._key(call), call.leaves) or self._captured(call)
         except CaptureError as error:
             # What the user can easily fix is raised; running eagerly instead would only be slow.
             if self.options.strict or error.failure.obstacle in (Obstacle.TRAINING, Obstacle.SITE, Obstacle.SPAN):
                 raise
             self.failures = {key: failure for key, failure in self.failures.items() if self.watch.knows(key.model)}
-            self.failures[self._key(call)] = error.failure
+            self.failures[self._key(call).without_schedule()] = error.failure
             message = f"{name} runs without a compiled plan, eagerly with the same schedule. {error.failure}"
             log.warning("%s", message)
             warnings.warn(message, FallbackWarning, stacklevel=2)
@@ -209,10 +217,15 @@ class PlannedEngine:
         plan = build_plan(captured, self._schedule)
         return self.cache.add(key, plan, self.watch.live_tensors, roles(call), started=started)
 
+    def _captured(self, call: Call) -> CapturedGraph:
+        """The model captured for the signature of a call, now or for another schedule."""
+        captured, kept = self._captures.get(self.watch, self._state or self._look(), call)
+        return mark(self._model, captured, self._schedule.sites, seconds=0.0 if kept else None)
+
     def _key(self, call: Call) -> PlanKey:
         """The key of a plan for this call."""
         state = self._state or self.state(call)
-        return PlanKey(call.signature, state.facts)
+        return PlanKey(call.signature, state.facts, self._schedule)
 
     def _may_plan(self, key: PlanKey) -> bool:
         """Whether to plan for the model's current state; False if the model keeps changing in this run."""

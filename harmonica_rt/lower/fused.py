@@ -6,22 +6,25 @@ differs in its last bits from one with many rows.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from harmonica_rt.call.roles import Role
 from harmonica_rt.lower.epilogue import with_epilogues
 from harmonica_rt.lower.fuse import FusedStep, fuse
 from harmonica_rt.lower.graph_states import BodyGraph, FusedGraph
-from harmonica_rt.lower.hoist import Prologue, bindings_of, cut, plan_prologue
+from harmonica_rt.lower.hoist import LIMIT, Prologue, bindings_of, cut, plan_prologue
 from harmonica_rt.lower.joined_products import Join, with_joins
 from harmonica_rt.lower.joining_rule import choose_joins
 from harmonica_rt.lower.plain import Program
 from harmonica_rt.lower.report import FusionReport, HoistingReport, JoiningReport, LoweringReport
+from harmonica_rt.lower.shared_programs import SharedPrograms
 from harmonica_rt.plan.binding_time import Binding
 from harmonica_rt.plan.plan import Plan
+from harmonica_rt.plan.specialise import Pattern
 from harmonica_rt.plan.step_graph import StepGraph
 
 
@@ -49,25 +52,50 @@ class FusedLowering:
         counts = [sum(step.program == program for step in plan.steps) for program in range(len(bodies))]
         self._joins: tuple[Join, ...] = choose_joins(bodies, counts) if ops else ()
         joined = tuple(tensor for join in self._joins for tensor in join.tensors)
-        self.prologue: Prologue | None = replace(prologue, joined=joined)
+        self.prologue: Prologue = replace(prologue, joined=joined)
         self.programs = [self._program(with_joins(body, self._joins)) for body in bodies]
-        self._fusion: FusionReport | None = None
-        if ops:
-            reasons: Counter[str] = sum((Counter(each.reasons) for each in fused), Counter())
-            self._fusion = FusionReport(tuple(each.counts for each in fused), dict(reasons))
+        self._shared = SharedPrograms()
+        self._patterns = plan.patterns
+        self._fused = {
+            pattern: (each.counts, each.reasons) for pattern, each in zip(plan.patterns, fused, strict=False)
+        }
 
     def program(self, step: StepGraph) -> Program:
         """See `Lowering.program`."""
-        body = cut(self._fuse(step).step if self._ops else step, self._hoisted)
-        return self._program(with_joins(body, self._joins))
+        return self._lowered(self._fuse(step).step if self._ops else step)
+
+    def for_plan(self, plan: Plan) -> Self | None:
+        """See `Lowering.for_plan`."""
+        made = copy.copy(self)
+        made.prologue, made._patterns = self.prologue.for_steps(len(plan.steps)), plan.patterns
+        if made.prologue.nbytes > max(LIMIT, self.prologue.nbytes):
+            return None
+        self._shared.add(self._patterns, self.programs)
+        made.programs = self._shared.of(plan, made._program_of)
+        return made
 
     def report(self) -> LoweringReport:
         """See `Lowering.report`."""
-        prologue = self.prologue
-        hoisting = HoistingReport(len(prologue.names), prologue.nbytes) if prologue is not None else HoistingReport()
+        hoisting = HoistingReport(len(self.prologue.names), self.prologue.nbytes)
         nbytes = sum(tensor.nbytes for join in self._joins for tensor in join.tensors)
         joining = JoiningReport(len(self._joins), sum(len(join.layers) for join in self._joins), nbytes)
-        return LoweringReport(hoisting, joining, self._fusion)
+        return LoweringReport(hoisting, joining, self._fusion() if self._ops else None)
+
+    def _fusion(self) -> FusionReport:
+        fused = [self._fused[pattern] for pattern in self._patterns]
+        reasons: Counter[str] = sum((Counter(reasons) for _, reasons in fused), Counter())
+        return FusionReport(tuple(counts for counts, _ in fused), dict(reasons))
+
+    def _program_of(self, pattern: Pattern, step: StepGraph) -> Program:
+        """The program of a pattern that no plan of this captured graph had before."""
+        if not self._ops:
+            return self._lowered(step)
+        fused = self._fuse(step)
+        self._fused[pattern] = (fused.counts, fused.reasons)
+        return self._lowered(fused.step)
+
+    def _lowered(self, step: StepGraph | FusedGraph) -> Program:
+        return self._program(with_joins(cut(step, self._hoisted), self._joins))
 
     def _fuse(self, step: StepGraph) -> FusedStep:
         return fuse(step, rotary=self.rotary, moving=self._moving)

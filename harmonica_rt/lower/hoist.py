@@ -13,7 +13,7 @@ rounding.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -58,7 +58,9 @@ class Prologue:
         once: computes those that depend only on parameters and the request, and what `each` is given.
         each: computes, for one step, those that depend on its timestep too.
         timesteps: indices of the leaves that are timesteps.
-        nbytes: bytes of all hoisted values of one stream over a run; views cost nothing.
+        nbytes: bytes of all hoisted values of one stream over a run of `run_steps` steps; views cost nothing.
+        run_steps: as given to `plan_prologue`.
+        step_bytes: bytes of those that depend on the timestep, in one step.
         joined: tensors of several parameters each, made once per request; not among the values above.
     """
 
@@ -67,7 +69,13 @@ class Prologue:
     each: Part
     timesteps: tuple[int, ...]
     nbytes: int
+    run_steps: int
+    step_bytes: int
     joined: tuple[JoinedTensor, ...] = ()
+
+    def for_steps(self, steps: int) -> Prologue:
+        """The same for runs of another number of steps."""
+        return replace(self, nbytes=self.nbytes + self.step_bytes * (steps - self.run_steps), run_steps=steps)
 
 
 def plan_prologue(
@@ -124,6 +132,8 @@ def plan_prologue(
         each=_part(captured, rebuilt.graph, each, given),
         timesteps=tuple(index for index in leaves if index in captured.inputs.values()),
         nbytes=sum(sizes.values()),
+        run_steps=run_steps,
+        step_bytes=sum(_nbytes(node) for node in groups if bound[node] & Binding.TIMESTEP),
     )
 
 

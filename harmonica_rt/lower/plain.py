@@ -16,27 +16,7 @@ from torch import fx, nn
 from harmonica_rt.graph.facts import may_alias_argument, value_of
 from harmonica_rt.graph.layout import expanded_dims
 from harmonica_rt.graph.rebuild import Rebuild
-from harmonica_rt.lower.hoist import Prologue
-from harmonica_rt.lower.report import LoweringReport
-from harmonica_rt.plan.plan import Plan
-from harmonica_rt.plan.step_graph import ProgramGraph, StepGraph
-
-
-class PlainLowering:
-    """The programs of a plan: its step graphs as they are."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._root = plan.captured.root
-        self.prologue: Prologue | None = None
-        self.programs = [self.program(step) for step in plan.programs]
-
-    def program(self, step: StepGraph) -> Program:
-        """See `Lowering.program`."""
-        return Program(step, self._root)
-
-    def report(self) -> LoweringReport:
-        """See `Lowering.report`."""
-        return LoweringReport()
+from harmonica_rt.plan.step_graph import ProgramGraph
 
 
 class Program:

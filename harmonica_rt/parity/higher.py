@@ -39,8 +39,9 @@ class HigherEngine:
         """See `Engine.state`."""
         return self._watch.look()
 
-    def begin_run(self, key: RunKey | None = None) -> None:
+    def begin_run(self, key: RunKey | None = None, schedule: Schedule | None = None) -> None:
         """See `Engine.begin_run`."""
+        self._schedule = schedule or self._schedule
         self._watch.begin_run()
 
     def new_stream(self, call: Call) -> HigherStream:

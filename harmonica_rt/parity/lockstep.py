@@ -54,8 +54,6 @@ class LockstepEngine:
         self.raise_at_once = raise_at_once
         self._model = model
         self._schedule = schedule
-        # One watch for both, or what the model changes in itself in a reference run would count as a change by others.
-        self._reference = ReferenceEngine(model, schedule, planned.watch)
 
     looks_late = False
 
@@ -63,9 +61,10 @@ class LockstepEngine:
         """See `Engine.state`; if the compiled engine misses a change, its steps will differ."""
         return self.planned.state(call)
 
-    def begin_run(self, key: RunKey | None = None) -> None:
+    def begin_run(self, key: RunKey | None = None, schedule: Schedule | None = None) -> None:
         """Begin a run in all engines, with a new report."""
-        self.planned.begin_run(key)
+        self._schedule = schedule or self._schedule
+        self.planned.begin_run(key, self._schedule)
         self.report = ParityReport(self.report.tolerance)
 
     def higher(self) -> HigherEngine:
@@ -75,7 +74,9 @@ class LockstepEngine:
     def new_stream(self, call: Call) -> Stream:
         """One stream that combines the streams of all engines."""
         higher = HigherStream(self._model, self._schedule) if self.report.tolerance == "measured" else None
-        return _LockstepStream(self, self._reference.new_stream(call), self.planned.new_stream(call), higher)
+        # One watch for both, or what the model changes in itself in a reference run would count as a change by others.
+        reference = ReferenceEngine(self._model, self._schedule, self.planned.watch)
+        return _LockstepStream(self, reference.new_stream(call), self.planned.new_stream(call), higher)
 
 
 class _LockstepStream:

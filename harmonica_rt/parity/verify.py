@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from harmonica_rt.engine import Engine
-from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.execute.planned_engine import PlannedEngine
 from harmonica_rt.options import EXACT, CompileOptions
 from harmonica_rt.parity.lockstep import LockstepEngine, Tolerance
@@ -20,17 +19,16 @@ from harmonica_rt.parity.tolerance import NONE, Error, limit_from, same_bits, wo
 from harmonica_rt.pipelines.install import denoiser_module
 from harmonica_rt.pipelines.one_run import run_once
 from harmonica_rt.sampling.denoiser import Denoiser
-from harmonica_rt.schedule import Schedule
+from harmonica_rt.schedule import Schedule, ScheduleSet
 
 RUNS_TO_RECORD = 3  # after the first, which learns the timesteps: to warm up, record and replay graphs
 
 
 def verify_pipeline(
     pipeline: Any,
-    schedule: Schedule,
+    schedule: Schedule | ScheduleSet,
+    options: CompileOptions,
     *,
-    lowering: str,
-    graphs: str,
     seed: int,
     tolerance: Tolerance,
     arguments: Mapping[str, Any],
@@ -42,14 +40,14 @@ def verify_pipeline(
         CaptureError: the model cannot be captured, so there is nothing to verify.
     """
     model = denoiser_module(pipeline)
-    lockstep = _lockstep(model, schedule, lowering, graphs, tolerance)
+    lockstep = _lockstep(model, schedule, options, tolerance)
     generators = [leaf for leaf in pytree.tree_leaves(dict(arguments)) if isinstance(leaf, torch.Generator)]
     states = [generator.get_state() for generator in generators]
 
     def generate(engine: Engine) -> Any:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
-        return run_once(pipeline, Denoiser(model, schedule, engine), seed, arguments)
+        return run_once(pipeline, Denoiser(model, schedule, engine, options.on_other_steps), seed, arguments)
 
     expected = _checked_runs(lockstep, lambda: generate(lockstep))
     return _finish(lockstep, expected, generate)
@@ -57,41 +55,43 @@ def verify_pipeline(
 
 def verify_model(
     model: nn.Module,
-    schedule: Schedule,
+    schedule: Schedule | ScheduleSet,
     calls: Iterable[Mapping[str, Any]],
+    options: CompileOptions,
     *,
-    lowering: str,
-    graphs: str,
     tolerance: Tolerance,
 ) -> ParityReport:
     """Run one call per step: in lockstep with the reference, compiled alone, and in the next higher precision alone.
 
     Args:
         model: the denoiser.
-        schedule: the schedule.
+        schedule: the schedule, or a set of schedules.
         calls: the keyword arguments of each step's call.
-        lowering, graphs: see `harmonica_rt.compile`.
+        options: how to compile.
         tolerance: see `harmonica_rt.verify`.
 
     Raises:
-        HarmonicaError: the number of calls differs from the number of steps.
+        ScheduleMismatchError: no schedule is for this number of steps.
         ParityError: a step is outside the tolerance.
         CaptureError: the model cannot be captured, so there is nothing to verify.
     """
     inputs = list(calls)
-    if len(inputs) != schedule.steps:
-        raise HarmonicaError(
-            f"calls holds {len(inputs)} calls, the schedule has {schedule.steps} steps: pass one call per step"
-        )
-    lockstep = _lockstep(model, schedule, lowering, graphs, tolerance)
-    expected = _checked_runs(lockstep, lambda: _last(Denoiser(model, schedule, lockstep), inputs))
-    return _finish(lockstep, expected, lambda engine: _last(Denoiser(model, schedule, engine), inputs))
+    lockstep = _lockstep(model, schedule, options, tolerance)
+
+    def run(engine: Engine) -> Any:
+        denoiser = Denoiser(model, schedule, engine, options.on_other_steps)
+        denoiser.reset(steps=len(inputs))
+        return _last(denoiser, inputs)
+
+    return _finish(lockstep, _checked_runs(lockstep, lambda: run(lockstep)), run)
 
 
-def _lockstep(model: nn.Module, schedule: Schedule, lowering: str, graphs: str, tolerance: Tolerance) -> LockstepEngine:
-    options = CompileOptions(lowering=lowering, graphs=graphs, strict=True, max_plans=4)
-    planned = PlannedEngine(model, schedule, options)
-    return LockstepEngine(model, schedule, planned, tolerance=tolerance, raise_at_once=False)
+def _lockstep(
+    model: nn.Module, schedule: Schedule | ScheduleSet, options: CompileOptions, tolerance: Tolerance
+) -> LockstepEngine:
+    first = ScheduleSet.of(schedule).schedules[0]
+    planned = PlannedEngine(model, first, options)
+    return LockstepEngine(model, first, planned, tolerance=tolerance, raise_at_once=False)
 
 
 def _checked_runs(lockstep: LockstepEngine, run: Callable[[], Any]) -> Any:

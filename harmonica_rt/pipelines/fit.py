@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from harmonica_rt.errors import ArgumentError, ScheduleMismatchError, SiteError
-from harmonica_rt.schedule import ModelInfo, Schedule
+from harmonica_rt.schedule import ModelInfo, Schedule, ScheduleSet
 from harmonica_rt.schedule.sites import check_sites
 
 log = logging.getLogger(__name__)
@@ -26,8 +26,13 @@ def model_info(model: nn.Module) -> ModelInfo:
     return ModelInfo.of(model)
 
 
-def check_fit(model: nn.Module, schedule: Schedule) -> None:
+def check_fit(model: nn.Module, schedule: Schedule | ScheduleSet) -> None:
     """Raise ScheduleMismatchError if a schedule was made for another model, or names sites that this one lacks."""
+    for each in ScheduleSet.of(schedule).schedules:
+        _check_fit(model, each)
+
+
+def _check_fit(model: nn.Module, schedule: Schedule) -> None:
     info, wanted = model_info(model), schedule.model
     if wanted is not None and wanted.class_name != info.class_name:
         raise ScheduleMismatchError(f"the schedule was made for a {wanted.class_name}, this is a {info.class_name}")
@@ -43,12 +48,13 @@ def check_fit(model: nn.Module, schedule: Schedule) -> None:
         )
 
 
-def warn_about_sampler(pipeline: Any, schedule: Schedule) -> None:
+def warn_about_sampler(pipeline: Any, schedule: Schedule | ScheduleSet) -> None:
     """Warn if a pipeline samples with a different scheduler class than the schedule was made for."""
     name = type(pipeline.scheduler).__name__
-    if schedule.sampler is not None and schedule.sampler.class_name != name:
+    samplers = [each.sampler for each in ScheduleSet.of(schedule).schedules if each.sampler is not None]
+    for other in dict.fromkeys(sampler.class_name for sampler in samplers if sampler.class_name != name):
         log.warning(
             "the schedule was made for %s and this pipeline samples with %s: parity holds, but images may be worse",
-            schedule.sampler.class_name,
+            other,
             name,
         )

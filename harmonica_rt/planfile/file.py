@@ -22,32 +22,41 @@ from torch import nn
 
 from harmonica_rt.errors import PlanFileError, ScheduleError
 from harmonica_rt.model.fingerprint import digest
-from harmonica_rt.options import LOWERINGS
+from harmonica_rt.options import LOWERINGS, OTHER_STEPS, CompileOptions
 from harmonica_rt.planfile.json_fields import fields_of, items_of, refused
-from harmonica_rt.schedule import Schedule, format
+from harmonica_rt.schedule import Schedule, ScheduleSet, format
 from harmonica_rt.schedule.files import write_atomically
+from harmonica_rt.schedule.schedule_set import parse_list
 from harmonica_rt.untrusted.text import quoted
 from harmonica_rt.version import __version__
 
 FORMAT = "harmonica-rt plan"
-VERSION = 2
+VERSION = 3
 LARGEST_FILE = 2**28  # bytes; a plan of 1000 steps and 10000 operators takes about a hundredth of that
 
-_FIELDS = ("format", "version", "torch", "harmonica_rt", "digest", "model", "lowering", "schedule", "plans")
+_FIELDS = (
+    *("format", "version", "torch", "harmonica_rt", "digest", "model"),
+    *("lowering", "on_other_steps", "schedules", "plans"),
+)
 _REMEDY = "compile the model and save it again"
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """The contents of a file: schedule, lowering of the compiled model, and plans as encoded by `plan_record`."""
+    """The contents of a file: what the model was compiled with, and plans as encoded by `plan_record`."""
 
-    schedule: Schedule
+    schedule: Schedule | ScheduleSet
     lowering: str
+    on_other_steps: str
     plans: tuple[Any, ...]
 
 
 def write(
-    path: str | os.PathLike[str], model: nn.Module, schedule: Schedule, lowering: str, plans: Sequence[dict[str, Any]]
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    schedule: Schedule | ScheduleSet,
+    options: CompileOptions,
+    plans: Sequence[dict[str, Any]],
 ) -> None:
     """Write the file atomically: completely or not at all."""
     document = {
@@ -56,8 +65,9 @@ def write(
         "torch": str(torch.__version__),
         "harmonica_rt": __version__,
         "model": digest(model),
-        "lowering": lowering,
-        "schedule": json.loads(format.to_text(schedule)),
+        "lowering": options.lowering,
+        "on_other_steps": options.on_other_steps,
+        "schedules": [json.loads(format.to_text(each)) for each in ScheduleSet.of(schedule).schedules],
         "plans": list(plans),
     }
     document["digest"] = contents_digest(document)
@@ -120,8 +130,12 @@ def _parse(data: bytes, model: nn.Module) -> SavedModel:
         )
     if document["lowering"] not in LOWERINGS:
         raise refused("lowering", f"one of {', '.join(LOWERINGS)}", document["lowering"])
+    if document["on_other_steps"] not in OTHER_STEPS:
+        raise refused("on_other_steps", f"one of {', '.join(OTHER_STEPS)}", document["on_other_steps"])
     try:
-        schedule = Schedule(**format.parse(json.dumps(document["schedule"]).encode()))
+        schedules = parse_list(document["schedules"], "schedules")
     except ScheduleError as error:
-        raise PlanFileError(f"damaged, schedule: {error}; {_REMEDY}") from error
-    return SavedModel(schedule, document["lowering"], tuple(items_of(document["plans"], "plans")))
+        raise PlanFileError(f"damaged, {error}; {_REMEDY}") from error
+    schedule = schedules if len(schedules.schedules) > 1 else schedules.schedules[0]
+    plans = tuple(items_of(document["plans"], "plans"))
+    return SavedModel(schedule, document["lowering"], document["on_other_steps"], plans)

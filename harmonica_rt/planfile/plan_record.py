@@ -1,83 +1,118 @@
 """A plan as JSON: its graph, the signature it is for, and the offsets of its slots. Parameters stay with the model.
 
+Plans of one captured graph, for other numbers of steps, refer to the first of them for the graph.
 What follows from the graph and the schedule (step graphs, lifetimes, slot sizes) is left out and computed again. What
 follows from the model (the order of arguments, their roles) is compared with the model.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
 
 from harmonica_rt.call.call import Call, CallConvention, PlainValue, Signature
 from harmonica_rt.call.roles import Role, roles
+from harmonica_rt.capture.captured_graph import CapturedGraph
 from harmonica_rt.errors import InvariantError, PlanFileError, SignatureError
 from harmonica_rt.graph.layout_inference import Inference, Layout
 from harmonica_rt.plan.invariants import check_plan
 from harmonica_rt.plan.plan import Plan, build_plan
 from harmonica_rt.planfile.graph_decoding import decode_graph
 from harmonica_rt.planfile.graph_encoding import encode_graph
-from harmonica_rt.planfile.json_fields import fields_of, integers_of, items_of, refused, text_of
+from harmonica_rt.planfile.json_fields import fields_of, integer_of, integers_of, items_of, refused, text_of
 from harmonica_rt.planfile.model_facts import ModelFacts
 from harmonica_rt.planfile.trees import decode_tree, encode_tree
 from harmonica_rt.planfile.values import decode_layout, decode_value, encode_layout, encode_value
-from harmonica_rt.schedule import Schedule
+from harmonica_rt.schedule import ScheduleSet
 
 _AUTOCAST = {"cpu": (torch.bfloat16, torch.float16), "cuda": (torch.bfloat16, torch.float16)}
 
 
-def encode(plan: Plan, signature: Signature, leaf_roles: tuple[Role, ...], facts: ModelFacts) -> dict[str, Any]:
+MOST_STEPS = 10_000  # that a file may ask to resample a schedule to
+
+
+class SavedPlan(NamedTuple):
+    """A plan, the signature that it is for, and the roles of the leaves of its calls."""
+
+    plan: Plan
+    signature: Signature
+    roles: tuple[Role, ...]
+
+
+def encode(saved: SavedPlan, facts: ModelFacts, before: Sequence[SavedPlan]) -> dict[str, Any]:
     """The plan as plain JSON values.
+
+    Args:
+        saved: the plan.
+        facts: from `ModelFacts.of`, for its model.
+        before: the plans before it in the file.
 
     Raises:
         PlanFileError: the graph or the signature cannot be encoded, or the record could not be loaded again.
     """
+    plan, signature, leaf_roles = saved
+    same = [number for number, other in enumerate(before) if other.plan.captured.graph is plan.captured.graph]
     record = {
+        "steps": len(plan.steps),
         "signature": {
             "tree": encode_tree(signature.spec),
             "leaves": [_encode_leaf(leaf, facts) for leaf in signature.leaves],
             "autocast": [[device, encode_value(dtype, facts.devices)] for device, dtype in signature.autocast],
         },
         "roles": [role.value for role in leaf_roles],
-        "graph": encode_graph(plan.captured, facts),
+        "graph": {"of_plan": same[0]} if same else encode_graph(plan.captured, facts),
         "slot_offsets": [slot.offset for slot in plan.table.slots],
     }
     try:
-        decode(record, plan.schedule, facts)
+        decode(record, ScheduleSet.of(plan.schedule), facts, before)
     except PlanFileError as error:
         raise PlanFileError(f"this plan could not be loaded again, so it is not saved ({error})") from error
     return record
 
 
 def decode(
-    record: Any, schedule: Schedule, facts: ModelFacts, where: str = "plan"
-) -> tuple[Plan, Signature, tuple[Role, ...]]:
-    """The plan, signature and roles that `encode` encoded; the schedule is stored elsewhere.
+    record: Any, schedules: ScheduleSet, facts: ModelFacts, before: Sequence[SavedPlan], where: str = "plan"
+) -> SavedPlan:
+    """What `encode` encoded; the schedules are stored elsewhere.
 
     Args:
         record: from `encode`, or from a file that anyone may have written.
-        schedule: the plan's schedule.
+        schedules: those that the plan's schedule is one of, or is resampled from.
         facts: from `ModelFacts.of`, for the model that the plan is to run on.
+        before: the plans before it in the file.
         where: where the record stands in the file, for messages.
 
     Raises:
-        PlanFileError: the record is not one that `encode` writes for this model and schedule.
+        PlanFileError: the record is not one that `encode` writes for this model and these schedules.
     """
-    entry = fields_of(record, where, ("signature", "roles", "graph", "slot_offsets"))
+    entry = fields_of(record, where, ("steps", "signature", "roles", "graph", "slot_offsets"))
+    schedule = schedules.resample(integer_of(entry["steps"], f"{where}.steps", 1, MOST_STEPS))
     call = _decode_signature(entry["signature"], facts, f"{where}.signature")
     leaf_roles = roles(call)
     if [role.value for role in leaf_roles] != entry["roles"]:
         raise refused(f"{where}.roles", str([role.value for role in leaf_roles]), entry["roles"])
-    captured = decode_graph(entry["graph"], facts, call.signature, schedule.sites, f"{where}.graph")
+    if isinstance(entry["graph"], dict) and "of_plan" in entry["graph"]:
+        captured = _graph_of(entry["graph"], call.signature, before, f"{where}.graph")
+    else:
+        captured = decode_graph(entry["graph"], facts, call.signature, schedule.sites, f"{where}.graph")
     offsets = integers_of(entry["slot_offsets"], f"{where}.slot_offsets")
     try:
         plan = build_plan(captured, schedule, offsets=offsets)
         check_plan(plan)
     except InvariantError as error:
         raise PlanFileError(f"{where}: {error}") from error
-    return plan, call.signature, leaf_roles
+    return SavedPlan(plan, call.signature, leaf_roles)
+
+
+def _graph_of(value: dict[str, Any], signature: Signature, before: Sequence[SavedPlan], where: str) -> CapturedGraph:
+    """The graph of an earlier plan of the file, for calls of the same signature."""
+    number = fields_of(value, where, ("of_plan",))["of_plan"]
+    if type(number) is not int or not 0 <= number < len(before) or before[number].signature != signature:
+        raise refused(f"{where}.of_plan", "the number of an earlier plan with this signature", number)
+    return before[number].plan.captured
 
 
 def _encode_leaf(leaf: Any, facts: ModelFacts) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,33 +21,12 @@ from harmonica_rt.model.hooks import all_hooks, forward_hooks_of_every_module
 from harmonica_rt.model.use import run_untraced
 from harmonica_rt.reference_engine import ReferenceEngine
 from harmonica_rt.sampling.known_samplers import KnownSamplers
+from harmonica_rt.sampling.outside_dynamo import outside_dynamo
 from harmonica_rt.sampling.run import Run
 from harmonica_rt.sampling.sampled_run import ModelTimestep, SampleOptions, sampled_run
 from harmonica_rt.sampling.session import Session
-from harmonica_rt.schedule import Schedule
+from harmonica_rt.schedule import Schedule, ScheduleSet
 from harmonica_rt.wrappers import unwrapped, wrappers
-
-C = TypeVar("C", bound=Callable[..., Any])
-
-
-def _outside_dynamo(call: C) -> C:
-    """`call`, excluded from torch.compile: a plan is already compiled, and a trace would bake in the state of a run.
-
-    Dynamo traces only the branch that disables it. Outside dynamo, nothing of dynamo is imported or run:
-    while another thread exports a model, a disabled function writes to a process-wide dict, and fails if two threads
-    do so.
-    """
-    untraced: list[Callable[..., Any]] = []
-
-    @functools.wraps(call)
-    def outer(*args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_dynamo_compiling():
-            return call(*args, **kwargs)
-        if not untraced:
-            untraced.append(torch.compiler.disable(call))
-        return untraced[0](*args, **kwargs)
-
-    return outer  # type: ignore[return-value]
 
 
 class Denoiser(Session):
@@ -58,13 +37,15 @@ class Denoiser(Session):
     Attributes set on it are set on `given`.
     """
 
-    def __init__(self, given: nn.Module, schedule: Schedule, engine: Engine) -> None:
+    def __init__(
+        self, given: nn.Module, schedule: Schedule | ScheduleSet, engine: Engine, on_other_steps: str = "error"
+    ) -> None:
         model: nn.Module = unwrapped(given)
-        super().__init__(type(model).__name__, schedule, engine)
+        super().__init__(type(model).__name__, schedule, engine, on_other_steps)
         self.model, self.given = model, given
         self._convention = CallConvention(model)
         self.__module__ = type(model).__module__  # diffusers writes it and the class's name into a saved pipeline
-        self._samplers = KnownSamplers(schedule.steps)
+        self._samplers = KnownSamplers(self._choice.expected)
         self._complete = True  # from here on, new attributes are set on `given`
 
     @property  # type: ignore[misc]
@@ -72,7 +53,7 @@ class Denoiser(Session):
         """The model's class, for `isinstance`; `type()` returns the actual class."""
         return type(self.model) if "model" in self.__dict__ else type(self)
 
-    @_outside_dynamo
+    @outside_dynamo
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One call of the denoiser, in the current step of the current run. Arguments and result are the model's.
 
@@ -94,7 +75,7 @@ class Denoiser(Session):
                 forward = functools.partial(_with_hooks, wrapper, forward)  # a pipeline calls the wrapper itself
             return forward(*args, **kwargs)
 
-    @_outside_dynamo
+    @outside_dynamo
     def sample(
         self,
         latents: torch.Tensor,
@@ -159,7 +140,7 @@ class Denoiser(Session):
                     "after it, or with a compiled model of its own"
                 )
             self._by_hand.begins(self._current.run)
-            run = self._begin()
+            run = self._begin(self._choice.of(asked.sampler.first + len(asked.sampler.rows)))
             run.key = asked.key
             run.begin_at(asked.sampler.first)
             result = None
@@ -179,6 +160,9 @@ class Denoiser(Session):
             sampler = None  # hooks run around every call
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if run.uncached:
+                with torch.no_grad():
+                    return run.call_uncached(lambda: self._plain(*args, **kwargs), counts_as_step=True)
             return run.call(self._convention.normalise(args, kwargs), counts_as_step=True, sampler=sampler)
 
         for module in (self.model, *reversed(around)):
@@ -189,7 +173,7 @@ class Denoiser(Session):
         """Copies and pickles hold the model and the schedule; each has its own runs and belongs to no pipeline."""
         if not isinstance(self.engine, ReferenceEngine):
             raise HarmonicaError(f"{self!r} cannot be copied while it is being verified; copy its `model` instead")
-        return _reference_of, (type(self), self.given, self.schedule)
+        return _reference_of, (type(self), self.given, self.schedule, self._choice.on_other_steps)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of a {type(self.model).__name__}, {self.schedule!r}>"
@@ -243,5 +227,8 @@ def _with_hooks(model: nn.Module, inner: Callable[..., Any], *args: Any, **kwarg
     return call_with_hooks(model, inner, args, kwargs)
 
 
-def _reference_of(kind: type[Denoiser], given: nn.Module, schedule: Schedule) -> Denoiser:
-    return kind(given, schedule, ReferenceEngine(unwrapped(given), schedule))
+def _reference_of(
+    kind: type[Denoiser], given: nn.Module, schedule: Schedule | ScheduleSet, on_other_steps: str = "error"
+) -> Denoiser:
+    engine = ReferenceEngine(unwrapped(given), ScheduleSet.of(schedule).schedules[0])
+    return kind(given, schedule, engine, on_other_steps)

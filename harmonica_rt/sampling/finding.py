@@ -24,12 +24,12 @@ class FindsItsPipeline(Session):
         self._counted_by: list[weakref.ref[Any]] = []  # pipelines that begin their own runs
         super().__init__(*given)
 
-    def reset(self, timesteps: Sequence[float] | torch.Tensor | None = None) -> None:
+    def reset(self, timesteps: Sequence[float] | torch.Tensor | None = None, *, steps: int | None = None) -> None:
         """See `Session.reset`."""
         caller = calling_pipeline(self._is_me, calling_objects())
         if caller is not None and not self._begins_its_runs(caller):
             self._counted_by = [*(one for one in self._counted_by if one() is not None), weakref.ref(caller)]
-        super().reset(timesteps)
+        super().reset(timesteps, steps=steps)
 
     def _is_me(self, value: object) -> bool:
         """Whether `value`, held by a pipeline, is what this session runs."""

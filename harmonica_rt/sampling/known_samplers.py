@@ -6,11 +6,13 @@ value: its timesteps may lie on a device, and reading them would wait for the ru
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from harmonica_rt.sampling.linear_sampler import SchedulerRun, scheduler_run
+from harmonica_rt.sampling.run_timesteps import steps_of
 
 MAX_KNOWN = 4
 
@@ -19,11 +21,11 @@ class KnownSamplers:
     """The runs of the schedulers that were used last.
 
     Args:
-        steps: number of steps of the schedule.
+        expected: the number of steps of the schedule for a run of a scheduler; see `ScheduleChoice.expected`.
     """
 
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
+    def __init__(self, expected: Callable[[int, int], int]) -> None:
+        self._expected = expected
         self._known: list[tuple[_Note, SchedulerRun]] = []  # the most recently used first
 
     def of(self, scheduler: Any, begin_index: int | None) -> SchedulerRun:
@@ -31,7 +33,9 @@ class KnownSamplers:
         note = _Note(scheduler, begin_index)
         found = next((found for known, found in self._known if known.same_as(note)), None)
         if found is None:
-            found = scheduler_run(scheduler, self._steps, begin_index)
+            asked, left_out = steps_of(scheduler) or (0, 0)
+            steps = self._expected(asked, left_out if begin_index is None else begin_index)
+            found = scheduler_run(scheduler, steps, begin_index)
         others = [entry for entry in self._known if entry[1] is not found]
         self._known = [(note, found), *others][:MAX_KNOWN]
         return found

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -21,32 +22,14 @@ from harmonica_rt.indices import StepIndex
 from harmonica_rt.sampling.features import RunStream, step_tables
 from harmonica_rt.sampling.gradients import check_no_gradient
 from harmonica_rt.sampling.notices import Notices
+from harmonica_rt.sampling.run_stats import RunStats
+from harmonica_rt.sampling.schedule_choice import RunSchedule
 from harmonica_rt.sampling.streams import RunStreams
 from harmonica_rt.sampling.timestep_order import TimestepOrder
-from harmonica_rt.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
 _NOT_RUN = object()
-
-
-@dataclass
-class RunStats:
-    """Counts of what one run has done so far.
-
-    Attributes:
-        calls: calls of the denoiser.
-        entries: sites of all those calls, computed or reused.
-        reused: those that were reused.
-        catch_ups: steps of the calls that were computed in full to catch up.
-        first: the step that the run began with.
-    """
-
-    calls: int = 0
-    entries: int = 0
-    reused: int = 0
-    catch_ups: list[int] = field(default_factory=list)
-    first: int = 0
 
 
 @dataclass(slots=True)
@@ -81,14 +64,14 @@ class Run:
         key: equal for runs that are alike, from the scheduler that drives it; None if none drives it.
     """
 
-    def __init__(self, schedule: Schedule, engine: Engine, notices: Notices, *, any_thread: bool) -> None:
+    def __init__(self, under: RunSchedule, engine: Engine, notices: Notices, *, any_thread: bool) -> None:
         self.position = Position(StepIndex(0))
-        self.stats = RunStats()
+        self.stats = RunStats(under)
         self.failed = False
         self.thread = None if any_thread else threading.current_thread()
         self.key: RunKey | None = None
         self._engine = engine
-        self._tables = step_tables(schedule)
+        self._tables = step_tables(under.schedule)
         self._streams = RunStreams(engine, self._tables, notices)
         self._model_state: object = None  # as the last call found it
         self._timesteps = TimestepOrder()
@@ -107,6 +90,11 @@ class Run:
         """Skip the steps before this one. Only valid before the first call."""
         self.position.step = step
         self.stats.first = step
+
+    @property
+    def uncached(self) -> bool:
+        """Whether the plain model makes its calls: `call_uncached`, not `call`."""
+        return self.stats.under.uncached
 
     @property
     def untouched(self) -> bool:
@@ -138,16 +126,7 @@ class Run:
             RunError: the run failed earlier or is finished, its timesteps move backwards, or the caller could expect a
                 gradient.
         """
-        if self.failed:
-            raise RunError("an earlier step of this run failed; begin a new run (reset() does, or the pipeline's call)")
-        if self.finished:
-            raise RunError(
-                f"the schedule is for {self._tables.steps} steps and they are over. Call reset() before the next "
-                f"run. It took {self.stats.calls} calls, with {self._timesteps.moves + 1} timesteps: each call of a "
-                "model compiled by itself is a step. Where a step takes several calls (guidance), make them one call "
-                "with a larger batch, or compile an object of a class of your own that has the model as `transformer` "
-                "and the scheduler as `scheduler`: then set_timesteps begins a run and step ends a step"
-            )
+        self._check_goes_on()
         check_no_gradient(zip(call.paths, call.leaves, strict=True))
         self._timesteps.check(call, self.position.step)
         self.failed = True  # until the call is over: if anything interrupts it, the run must not continue
@@ -156,6 +135,33 @@ class Run:
             self.advance()
         self.failed = False
         return output
+
+    def call_uncached(self, forward: Callable[[], object], *, counts_as_step: bool) -> object:
+        """One call of the plain model in the current step; see `call`.
+
+        Raises:
+            RunError: the run is finished.
+        """
+        self._check_goes_on()
+        output = forward()
+        self.stats.calls += 1
+        self.stats.entries += self._tables.sites
+        if counts_as_step:
+            self.advance()
+        return output
+
+    def _check_goes_on(self) -> None:
+        if self.failed:
+            raise RunError("an earlier step of this run failed; begin a new run (reset() does, or the pipeline's call)")
+        if self.finished:
+            raise RunError(
+                f"the {'run' if self.uncached else 'schedule'} is for {self._tables.steps} steps and they are over. "
+                f"Call reset() before the next run. It took {self.stats.calls} calls, with "
+                f"{self._timesteps.moves + 1} timesteps: each call of a model compiled by itself is a step. Where a "
+                "step takes several calls (guidance), make them one call with a larger batch, or compile an object of "
+                "a class of your own that has the model as `transformer` and the scheduler as `scheduler`: then "
+                "set_timesteps begins a run and step ends a step"
+            )
 
     def advance(self) -> None:
         """End the current step.
@@ -176,14 +182,14 @@ class Run:
     def _call(self, call: Call, sampler: Sampler | None) -> object:
         if self.untouched:
             # now, not when the run began: the model may have changed since
-            self._model_state = self._engine.begin_run(self.key)
+            self._model_state = self._engine.begin_run(self.key, self.stats.under.schedule)
         if self._engine.looks_late and self._model_state is not None:
             output = self._early(call, self._model_state, sampler)
             if output is not _NOT_RUN:
                 return output
             if self.untouched:
                 self._streams.drop()  # so that the memory of its stream serves the one for the new state
-                self._engine.begin_run(self.key)
+                self._engine.begin_run(self.key, self.stats.under.schedule)
         self._model_state = self._engine.state(call)
         stream, before = self._stream_for(call, self._model_state)
         catch_up = stream.lacks_features(self.position.step, before)

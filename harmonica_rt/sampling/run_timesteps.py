@@ -6,6 +6,7 @@ schedule for only the remaining ones.
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from harmonica_rt.engine import RunKey
 from harmonica_rt.errors import ScheduleMismatchError
 from harmonica_rt.indices import StepIndex
+
+HINT = "compile with on_other_steps='resample' to resample a schedule for other numbers of steps"
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class RunSteps:
         training_steps = float(getattr(getattr(scheduler, "config", None), "num_train_timesteps", None) or 1000)
         if timesteps is None:
             return cls(StepIndex(0), None, training_steps)
-        asked, left_out = len(timesteps), _steps_left_out(scheduler)
+        asked, left_out = steps_of(scheduler) or (0, 0)
         if expected == asked:
             return cls(StepIndex(left_out), RunTimesteps.of(scheduler), training_steps)
         if expected == asked - left_out:
@@ -115,9 +118,15 @@ class RunSteps:
         return RunKey(self.timesteps.key, self.first) if self.timesteps is not None else None
 
 
-def _steps_left_out(scheduler: Any) -> int:
-    """How many first steps the run skips; image-to-image tells its scheduler so with `set_begin_index`."""
-    return int(getattr(scheduler, "begin_index", None) or 0)
+def steps_of(scheduler: Any) -> tuple[int, int] | None:
+    """How many timesteps a scheduler is set to, and how many of them its run skips; None if it has no timesteps.
+
+    Image-to-image tells its scheduler how many first steps it skips with `set_begin_index`.
+    """
+    timesteps = getattr(scheduler, "timesteps", None)
+    if not isinstance(timesteps, Sized):
+        return None
+    return len(timesteps), int(getattr(scheduler, "begin_index", None) or 0)
 
 
 def _mismatch(scheduler: str, expected: int, asked: int, left_out: int) -> str:
@@ -126,10 +135,10 @@ def _mismatch(scheduler: str, expected: int, asked: int, left_out: int) -> str:
         return (
             f"the schedule is for {expected} steps, but the pipeline asked for {asked} and runs the last {left} of "
             f"them ({scheduler} counts model evaluations). Use a schedule for {asked}, of which the last {left} steps "
-            f"are used, or one for {left}"
+            f"are used, or one for {left}; {HINT}"
         )
     return (
         f"the schedule is for {expected} steps, but the pipeline asked for {asked} ({scheduler} counts {asked} model "
         f"evaluations per run). Use a schedule for {asked}, or pass num_inference_steps so that {scheduler} makes "
-        f"{expected} steps"
+        f"{expected} steps; {HINT}"
     )

@@ -16,7 +16,7 @@ import torch
 
 from harmonica_rt.call.call import Call
 from harmonica_rt.changes import Changes, Turns
-from harmonica_rt.engine import Engine, RunKey
+from harmonica_rt.engine import Engine
 from harmonica_rt.errors import ConcurrentRunError, HarmonicaError
 from harmonica_rt.sampling.by_hand import ByHand
 from harmonica_rt.sampling.current_run import CurrentRun
@@ -25,10 +25,12 @@ from harmonica_rt.sampling.following import Following
 from harmonica_rt.sampling.frames import calling_scheduler
 from harmonica_rt.sampling.notices import Notices
 from harmonica_rt.sampling.origin import Origin
-from harmonica_rt.sampling.run import Run, RunStats
-from harmonica_rt.sampling.run_timesteps import RunSteps, timesteps_are_set
+from harmonica_rt.sampling.run import Run
+from harmonica_rt.sampling.run_stats import RunStats
+from harmonica_rt.sampling.run_timesteps import timesteps_are_set
+from harmonica_rt.sampling.schedule_choice import RunSchedule, ScheduleChoice
 from harmonica_rt.sampling.step_count import StepCount
-from harmonica_rt.schedule import Schedule
+from harmonica_rt.schedule import Schedule, ScheduleSet
 from harmonica_rt.torch_state import keep_torch_state
 
 
@@ -37,8 +39,9 @@ class Session:
 
     Args:
         model_name: the class name of the model, for messages.
-        schedule: what to reuse at each step.
+        schedule: what to reuse at each step, or schedules for several numbers of steps.
         engine: makes the streams of a run.
+        on_other_steps: what becomes of runs with a number of steps that no schedule is for, one of `OTHER_STEPS`.
 
     Attributes:
         undone_by: the call that removes it from a pipeline, for messages.
@@ -46,11 +49,13 @@ class Session:
 
     undone_by = "harmonica_rt.uncompile(pipe)"
 
-    def __init__(self, model_name: str, schedule: Schedule, engine: Engine) -> None:
-        self.schedule = schedule
+    def __init__(
+        self, model_name: str, schedule: Schedule | ScheduleSet, engine: Engine, on_other_steps: str = "error"
+    ) -> None:
         self.engine = engine
         self.last_stats: RunStats | None = None  # counts of the last run that is over
         self._model_name = model_name
+        self._choice = ScheduleChoice(schedule, on_other_steps, model_name)
         self._turns = Turns()
         self._current = CurrentRun()
         self._following = Following(self)
@@ -58,24 +63,30 @@ class Session:
         self._by_hand = ByHand()
         self._notices = Notices()
 
-    def reset(self, timesteps: Sequence[float] | torch.Tensor | None = None) -> None:
+    @property
+    def schedule(self) -> Schedule | ScheduleSet:
+        """The schedule, or the schedules for several numbers of steps, as given."""
+        return self._choice.given
+
+    def reset(self, timesteps: Sequence[float] | torch.Tensor | None = None, *, steps: int | None = None) -> None:
         """Begin a new run: the next call is step 0. A pipeline's denoiser does so automatically.
 
         Args:
-            timesteps: the run's timesteps, one per step of the schedule, in any scale and on any device; runs with
-                equal timesteps count as alike. On a GPU, where comparing timesteps would wait for the device, only runs
-                that pass them compute timestep work beforehand.
+            timesteps: those of the run, one per step, in any scale and on any device; runs with equal timesteps count
+                as alike. On a GPU, where comparing timesteps would wait for the device, only runs that pass them
+                compute timestep work beforehand.
+            steps: the number of steps; not needed with timesteps, or where the only schedule has this number.
 
         Raises:
-            ScheduleMismatchError: the number of timesteps differs from the schedule's number of steps.
-            ArgumentError: the timesteps are not numbers.
+            ScheduleMismatchError: no schedule is for this number of steps, or there are several and no number.
+            ArgumentError: the timesteps are not numbers, or `steps` is not their number.
         """
-        key = None if timesteps is None else RunKey.of(timesteps, self.schedule.steps)
+        under, key = self._choice.of_reset(timesteps, steps)
         changes = Changes()
         with changes, changes:
             self._enter(changes)
             self._by_hand.begins(self._current.run)
-            self._begin().key = key
+            self._begin(under).key = key
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse: a copy would share the scheduler's listener and what torch.compile holds."""
@@ -96,10 +107,7 @@ class Session:
         return self._following.pipelines
 
     def attach(self, pipeline: Any) -> None:
-        """Let the pipeline's scheduler, looked up again at every call, begin the runs and count the steps.
-
-        If there are several pipelines, the scheduler whose run began last drives the session.
-        """
+        """Let the pipeline's scheduler, looked up at every call, drive the runs; of several, that which began last."""
         self._following.add(pipeline)
 
     def leave(self, pipeline: Any) -> None:
@@ -129,14 +137,10 @@ class Session:
             self._displaced.check_step(current, scheduler)
             return
         run.check_thread()
+        if run.uncached:
+            return
         if run.untouched or current.count is None:
-            self._notices.say(
-                "not called",
-                "%s took a step without a call of the compiled %s. If its pipeline was given another denoiser after it "
-                "was compiled (pipe.transformer = ...), compile the pipeline again: until then it runs uncached",
-                type(scheduler).__name__,
-                self._model_name,
-            )
+            self._notices.say_not_called(type(scheduler).__name__, self._model_name)
         else:
             current.count.step_begins(timestep)
 
@@ -149,7 +153,10 @@ class Session:
             run = current.driven_by(scheduler)
             if run is None or run.untouched or current.count is None:
                 return
-            current.count.step_ends()
+            if run.uncached:
+                run.advance()
+            else:
+                current.count.step_ends()
             if run.finished:
                 self.last_stats, current.run = run.stats, None
 
@@ -157,10 +164,12 @@ class Session:
         """One call of the denoiser; `uncached` runs in its place outside a pipeline's runs."""
         if self._following:
             return self._call_in_pipeline(call, uncached)
-        run = self._current.run or self._begin()
+        run = self._current.run or self._begin(self._choice.of_unknown())
         run.check_thread()
         if not self._by_hand.makes_this_call(run):
             raise interleaved()
+        if run.uncached:
+            return run.call_uncached(uncached, counts_as_step=True)
         return run.call(call, counts_as_step=True)
 
     def _call_in_pipeline(self, call: Call, uncached: Callable[[], Any]) -> Any:
@@ -172,41 +181,30 @@ class Session:
         self._displaced.check_call(current)
         run = current.run
         if run is None or not current.makes_this_call(run, caller):
-            self._say_outside(caller)
+            swapped = not current.ever_driven and self._following.follows(caller)
+            self._notices.say_outside(self._model_name, swapped=swapped)
             return uncached()
-        if run.untouched:
-            current.count = self._step_count_of(run)
+        if run.untouched and not run.failed:
+            run = self._as_set()
+        if run.uncached:
+            return run.call_uncached(uncached, counts_as_step=False)
         if current.count is not None and not run.failed and not current.count.admits(call):
             return uncached()
         return run.call(call, counts_as_step=False)
 
-    def _say_outside(self, caller: Any) -> None:
-        if not self._current.ever_driven and self._following.follows(caller):
-            self._notices.say(
-                "swapped",
-                "%s was compiled in the middle of a run of its pipeline: the rest of that run is uncached, and the "
-                "schedule applies from the next run on. To treat some steps differently, use one schedule that does",
-                self._model_name,
-            )
-            return
-        self._notices.say(
-            "outside",
-            "%s was called outside a sampling run (its pipeline's scheduler set no timesteps, or the call came from a "
-            "callback, from after the run, or from a pipeline that was not compiled): such calls run the plain model, "
-            "and nothing is cached",
-            self._model_name,
-        )
-
-    def _step_count_of(self, run: Run) -> StepCount:
-        """Before the first call of a run, determine which steps of the schedule it takes, and begin to count them.
+    def _as_set(self) -> Run:
+        """Begin the current run as its scheduler is set: before its first call, not earlier, the scheduler is told all.
 
         Raises:
-            ScheduleMismatchError: the scheduler is set to another number of steps than the schedule has.
+            ScheduleMismatchError: the scheduler is set to a number of steps that no schedule is for.
         """
-        steps = RunSteps.of(self._current.scheduler, self.schedule.steps)
+        current = self._current
+        under, steps = self._choice.of_scheduler(current.scheduler)
+        current.run = run = Run(under, self.engine, self._notices, any_thread=False)
         run.begin_at(steps.first)
         run.key = steps.key
-        return StepCount(run, steps, self._model_name, self._notices)
+        current.count = StepCount(run, steps, self._model_name, self._notices)
+        return run
 
     def _begin_driven(self, scheduler: Any, origin: Origin) -> None:
         """Begin a run that a scheduler drives."""
@@ -215,7 +213,8 @@ class Session:
         self._begin()
         current.scheduler, current.origin, current.ever_driven = scheduler, origin, True
 
-    def _begin(self) -> Run:
+    def _begin(self, under: RunSchedule | None = None) -> Run:
+        """Begin a run under this schedule; None if it is not known yet."""
         thread, current = threading.current_thread(), self._current
         before = current.run
         if before is not None and not before.untouched:
@@ -227,7 +226,8 @@ class Session:
                 self._displaced.interrupt(owner, current.origin)
         self._displaced.readmit(thread)
         current.origin = current.count = None
-        current.run = Run(self.schedule, self.engine, self._notices, any_thread=not self._following)
+        under = under or RunSchedule(self._choice.schedules.schedules[0])
+        current.run = Run(under, self.engine, self._notices, any_thread=not self._following)
         return current.run
 
     def _enter(self, changes: Changes) -> None:

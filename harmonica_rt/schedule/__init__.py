@@ -8,9 +8,10 @@ Reading order: `data`, `checks` and `weights` (what a schedule is), `weighted` o
 (weights by rule), `resampling` and `resampled_weights` (other numbers of steps), `exchanged` over `interchange`,
 `cache_dit`, `diffusers_caches` and `routers` (schedules of other tools), `schedule` (the class itself), `producers`
 (masks from rules), `provenance` with `fingerprint` (what a schedule was made for), `format` with `weights_text` (the
-file), `writing` over `files` (complete or not at all), `router_checkpoint` and `flat_yaml` (files of others, read as
-data), `hub`, `terminal` and `heat_map` over `panels` (pictures), `site_names` and `sites` over `site_rule` (what can be
-cached, and its names), `bundled` (the schedules in `known/`).
+file), `schedule_set` (schedules for several numbers of steps), `writing` over `files` (complete or not at all),
+`router_checkpoint` and `flat_yaml` (files of others, read as data), `hub`, `terminal` and `heat_map` over `panels`
+(pictures), `site_names` and `sites` over `site_rule` (what can be cached, and its names), `bundled` (the schedules in
+`known/`).
 
 This package is the contract between training and runtime. It depends on neither, nor on torch, Triton or diffusers,
 only on numpy. matplotlib, rich, torch and yaml are imported by the functions that need them (`Schedule.plot`, `render`,
@@ -20,6 +21,7 @@ only on numpy. matplotlib, rich, torch and yaml are imported by the functions th
 from harmonica_rt.schedule.provenance import MadeBy, ModelInfo, SamplerInfo, WeightsBy
 from harmonica_rt.schedule.routers import RouterKind
 from harmonica_rt.schedule.schedule import Schedule
+from harmonica_rt.schedule.schedule_set import ScheduleSet
 from harmonica_rt.schedule.site_names import OUTPUT
 from harmonica_rt.schedule.sites import find_sites
 from harmonica_rt.schedule.terminal import render
@@ -31,6 +33,7 @@ __all__ = [
     "RouterKind",
     "SamplerInfo",
     "Schedule",
+    "ScheduleSet",
     "WeightsBy",
     "find_sites",
     "render",

@@ -35,6 +35,7 @@ from harmonica_rt.untrusted import strict_json
 from harmonica_rt.untrusted.text import one_line, quoted
 
 FORMAT = "harmonica-schedule"
+SET_FORMAT = "harmonica-schedule-set"  # see `schedule_set`
 VERSION = 2  # of schedules with weights, spans or the output; others are of version 1, which older readers know
 READABLE_VERSIONS = (1, 2)
 
@@ -156,9 +157,13 @@ def parse(data: bytes) -> ScheduleFields:
         ScheduleError: the data is not UTF-8 or not JSON, has duplicate keys, NaN or Infinity, an unsupported format or
             version, missing or unknown fields, wrong types, wrong lengths, or entries other than 0 and 1.
     """
-    document = read_object(data, "not a schedule file")
+    return parse_object(read_object(data, "not a schedule file"))
+
+
+def parse_object(document: dict[str, object]) -> ScheduleFields:
+    """As `parse`, of an object that was read already."""
     version = _check_header(document)
-    _check_fields(document, "", _REQUIRED, _OPTIONAL if version == 1 else (*_OPTIONAL, *_NEW))
+    check_fields(document, "", _REQUIRED, _OPTIONAL if version == 1 else (*_OPTIONAL, *_NEW))
     sites = check_sites(check_sequence(document["sites"], "sites"))
     if version == 1 and (new := [site for site in sites if not is_module(site)]):
         raise ScheduleError(f"sites: version 1 has no spans and no output, got {quoted(new[0])}; version {VERSION} has")
@@ -187,9 +192,8 @@ def _check_header(document: dict[str, object]) -> int:
     """The version of the file, if it is one of ours that can be read."""
     name, version = document.get("format"), document.get("version")
     if name != FORMAT:
-        raise ScheduleError(
-            f"format: expected {FORMAT!r}, got {quoted(name)}; this is not a schedule file of harmonica-rt"
-        )
+        hint = "ScheduleSet.load reads sets" if name == SET_FORMAT else "this is not a schedule file of harmonica-rt"
+        raise ScheduleError(f"format: expected {FORMAT!r}, got {quoted(name)}; {hint}")
     if isinstance(version, bool) or version not in READABLE_VERSIONS or not isinstance(version, int):
         readable = " and ".join(map(str, READABLE_VERSIONS))
         raise ScheduleError(
@@ -201,7 +205,8 @@ def _check_header(document: dict[str, object]) -> int:
     return version
 
 
-def _check_fields(value: dict[str, object], where: str, required: Sequence[str], optional: Sequence[str]) -> None:
+def check_fields(value: dict[str, object], where: str, required: Sequence[str], optional: Sequence[str]) -> None:
+    """Raise ScheduleError unless an object has all required fields, no unknown ones, and no null."""
     allowed = (*required, *optional)
     for field in value:
         if field not in allowed:
@@ -219,7 +224,7 @@ def _object(value: object, field: str, required: Sequence[str], optional: Sequen
     # Any: the dataclass that takes the fields checks their types
     if not isinstance(value, dict):
         raise ScheduleError(f"{field}: expected an object, got {strict_json.type_name(value)}")
-    _check_fields(value, f"{field}.", required, optional)
+    check_fields(value, f"{field}.", required, optional)
     return value
 
 

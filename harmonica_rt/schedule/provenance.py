@@ -22,7 +22,7 @@ from harmonica_rt.untrusted.strict_json import MAX_DEPTH, MAX_DIGITS
 from harmonica_rt.untrusted.text import one_line, quoted
 from harmonica_rt.wrappers import unwrapped
 
-_DEEPEST = MAX_DEPTH - 3  # nesting of lists and mappings; a file adds three levels
+_DEEPEST = MAX_DEPTH - 5  # nesting of lists and mappings; the file of a set adds five levels
 SCORE_DECIMALS = 4  # enough to redraw a threshold, few enough to read and diff
 
 

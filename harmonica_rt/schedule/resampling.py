@@ -1,4 +1,4 @@
-"""The mask of a schedule for another number of steps, made of rows that the schedule has, so that no program is new.
+"""The mask of a schedule for another number of steps, made of rows that the schedule has, so that few programs are new.
 
 Each site is to be computed as often per step as at the same share of the run before. Taking the row that is nearest in
 time would not do that: every second row of "compute every second step" always computes, or never.

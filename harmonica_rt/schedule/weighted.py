@@ -99,11 +99,12 @@ class WeightedSchedule(ScheduleData):
     def resample(self, steps: int) -> Self:
         """A schedule of the same sites for another number of steps, which computes each as often per step as this one.
 
-        Every row of the mask is one of this schedule's, so no step needs a program that this one lacks. Weights that a
-        rule made (`with_taylor`, ...) are made by the rule again. Of other weights, the parts of a Taylor series are
-        taken, scaled to the new distances, and interpolated in time. Entries whose history has become too short have
-        fewer weights. `timesteps` are dropped, scores follow their rows, and the hyper-parameters in `made_by` say
-        `resampled_from`: the number of steps that the schedule was made for.
+        Every row of the mask is one of this schedule's, so no step reuses other sites together than a step of this one
+        (what it stores for later steps may be new). Weights that a rule made (`with_taylor`, ...) are made by the rule
+        again. Of other weights, the parts of a Taylor series are taken, scaled to the new distances, and interpolated
+        in time. Entries whose history has become too short have fewer weights. `timesteps` are dropped, scores follow
+        their rows, and the hyper-parameters in `made_by` say `resampled_from`: the number of steps that the schedule
+        was made for.
 
         Raises:
             ScheduleError: `steps` is not a whole number of at least 1, or float32 cannot hold a weight.

@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 import harmonica_rt as hrt
 from harmonica_rt import Schedule
 from harmonica_rt.errors import HarmonicaError, ScheduleMismatchError
+from harmonica_rt.schedule import ScheduleSet
 from tests.tiny import built, families, random_schedule, sample, shallow, shallow_dit
 
 STEPS = 4
@@ -165,3 +166,38 @@ def test_a_schedule_for_another_model_is_refused(pipeline: Any) -> None:
         hrt.attach(pipeline)
     with pytest.raises(BackendCompilerFailed, match=r"transformer_blocks\.0\.attn9"):
         sample(pipeline, STEPS, **CALL)
+
+
+@pytest.mark.parametrize("how", ["resample", "plain"])
+def test_other_numbers_of_steps_go_through_the_same_graph(pipeline: Any, how: str) -> None:
+    schedule = random_schedule(pipeline.transformer, STEPS).with_taylor()
+    plain = sample(pipeline, 7, **CALL)
+    hrt.reference(pipeline, schedule.resample(7))
+    expected = {7: sample(pipeline, 7, **CALL) if how == "resample" else plain}
+    hrt.reference(pipeline, schedule)
+    expected[STEPS] = sample(pipeline, STEPS, **CALL)
+    hrt.uncompile(pipeline)
+    options = {"schedule": schedule, "lowering": "plain", "on_other_steps": how}
+    pipeline.transformer.compile(backend="harmonica", options=options, fullgraph=True)
+    hrt.attach(pipeline)
+    counters.clear()
+    for steps in (7, STEPS, 7):
+        np.testing.assert_array_equal(sample(pipeline, steps, **CALL), expected[steps])
+    assert counters["stats"]["unique_graphs"] == 1
+    report = hrt.attach(pipeline.transformer).report()
+    assert (report.last_steps, report.last_uncached) == (7, how == "plain")
+    assert len(report.plans) == (2 if how == "resample" else 1)
+
+
+def test_the_backend_takes_a_set(pipeline: Any) -> None:
+    given = ScheduleSet([random_schedule(pipeline.transformer, steps) for steps in (3, 5)])
+    expected = []
+    for schedule in given.schedules:
+        hrt.reference(pipeline, schedule)
+        expected.append(sample(pipeline, schedule.steps, **CALL))
+    hrt.uncompile(pipeline)
+    options = {"schedule": given, "lowering": "plain"}
+    pipeline.transformer.compile(backend="harmonica", options=options, fullgraph=True)
+    hrt.attach(pipeline)
+    for steps, images in zip(given.steps, expected, strict=True):
+        np.testing.assert_array_equal(sample(pipeline, steps, **CALL), images)

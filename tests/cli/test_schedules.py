@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from harmonica_rt import Schedule
+from harmonica_rt.schedule import ScheduleSet
 from tests.cli.running import STEPS, run
 
 
@@ -110,3 +111,29 @@ def test_schedule_convert(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["compute"] == ["111111"] * 3 + ["101111"]
     unknown = run("schedule", "convert", tmp_path / "router.pt", path, "--kind", "mine")
     assert "--kind mine is not known" in str(unknown.exception)
+
+
+@pytest.fixture(params=["file", "folder"])
+def several(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A set of schedules for 4 and 6 steps."""
+    made = ScheduleSet(Schedule.every(2, steps=steps, sites=["blocks.0.ff"]) for steps in (4, 6))
+    if request.param == "file":
+        made.save(tmp_path / "set.json")
+        return tmp_path / "set.json"
+    (tmp_path / "set").mkdir()
+    for schedule in made.schedules:
+        schedule.save(tmp_path / "set" / f"{schedule.steps}.json")
+    return tmp_path / "set"
+
+
+def test_a_set_is_shown_whole_or_for_some_steps(several: Path, tmp_path: Path) -> None:
+    whole = run("schedule", "show", several).output
+    assert whole.index("4 steps x 1 sites") < whole.index("6 steps x 1 sites")
+    one = run("schedule", "show", several, "--steps", 6).output
+    assert "6 steps x 1 sites" in one
+    assert "4 steps" not in one
+    assert "10 steps x 1 sites, CUR 50.00%" in run("schedule", "show", several, "--steps", 10).output
+    refused = run("schedule", "plot", several, tmp_path / "heat.png")
+    assert "has schedules for 4 and 6 steps, and one is needed: give --steps" in str(refused.exception)
+    assert run("schedule", "plot", several, tmp_path / "heat.png", "--steps", 5).exit_code == 0
+    assert (tmp_path / "heat.png").is_file()

@@ -88,3 +88,9 @@ def test_graphs_reach_the_compiler(command: str, model: Path, schedule: Path, mo
 def test_unknown_graphs_are_refused(command: str, model: Path, schedule: Path) -> None:
     message = str(run(command, model, schedule, "--graphs", "maybe").exception)
     assert message == "graphs 'maybe' is not known; choose one of auto, on, off"
+
+
+def test_other_numbers_of_steps(model: Path, schedule: Path) -> None:
+    call = ("verify", model, schedule, "--lowering", "plain", "--arg", "num_inference_steps=6")
+    assert "the schedule is for 4 steps, but the pipeline asked for 6" in str(run(*call).exception)
+    assert "6 calls" in run(*call, "--on-other-steps", "resample").output

@@ -29,11 +29,17 @@ STEPS = 6
 
 
 def compiled_with(
-    model: torch.nn.Module, schedule: Schedule, pool: StandInPool, *, lowering: str = "plain", measured: bool = False
+    model: torch.nn.Module,
+    schedule: Schedule,
+    pool: StandInPool,
+    *,
+    lowering: str = "plain",
+    measured: bool = False,
+    **more: Any,
 ) -> CompiledModel:
     """A model compiled as `hrt.compile` does, with a pool that counts."""
     graphs = graphs_in(pool, measured=measured)
-    options = CompileOptions(lowering=lowering, strict=True, max_plans=4, debug=True)
+    options = CompileOptions(lowering=lowering, strict=True, max_plans=4, debug=True, **more)
     engine = PlannedEngine(model, schedule, options, graphs)
     return CompiledModel(model, schedule, engine, verify=False)
 

@@ -402,3 +402,24 @@ def test_a_run_with_weights_is_one_graph_unless_it_lacks_history() -> None:
         assert case.agree(request, given, begin_index=1)
         assert case.replays() > 1
         assert case.compiled.report().last_catch_ups == (1, 3)
+
+
+@pytest.mark.parametrize("lowering", ["plain", "fused"])
+def test_each_number_of_steps_has_a_graph_of_its_own(lowering: str) -> None:
+    case = Case(lowering)
+    # all plans share the pool, so its bytes count once per plan
+    how = {"lowering": lowering, "on_other_steps": "resample", "max_plan_bytes": 2**30}
+    case.compiled = compiled_with(case.model, case.schedule, case.pool, **how)
+    case.plain = hrt.compile(case.model, case.schedule, graphs="off", strict=True, **how)
+    given = {steps: scheduler("DDIM", steps) for steps in (STEPS, 8, 3)}
+    for request in range(4):
+        for each in given.values():
+            assert case.agree(request, each)
+    assert len({id(runtime.lowered.plan.captured.graph) for runtime in case.compiled.plans.values()}) == 1
+    recorded = case.pool.recorded
+    case.replays()
+    for each in given.values():
+        assert case.agree(9, each)
+        assert case.replays() == {"plain": 1, "fused": 2}[lowering]  # with the prologue
+    assert case.pool.recorded == recorded
+    assert case.compiled.stats == case.plain.stats

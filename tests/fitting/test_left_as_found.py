@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import harmonica_rt as hrt
-from harmonica_rt import Schedule, find_sites
+from harmonica_rt import Schedule, ScheduleSet, find_sites
 from harmonica_rt.errors import ArgumentError, HarmonicaError, ScheduleMismatchError
 from harmonica_rt.pipelines.install import installed
 from harmonica_rt.sampling.scheduler import listener_of
@@ -83,6 +83,7 @@ def test_values_that_are_not_finite_are_refused() -> None:
         ({"calls": [1]}, "call 0 is"),
         ({"schedule": Schedule.all_compute(steps=STEPS, sites=find_sites(stack()))}, "reuses nothing"),
         ({"schedule": "every.json"}, "read it first"),
+        ({"schedule": ScheduleSet([every(2, stack())])}, "fit each schedule of a set"),
     ],
 )
 def test_wrong_arguments_are_refused(change: dict[str, Any], message: str) -> None:

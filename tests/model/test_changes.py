@@ -460,8 +460,8 @@ def test_a_model_that_changes_before_each_run_is_looked_at_first(monkeypatch: py
     begun: list[bool] = []
     begin_run = PlannedEngine.begin_run
 
-    def noted(self: PlannedEngine, key: Any = None) -> Any:
-        known = begin_run(self, key)
+    def noted(self: PlannedEngine, key: Any = None, schedule: Any = None) -> Any:
+        known = begin_run(self, key, schedule)
         begun.append(known is not None)
         return known
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -25,9 +26,14 @@ MODEL = stack(depth=2)
 SITES = find_sites(MODEL)
 
 
+@functools.cache
+def captured_once() -> CapturedGraph:
+    return capture(MODEL, CallConvention(MODEL).normalise((), stack_call(0)), SITES)
+
+
 @pytest.fixture(scope="module")
 def captured() -> CapturedGraph:
-    return capture(MODEL, CallConvention(MODEL).normalise((), stack_call(0)), SITES)
+    return captured_once()
 
 
 def plan_of(captured: CapturedGraph, rows: list[str]) -> Plan:
@@ -202,3 +208,33 @@ def test_steps_know_their_slots(captured: CapturedGraph) -> None:
     plan = plan_of(captured, ["1111", "0111"])
     assert plan.steps[0] == Step(plan.steps[0].program, (), (SlotId(0),))
     assert plan.steps[1].reads == (SlotId(0),)
+
+
+@st.composite
+def weighted_schedules(draw: st.DrawFn) -> Schedule:
+    steps = draw(st.integers(2, 12))
+    cur, seed = draw(st.floats(0.1, 0.8)), draw(st.integers(0, 99))
+    schedule = Schedule.random(min(cur, (steps - 1) / steps), steps=steps, sites=SITES, seed=seed)
+    if draw(st.booleans()):
+        schedule = schedule.with_taylor(draw(st.integers(1, 3)))
+    elif draw(st.booleans()):
+        schedule = random_weights(schedule, order=draw(st.integers(1, 4)), seed=seed)
+    return schedule
+
+
+@settings(max_examples=40, deadline=None)
+@given(weighted_schedules(), st.integers(1, 30))
+def test_a_resampled_schedule_has_a_plan_that_reuses_as_the_original(schedule: Schedule, steps: int) -> None:
+    """What is stored may differ: near the end, and where other rows follow."""
+    captured = captured_once()
+    original, made = build_plan(captured, schedule), build_plan(captured, schedule.resample(steps))
+    check_plan(made)
+    assert {pattern.reuse for pattern in made.patterns} <= {pattern.reuse for pattern in original.patterns}
+
+
+@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize("periods", [2, 5, 14])
+def test_whole_periods_have_the_patterns_of_the_original(captured: CapturedGraph, k: int, periods: int) -> None:
+    schedule = Schedule.every(k, steps=4 * k, sites=SITES).with_taylor()
+    original, made = (build_plan(captured, each) for each in (schedule, schedule.resample(periods * k)))
+    assert set(made.patterns) == set(original.patterns)

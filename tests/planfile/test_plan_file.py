@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
 import logging
 import re
 import sys
@@ -14,8 +15,9 @@ import pytest
 import torch
 
 import harmonica_rt as hrt
-from harmonica_rt.errors import HarmonicaError, PlanFileError
-from harmonica_rt.execute import planned_engine as planned
+from harmonica_rt.capture import captures
+from harmonica_rt.errors import ArgumentError, HarmonicaError, PlanFileError, ScheduleMismatchError
+from harmonica_rt.schedule import ScheduleSet
 from tests.models import Stack, stack, stack_call
 from tests.planfile.forged import forge
 from tests.tiers import member
@@ -66,7 +68,7 @@ def test_a_loaded_pipeline_gives_the_same_images(
     torch.manual_seed(0)
     again = family.build()
     again.set_progress_bar_config(disable=True)
-    monkeypatch.setattr(planned, "capture", None)
+    monkeypatch.setattr(captures, "capture_model", None)
     assert hrt.load(tmp_path / "plan.json", again, strict=True) is again
     assert (sample(again, STEPS, **family.guided) == expected).all()
     restored = hrt.get_compiled(again).report()
@@ -78,7 +80,7 @@ def test_a_loaded_pipeline_gives_the_same_images(
 def test_the_file_holds_no_weights_and_other_values_of_them_are_used(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planned, "capture", None)
+    monkeypatch.setattr(captures, "capture_model", None)
     model = stack(seed=1)
     compiled = hrt.load(saved, model, strict=True)
     assert compiled.schedule == random_schedule(model, STEPS)
@@ -281,7 +283,7 @@ def test_words_of_python_named_tuples_views_and_infinity(tmp_path: Path, monkeyp
     compiled = hrt.compile(model, schedule, lowering="plain", strict=True)
     run_written(compiled, scale=float("inf"))
     compiled.save(tmp_path / "plan.json")
-    monkeypatch.setattr(planned, "capture", None)
+    monkeypatch.setattr(captures, "capture_model", None)
     loaded = hrt.load(tmp_path / "plan.json", model, strict=True)
     got = run_written(loaded, scale=float("inf"))
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
@@ -357,7 +359,7 @@ def test_a_plan_moves_to_the_device_of_the_model(tmp_path: Path, monkeypatch: py
     compiled = hrt.compile(model, random_schedule(model, STEPS), lowering="plain", strict=True)
     expected = outputs(compiled)
     compiled.save(tmp_path / "plan.json")
-    monkeypatch.setattr(planned, "capture", None)
+    monkeypatch.setattr(captures, "capture_model", None)
     loaded = hrt.load(tmp_path / "plan.json", odd("cpu:0").to("cpu:0"), strict=True)
     assert all(torch.equal(a, b) for a, b in zip(outputs(loaded), expected, strict=True))
 
@@ -393,3 +395,105 @@ def test_nothing_is_saved_that_could_not_be_loaded(tmp_path: Path) -> None:
     with pytest.raises(PlanFileError, match=r"aten\.as_strided\.default is not among those that a saved plan may hold"):
         compiled.save(tmp_path / "plan.json")
     assert not list(tmp_path.iterdir())
+
+
+def other_steps(saved: Path, *steps: int) -> tuple[Any, dict[int, list[torch.Tensor]]]:
+    """A model that ran these numbers of steps under one schedule, and its outputs; its plans are in the file."""
+    model = stack()
+    compiled = hrt.compile(model, random_schedule(model, STEPS).with_taylor(), strict=True, on_other_steps="resample")
+    found = {number: run_of(compiled, number) for number in steps}
+    compiled.save(saved)
+    return compiled, found
+
+
+def run_of(compiled: Any, steps: int) -> list[torch.Tensor]:
+    compiled.reset(steps=steps)
+    return [compiled(**stack_call(step)) for step in range(steps)]
+
+
+def test_plans_of_several_numbers_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "plan.json"
+    compiled, expected = other_steps(path, 9, STEPS, 6)
+    document = json.loads(path.read_text())
+    assert [plan["steps"] for plan in document["plans"]] == [9, STEPS, 6]
+    assert [plan["graph"] for plan in document["plans"][1:]] == [{"of_plan": 0}] * 2
+    monkeypatch.setattr(captures, "capture_model", None)  # nothing is captured
+    loaded = hrt.load(path, stack())
+    for steps, outputs_before in expected.items():
+        for got, before in zip(run_of(loaded, steps), outputs_before, strict=True):
+            torch.testing.assert_close(got, before)
+    programs = {id(p) for runtime in loaded.plans.values() for p in runtime.lowered.lowering.programs}
+    assert len(programs) == len({p for runtime in compiled.plans.values() for p in runtime.lowered.lowering.programs})
+    assert len(run_of(loaded, 7)) == 7  # planned now, from the captured graph of the file
+    loaded.save(tmp_path / "again.json")
+    assert len(json.loads((tmp_path / "again.json").read_text())["plans"]) == 4
+
+
+@pytest.fixture(scope="module")
+def two_numbers(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A file with plans for 9 and 4 steps."""
+    path = tmp_path_factory.mktemp("plans") / "plan.json"
+    other_steps(path, 9, STEPS)
+    return path.read_bytes()
+
+
+def test_what_becomes_of_other_steps_is_in_the_file(two_numbers: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_bytes(two_numbers)
+    hrt.load(path, stack()).reset(steps=5)
+    with pytest.raises(ScheduleMismatchError):
+        hrt.load(path, stack(), on_other_steps="error").reset(steps=9)
+    with pytest.raises(ArgumentError, match="on_other_steps"):
+        hrt.load(path, stack(), on_other_steps="sometimes")
+
+
+def test_a_set_of_schedules_is_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, path = stack(), tmp_path / "plan.json"
+    given = ScheduleSet([random_schedule(model, 4), random_schedule(model, 7, seed=1).with_taylor()])
+    compiled = hrt.compile(model, given, strict=True, lowering="plain")
+    expected = {steps: run_of(compiled, steps) for steps in given.steps}
+    compiled.save(path)
+    monkeypatch.setattr(captures, "capture_model", None)
+    loaded = hrt.load(path, stack())
+    assert loaded.schedule == given
+    for steps, outputs_before in expected.items():
+        assert all(map(torch.equal, run_of(loaded, steps), outputs_before))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda plans: plans[1].update(steps=0), r"plans\[1\]\.steps: expected a whole number from 1 to 10000"),
+        (lambda plans: plans[1].update(steps=10**6), r"plans\[1\]\.steps: expected a whole number"),
+        (lambda plans: plans[1].update(steps=True), r"plans\[1\]\.steps: expected a whole number"),
+        (lambda plans: plans[1].pop("steps"), r"plans\[1\]: expected the fields"),
+        (lambda plans: plans[1].update(steps=9), r"plans\[1\]: "),
+        (lambda plans: plans[1]["graph"].update(of_plan=1), r"plans\[1\]\.graph\.of_plan: expected the number of an"),
+        (lambda plans: plans[1]["graph"].update(of_plan=-1), r"graph\.of_plan: expected the number of an"),
+        (lambda plans: plans[1]["graph"].update(of_plan=False), r"graph\.of_plan: expected the number of an"),
+        (lambda plans: plans[1]["graph"].update(more=1), r"plans\[1\]\.graph: expected the fields of_plan"),
+        (lambda plans: plans[0].update(graph={"of_plan": 0}), r"plans\[0\]\.graph\.of_plan: expected the number of an"),
+        (lambda plans: plans[1]["signature"]["leaves"][0].update(shape=[1, 4, 8]), r"plans\[1\]"),
+    ],
+)
+def test_forged_numbers_of_steps_are_refused(two_numbers: bytes, tmp_path: Path, change: Any, message: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_bytes(two_numbers)
+    forge(path, lambda document: change(document["plans"]))
+    with pytest.raises(PlanFileError, match=message):
+        hrt.load(path, stack())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"on_other_steps": "always"}, "on_other_steps: expected one of error, resample, plain"),
+        ({"schedules": []}, "damaged, schedules: a set holds at least one"),
+        ({"schedules": {}}, "damaged, schedules: expected a list"),
+        ({"schedules": [1]}, r"damaged, schedules\[0\]: expected an object"),
+    ],
+)
+def test_forged_schedules_are_refused(saved: Path, change: dict[str, Any], message: str) -> None:
+    forge(saved, lambda document: document.update(change))
+    with pytest.raises(PlanFileError, match=message):
+        hrt.load(saved, stack())
