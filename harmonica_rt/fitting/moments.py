@@ -3,8 +3,8 @@
 The moments are those of the changes of a site, `v_0`, `v_0 - v_1`, `v_1 - v_2`, ..., where `v_j` is its j-th latest
 computed value, and of the error of plain reuse, `truth - v_0`. They add up over tensors, calls and sites.
 
-Hazard: the values of two steps differ by about 1 %, so that products of the values themselves lose in rounding what
-the weights depend on. So differences are taken first, in float64, and the products of these.
+Hazard: where a site hardly changes, products of its values lose in rounding what the weights depend on. So differences
+are taken first, in float64, and the products of these.
 """
 
 from __future__ import annotations
