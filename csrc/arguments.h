@@ -5,6 +5,8 @@
 #include <ATen/Functions.h>
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
+#include <c10/util/ArrayRef.h>
+#include <c10/util/SmallVector.h>
 
 #include <cstdint>
 #include <optional>
@@ -31,6 +33,7 @@ inline bool broadcasts_to(const at::Tensor& x, const std::optional<at::Tensor>& 
   return true;
 }
 
+using Optional = std::optional<at::Tensor>;
 using Gates = c10::List<std::optional<at::Tensor>>;
 
 // Copies the gates whose values are not those in their memory. The dispatcher turns negated views and zeros without
@@ -45,6 +48,27 @@ inline Gates in_memory(const Gates& gates) {
   Gates copies;
   for (const std::optional<at::Tensor>& gate : gates) copies.push_back(is_lazy(gate) ? gate->clone() : gate);
   return copies;
+}
+
+// Whether there is a weight, or a place of -1, for each of `count` terms; without weights there are no places.
+inline bool are_weights(const at::Tensor& x, const Optional& weights, at::IntArrayRef places, size_t count) {
+  if (!weights.has_value()) return places.empty();
+  if (weights->scalar_type() != at::kFloat || weights->device() != x.device() || weights->layout() != at::kStrided)
+    return false;
+  for (const int64_t place : places)
+    if (place < -1 || place >= weights->numel()) return false;
+  return places.size() == count;
+}
+
+// The weight of each term, 1 where its place is -1; empty without weights. `are_weights` holds.
+template <typename Acc>
+c10::SmallVector<Acc, 16> weights_at(const Optional& weights, at::IntArrayRef places) {
+  c10::SmallVector<Acc, 16> found;
+  if (!weights.has_value()) return found;
+  const at::Tensor dense = weights->contiguous();
+  const float* const numbers = static_cast<const float*>(dense.const_data_ptr());
+  for (const int64_t place : places) found.push_back(place < 0 ? Acc(1) : Acc(numbers[place]));
+  return found;
 }
 
 inline bool is_residual_sum(const at::Tensor& x, at::TensorList caches, const Gates& gates) {

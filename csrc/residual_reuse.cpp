@@ -1,6 +1,8 @@
-// out = x + sum_k gate_k * cache_k on the CPU, in one pass over memory, equal to the reference bit for bit.
+// out = x + sum_k w_k * (gate_k * cache_k) on the CPU, in one pass over memory, equal to the reference bit for bit.
 //
 // TensorIterator broadcasts the gates, merges dimensions and splits the work over ATen's thread pool.
+
+#include "residual_reuse.h"
 
 #include <ATen/Functions.h>
 #include <ATen/TensorIterator.h>
@@ -15,18 +17,12 @@
 namespace harmonica {
 namespace {
 
-using Signature = at::Tensor(const at::Tensor&, at::TensorList, const Gates&);
-
-at::Tensor by_reference(const at::Tensor& x, at::TensorList caches, const Gates& gates) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("harmonica::_residual_reuse_reference", "")
-                             .typed<Signature>();
-  return op.call(x, caches, gates);
-}
+using Signature = at::Tensor(const at::Tensor&, at::TensorList, const Gates&, const Optional&, at::IntArrayRef);
 
 // The operands of the iterator are out, x, the caches, and the gates that are present.
 template <typename T>
-void run(at::TensorIterator& iter, const Gates& gates) {
+void run(at::TensorIterator& iter, const Gates& gates, const Optional& weights, at::IntArrayRef places) {
+  const auto factors = weights_at<typename Element<T>::Acc>(weights, places);
   const size_t count = gates.size();
   c10::SmallVector<size_t, 16> gate_operand(count);  // 0: none
   size_t operands = 2 + count;
@@ -40,14 +36,27 @@ void run(at::TensorIterator& iter, const Gates& gates) {
       if (gate_operand[k] != 0) terms[k].gate = operand(gate_operand[k]);
     }
     T* out = reinterpret_cast<T*>(data[0]);
-    residual_sum(out, operand(1), terms.data(), int64_t(count), n);
+    residual_sum(out, operand(1), terms.data(), factors.empty() ? nullptr : factors.data(), int64_t(count), n);
   });
 }
 
-at::Tensor residual_reuse(const at::Tensor& x, at::TensorList caches, const Gates& given_gates) {
+at::Tensor residual_reuse(const at::Tensor& x, at::TensorList caches, const Gates& given_gates,
+                          const Optional& weights, at::IntArrayRef places) {
+  static const auto reference = c10::Dispatcher::singleton()
+                                    .findSchemaOrThrow("harmonica::_residual_reuse_reference", "")
+                                    .typed<Signature>();
   const Gates gates = in_memory(given_gates);
-  if (!is_residual_sum(x, caches, gates)) return by_reference(x, caches, gates);
-  if (caches.size() == 1) return gated_residual(x, caches[0], gates.get(0));  // its loop has no list of terms
+  if (!is_residual_sum(x, caches, gates) || !are_weights(x, weights, places, caches.size()))
+    return reference.call(x, caches, gates, weights, places);
+  if (caches.size() == 1 && !weights.has_value())
+    return gated_sum(x, caches[0], gates.get(0));  // its loop has no list of terms
+  return sum_of_terms(x, caches, gates, weights, places);
+}
+
+}  // namespace
+
+at::Tensor sum_of_terms(const at::Tensor& x, at::TensorList caches, const Gates& gates, const Optional& weights,
+                        at::IntArrayRef places) {
   at::Tensor out = at::empty(x.sizes(), x.options());
   if (out.numel() == 0) return out;
 
@@ -58,15 +67,13 @@ at::Tensor residual_reuse(const at::Tensor& x, at::TensorList caches, const Gate
     if (gate.has_value()) config.add_const_input(*gate);
   at::TensorIterator iter = config.build();
   switch (x.scalar_type()) {
-    case at::kFloat: run<float>(iter, gates); break;
-    case at::kDouble: run<double>(iter, gates); break;
-    case at::kBFloat16: run<BFloat16>(iter, gates); break;
-    default: run<Float16>(iter, gates); break;
+    case at::kFloat: run<float>(iter, gates, weights, places); break;
+    case at::kDouble: run<double>(iter, gates, weights, places); break;
+    case at::kBFloat16: run<BFloat16>(iter, gates, weights, places); break;
+    default: run<Float16>(iter, gates, weights, places); break;
   }
   return out;
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(harmonica, CPU, m) { m.impl("residual_reuse", residual_reuse); }
 

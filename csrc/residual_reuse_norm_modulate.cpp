@@ -1,4 +1,4 @@
-// hidden = x + sum_k gate_k * cache_k and out = (norm(hidden) * weight + bias) * (1 + scale) + shift on the CPU, in one
+// hidden = x + sum_k w_k * (gate_k * cache_k) and out = (norm(hidden) * weight + bias) * (1 + scale) + shift on the CPU, in one
 // pass over memory.
 //
 // A row of hidden stays unrounded in the first-level cache until its statistics are known. Then
@@ -29,9 +29,8 @@ namespace harmonica {
 namespace {
 
 using Results = std::tuple<at::Tensor, at::Tensor>;
-using Optional = std::optional<at::Tensor>;
 using Signature = Results(const at::Tensor&, at::TensorList, const Gates&, const Optional&, const Optional&,
-                       const Optional&, const Optional&, bool, double);
+                       const Optional&, const Optional&, const Optional&, at::IntArrayRef, bool, double);
 
 // A multiversioned function may not be a template, hence one overload per element type.
 #define HARMONICA_NORMALISE(T)                                                                                     \
@@ -73,6 +72,8 @@ struct Operands {
 
 struct Norm {
   Optional weight, bias;
+  Optional weights;  // of the terms
+  at::IntArrayRef places;
   bool rms;
   double eps;
   int64_t width;
@@ -105,6 +106,7 @@ void run(at::TensorIterator& iter, const Operands& operands, const Norm& norm) {
     return Strided<T>{static_cast<const char*>(t->const_data_ptr()), bytes_along_row(*t)};
   };
   const Strided<T> weight = vector(norm.weight), bias = vector(norm.bias);
+  const auto factors = weights_at<Acc>(norm.weights, norm.places);
   const size_t count = operands.gates.size();
   const int64_t n = norm.width;
 
@@ -132,7 +134,9 @@ void run(at::TensorIterator& iter, const Operands& operands, const Norm& norm) {
       const auto operand = [&](size_t i) { return i == 0 ? Strided<T>{} : Strided<T>{at(i), operands.stride[i]}; };
       for (size_t k = 0; k < count; ++k) terms[k] = {operand(3 + k), operand(operands.gates[k])};
       T *const hidden = reinterpret_cast<T*>(at(0)), *const out = reinterpret_cast<T*>(at(1));
-      const auto add_up = [&](auto to) { residual_sum(to, operand(2), terms.data(), int64_t(count), n); };
+      const auto add_up = [&](auto to) {
+        residual_sum(to, operand(2), terms.data(), factors.empty() ? nullptr : factors.data(), int64_t(count), n);
+      };
       if constexpr (std::is_same_v<T, BFloat16>) {
         add_up(RoundedAndExact{hidden, planes(sum, n)});
       } else {
@@ -170,21 +174,17 @@ bool is_vector_for(const at::Tensor& x, const Optional& t) {
   return !t.has_value() || (is_like(x, *t) && t->dim() == 1 && t->size(0) == x.size(-1));
 }
 
-Results by_reference(const at::Tensor& x, at::TensorList caches, const Gates& gates, const Optional& weight,
-                  const Optional& bias, const Optional& scale, const Optional& shift, bool rms, double eps) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("harmonica::_residual_reuse_norm_modulate_reference", "")
-                             .typed<Signature>();
-  return op.call(x, caches, gates, weight, bias, scale, shift, rms, eps);
-}
-
 Results residual_reuse_norm_modulate(const at::Tensor& x, at::TensorList caches, const Gates& given_gates,
-                                  const Optional& weight, const Optional& bias, const Optional& scale,
-                                  const Optional& shift, bool rms, double eps) {
+                                     const Optional& weight, const Optional& bias, const Optional& scale,
+                                     const Optional& shift, const Optional& weights, at::IntArrayRef places, bool rms,
+                                     double eps) {
+  static const auto reference = c10::Dispatcher::singleton()
+                                    .findSchemaOrThrow("harmonica::_residual_reuse_norm_modulate_reference", "")
+                                    .typed<Signature>();
   const Gates gates = in_memory(given_gates);
   if (x.dim() == 0 || !is_residual_sum(x, caches, gates) || !is_vector_for(x, weight) || !is_vector_for(x, bias) ||
-      !broadcasts_to(x, scale) || !broadcasts_to(x, shift))
-    return by_reference(x, caches, gates, weight, bias, scale, shift, rms, eps);
+      !broadcasts_to(x, scale) || !broadcasts_to(x, shift) || !are_weights(x, weights, places, caches.size()))
+    return reference.call(x, caches, gates, weight, bias, scale, shift, weights, places, rms, eps);
   at::Tensor hidden = at::empty(x.sizes(), x.options()), out = at::empty(x.sizes(), x.options());
   if (x.numel() == 0) return {hidden, out};
 
@@ -208,7 +208,7 @@ Results residual_reuse_norm_modulate(const at::Tensor& x, at::TensorList caches,
   operands.shift = add_if_any(shift);
 
   at::TensorIterator iter = config.build();
-  const Norm norm{weight, bias, rms, eps, x.size(-1)};
+  const Norm norm{weight, bias, weights, places, rms, eps, x.size(-1)};
   switch (x.scalar_type()) {
     case at::kFloat: run<float>(iter, operands, norm); break;
     case at::kDouble: run<double>(iter, operands, norm); break;

@@ -54,10 +54,11 @@ HARMONICA_ALWAYS_INLINE void in_steps(int64_t n, int64_t length, Some some) {
 }
 
 // unroll 1: the compiler would first unroll a loop with a small constant count, and not vectorise what it unrolled.
-template <typename Out, typename In, typename T, size_t... k>
-HARMONICA_ALWAYS_INLINE void add(Out out, In in, const T* const* caches, const T* const* gates, int64_t n,
-                                 std::index_sequence<k...>) {
+template <bool weighted, typename Out, typename In, typename T, size_t... k>
+HARMONICA_ALWAYS_INLINE void add(Out out, In in, const T* const* caches, const T* const* gates, const T* weights,
+                                 int64_t n, std::index_sequence<k...>) {
   const T *const cache[] = {caches[k]...}, *const gate[] = {gates[k]...};
+  const T weight[] = {(weighted ? weights[k] : T(1))...};
   in_steps(n, step, [&](int64_t begin, int64_t end) HARMONICA_INLINE_LAMBDA {
     prefetch<Out>(in, begin);
     (prefetch<Out>(cache[k], begin), ...);
@@ -65,17 +66,19 @@ HARMONICA_ALWAYS_INLINE void add(Out out, In in, const T* const* caches, const T
 #pragma GCC unroll 1
     for (int64_t i = begin; i < end; ++i) {
       T sum = in[i];
-      ((sum = sum + gate[k][i] * cache[k][i]), ...);
+      const auto add_one = [&](T w, T g, T c) HARMONICA_INLINE_LAMBDA { sum = sum + (weighted ? w * (g * c) : g * c); };
+      (add_one(weight[k], gate[k][i], cache[k][i]), ...);
       out[i] = sum;
     }
   });
 }
 
-template <typename Out, typename In, size_t... k>
+template <bool weighted, typename Out, typename In, size_t... k>
 HARMONICA_ALWAYS_INLINE void add(Out out, In in, const BFloat16* const* caches, const BFloat16* const* gates,
-                                 int64_t n, std::index_sequence<k...>) {
+                                 const float* weights, int64_t n, std::index_sequence<k...>) {
   // Copies of the pointers: the compiler must assume that a store of bf16 may change the caller's arrays.
   const BFloat16 *const cache[] = {caches[k]...}, *const gate[] = {gates[k]...};
+  const float weight[] = {(weighted ? weights[k] : 1.0f)...};
   in_steps(n / 2, step / 2, [&](int64_t begin, int64_t end) HARMONICA_INLINE_LAMBDA {
     prefetch<Out>(in, 2 * begin);
     (prefetch<Out>(cache[k], 2 * begin), ...);
@@ -83,45 +86,59 @@ HARMONICA_ALWAYS_INLINE void add(Out out, In in, const BFloat16* const* caches, 
 #pragma GCC unroll 1
     for (int64_t pair = begin; pair < end; ++pair) {
       Pair sum = load_pair(in, pair);
-      const auto add_one = [&](Pair g, Pair c) HARMONICA_INLINE_LAMBDA {
-        sum.first = sum.first + g.first * c.first;
-        sum.second = sum.second + g.second * c.second;
+      const auto add_one = [&](float w, Pair g, Pair c) HARMONICA_INLINE_LAMBDA {
+        const Pair term = {g.first * c.first, g.second * c.second};
+        sum.first = sum.first + (weighted ? w * term.first : term.first);
+        sum.second = sum.second + (weighted ? w * term.second : term.second);
       };
-      (add_one(load_pair(gate[k], pair), load_pair(cache[k], pair)), ...);
+      (add_one(weight[k], load_pair(gate[k], pair), load_pair(cache[k], pair)), ...);
       store_pair(out, pair, sum);
     }
   });
   if (n % 2 == 1) {
     float sum = load_first(in, n / 2);
-    ((sum = sum + load_first(gate[k], n / 2) * load_first(cache[k], n / 2)), ...);
+    const auto add_one = [&](float w, float g, float c) HARMONICA_INLINE_LAMBDA {
+      sum = sum + (weighted ? w * (g * c) : g * c);
+    };
+    (add_one(weight[k], load_first(gate[k], n / 2), load_first(cache[k], n / 2)), ...);
     store_first(out, n / 2, sum);
   }
 }
 
-// A multiversioned function may not be a template, hence one overload per combination of types.
-#define HARMONICA_ADD(Out, In, T)                                                                                   \
-  HARMONICA_MULTIVERSION void add(Out out, In in, const T* const* caches, const T* const* gates, int64_t count,     \
-                                  int64_t n) {                                                                      \
+// A multiversioned function may not be a template, hence one overload per combination of types. Null `weights` choose the
+// loops without them.
+#define HARMONICA_ADD_COUNTED(Name, weighted, Out, In, T, Acc)                                                      \
+  HARMONICA_MULTIVERSION void Name(Out out, In in, const T* const* caches, const T* const* gates,                   \
+                                   [[maybe_unused]] const Acc* weights, int64_t count, int64_t n) {                 \
     switch (count) {                                                                                                \
-      case 1: return add(out, in, caches, gates, n, std::make_index_sequence<1>{});                                 \
-      case 2: return add(out, in, caches, gates, n, std::make_index_sequence<2>{});                                 \
-      case 3: return add(out, in, caches, gates, n, std::make_index_sequence<3>{});                                 \
-      case 4: return add(out, in, caches, gates, n, std::make_index_sequence<4>{});                                 \
-      case 5: return add(out, in, caches, gates, n, std::make_index_sequence<5>{});                                 \
-      case 6: return add(out, in, caches, gates, n, std::make_index_sequence<6>{});                                 \
-      case 7: return add(out, in, caches, gates, n, std::make_index_sequence<7>{});                                 \
-      default: return add(out, in, caches, gates, n, std::make_index_sequence<8>{});                                \
+      case 1: return add<weighted>(out, in, caches, gates, weights, n, std::make_index_sequence<1>{});              \
+      case 2: return add<weighted>(out, in, caches, gates, weights, n, std::make_index_sequence<2>{});              \
+      case 3: return add<weighted>(out, in, caches, gates, weights, n, std::make_index_sequence<3>{});              \
+      case 4: return add<weighted>(out, in, caches, gates, weights, n, std::make_index_sequence<4>{});              \
+      case 5: return add<weighted>(out, in, caches, gates, weights, n, std::make_index_sequence<5>{});              \
+      case 6: return add<weighted>(out, in, caches, gates, weights, n, std::make_index_sequence<6>{});              \
+      case 7: return add<weighted>(out, in, caches, gates, weights, n, std::make_index_sequence<7>{});              \
+      default: return add<weighted>(out, in, caches, gates, weights, n, std::make_index_sequence<8>{});             \
     }                                                                                                               \
   }
-HARMONICA_ADD(float*, const float*, float)
-HARMONICA_ADD(double*, const double*, double)
-HARMONICA_ADD(BFloat16*, const BFloat16*, BFloat16)
-HARMONICA_ADD(BFloat16*, Planes, BFloat16)
-HARMONICA_ADD(Planes, const BFloat16*, BFloat16)
-HARMONICA_ADD(Planes, Planes, BFloat16)
-HARMONICA_ADD(RoundedAndExact, const BFloat16*, BFloat16)
-HARMONICA_ADD(RoundedAndExact, Planes, BFloat16)
+#define HARMONICA_ADD(Out, In, T, Acc)                                                                              \
+  HARMONICA_ADD_COUNTED(add_plain, false, Out, In, T, Acc)                                                          \
+  HARMONICA_ADD_COUNTED(add_weighted, true, Out, In, T, Acc)                                                        \
+  void add(Out out, In in, const T* const* caches, const T* const* gates, const Acc* weights, int64_t count,        \
+           int64_t n) {                                                                                             \
+    weights == nullptr ? add_plain(out, in, caches, gates, weights, count, n)                                       \
+                       : add_weighted(out, in, caches, gates, weights, count, n);                                   \
+  }
+HARMONICA_ADD(float*, const float*, float, float)
+HARMONICA_ADD(double*, const double*, double, double)
+HARMONICA_ADD(BFloat16*, const BFloat16*, BFloat16, float)
+HARMONICA_ADD(BFloat16*, Planes, BFloat16, float)
+HARMONICA_ADD(Planes, const BFloat16*, BFloat16, float)
+HARMONICA_ADD(Planes, Planes, BFloat16, float)
+HARMONICA_ADD(RoundedAndExact, const BFloat16*, BFloat16, float)
+HARMONICA_ADD(RoundedAndExact, Planes, BFloat16, float)
 #undef HARMONICA_ADD
+#undef HARMONICA_ADD_COUNTED
 
 template <typename T>
 using Staged = std::conditional_t<std::is_same_v<T, Float16>, float, T>;
@@ -172,8 +189,8 @@ struct Buffers {
 };
 
 template <typename T, typename Out>
-void sum_of_block(Out out, Strided<T> x, const Term<T>* terms, int64_t count, int64_t begin, int64_t n,
-                  Buffers<T>& buffers) {
+void sum_of_block(Out out, Strided<T> x, const Term<T>* terms, const typename Element<T>::Acc* weights, int64_t count,
+                  int64_t begin, int64_t n, Buffers<T>& buffers) {
   using S = Staged<T>;
   const S* const first = stage(x.from(begin), buffers.x, n);
   const auto sum = buffers.sum_cursor(n);
@@ -185,15 +202,16 @@ void sum_of_block(Out out, Strided<T> x, const Term<T>* terms, int64_t count, in
       caches[k] = stage(term.cache.from(begin), buffers.caches[k], n);
       gates[k] = term.gate.data ? stage(term.gate.from(begin), buffers.gates[k], n) : ones<T>();
     }
+    const auto* const factors = weights == nullptr ? nullptr : weights + done;
     const bool is_last = done + now == count;
     if (done == 0 && is_last) {
-      add(out, first, caches, gates, now, n);
+      add(out, first, caches, gates, factors, now, n);
     } else if (done == 0) {
-      add(sum, first, caches, gates, now, n);
+      add(sum, first, caches, gates, factors, now, n);
     } else if (is_last) {
-      add(out, sum, caches, gates, now, n);
+      add(out, sum, caches, gates, factors, now, n);
     } else {
-      add(sum, sum, caches, gates, now, n);
+      add(sum, sum, caches, gates, factors, now, n);
     }
   }
 }
@@ -210,24 +228,25 @@ RoundedAndExact part(RoundedAndExact row, int64_t begin) {
 }  // namespace
 
 template <typename T, typename Out>
-void residual_sum(Out out, Strided<T> x, const Term<T>* terms, int64_t count, int64_t n) {
+void residual_sum(Out out, Strided<T> x, const Term<T>* terms, const typename Element<T>::Acc* weights, int64_t count,
+                  int64_t n) {
   Buffers<T> buffers;
   for (int64_t begin = 0; begin < n; begin += block<T>) {
     const int64_t length = std::min(block<T>, n - begin);
     if constexpr (std::is_same_v<Out, Float16*>) {
-      sum_of_block(&buffers.last[0], x, terms, count, begin, length, buffers);
+      sum_of_block(&buffers.last[0], x, terms, weights, count, begin, length, buffers);
       narrow(out + begin, buffers.last, length);
     } else {
-      sum_of_block(part(out, begin), x, terms, count, begin, length, buffers);
+      sum_of_block(part(out, begin), x, terms, weights, count, begin, length, buffers);
     }
   }
 }
 
-template void residual_sum(float*, Strided<float>, const Term<float>*, int64_t, int64_t);
-template void residual_sum(double*, Strided<double>, const Term<double>*, int64_t, int64_t);
-template void residual_sum(BFloat16*, Strided<BFloat16>, const Term<BFloat16>*, int64_t, int64_t);
-template void residual_sum(Float16*, Strided<Float16>, const Term<Float16>*, int64_t, int64_t);
-template void residual_sum(RoundedAndExact, Strided<BFloat16>, const Term<BFloat16>*, int64_t, int64_t);
-template void residual_sum(float*, Strided<Float16>, const Term<Float16>*, int64_t, int64_t);
+template void residual_sum(float*, Strided<float>, const Term<float>*, const float*, int64_t, int64_t);
+template void residual_sum(double*, Strided<double>, const Term<double>*, const double*, int64_t, int64_t);
+template void residual_sum(BFloat16*, Strided<BFloat16>, const Term<BFloat16>*, const float*, int64_t, int64_t);
+template void residual_sum(Float16*, Strided<Float16>, const Term<Float16>*, const float*, int64_t, int64_t);
+template void residual_sum(RoundedAndExact, Strided<BFloat16>, const Term<BFloat16>*, const float*, int64_t, int64_t);
+template void residual_sum(float*, Strided<Float16>, const Term<Float16>*, const float*, int64_t, int64_t);
 
 }  // namespace harmonica

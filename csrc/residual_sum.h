@@ -1,6 +1,7 @@
-// x + sum_k gate_k * cache_k over a row of numbers: the loop that the residual_reuse ops share.
+// x + sum_k w_k * (gate_k * cache_k) over a row of numbers: the loop that the residual_reuse ops share.
 //
-// One multiplication and one addition for each k, each rounded, in the order of k: the steps of the reference.
+// One multiplication by the gate, one by the weight, and one addition for each k, each rounded, in the order of k: the
+// steps of the reference.
 #pragma once
 
 #include <cstdint>
@@ -27,8 +28,10 @@ struct Term {
 };
 
 // T is float, double, BFloat16 or Float16. Out is a pointer to T, or, where the sum is also needed unrounded,
-// RoundedAndExact for BFloat16 and a pointer to float for Float16 (unrounded only).
+// RoundedAndExact for BFloat16 and a pointer to float for Float16 (unrounded only). `weights` has one number per term, or
+// is null: then the loop has no multiplication by them.
 template <typename T, typename Out>
-void residual_sum(Out out, Strided<T> x, const Term<T>* terms, int64_t count, int64_t n);
+void residual_sum(Out out, Strided<T> x, const Term<T>* terms, const typename Element<T>::Acc* weights, int64_t count,
+                  int64_t n);
 
 }  // namespace harmonica

@@ -11,6 +11,7 @@ registers that the Triton kernels need.
 """
 
 from harmonica_kernels._build import BuildInfo, build_info, extension_module
+from harmonica_kernels.forecast import forecast
 from harmonica_kernels.gated_residual import gated_residual
 from harmonica_kernels.norm_rotary import norm_rotary
 from harmonica_kernels.residual_reuse import residual_reuse
@@ -20,6 +21,7 @@ __all__ = [
     "BuildInfo",
     "build_info",
     "extension_module",
+    "forecast",
     "gated_residual",
     "norm_rotary",
     "residual_reuse",
