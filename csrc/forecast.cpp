@@ -93,8 +93,8 @@ void sum_of(Float16* out, const Float16* const* caches, const float* weights, in
 
 template <typename T>
 void run(at::TensorIterator& iter, const at::Tensor& weights, at::IntArrayRef places) {
-  const auto factors = weights_at<typename Element<T>::Acc>(weights, places);
-  const int64_t count = int64_t(factors.size());
+  const int64_t count = int64_t(places.size());
+  const auto factors = weights_at<typename Element<T>::Acc>(weights, places, places.size());
   iter.for_each([&](char** data, const int64_t* strides, int64_t n) {
     const T* caches[most];
     const auto point = [&](int64_t i) {

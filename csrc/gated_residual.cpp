@@ -1,4 +1,4 @@
-// out = x + w * (gate * y) on the CPU, in one pass over memory. The loops here are those without a weight; with one, the
+// out = x + gate * (w * y) on the CPU, in one pass over memory. The loops here are those without a weight; with one, the
 // loops of residual_reuse.cpp run.
 //
 // Arithmetic is one multiplication and one addition in fp32 (fp64 for fp64), each rounded, then one downcast: the
@@ -116,7 +116,7 @@ at::Tensor gated_residual(const at::Tensor& x, const at::Tensor& y, const Option
                                     .typed<Signature>();
   if (!is_known(x) || !has_shape_of(x, y) || !broadcasts_to(x, gate) || !are_weights(x, weights, places, 1))
     return reference.call(x, y, gate, weights, places);
-  return weights.has_value() ? sum_of_terms(x, y, Gates({gate}), weights, places) : gated_sum(x, y, gate);
+  return weights.has_value() ? sum_of_terms(x, {y, Gates({gate}), weights, places, {}}) : gated_sum(x, y, gate);
 }
 
 }  // namespace

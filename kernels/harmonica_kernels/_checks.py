@@ -50,17 +50,24 @@ def check_residual_sum(
     gates: Sequence[torch.Tensor | None],
     weights: torch.Tensor | None = None,
     places: Sequence[int] = (),
+    counts: Sequence[int] = (),
 ) -> None:
-    """Raise TypeError or ValueError unless the ops support the sum x + sum_k w_k * gates[k] * caches[k]."""
+    """Raise TypeError or ValueError unless the ops support this sum, as `residual_reuse` defines it."""
     check_dtype(op, x)
     if not caches:
         raise ValueError(f"{op}: caches is empty, expected at least one tensor like x")
-    if len(gates) != len(caches):
+    if not counts and len(gates) != len(caches):
         raise ValueError(
             f"{op}: got {len(gates)} gates for {len(caches)} caches; give each cache a gate, None where it has none"
         )
-    for k, (cache, gate) in enumerate(zip(caches, gates, strict=True)):
+    if counts and (len(counts) != len(gates) or min(counts) < 1 or sum(counts) != len(caches)):
+        raise ValueError(
+            f"{op}: counts is {list(counts)} for {len(gates)} gates and {len(caches)} caches; give each gate the "
+            "number of its caches, at least 1"
+        )
+    for k, cache in enumerate(caches):
         check_same(op, x, f"caches[{k}]", cache)
+    for k, gate in enumerate(gates):
         check_broadcasts(op, x, f"gates[{k}]", gate)
     check_weights(op, x, weights, places, len(caches))
 

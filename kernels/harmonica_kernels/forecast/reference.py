@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from harmonica_kernels._checks import check_dtype, check_same, check_weights
-from harmonica_kernels.residual_reuse.reference import weights_at
+from harmonica_kernels.residual_reuse.reference import summed, weighted
 
 _OP = "forecast"
 
@@ -22,11 +22,7 @@ def forecast_reference(caches: Sequence[torch.Tensor], weights: torch.Tensor, pl
     check_forecast(caches, weights, places)
     first = caches[0]
     wide = torch.float64 if first.dtype == torch.float64 else torch.float32
-    factors = weights_at(weights, places, len(caches), wide)
-    total, *terms = (c.to(wide) if w is None else w * c.to(wide) for c, w in zip(caches, factors, strict=True))
-    for term in terms:
-        total = total + term
-    return torch.empty_like(first).copy_(total)
+    return torch.empty_like(first).copy_(summed([*weighted(caches, weights, places, wide)]))
 
 
 def check_forecast(caches: Sequence[torch.Tensor], weights: torch.Tensor, places: Sequence[int]) -> None:

@@ -10,7 +10,8 @@ import torch
 from harmonica_kernels._launch import Launches, NotRows, Prepared
 from harmonica_kernels._triton import takes
 from harmonica_kernels.forecast.reference import check_forecast, forecast_reference
-from harmonica_kernels.residual_reuse.triton import MAX_TERMS, Terms, flat, launch
+from harmonica_kernels.residual_reuse.terms import Entry, Terms
+from harmonica_kernels.residual_reuse.triton import flat, launch, most_terms
 
 
 def forecast_triton(caches: Sequence[torch.Tensor], weights: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
@@ -29,9 +30,9 @@ def _prepare(tensors: Sequence[Any], places: tuple[int, ...]) -> Prepared | None
     lies = [(size > 1, -stride) for size, stride in zip(result.shape, result.stride(), strict=True)]
     order = sorted(range(result.ndim), key=lies.__getitem__)  # the result is contiguous in this order of dimensions
     *ordered, out = (tensor.permute(order) for tensor in (*caches, result))
-    if not takes(out) or count > MAX_TERMS[out.element_size()]:
+    if not takes(out) or count > most_terms(out):
         return None
-    terms = Terms(None, range(count), range(count, count), count, places)
+    terms = Terms(None, (Entry(range(count), None, places),), count)
     try:
         only = launch([*ordered, weights, out], terms, count + 1)
     except NotRows:

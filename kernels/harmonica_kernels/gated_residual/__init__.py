@@ -1,4 +1,4 @@
-"""`x + w * gate * y`: the residual connection of a DiT sub-layer."""
+"""`x + gate * y`: the residual connection of a DiT sub-layer."""
 
 from harmonica_kernels.gated_residual.op import gated_residual
 

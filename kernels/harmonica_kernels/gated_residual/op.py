@@ -17,7 +17,7 @@ def gated_residual(
     weights: torch.Tensor | None = None,
     places: Sequence[int] = (),
 ) -> torch.Tensor:
-    """out = x + w * (gate * y), with factors of 1 where there is no gate or no weight.
+    """out = x + gate * (w * y), with factors of 1 where there is no gate or no weight.
 
     This is the residual connection of a DiT sub-layer (adaLN-Zero, arXiv 2212.09748): y is the sub-layer's output, and
     the gate comes from the timestep and class embedding. The weight w scales an earlier output that is reused. It is

@@ -17,7 +17,7 @@ def gated_residual_reference(
     weights: torch.Tensor | None = None,
     places: Sequence[int] = (),
 ) -> torch.Tensor:
-    """out = x + w * (gate * y), in fp32 arithmetic for half types (fp64 for fp64), with one downcast at the end.
+    """out = x + gate * (w * y), in fp32 arithmetic for half types (fp64 for fp64), with one downcast at the end.
 
     Shapes, dtypes and errors are those of `harmonica_kernels.gated_residual`.
     """

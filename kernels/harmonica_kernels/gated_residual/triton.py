@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ def gated_residual_triton(
     weights: OptionalTensor = None,
     places: Sequence[int] = (),
 ) -> torch.Tensor:
-    """out = x + w * (gate * y), equal to the reference bit for bit.
+    """out = x + gate * (w * y), equal to the reference bit for bit.
 
     Shapes, dtypes and errors are those of `harmonica_kernels.gated_residual`; the reference runs for fp64.
     """
@@ -26,11 +27,5 @@ def gated_residual_triton(
     return gated_residual_reference(x, y, gate, weights, places) if out is None else out
 
 
-def _check(
-    x: torch.Tensor,
-    caches: Sequence[torch.Tensor],
-    gates: Sequence[OptionalTensor],
-    weights: OptionalTensor,
-    places: Sequence[int],
-) -> None:
-    check_gated_residual(x, *caches, *gates, weights, places)
+def _check(x: Any, caches: Sequence[Any], gates: Sequence[Any], weights: Any, places: Any, _: Any) -> None:
+    check_gated_residual(x, caches[0], gates[0], weights, places)

@@ -13,7 +13,7 @@ _OP = "residual_reuse_norm_modulate"
 
 
 class Operands(NamedTuple):
-    """The operands of one call, as the op's schema and docstring have them; `weights` and `places` are given by name."""
+    """The operands of one call, as the op's schema and docstring have them; those after `shift` are given by name."""
 
     x: torch.Tensor
     caches: Sequence[torch.Tensor]
@@ -24,6 +24,7 @@ class Operands(NamedTuple):
     shift: torch.Tensor | None = None
     weights: torch.Tensor | None = None
     places: Sequence[int] = ()
+    counts: Sequence[int] = ()
 
     @classmethod
     def checked(cls, *given: Any, **named: Any) -> Operands:
@@ -31,8 +32,8 @@ class Operands(NamedTuple):
 
         Raises:
             TypeError: a dtype is not fp32, bf16, fp16 or fp64, or the dtypes differ.
-            ValueError: there are no caches, the number of gates or places differs from that of caches, there is no
-                weight at a place, the shapes do not fit, or the tensors are on different devices.
+            ValueError: there are no caches, the numbers of gates, places or counts do not fit that of caches, there is
+                no weight at a place, the shapes do not fit, or the tensors are on different devices.
         """
         operands = cls(*given, **named)
         operands.check()
@@ -41,7 +42,7 @@ class Operands(NamedTuple):
     def check(self) -> None:
         """Raise what `checked` raises."""
         x = self.x
-        check_residual_sum(_OP, x, self.caches, self.gates, self.weights, self.places)
+        check_residual_sum(_OP, x, self.caches, self.gates, self.weights, self.places, self.counts)
         if x.ndim == 0:
             raise ValueError(f"{_OP}: x is a single number, expected [..., D]")
         check_width(_OP, x, "weight", self.weight)

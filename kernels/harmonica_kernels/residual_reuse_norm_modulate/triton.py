@@ -12,7 +12,8 @@ import triton.language as tl
 
 from harmonica_kernels._launch import Launch, Launches, Memory, OptionalTensor, Prepared
 from harmonica_kernels._triton import as_rows, load, rows_at, run_rows, takes, warps_of, width_of
-from harmonica_kernels.residual_reuse.triton import Terms, flat, load_sum, shorten
+from harmonica_kernels.residual_reuse.terms import Terms
+from harmonica_kernels.residual_reuse.triton import flat, load_sum, most_terms, shorten
 from harmonica_kernels.residual_reuse_norm_modulate.operands import Operands
 from harmonica_kernels.residual_reuse_norm_modulate.reference import residual_reuse_norm_modulate_reference
 
@@ -32,6 +33,7 @@ def _kernel(
     shift,
     rows,
     eps,
+    JOINED: tl.constexpr,
     RMS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -40,7 +42,7 @@ def _kernel(
     batch, row = (index // rows).to(tl.int64), (index % rows).to(tl.int64)
     columns = tl.arange(0, BLOCK).to(tl.int64)
     mask = columns < WIDTH
-    hidden = load_sum(x, caches, gates, weights, codes, batch, row, columns, mask)
+    hidden = load_sum(x, caches, gates, weights, codes, batch, row, columns, mask, JOINED)
     at = index.to(tl.int64) * WIDTH + columns
     tl.store(hidden_out + at, hidden.to(hidden_out.dtype.element_ty), mask=mask)
 
@@ -71,39 +73,49 @@ def residual_reuse_norm_modulate_triton(
     *,
     weights: OptionalTensor = None,
     places: Sequence[int] = (),
+    counts: Sequence[int] = (),
     rms: bool = False,
     eps: float = 1e-5,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """hidden = x + sum_k w_k * (gates[k] * caches[k]); out = (norm(hidden) * weight + bias) * (1 + scale) + shift.
+    """hidden = x + sum_k gates[k] * caches[k]; out = (norm(hidden) * weight + bias) * (1 + scale) + shift.
 
     hidden equals the reference bit for bit. The statistics are those of the unrounded sum, for any number of caches.
     Shapes, dtypes and errors are those of `harmonica_kernels.residual_reuse_norm_modulate`.
     """
     tensors = [x, *caches, *gates, weight, bias, scale, shift, flat(weights)]
-    results = run_rows(_LAUNCHES, tensors, len(caches), len(gates), tuple(places), bool(rms), float(eps))
+    settings = len(caches), len(gates), tuple(places), tuple(counts), bool(rms), float(eps)
+    results = run_rows(_LAUNCHES, tensors, *settings)
     if results is None:
-        given = (x, caches, gates, weight, bias, scale, shift, weights, places)
+        given = (x, caches, gates, weight, bias, scale, shift, weights, places, counts)
         return residual_reuse_norm_modulate_reference(*given, rms=rms, eps=eps)
     hidden, out = results
     return hidden, out
 
 
 def _prepare(
-    tensors: Sequence[Any], caches: int, gates: int, places: tuple[int, ...], rms: bool, eps: float
+    tensors: Sequence[Any],
+    caches: int,
+    gates: int,
+    places: tuple[int, ...],
+    counts: tuple[int, ...],
+    rms: bool,
+    eps: float,
 ) -> Prepared | None:
     first_other, results = 1 + caches + gates, len(tensors)
     x, weights = tensors[0], results - 1
     others = range(first_other, weights)
-    Operands(x, tensors[1 : caches + 1], tensors[caches + 1 : first_other], *tensors[first_other:], places).check()
-    if not takes(x, whole=True):
+    given = (x, tensors[1 : caches + 1], tensors[caches + 1 : first_other], *tensors[first_other:], places, counts)
+    Operands(*given).check()
+    terms = Terms.after_x(caches, counts or (1,) * gates, places, weights)
+    if not takes(x, whole=True) or terms.longest > most_terms(x):
         return None
     memory = [*tensors, *(torch.empty(x.shape, dtype=x.dtype, device="meta") for _ in range(2))]
-    terms = Terms(0, range(1, caches + 1), range(caches + 1, first_other), weights, places)
     launches, left = shorten(memory, terms)
-    indices, count, width = (*left.all, *others), len(left.caches), width_of(x)
-    rows, strides = as_rows(x.shape, [memory[index] for index in indices])
-    operands, block = list(zip(indices, strides, strict=True)), triton.next_power_of_2(width)
-    codes, numbers = left.codes, (rows, eps, rms, width, block)
+    indices, count, width = (*left.operands, *others), left.length, width_of(x)
+    rows, strides = as_rows(x.shape, [None if index is None else memory[index] for index in indices])
+    operands = [(index or 0, each) for index, each in zip(indices, strides, strict=True)]
+    block, codes = triton.next_power_of_2(width), left.codes
+    numbers = (rows, eps, left.joined, rms, width, block)
 
     def arguments(memory: Memory) -> tuple[Any, ...]:
         first, *found = rows_at(memory, operands)
