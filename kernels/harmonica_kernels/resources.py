@@ -62,7 +62,8 @@ class Variant:
         counts = [self.per_gate] * (self.caches // self.per_gate) if self.per_gate else []
         caches, gates = [x] * self.caches, [gate] * (len(counts) or self.caches)
         weights = torch.zeros(self.caches, 4) if counts else None
-        weighting = {"weights": weights, "places": range(self.caches) if counts else (), "counts": counts}
+        places = range(self.caches) if counts else ()
+        weighting: dict[str, Any] = {"weights": weights, "places": places, "counts": counts}
         kind, _, affine = self.norm.partition("+")
         weight = chunk[0, 0] if affine else None
         bias = weight if kind == "layer" else None
