@@ -104,8 +104,9 @@ class _Fusion:
 
     def __init__(self, step: StepGraph, rewriting: Rewriting) -> None:
         self._rewriting = rewriting
-        self.slots = frozenset((*step.read_nodes, *weighted_sums(step.graph)))
-        found = (find_residual(node, self.slots) for node in step.graph.nodes)
+        sums = weighted_sums(step.graph)
+        self.slots = frozenset((*step.read_nodes, *sums))
+        found = (find_residual(node, self.slots) for node in (step.graph.nodes if sums else ()))
         self._expanded = sums_to_expand(each for each in found if isinstance(each, Residual))
         self.counts = dict.fromkeys(("gated_residual", "residual_reuse", "residual_reuse_norm_modulate"), 0)
 

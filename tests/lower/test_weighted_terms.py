@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from harmonica_rt.graph.weighted_sum import weighted_sum
 from harmonica_rt.indices import SiteIndex
 from harmonica_rt.lower.fuse import MOST_CACHES, FusedStep, _parts, fuse
+from harmonica_rt.lower.plain import with_stores
+from harmonica_rt.lower.regions import whole
 from harmonica_rt.lower.weighted_terms import Term
 from harmonica_rt.plan.specialise import Pattern, specialise
 from harmonica_rt.plan.step_graph import ProgramGraph
@@ -173,6 +175,14 @@ def test_sums_are_computed_once_where_that_is_cheaper(
     form: Any, taken: dict[int, int], expected: dict[str, int]
 ) -> None:
     assert there(check(form, taken)) == expected
+
+
+def test_a_step_with_weights_may_be_compiled_whole() -> None:
+    """Regions take no weighted sum, as they take no operator of ours, but a step program in one piece does."""
+    step = fuse(step_of(body(bare, torch.float32), {0: 3, 1: 2})).step
+    region = whole(step, with_stores(step, direct=False))
+    assert region is not None
+    assert len(region.inputs) == len(step.argument_nodes)
 
 
 def test_strides_stay() -> None:
