@@ -104,10 +104,10 @@ def _at_places(
 ) -> tuple[Access, ...]:
     """What an operator of ours reads, with the bytes of its weights those of the elements at its places."""
     given = {argument.name: value for argument, value in _arguments(func, args, kwargs)}
-    weights = given.get("weights")
-    if weights is None:
+    weights, places = given.get("weights"), given.get("places")
+    if weights is None or places is None:  # `norm_rotary` has weights without places, the parameters of its norms
         return reads
-    nbytes = weights.element_size() * len({place for place in given["places"] if place >= 0})
+    nbytes = weights.element_size() * len({place for place in places if place >= 0})
     whole = buffers(weights), _view(weights)
     return tuple(each._replace(nbytes=nbytes) if (each.buffer, each.view) == whole else each for each in reads)
 
