@@ -45,8 +45,8 @@ format: $(STAMP)  ## rewrite the sources as ruff formats them
 # Leaks are not looked for: CPython frees little when it ends. With its allocator replaced, freed objects are noticed.
 # libstdc++ comes with libasan, which must see it to catch what torch throws.
 SANITIZED_TESTS := tests/model/test_identity.py tests/model/test_tensor_notes.py \
-	$(addprefix tests/kernels/test_,gated_residual.py lazy_tensors.py norm_rotary.py residual_reuse.py \
-	residual_reuse_norm_modulate.py)
+	$(addprefix tests/kernels/test_,forecast.py gated_residual.py lazy_tensors.py norm_rotary.py residual_reuse.py \
+	residual_reuse_norm_modulate.py weights.py)
 sanitize: $(STAMP)  ## run the tests of the C++ extension under AddressSanitizer and UBSan, in a build of its own
 	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; trap 'exit 130' INT TERM; \
 	echo "[1/2] a build of csrc with sanitizers"; \

@@ -59,6 +59,7 @@ class Op:
         targets: wanted share of copy bandwidth, by device.
         draw: makes random arguments, given shape, dtype, device and number of caches.
         against_eager: wanted speed against eager PyTorch, as a share of `passes / tensors`.
+        most: the most caches that are measured, or gates where each has several caches.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Op:
     targets: dict[str, str] = field(default_factory=dict)
     draw: Draw = draw
     against_eager: str | None = None
+    most: int = 8
 
 
 def _norm_modulate(hidden: Tensor, a: Arguments) -> Tensor:
@@ -108,6 +110,7 @@ OPS = (
         tensors=lambda count: 3,
         passes=lambda count: 5,
         targets={"cpu": "at least 0.85", "cuda": "at least 0.9"},
+        most=1,
     ),
     Op(
         "residual_reuse",

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks import kernel_ops
+from benchmarks import kernel_ops, weighted_ops
 from benchmarks.latency.measure import CudaClock
 from benchmarks.rotary_op import NORM_ROTARY
 from benchmarks.rows import Row, spread_row
@@ -34,7 +34,7 @@ SHAPES = {
     ("cuda", torch.bfloat16): [(16, 1024, 1152), (8, 4096, 3072)],
 }
 PROCESSES = 5  # on the CPU
-OPS = (*kernel_ops.OPS, NORM_ROTARY)
+OPS = (*kernel_ops.OPS, *weighted_ops.OPS, NORM_ROTARY)
 COLD_BYTES = 128 << 20  # size of the arguments used in turn: more than last-level caches hold
 
 
@@ -49,7 +49,7 @@ class Case:
         op: index of the op in `OPS`.
         shape: [B, N, D] of `x`, or of the queries.
         dtype: dtype of all arguments.
-        count: number of caches; 1 where there are none.
+        count: number of caches, or of gates where each has several; 1 where there are none.
     """
 
     op: int
@@ -59,7 +59,7 @@ class Case:
 
 
 def run(*, repeats: int, quick: bool) -> list[Row]:
-    """Measure every op, with 1, 2, 4 and 8 caches where it has any: on a GPU in bf16, else in fp32 and bf16."""
+    """Measure every op, with 1, 2, 4 and 8 caches or gates as it has any: on a GPU in bf16, else in fp32 and bf16."""
     counts = (1, 8) if quick else (1, 2, 4, 8)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cases = [
@@ -67,7 +67,7 @@ def run(*, repeats: int, quick: bool) -> list[Row]:
         for (where, dtype), shapes in SHAPES.items()
         if where == device
         for shape, count, op in itertools.product(shapes, counts, range(len(OPS)))
-        if OPS[op].name not in ("gated_residual", "norm_rotary") or count == 1
+        if count <= OPS[op].most
     ]
     if device == "cuda":
         runs = [_measure(cases, device, repeats)]

@@ -66,4 +66,5 @@ NORM_ROTARY = Op(
     passes=lambda count: 28,
     targets={"cuda": "at least 0.9"},
     draw=_draw,
+    most=1,
 )

@@ -1,4 +1,5 @@
-// out = x + gate * y on the CPU, in one pass over memory.
+// out = x + gate * (w * y) on the CPU, in one pass over memory. The loops here are those without a weight; with one, the
+// loops of residual_reuse.cpp run.
 //
 // Arithmetic is one multiplication and one addition in fp32 (fp64 for fp64), each rounded, then one downcast: the
 // same steps in the same order as the reference, and the build turns contraction to fma off. So the result is equal
@@ -23,6 +24,7 @@
 #include "element.h"
 #include "float16.h"
 #include "multiversion.h"
+#include "residual_reuse.h"
 
 namespace harmonica {
 namespace {
@@ -105,17 +107,21 @@ void run(at::TensorIterator& iter, bool gated) {
   });
 }
 
-at::Tensor by_reference(const at::Tensor& x, const at::Tensor& y, const std::optional<at::Tensor>& gate) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("harmonica::_gated_residual_reference", "")
-                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&)>();
-  return op.call(x, y, gate);
+using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const Optional&, const Optional&, at::IntArrayRef);
+
+at::Tensor gated_residual(const at::Tensor& x, const at::Tensor& y, const Optional& gate, const Optional& weights,
+                          at::IntArrayRef places) {
+  static const auto reference = c10::Dispatcher::singleton()
+                                    .findSchemaOrThrow("harmonica::_gated_residual_reference", "")
+                                    .typed<Signature>();
+  if (!is_known(x) || !has_shape_of(x, y) || !broadcasts_to(x, gate) || !are_weights(x, weights, places, 1))
+    return reference.call(x, y, gate, weights, places);
+  return weights.has_value() ? sum_of_terms(x, {y, Gates({gate}), weights, places, {}}) : gated_sum(x, y, gate);
 }
 
 }  // namespace
 
-at::Tensor gated_residual(const at::Tensor& x, const at::Tensor& y, const std::optional<at::Tensor>& gate) {
-  if (!is_known(x) || !has_shape_of(x, y) || !broadcasts_to(x, gate)) return by_reference(x, y, gate);
+at::Tensor gated_sum(const at::Tensor& x, const at::Tensor& y, const Optional& gate) {
   at::Tensor out = at::empty(x.sizes(), x.options());
   if (out.numel() == 0) return out;
 

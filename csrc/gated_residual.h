@@ -6,7 +6,7 @@
 
 namespace harmonica {
 
-// x + gate * y, or x + y without a gate; arguments that the loops do not take go to the reference.
-at::Tensor gated_residual(const at::Tensor& x, const at::Tensor& y, const std::optional<at::Tensor>& gate);
+// x + gate * y, or x + y without a gate, for arguments that `is_residual_sum` of arguments.h allows.
+at::Tensor gated_sum(const at::Tensor& x, const at::Tensor& y, const std::optional<at::Tensor>& gate);
 
 }  // namespace harmonica

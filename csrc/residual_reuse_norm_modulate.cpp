@@ -1,4 +1,4 @@
-// hidden = x + sum_k gate_k * cache_k and out = (norm(hidden) * weight + bias) * (1 + scale) + shift on the CPU, in one
+// hidden = x + sum_k gate_k * y_k and out = (norm(hidden) * weight + bias) * (1 + scale) + shift on the CPU, in one
 // pass over memory.
 //
 // A row of hidden stays unrounded in the first-level cache until its statistics are known. Then
@@ -29,9 +29,8 @@ namespace harmonica {
 namespace {
 
 using Results = std::tuple<at::Tensor, at::Tensor>;
-using Optional = std::optional<at::Tensor>;
 using Signature = Results(const at::Tensor&, at::TensorList, const Gates&, const Optional&, const Optional&,
-                       const Optional&, const Optional&, bool, double);
+                       const Optional&, const Optional&, const Optional&, at::IntArrayRef, at::IntArrayRef, bool, double);
 
 // A multiversioned function may not be a template, hence one overload per element type.
 #define HARMONICA_NORMALISE(T)                                                                                     \
@@ -98,14 +97,15 @@ void modulation(Acc* factor, Acc* offset, Strided<T> weight, Strided<T> bias, St
 
 // The operands of the iterator are hidden, out, x, the caches, and the gates, scale and shift that are present.
 template <typename T>
-void run(at::TensorIterator& iter, const Operands& operands, const Norm& norm) {
+void run(at::TensorIterator& iter, const Operands& operands, const Summands& summands, const Norm& norm) {
   using Acc = typename Element<T>::Acc;
   const auto vector = [](const Optional& t) {
     if (!t.has_value()) return Strided<T>{};
     return Strided<T>{static_cast<const char*>(t->const_data_ptr()), bytes_along_row(*t)};
   };
   const Strided<T> weight = vector(norm.weight), bias = vector(norm.bias);
-  const size_t count = operands.gates.size();
+  const Weighting<T> weighting(summands);
+  const size_t count = summands.caches.size(), gates = operands.gates.size();
   const int64_t n = norm.width;
 
   // Normalising a piece of a row reads nothing from memory, so the same piece of the next row is prefetched meanwhile.
@@ -126,13 +126,16 @@ void run(at::TensorIterator& iter, const Operands& operands, const Norm& norm) {
     Acc *const offset = factor + padded, *const wide = offset + padded, *sum = wide + padded;
     const bool is_one_modulation = (!operands.scale || strides[operands.scale] == 0) &&
                                    (!operands.shift || strides[operands.shift] == 0);
-    c10::SmallVector<Term<T>, 16> terms(count);
+    c10::SmallVector<Strided<T>, 16> caches(count), gate(gates);
     for (int64_t row = 0; row < rows; ++row) {
       const auto at = [&](size_t i) { return data[i] + row * strides[i]; };
       const auto operand = [&](size_t i) { return i == 0 ? Strided<T>{} : Strided<T>{at(i), operands.stride[i]}; };
-      for (size_t k = 0; k < count; ++k) terms[k] = {operand(3 + k), operand(operands.gates[k])};
+      for (size_t k = 0; k < count; ++k) caches[k] = operand(3 + k);
+      for (size_t k = 0; k < gates; ++k) gate[k] = operand(operands.gates[k]);
       T *const hidden = reinterpret_cast<T*>(at(0)), *const out = reinterpret_cast<T*>(at(1));
-      const auto add_up = [&](auto to) { residual_sum(to, operand(2), terms.data(), int64_t(count), n); };
+      const auto add_up = [&](auto to) {
+        residual_sum(to, operand(2), {caches.data(), gate.data(), int64_t(gates), weighting}, n);
+      };
       if constexpr (std::is_same_v<T, BFloat16>) {
         add_up(RoundedAndExact{hidden, planes(sum, n)});
       } else {
@@ -170,21 +173,17 @@ bool is_vector_for(const at::Tensor& x, const Optional& t) {
   return !t.has_value() || (is_like(x, *t) && t->dim() == 1 && t->size(0) == x.size(-1));
 }
 
-Results by_reference(const at::Tensor& x, at::TensorList caches, const Gates& gates, const Optional& weight,
-                  const Optional& bias, const Optional& scale, const Optional& shift, bool rms, double eps) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("harmonica::_residual_reuse_norm_modulate_reference", "")
-                             .typed<Signature>();
-  return op.call(x, caches, gates, weight, bias, scale, shift, rms, eps);
-}
-
-Results residual_reuse_norm_modulate(const at::Tensor& x, at::TensorList caches, const Gates& given_gates,
-                                  const Optional& weight, const Optional& bias, const Optional& scale,
-                                  const Optional& shift, bool rms, double eps) {
-  const Gates gates = in_memory(given_gates);
-  if (x.dim() == 0 || !is_residual_sum(x, caches, gates) || !is_vector_for(x, weight) || !is_vector_for(x, bias) ||
+Results residual_reuse_norm_modulate(const at::Tensor& x, at::TensorList caches, const Gates& gates,
+                                     const Optional& weight, const Optional& bias, const Optional& scale,
+                                     const Optional& shift, const Optional& weights, at::IntArrayRef places,
+                                     at::IntArrayRef counts, bool rms, double eps) {
+  static const auto reference = c10::Dispatcher::singleton()
+                                    .findSchemaOrThrow("harmonica::_residual_reuse_norm_modulate_reference", "")
+                                    .typed<Signature>();
+  const Summands terms{caches, in_memory(gates), weights, places, counts};
+  if (x.dim() == 0 || !is_residual_sum(x, terms) || !is_vector_for(x, weight) || !is_vector_for(x, bias) ||
       !broadcasts_to(x, scale) || !broadcasts_to(x, shift))
-    return by_reference(x, caches, gates, weight, bias, scale, shift, rms, eps);
+    return reference.call(x, caches, terms.gates, weight, bias, scale, shift, weights, places, counts, rms, eps);
   at::Tensor hidden = at::empty(x.sizes(), x.options()), out = at::empty(x.sizes(), x.options());
   if (x.numel() == 0) return {hidden, out};
 
@@ -203,17 +202,17 @@ Results residual_reuse_norm_modulate(const at::Tensor& x, at::TensorList caches,
   const auto add_if_any = [&](const Optional& t) { return t.has_value() ? add(*t) : 0; };
   add(x);
   for (const at::Tensor& cache : caches) add(cache);
-  for (const Optional& gate : gates) operands.gates.push_back(add_if_any(gate));
+  for (const Optional& gate : terms.gates) operands.gates.push_back(add_if_any(gate));
   operands.scale = add_if_any(scale);
   operands.shift = add_if_any(shift);
 
   at::TensorIterator iter = config.build();
   const Norm norm{weight, bias, rms, eps, x.size(-1)};
   switch (x.scalar_type()) {
-    case at::kFloat: run<float>(iter, operands, norm); break;
-    case at::kDouble: run<double>(iter, operands, norm); break;
-    case at::kBFloat16: run<BFloat16>(iter, operands, norm); break;
-    default: run<Float16>(iter, operands, norm); break;
+    case at::kFloat: run<float>(iter, operands, terms, norm); break;
+    case at::kDouble: run<double>(iter, operands, terms, norm); break;
+    case at::kBFloat16: run<BFloat16>(iter, operands, terms, norm); break;
+    default: run<Float16>(iter, operands, terms, norm); break;
   }
   return {hidden, out};
 }

@@ -6,12 +6,10 @@
 
 #include <algorithm>
 #include <array>
-#include <cstddef>
 #include <type_traits>
-#include <utility>
 
 #include "float16.h"
-#include "multiversion.h"
+#include "residual_add.h"
 
 namespace harmonica {
 namespace {
@@ -24,104 +22,6 @@ constexpr int64_t group = std::is_same_v<T, Float16> ? 4 : 8;
 // Numbers per block. DiTs are 384 to 3072 wide in multiples of 384.
 template <typename T>
 constexpr int64_t block = std::is_same_v<T, Float16> ? 384 : 1536;
-
-// Rows of many tensors are more streams than the hardware prefetches, and it prefetches nothing beyond a page. So data
-// needed soon are prefetched into the first-level cache: without this, bf16 with 8 terms takes a quarter longer (Zen 4;
-// 256 bytes ahead did best, of 256 to 2304). Data needed later are prefetched into the second level, which saves 5 to
-// 10 % for fp32 and for sums with a norm (2304 bytes ahead did best, of 768 to 4608); bf16 alone gains nothing.
-constexpr int64_t line = 64, soon = 256, later = 2304, step = 32;
-
-template <typename Out>
-constexpr bool looks_far = !std::is_same_v<Out, BFloat16*>;
-
-template <typename Out, typename T>
-HARMONICA_ALWAYS_INLINE void prefetch(const T* row, int64_t begin) {
-  const char* const bytes = reinterpret_cast<const char*>(row + begin);
-  for (int64_t i = 0; i < step * int64_t(sizeof(T)); i += line) {
-    __builtin_prefetch(bytes + soon + i);
-    if constexpr (looks_far<Out>) __builtin_prefetch(bytes + later + i, 0, 2);
-  }
-}
-template <typename Out>
-HARMONICA_ALWAYS_INLINE void prefetch(Planes, int64_t) {}  // a buffer, in the cache already
-
-// Calls `some(begin, end)` for each piece of `length` of the n numbers, and for the rest.
-template <typename Some>
-HARMONICA_ALWAYS_INLINE void in_steps(int64_t n, int64_t length, Some some) {
-  int64_t begin = 0;
-  for (; begin + length <= n; begin += length) some(begin, begin + length);
-  some(begin, n);
-}
-
-// unroll 1: the compiler would first unroll a loop with a small constant count, and not vectorise what it unrolled.
-template <typename Out, typename In, typename T, size_t... k>
-HARMONICA_ALWAYS_INLINE void add(Out out, In in, const T* const* caches, const T* const* gates, int64_t n,
-                                 std::index_sequence<k...>) {
-  const T *const cache[] = {caches[k]...}, *const gate[] = {gates[k]...};
-  in_steps(n, step, [&](int64_t begin, int64_t end) HARMONICA_INLINE_LAMBDA {
-    prefetch<Out>(in, begin);
-    (prefetch<Out>(cache[k], begin), ...);
-#pragma GCC ivdep
-#pragma GCC unroll 1
-    for (int64_t i = begin; i < end; ++i) {
-      T sum = in[i];
-      ((sum = sum + gate[k][i] * cache[k][i]), ...);
-      out[i] = sum;
-    }
-  });
-}
-
-template <typename Out, typename In, size_t... k>
-HARMONICA_ALWAYS_INLINE void add(Out out, In in, const BFloat16* const* caches, const BFloat16* const* gates,
-                                 int64_t n, std::index_sequence<k...>) {
-  // Copies of the pointers: the compiler must assume that a store of bf16 may change the caller's arrays.
-  const BFloat16 *const cache[] = {caches[k]...}, *const gate[] = {gates[k]...};
-  in_steps(n / 2, step / 2, [&](int64_t begin, int64_t end) HARMONICA_INLINE_LAMBDA {
-    prefetch<Out>(in, 2 * begin);
-    (prefetch<Out>(cache[k], 2 * begin), ...);
-#pragma GCC ivdep
-#pragma GCC unroll 1
-    for (int64_t pair = begin; pair < end; ++pair) {
-      Pair sum = load_pair(in, pair);
-      const auto add_one = [&](Pair g, Pair c) HARMONICA_INLINE_LAMBDA {
-        sum.first = sum.first + g.first * c.first;
-        sum.second = sum.second + g.second * c.second;
-      };
-      (add_one(load_pair(gate[k], pair), load_pair(cache[k], pair)), ...);
-      store_pair(out, pair, sum);
-    }
-  });
-  if (n % 2 == 1) {
-    float sum = load_first(in, n / 2);
-    ((sum = sum + load_first(gate[k], n / 2) * load_first(cache[k], n / 2)), ...);
-    store_first(out, n / 2, sum);
-  }
-}
-
-// A multiversioned function may not be a template, hence one overload per combination of types.
-#define HARMONICA_ADD(Out, In, T)                                                                                   \
-  HARMONICA_MULTIVERSION void add(Out out, In in, const T* const* caches, const T* const* gates, int64_t count,     \
-                                  int64_t n) {                                                                      \
-    switch (count) {                                                                                                \
-      case 1: return add(out, in, caches, gates, n, std::make_index_sequence<1>{});                                 \
-      case 2: return add(out, in, caches, gates, n, std::make_index_sequence<2>{});                                 \
-      case 3: return add(out, in, caches, gates, n, std::make_index_sequence<3>{});                                 \
-      case 4: return add(out, in, caches, gates, n, std::make_index_sequence<4>{});                                 \
-      case 5: return add(out, in, caches, gates, n, std::make_index_sequence<5>{});                                 \
-      case 6: return add(out, in, caches, gates, n, std::make_index_sequence<6>{});                                 \
-      case 7: return add(out, in, caches, gates, n, std::make_index_sequence<7>{});                                 \
-      default: return add(out, in, caches, gates, n, std::make_index_sequence<8>{});                                \
-    }                                                                                                               \
-  }
-HARMONICA_ADD(float*, const float*, float)
-HARMONICA_ADD(double*, const double*, double)
-HARMONICA_ADD(BFloat16*, const BFloat16*, BFloat16)
-HARMONICA_ADD(BFloat16*, Planes, BFloat16)
-HARMONICA_ADD(Planes, const BFloat16*, BFloat16)
-HARMONICA_ADD(Planes, Planes, BFloat16)
-HARMONICA_ADD(RoundedAndExact, const BFloat16*, BFloat16)
-HARMONICA_ADD(RoundedAndExact, Planes, BFloat16)
-#undef HARMONICA_ADD
 
 template <typename T>
 using Staged = std::conditional_t<std::is_same_v<T, Float16>, float, T>;
@@ -171,30 +71,48 @@ struct Buffers {
   }
 };
 
+// The number of gates whose caches, as many for each as for the k-th, fit into one group; at most 4 with weights.
+template <typename T>
+int64_t together(const Terms<T>& terms, int64_t k) {
+  const auto& counts = terms.weighting.counts;
+  const int64_t left = terms.count - k;
+  if (counts.empty()) return std::min(group<T>, left);
+  const int64_t most = std::min({int64_t(4), group<T> / counts[k], left});
+  int64_t now = 1;
+  while (now < most && counts[k + now] == counts[k]) ++now;
+  return now;
+}
+
 template <typename T, typename Out>
-void sum_of_block(Out out, Strided<T> x, const Term<T>* terms, int64_t count, int64_t begin, int64_t n,
-                  Buffers<T>& buffers) {
+void sum_of_block(Out out, Strided<T> x, const Terms<T>& terms, int64_t begin, int64_t n, Buffers<T>& buffers) {
   using S = Staged<T>;
   const S* const first = stage(x.from(begin), buffers.x, n);
   const auto sum = buffers.sum_cursor(n);
-  for (int64_t done = 0; done < count; done += group<T>) {
-    const int64_t now = std::min(group<T>, count - done);
+  const auto& [weights, counts] = terms.weighting;
+  for (int64_t done = 0, cache = 0; done < terms.count;) {
+    const int64_t now = together(terms, done), per = counts.empty() ? 1 : counts[done];
     const S *caches[group<T>], *gates[group<T>];
+    for (int64_t k = 0; k < now * per; ++k) caches[k] = stage(terms.caches[cache + k].from(begin), buffers.caches[k], n);
     for (int64_t k = 0; k < now; ++k) {
-      const Term<T>& term = terms[done + k];
-      caches[k] = stage(term.cache.from(begin), buffers.caches[k], n);
-      gates[k] = term.gate.data ? stage(term.gate.from(begin), buffers.gates[k], n) : ones<T>();
+      const Strided<T> gate = terms.gates[done + k];
+      gates[k] = gate.data ? stage(gate.from(begin), buffers.gates[k], n) : ones<T>();
     }
-    const bool is_last = done + now == count;
-    if (done == 0 && is_last) {
-      add(out, first, caches, gates, now, n);
-    } else if (done == 0) {
-      add(sum, first, caches, gates, now, n);
-    } else if (is_last) {
-      add(out, sum, caches, gates, now, n);
+    const auto add_up = [&](auto to, auto from) {
+      if (counts.empty()) return add(to, from, caches, gates, now, n);
+      return add_weighted(to, from, caches, gates, now, weights.data() + cache, per, n);
+    };
+    const bool is_first = done == 0;
+    done += now;
+    if (is_first && done == terms.count) {
+      add_up(out, first);
+    } else if (is_first) {
+      add_up(sum, first);
+    } else if (done == terms.count) {
+      add_up(out, sum);
     } else {
-      add(sum, sum, caches, gates, now, n);
+      add_up(sum, sum);
     }
+    cache += now * per;
   }
 }
 
@@ -210,24 +128,24 @@ RoundedAndExact part(RoundedAndExact row, int64_t begin) {
 }  // namespace
 
 template <typename T, typename Out>
-void residual_sum(Out out, Strided<T> x, const Term<T>* terms, int64_t count, int64_t n) {
+void residual_sum(Out out, Strided<T> x, const Terms<T>& terms, int64_t n) {
   Buffers<T> buffers;
   for (int64_t begin = 0; begin < n; begin += block<T>) {
     const int64_t length = std::min(block<T>, n - begin);
     if constexpr (std::is_same_v<Out, Float16*>) {
-      sum_of_block(&buffers.last[0], x, terms, count, begin, length, buffers);
+      sum_of_block(&buffers.last[0], x, terms, begin, length, buffers);
       narrow(out + begin, buffers.last, length);
     } else {
-      sum_of_block(part(out, begin), x, terms, count, begin, length, buffers);
+      sum_of_block(part(out, begin), x, terms, begin, length, buffers);
     }
   }
 }
 
-template void residual_sum(float*, Strided<float>, const Term<float>*, int64_t, int64_t);
-template void residual_sum(double*, Strided<double>, const Term<double>*, int64_t, int64_t);
-template void residual_sum(BFloat16*, Strided<BFloat16>, const Term<BFloat16>*, int64_t, int64_t);
-template void residual_sum(Float16*, Strided<Float16>, const Term<Float16>*, int64_t, int64_t);
-template void residual_sum(RoundedAndExact, Strided<BFloat16>, const Term<BFloat16>*, int64_t, int64_t);
-template void residual_sum(float*, Strided<Float16>, const Term<Float16>*, int64_t, int64_t);
+template void residual_sum(float*, Strided<float>, const Terms<float>&, int64_t);
+template void residual_sum(double*, Strided<double>, const Terms<double>&, int64_t);
+template void residual_sum(BFloat16*, Strided<BFloat16>, const Terms<BFloat16>&, int64_t);
+template void residual_sum(Float16*, Strided<Float16>, const Terms<Float16>&, int64_t);
+template void residual_sum(RoundedAndExact, Strided<BFloat16>, const Terms<BFloat16>&, int64_t);
+template void residual_sum(float*, Strided<Float16>, const Terms<Float16>&, int64_t);
 
 }  // namespace harmonica

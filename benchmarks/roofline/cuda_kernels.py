@@ -5,7 +5,7 @@ Rules, from PyTorch's sources:
 - Any other operator is one kernel that reads its arguments and writes its results once.
 - A product with a one-dimensional bias is one kernel: cuBLASLt adds it in the epilogue. A convolution is one kernel,
   and its bias another.
-- A lookup reads the rows that it needs, not the table.
+- A lookup reads the rows that it needs, not the table; an operator of ours, the weights at its places.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def kernels_of(func: Any, args: Any, kwargs: Mapping[str, Any], result: Any, buf
         reads = accesses(read, buffers)
     name, dtype = _name(func), next((tensor.dtype for tensor in read), torch.float32)
     if func.namespace == "harmonica":
-        yield Kernel(name, Kind.HARMONICA, reads, writes, dtype=dtype)
+        yield Kernel(name, Kind.HARMONICA, _at_places(func, args, kwargs, reads, buffers), writes, dtype=dtype)
     elif (packet := PRODUCTS.get(packet, packet)) in flop_registry:
         flops = int(flop_registry[packet](*args, **kwargs, out_val=result))
         extent = _extent(packet, args, result)
@@ -97,6 +97,19 @@ def accesses(tensors: list[Tensor], buffers: _Buffers) -> tuple[Access, ...]:
         access = Access(buffers(tensor), _view(tensor), distinct(tensor).numel() * tensor.element_size())
         found[access.buffer, access.view] = access
     return tuple(found.values())
+
+
+def _at_places(
+    func: Any, args: Any, kwargs: Mapping[str, Any], reads: tuple[Access, ...], buffers: _Buffers
+) -> tuple[Access, ...]:
+    """What an operator of ours reads, with the bytes of its weights those of the elements at its places."""
+    given = {argument.name: value for argument, value in _arguments(func, args, kwargs)}
+    weights, places = given.get("weights"), given.get("places")
+    if weights is None or places is None:  # `norm_rotary` has weights without places, the parameters of its norms
+        return reads
+    nbytes = weights.element_size() * len({place for place in places if place >= 0})
+    whole = buffers(weights), _view(weights)
+    return tuple(each._replace(nbytes=nbytes) if (each.buffer, each.view) == whole else each for each in reads)
 
 
 def _view(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:

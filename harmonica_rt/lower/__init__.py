@@ -8,10 +8,10 @@ measured tolerance.
 
 Reading order: `graph_states`, `plain`, `shared_programs` and `plain_lowering`, then `fused` with `hoist` (what does not
 depend on the latents) and `equal_values`, `residual_pattern` and `norm_pattern` (what the operators replace; `casts`
-says which casts they absorb) and `fuse`, `halves`, `rotary_pattern` and `qk_pattern` (queries and keys) and
-`fuse_rotary`, both with `rewriting`; `joined_products` and `joining_rule`; `epilogue`; `inductor` with `regions`,
-`compiled_region` and `faster_of_two`; `report` (what was done to a plan); for `execute`, `cuda_graph_rules` says what a
-CUDA graph cannot hold.
+says which casts they absorb) and `fuse`, with `weighted_terms` (sums of several stored values), `halves`,
+`rotary_pattern` and `qk_pattern` (queries and keys) and `fuse_rotary`, both with `rewriting`; `joined_products` and
+`joining_rule`; `epilogue`; `inductor` with `regions`, `compiled_region` and `faster_of_two`; `report` (what was done to
+a plan); for `execute`, `cuda_graph_rules` says what a CUDA graph cannot hold.
 """
 
 from __future__ import annotations

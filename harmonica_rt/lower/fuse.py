@@ -1,5 +1,6 @@
 """Fuses residual additions, singly, in chains, and with the norm and modulation after them, into harmonica operators.
 
+A weighted sum that only residuals add is computed where they are (`weighted_terms`), any other by a call of its own.
 Queries and keys are fused in `fuse_rotary`, after the residuals.
 
 Requires: a step graph whose nodes carry fake tensors, not yet cut from its prologue (`1 + scale` has to be in it).
@@ -13,6 +14,7 @@ fused only as far as its operands allow.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -24,16 +26,26 @@ from torch import fx
 
 from harmonica_rt.graph.facts import is_item, value_of
 from harmonica_rt.graph.rebuild import copy_of
+from harmonica_rt.graph.weighted_sum import weighted_sum
 from harmonica_rt.lower.casts import is_cast, unwidened
 from harmonica_rt.lower.fuse_rotary import fuse_rotary
 from harmonica_rt.lower.graph_states import FusedGraph
 from harmonica_rt.lower.norm_pattern import VIEWS, Norm, find_norms, is_norm
 from harmonica_rt.lower.residual_pattern import Residual, find_residual
 from harmonica_rt.lower.rewriting import Rewriting, erase, move_before
+from harmonica_rt.lower.weighted_terms import Term, lower_sums, sum_below, sums_to_expand, term_of, weighted_sums
 from harmonica_rt.plan.step_graph import StepGraph
 
 # Per call: as many as one launch takes in half types. A longer chain becomes several calls of about equal length.
 MOST_CACHES = 16
+
+# How the reasons for each kind of thing that is left begin, and what such things are called.
+LEFT = {
+    "residual": "residuals",
+    "norm": "norms",
+    "weighted sum": "weighted sums",
+    "queries or keys": "queries or keys",
+}
 
 
 @dataclass(frozen=True)
@@ -42,10 +54,10 @@ class FusedStep:
 
     Attributes:
         step: the fused graph.
-        counts: number of calls of `gated_residual`, `residual_reuse`, `residual_reuse_norm_modulate` and `norm_rotary`,
-            and of `residuals left`, `norms left` and `queries or keys left`. A single ungated addition, which is one
-            pass already, is not counted.
-        reasons: why residuals, norms, and queries and keys were left, with counts.
+        counts: number of calls of `gated_residual`, `residual_reuse`, `residual_reuse_norm_modulate`, `forecast` and
+            `norm_rotary`, and of `residuals left`, `norms left`, `weighted sums left` and `queries or keys left`. A
+            single ungated addition, which is one pass already, is not counted.
+        reasons: why residuals, norms, weighted sums, and queries and keys were left, with counts.
     """
 
     step: FusedGraph
@@ -70,12 +82,13 @@ def fuse(step: StepGraph, *, rotary: bool = True, moving: Collection[str] | None
     for node in list(copied.graph.nodes):
         if node.users:  # an erased node has none
             fusion.visit(node)
+    fusion.counts["forecast"] = lower_sums(rewriting)
     rotary_calls, rotary_reasons = fuse_rotary(rewriting, _moves(moving)) if rotary else (0, Counter[str]())
     rewriting.restride()
     fused = copied.become(FusedGraph)
     reasons = {**_reasons(fused.graph, fusion.slots), **rotary_reasons}
     counts = {**fusion.counts, "norm_rotary": rotary_calls}
-    for kind, name in (("residual", "residuals"), ("norm", "norms"), ("queries or keys", "queries or keys")):
+    for kind, name in LEFT.items():
         counts[f"{name} left"] = sum(n for reason, n in reasons.items() if reason.startswith(f"{kind}:"))
     return FusedStep(fused, counts, reasons)
 
@@ -91,7 +104,10 @@ class _Fusion:
 
     def __init__(self, step: StepGraph, rewriting: Rewriting) -> None:
         self._rewriting = rewriting
-        self.slots = frozenset(step.read_nodes)
+        sums = weighted_sums(step.graph)
+        self.slots = frozenset((*step.read_nodes, *sums))
+        found = (find_residual(node, self.slots) for node in (step.graph.nodes if sums else ()))
+        self._expanded = sums_to_expand(each for each in found if isinstance(each, Residual))
         self.counts = dict.fromkeys(("gated_residual", "residual_reuse", "residual_reuse_norm_modulate"), 0)
 
     def visit(self, node: fx.Node) -> None:
@@ -105,7 +121,7 @@ class _Fusion:
             assert isinstance(earlier, Residual)
             chain.insert(0, earlier)
         norm = next((each for each in reversed(find_norms(node)) if move_before(node, each.operands)), None)
-        gated = any(each.gate is not None for each in chain)
+        gated = any(each.gate is not None or sum_below(each.y) in self._expanded for each in chain)
         if gated or norm is not None or (len(chain) > 1 and any(each.y in self.slots for each in chain)):
             self._rewrite(chain, norm)
 
@@ -118,8 +134,7 @@ class _Fusion:
 
     def _rewrite(self, chain: list[Residual], norm: Norm | None) -> None:
         last, x = chain[-1].node, chain[0].x
-        calls = -(-len(chain) // MOST_CACHES)
-        parts = [chain[len(chain) * i // calls : len(chain) * (i + 1) // calls] for i in range(calls)]
+        parts = _parts([term_of(each, self._expanded, self._rewriting, last) for each in chain])
         for part in parts if norm is None else parts[:-1]:
             x = self._sum(last, x, part)
         if norm is not None:
@@ -131,21 +146,24 @@ class _Fusion:
             erase(last)
             erase(x)
 
-    def _sum(self, before: fx.Node, x: fx.Node, part: list[Residual]) -> fx.Node:
+    def _sum(self, before: fx.Node, x: fx.Node, part: list[Term]) -> fx.Node:
         ops = torch.ops.harmonica
-        if len(part) == 1:
-            return self._call(before, ops.gated_residual.default, (x, part[0].y, part[0].gate))
-        return self._call(before, ops.residual_reuse.default, (x, [r.y for r in part], [r.gate for r in part]))
+        caches, gates, weighting = _operands(part)
+        if len(caches) == 1:
+            places = [weighting["weights"], weighting["places"]] if weighting else []
+            return self._call(before, ops.gated_residual.default, (x, caches[0], gates[0], *places))
+        return self._call(before, ops.residual_reuse.default, (x, caches, gates, *weighting.values()))
 
-    def _norm(self, before: fx.Node, x: fx.Node, part: list[Residual], norm: Norm) -> tuple[fx.Node, fx.Node]:
+    def _norm(self, before: fx.Node, x: fx.Node, part: list[Term], norm: Norm) -> tuple[fx.Node, fx.Node]:
         scale = norm.scale
         for view in norm.scale_views:
             scale = self._rewriting.insert(before, VIEWS[view.target], (scale, *view.args[1:]), view.kwargs)
+        caches, gates, weighting = _operands(part)
         results = self._call(
             before,
             torch.ops.harmonica.residual_reuse_norm_modulate.default,
-            (x, [r.y for r in part], [r.gate for r in part], norm.weight, norm.bias, scale, norm.shift),
-            {"rms": norm.rms, "eps": norm.eps},
+            (x, caches, gates, norm.weight, norm.bias, scale, norm.shift),
+            {**weighting, "rms": norm.rms, "eps": norm.eps},
         )
         hidden, normed = (self._rewriting.insert(before, operator.getitem, (results, index)) for index in (0, 1))
         return hidden, normed
@@ -155,6 +173,31 @@ class _Fusion:
     ) -> fx.Node:
         self.counts[target._schema.name.split("::")[1]] += 1
         return self._rewriting.insert(before, target, args, kwargs)
+
+
+def _parts(chain: list[Term]) -> list[list[Term]]:
+    """The terms of a chain in as few parts as there are calls, with about equal numbers of caches."""
+    sizes = [len(term.caches) for term in chain]
+    total, most = sum(sizes), max(MOST_CACHES, *sizes)
+    calls = -(-total // most)
+    while True:
+        parts: list[list[Term]] = [[] for _ in range(calls)]
+        for term, end in zip(chain, itertools.accumulate(sizes), strict=True):
+            parts[(end - len(term.caches)) * calls // total].append(term)
+        if all(sum(len(term.caches) for term in part) <= most for part in parts):
+            return [part for part in parts if part]
+        calls += 1
+
+
+def _operands(part: list[Term]) -> tuple[list[fx.Node], list[fx.Node | None], dict[str, Any]]:
+    """The caches and gates of terms, and weights, places and counts if any has weights, as the operators take them."""
+    caches, gates = [cache for term in part for cache in term.caches], [term.gate for term in part]
+    found = {term.weights for term in part} - {None}
+    if not found:
+        return caches, gates, {}
+    (weights,) = found  # a step has one tensor of weights per device
+    places = [place for term in part for place in term.places]
+    return caches, gates, {"weights": weights, "places": places, "counts": [len(term.caches) for term in part]}
 
 
 def _drop_idle_casts(graph: fx.Graph) -> None:
@@ -168,12 +211,14 @@ def _drop_idle_casts(graph: fx.Graph) -> None:
 
 
 def _reasons(graph: fx.Graph, slots: frozenset[fx.Node]) -> dict[str, int]:
-    """Why the residuals and norms that are left in a fused graph were not fused, with counts."""
+    """Why the residuals, norms and weighted sums that are left in a fused graph were not fused, with counts."""
     reasons: Counter[str] = Counter()
     for node in graph.nodes:
         residual = find_residual(node, slots)
         if isinstance(residual, str):
             reasons[residual] += 1
+        elif node.target is weighted_sum:
+            reasons["weighted sum: its dtype or its layout is none that the operator makes"] += 1
         elif is_norm(node):
             source = unwidened(node.args[0])
             if isinstance(find_residual(source, slots), Residual) or is_item(source):

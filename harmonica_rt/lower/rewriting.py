@@ -37,7 +37,7 @@ class Rewriting:
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, args, kwargs)
         node.meta["nn_module_stack"] = before.meta.get("nn_module_stack")
-        node.meta["val"] = _run(node)
+        node.meta["val"] = result_of(node)
         return node
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
@@ -64,7 +64,7 @@ class Rewriting:
                 node.target = aten.reshape.default
             if node.target is aten.as_strided.default:
                 raise InvariantError(f"{node.name} reads memory by strides that fusing changed; use lowering='plain'")
-            fresh = _run(node)
+            fresh = result_of(node)
             if _strides(fresh) != _strides(value_of(node)):
                 restrided.add(node)
             node.meta["val"] = fresh
@@ -101,7 +101,7 @@ def _strides(values: Any) -> list[Any]:
     return [leaf.stride() for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
-def _run(node: fx.Node) -> Any:
+def result_of(node: fx.Node) -> Any:
     """The result of a node on the fake tensors of its arguments."""
     args, kwargs = pytree.tree_map_only(fx.Node, value_of, (node.args, node.kwargs))
     with torch.no_grad():

@@ -90,7 +90,7 @@ _ZEROS = {
 }
 # With some arguments (a mask, no `num_classes`) the output size of these depends on values; inference refuses those.
 _SIZED = (torch.ops.aten.index.Tensor, torch.ops.aten.one_hot.default)
-_HARMONICA = frozenset(("gated_residual", "norm_rotary", "residual_reuse", "residual_reuse_norm_modulate"))
+_HARMONICA = frozenset(("forecast", "gated_residual", "norm_rotary", "residual_reuse", "residual_reuse_norm_modulate"))
 
 
 def name_of(node: fx.Node) -> str:

@@ -17,10 +17,10 @@ def check_dtype(op: str, x: torch.Tensor, *, name: str = "x") -> None:
         raise TypeError(f"{op}: {name} has dtype {x.dtype}, expected one of {allowed}")
 
 
-def check_same(op: str, x: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
-    """Raise TypeError or ValueError unless `tensor` has the shape, the dtype and the device of `x`."""
-    _check_shape(op, name, tensor, x.shape, "that of x")
-    check_like(op, x, name, tensor)
+def check_same(op: str, x: torch.Tensor, name: str, tensor: torch.Tensor, *, of: str = "x") -> None:
+    """Raise TypeError or ValueError unless `tensor` has the shape, the dtype and the device of `x`, called `of`."""
+    _check_shape(op, name, tensor, x.shape, f"that of {of}")
+    check_like(op, x, name, tensor, of=of)
 
 
 def check_broadcasts(op: str, x: torch.Tensor, name: str, tensor: torch.Tensor | None) -> None:
@@ -44,19 +44,58 @@ def check_width(op: str, x: torch.Tensor, name: str, tensor: torch.Tensor | None
 
 
 def check_residual_sum(
-    op: str, x: torch.Tensor, caches: Sequence[torch.Tensor], gates: Sequence[torch.Tensor | None]
+    op: str,
+    x: torch.Tensor,
+    caches: Sequence[torch.Tensor],
+    gates: Sequence[torch.Tensor | None],
+    weights: torch.Tensor | None = None,
+    places: Sequence[int] = (),
+    counts: Sequence[int] = (),
 ) -> None:
-    """Raise TypeError or ValueError unless the ops support the sum x + sum_k gates[k] * caches[k]."""
+    """Raise TypeError or ValueError unless the ops support this sum, as `residual_reuse` defines it."""
     check_dtype(op, x)
     if not caches:
         raise ValueError(f"{op}: caches is empty, expected at least one tensor like x")
-    if len(gates) != len(caches):
+    if not counts and len(gates) != len(caches):
         raise ValueError(
             f"{op}: got {len(gates)} gates for {len(caches)} caches; give each cache a gate, None where it has none"
         )
-    for k, (cache, gate) in enumerate(zip(caches, gates, strict=True)):
+    if counts and (len(counts) != len(gates) or min(counts) < 1 or sum(counts) != len(caches)):
+        raise ValueError(
+            f"{op}: counts is {list(counts)} for {len(gates)} gates and {len(caches)} caches; give each gate the "
+            "number of its caches, at least 1"
+        )
+    for k, cache in enumerate(caches):
         check_same(op, x, f"caches[{k}]", cache)
+    for k, gate in enumerate(gates):
         check_broadcasts(op, x, f"gates[{k}]", gate)
+    check_weights(op, x, weights, places, len(caches))
+
+
+def check_weights(
+    op: str, x: torch.Tensor, weights: torch.Tensor | None, places: Sequence[int], count: int, *, of: str = "x"
+) -> None:
+    """Raise TypeError or ValueError unless `weights` has a number for each of `count` caches at its place.
+
+    Without weights there are no places. A place of -1 stands for a factor of 1. Messages call `x` `of`.
+    """
+    if weights is None:
+        if places:
+            raise ValueError(f"{op}: got {len(places)} places without weights; give both or neither")
+        return
+    if weights.dtype != torch.float32:
+        raise TypeError(f"{op}: weights has dtype {weights.dtype}, expected torch.float32, whatever that of {of} is")
+    if weights.device != x.device:
+        raise ValueError(f"{op}: weights is on {weights.device}, {of} is on {x.device}; move one of them")
+    if len(places) != count:
+        raise ValueError(
+            f"{op}: got {len(places)} places for {count} caches; give each cache the place of its weight, -1 for none"
+        )
+    for k, place in enumerate(places):
+        if not -1 <= place < weights.numel():
+            raise ValueError(
+                f"{op}: places[{k}] is {place}, expected -1 or the index of one of {weights.numel()} weights"
+            )
 
 
 def check_like(op: str, x: torch.Tensor, name: str, tensor: torch.Tensor, *, of: str = "x") -> None:

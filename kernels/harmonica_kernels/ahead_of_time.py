@@ -54,7 +54,7 @@ def compile_kernels(calls: Iterable[OpCall], device: torch.device, *, workers: i
     Raises:
         KernelError: the kernel of a call cannot be compiled.
     """
-    different = list({str(pytree.tree_map(_layout, call)): call for call in calls}.values())
+    different = list({str(pytree.tree_map(_layout, _without_places(call))): call for call in calls}.values())
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         for _ in pool.map(lambda call: _compile(call, device), different):
             pass
@@ -75,6 +75,15 @@ def _compile(call: OpCall, device: torch.device) -> None:
     except (TritonError, RuntimeError) as error:
         first, *_ = str(error).strip().splitlines() or [type(error).__name__]
         raise KernelError(f"Triton cannot compile the kernel of {call} for {device}: {first}") from error
+
+
+def _without_places(call: OpCall) -> OpCall:
+    """The call with zeros for the places of weights: kernels read them at run time, so any places have one kernel."""
+    schema = getattr(torch.ops.harmonica, call.op).default._schema
+    found = [index for index, argument in enumerate(schema.arguments) if argument.name == "places"]
+    args = tuple([0] * len(value) if index in found else value for index, value in enumerate(call.args))
+    named = {name: [0] * len(value) if name == "places" else value for name, value in call.kwargs.items()}
+    return OpCall(call.op, args, named)
 
 
 def _without_memory(tensor: torch.Tensor) -> torch.Tensor:

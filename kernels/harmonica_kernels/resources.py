@@ -44,6 +44,7 @@ class Variant:
         caches: number of caches; 0 for `gated_residual`.
         gate: "none", "batch" [B, 1, D], or "number" [B, 1, 1]. Gates [D] and [B, N, D] run the kernel of "batch".
         norm: "" for none, "layer", "rms", or either with "+affine" for a weight and, with LayerNorm, a bias.
+        per_gate: 0 without weights; with them, the number of caches whose weighted sum each gate multiplies.
     """
 
     dtype: str
@@ -51,29 +52,35 @@ class Variant:
     caches: int = 1
     gate: str = "batch"
     norm: str = ""
+    per_gate: int = 0
 
     def call(self) -> None:
         """Call the Triton implementation of the op."""
         x = torch.zeros(2, 16, self.width, dtype=DTYPES[self.dtype])
         chunk = x.new_zeros(2, 6 * self.width).chunk(6, dim=1)[1].unsqueeze(1)  # as adaLN makes them
         gate = {"none": None, "batch": chunk, "number": chunk[..., :1]}[self.gate]
-        caches, gates = [x] * self.caches, [gate] * self.caches
+        counts = [self.per_gate] * (self.caches // self.per_gate) if self.per_gate else []
+        caches, gates = [x] * self.caches, [gate] * (len(counts) or self.caches)
+        weights = torch.zeros(self.caches, 4) if counts else None
+        places = range(self.caches) if counts else ()
+        weighting: dict[str, Any] = {"weights": weights, "places": places, "counts": counts}
         kind, _, affine = self.norm.partition("+")
         weight = chunk[0, 0] if affine else None
         bias = weight if kind == "layer" else None
         if kind:
             residual_reuse_norm_modulate_triton(
-                x, caches, gates, weight, bias, chunk, chunk, rms=kind == "rms", eps=1e-6
+                x, caches, gates, weight, bias, chunk, chunk, rms=kind == "rms", eps=1e-6, **weighting
             )
         elif caches:
-            residual_reuse_triton(x, caches, gates)
+            residual_reuse_triton(x, caches, gates, **weighting)
         else:
             gated_residual_triton(x, x, gate)
 
     @property
     def cells(self) -> tuple[object, ...]:
         """The cells of the table that say what it is."""
-        return self.caches or "gated_residual", self.norm, self.gate, self.dtype, self.width
+        caches = f"{self.caches}, weighted by {self.per_gate}" if self.per_gate else self.caches
+        return caches or "gated_residual", self.norm, self.gate, self.dtype, self.width
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,9 @@ VARIANTS: Final[tuple[AnyVariant, ...]] = (
     *(Variant("bf16", caches=2, norm=norm, gate="none") for norm in ("layer+affine", "rms", "rms+affine")),
     *(Variant("bf16", width, caches=4, norm="layer") for width in (1153, 1536, 3072)),
     Variant("bf16", 3072, caches=16, norm="layer+affine"),
+    *(Variant("bf16", caches=16, norm=norm, per_gate=2) for norm in ("", "layer")),
+    Variant("fp32", caches=8, norm="layer", per_gate=1),
+    Variant("bf16", 8192, caches=8, norm="layer+affine", per_gate=2),
     *(Variant(dtype, 8192, caches=8, norm="layer+affine") for dtype in ("bf16", "fp32")),
     *(RotaryVariant(dtype, parts=parts) for dtype in DTYPES for parts in (2, 4)),
     RotaryVariant("bf16", 64, norm="layer", parts=2, heads=30),  # CogVideoX

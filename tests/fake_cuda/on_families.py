@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import fx, nn
 
 from harmonica_rt.call.call import CallConvention
+from harmonica_rt.execute import lowered_plan
 from harmonica_rt.execute.slot_buffers import SlotBuffers
 from harmonica_rt.graph.facts import device_of
+from harmonica_rt.plan.plan import build_plan
 from tests.fake_cuda import guard
 from tests.fake_cuda.gpu import FakeGpu
 from tests.fake_cuda.planned import STEPS, Planned, planned
@@ -116,3 +120,16 @@ def test_launches(family: tuple[str, Planned], lowering: str) -> None:
     name, found = family
     most = FAMILIES[name][lowering == "fused"]
     assert all(a <= b for a, b in zip(found.launches(lowering), most, strict=True)), found.launches(lowering)
+
+
+def test_weights_launch_nothing_more(family: tuple[str, Planned]) -> None:
+    """With two weights per entry, fused step programs make the launches of plain reuse, and may still be graphs."""
+    _, found = family
+    weights = [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.5, -0.5]]
+    plan = build_plan(found.plan.captured, found.plan.schedule.with_weights(weights))
+    weighted = replace(found, plan=plan)
+    assert len(plan.programs) == 2
+    with mock.patch.object(lowered_plan, "weight_tables", return_value={}):  # no numbers can be put on this device
+        weighted.lowered("fused")
+    assert weighted.refusals("fused") == []
+    assert weighted.launches("fused") == found.launches("fused")

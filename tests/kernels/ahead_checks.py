@@ -22,6 +22,7 @@ import harmonica_rt as hrt
 from benchmarks import models
 from harmonica_kernels import _library
 from harmonica_kernels.ahead_of_time import KernelError, OpCall, compile_kernels
+from harmonica_kernels.forecast.triton import forecast_triton
 from harmonica_kernels.norm_rotary.triton import norm_rotary_triton
 from harmonica_kernels.residual_reuse import triton as residual_reuse
 from harmonica_rt.execute import op_kernels, plan_cache
@@ -54,7 +55,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture(scope="module")
 def triton_on_cpu() -> None:
-    for op in ("gated_residual", "norm_rotary", "residual_reuse", "residual_reuse_norm_modulate"):
+    for op in ("forecast", "gated_residual", "norm_rotary", "residual_reuse", "residual_reuse_norm_modulate"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that the operator had another implementation
             kernel = functools.partial(_library._with_triton, op)
@@ -99,6 +100,22 @@ def test_kernels_are_compiled_by_several_threads(compiled: list[str], monkeypatc
     assert len(set(compiled)) == 2
 
 
+def test_places_of_weights_do_not_count(compiled: list[str]) -> None:
+    """A step calls an operator with as many places as it has sites; all of them have one kernel, compiled once."""
+    x, weights = torch.empty(2, 3, 104, device="meta"), torch.empty(30, 4, device="meta")
+    places = [[4 * site, 4 * site + 1] for site in range(30)]
+    calls = [OpCall("residual_reuse", (x, [x, x], [None], weights, each, [2]), {}) for each in places]
+    calls += [OpCall("forecast", ([x, x], weights, each), {}) for each in places]
+    assert compile_kernels(calls, DEVICE) == 2
+    assert len(compiled) == 2
+    x, weights = torch.zeros(2, 3, 104), torch.zeros(30, 4)
+    for each in places:
+        residual_reuse.residual_reuse_triton(x, [x, x], [None], weights, each, [2])
+        forecast_triton([x, x], weights, each)
+        STUB.clear()
+    assert len(compiled) == 2
+
+
 def test_offsets_count(compiled: list[str]) -> None:
     """A view that begins at no multiple of 16 bytes has a kernel of its own, and so has the call that comes."""
     whole = torch.zeros(2, 3, 49)
@@ -132,10 +149,10 @@ def small_flux() -> tuple[nn.Module, list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("build", [small_dit, small_flux], ids=["dit", "flux"])
-@pytest.mark.parametrize("lowering", ["fused"])
+@pytest.mark.parametrize("weights", [None, [1.5, -0.5]], ids=["plain", "weighted"])
 def test_runs_compile_nothing(
     build: Callable[[], tuple[nn.Module, list[dict[str, Any]]]],
-    lowering: str,
+    weights: list[float] | None,
     compiled: list[str],
     triton_on_cpu: None,
     monkeypatch: pytest.MonkeyPatch,
@@ -143,7 +160,10 @@ def test_runs_compile_nothing(
     ahead = lambda lowered, device: op_kernels.compile_ahead(lowered, DEVICE)  # noqa: E731
     monkeypatch.setattr(plan_cache, "compile_ahead", ahead)
     model, calls = build()
-    fast = hrt.compile(model, hrt.Schedule.every(2, steps=STEPS, sites=hrt.find_sites(model)), lowering=lowering)
+    schedule = hrt.Schedule.every(2, steps=STEPS, sites=hrt.find_sites(model))
+    if weights is not None:
+        schedule = schedule.with_weights([[1.0, 0.0], [1.0, 0.0], *[weights] * (STEPS - 2)])
+    fast = hrt.compile(model, schedule, lowering="fused")
     launched, planned = 0, 0
     for _ in range(3):  # the first without a forecast of timesteps
         fast.reset([float(call["timestep"][0]) for call in calls])

@@ -15,6 +15,7 @@ import torch
 import triton
 
 from harmonica_kernels import _launch
+from harmonica_kernels.forecast.triton import forecast_triton
 from harmonica_kernels.gated_residual.triton import gated_residual_triton
 from harmonica_kernels.norm_rotary.triton import norm_rotary_triton
 from harmonica_kernels.norm_rotary.triton_kernel import Place
@@ -78,6 +79,40 @@ def test_gated_residual(dtype: torch.dtype, gates: str) -> None:
     assert 2 * calls.direct >= len(check(calls)) == 2
 
 
+COUNTS = [[1], [2], [2, 2, 1], [4] * 5, [2] * 9]
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights(dtype: torch.dtype, counts: list[int]) -> None:
+    """Every launch has the codes of its own places, and other places have no other kernel."""
+    found = []
+    for first in (0, 1, 8, 12, 16, 64):
+        with Calls() as calls:
+            for _ in range(2):
+                x, caches, _, gate = operands(dtype, sum(counts), "all")
+                weighting = torch.zeros(32, 4), list(range(first, first + sum(counts)))
+                residual_reuse_triton(x, caches, gates_for("some", gate, len(counts)), *weighting, counts)
+        kernels = check(calls)
+        assert 2 * calls.direct >= len(kernels)
+        given = [code >> 2 for arguments, _, _ in calls.made[: len(kernels) // 2] for code in arguments["codes"]]
+        assert given == weighting[1]
+        found.append(kernels)
+    assert all(kernels == found[0] for kernels in found)
+
+
+def test_weights_before_a_norm_and_alone() -> None:
+    weights, places = torch.zeros(4, 4), [3, -1, 5]
+    with Calls() as calls:
+        for _ in range(2):
+            x, caches, _, gate = operands(torch.bfloat16, 3, "all")
+            weighting = {"weights": weights, "places": places, "counts": [2, 1]}
+            residual_reuse_norm_modulate_triton(x, caches, [gate, None], None, None, gate, gate, **weighting)
+            forecast_triton(caches, weights, places)
+            gated_residual_triton(x, caches[0], gate, weights, [7])
+    assert 2 * calls.direct >= len(check(calls)) == 6
+
+
 @pytest.mark.parametrize("across", [False, True])
 @pytest.mark.parametrize("parts", [2, 9])
 def test_norm_rotary(parts: int, across: bool) -> None:
@@ -115,6 +150,10 @@ def test_a_wrong_call_is_refused_after_right_ones() -> None:
         ((x, [x, x.float()], gates), TypeError),
         ((x, caches, gates[:1]), ValueError),
         ((x, caches, [gates[0], x[:1, :3]]), ValueError),
+        ((x, caches, gates, torch.zeros(4), [0, 4]), ValueError),
+        ((x, caches, gates, None, [0, 1]), ValueError),
+        ((x, caches, gates, torch.zeros(4).half(), [0, 1]), TypeError),
+        ((x, caches, gates, torch.zeros(4), [0, 1], [3, -1]), ValueError),
     ):
         for _ in range(2):
             with pytest.raises(error, match="residual_reuse: "):

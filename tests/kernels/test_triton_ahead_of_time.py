@@ -42,7 +42,7 @@ def wide_loads(variant: AnyVariant) -> int:
     if isinstance(variant, RotaryVariant):
         tables = 0 if variant.per_pair else 4  # cos and sin are fp32: twice as wide as half types
         return variant.parts * (1 + (variant.norm != "none") + tables) if variant.interleaved else 0
-    gates = variant.caches if variant.gate == "batch" else 0
+    gates = variant.caches // max(1, variant.per_gate) if variant.gate == "batch" else 0
     return 1 + variant.caches + gates if variant.width % 16 == 0 else 0
 
 

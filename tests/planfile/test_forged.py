@@ -241,7 +241,7 @@ def test_an_edit_of_meaning_is_noticed(saved: Path) -> None:
     """A row of the schedule and the operands of an addition: both make a plan that is sound, and another one."""
 
     def another_row(document: dict[str, Any]) -> None:
-        rows = document["schedule"]["compute"]
+        rows = document["schedules"][0]["compute"]
         rows[1] = rows[1].translate(str.maketrans("01", "10"))
 
     def another_operand(document: dict[str, Any]) -> None:

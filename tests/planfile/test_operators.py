@@ -16,7 +16,7 @@ from harmonica_rt.planfile.operators import check_arguments, operator_of
     "name",
     [
         *("aten.linear.default", "aten.scaled_dot_product_attention.default", "aten.index.Tensor", "aten.view.default"),
-        *("aten.mish.default", "operator.getitem", "harmonica.residual_reuse.default"),
+        *("aten.mish.default", "operator.getitem", "harmonica.residual_reuse.default", "harmonica.forecast.default"),
     ],
 )
 def test_what_models_are_made_of_is_allowed(name: str) -> None:

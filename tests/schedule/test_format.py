@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harmonica_rt.errors import ScheduleError
-from harmonica_rt.schedule import MadeBy, ModelInfo, SamplerInfo, Schedule, format
+from harmonica_rt.schedule import MadeBy, ModelInfo, SamplerInfo, Schedule, ScheduleSet, format
 
 SITES = ["blocks.0.attn1", "blocks.0.ff", "blocks.1.attn1", "blocks.1.ff"]
 DOCUMENT = {
@@ -137,10 +137,14 @@ def test_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert os.listdir(tmp_path) == ["s.json"]
 
 
-def test_documented_examples_are_what_save_writes() -> None:
+def test_documented_examples_are_what_save_writes(tmp_path: Path) -> None:
     text = (Path(__file__).parents[2] / "docs" / "schedule-format.md").read_text()
     examples = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    *examples, of_set = examples
     assert len(examples) == 2
+    (tmp_path / "set.json").write_text(of_set)
+    ScheduleSet.load(tmp_path / "set.json").save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text() == of_set
     for example in examples:
         schedule = Schedule(**format.parse(example.encode()))
         assert format.to_text(schedule) == example

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -11,14 +12,20 @@ from harmonica_kernels.gated_residual.reference import check_gated_residual, gat
 from harmonica_kernels.residual_reuse.triton import launched_sum
 
 
-def gated_residual_triton(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
-    """out = x + gate * y, equal to the reference bit for bit.
+def gated_residual_triton(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: OptionalTensor = None,
+    weights: OptionalTensor = None,
+    places: Sequence[int] = (),
+) -> torch.Tensor:
+    """out = x + gate * (w * y), equal to the reference bit for bit.
 
     Shapes, dtypes and errors are those of `harmonica_kernels.gated_residual`; the reference runs for fp64.
     """
-    out = launched_sum(_check, x, (y,), (gate,))
-    return gated_residual_reference(x, y, gate) if out is None else out
+    out = launched_sum(_check, x, (y,), (gate,), weights, places)
+    return gated_residual_reference(x, y, gate, weights, places) if out is None else out
 
 
-def _check(x: torch.Tensor, caches: Sequence[torch.Tensor], gates: Sequence[OptionalTensor]) -> None:
-    check_gated_residual(x, *caches, *gates)
+def _check(x: Any, caches: Sequence[Any], gates: Sequence[Any], weights: Any, places: Any, _: Any) -> None:
+    check_gated_residual(x, caches[0], gates[0], weights, places)

@@ -13,7 +13,7 @@ _OP = "residual_reuse_norm_modulate"
 
 
 class Operands(NamedTuple):
-    """The tensors of one call, in the order of the op's schema; shapes are those of the op's docstring."""
+    """The operands of one call, as the op's schema and docstring have them; those after `shift` are given by name."""
 
     x: torch.Tensor
     caches: Sequence[torch.Tensor]
@@ -22,6 +22,9 @@ class Operands(NamedTuple):
     bias: torch.Tensor | None = None
     scale: torch.Tensor | None = None
     shift: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+    places: Sequence[int] = ()
+    counts: Sequence[int] = ()
 
     @classmethod
     def checked(cls, *given: Any, **named: Any) -> Operands:
@@ -29,8 +32,8 @@ class Operands(NamedTuple):
 
         Raises:
             TypeError: a dtype is not fp32, bf16, fp16 or fp64, or the dtypes differ.
-            ValueError: there are no caches, the number of gates differs from that of caches, the shapes do not fit, or
-                the tensors are on different devices.
+            ValueError: there are no caches, the numbers of gates, places or counts do not fit that of caches, there is
+                no weight at a place, the shapes do not fit, or the tensors are on different devices.
         """
         operands = cls(*given, **named)
         operands.check()
@@ -39,7 +42,7 @@ class Operands(NamedTuple):
     def check(self) -> None:
         """Raise what `checked` raises."""
         x = self.x
-        check_residual_sum(_OP, x, self.caches, self.gates)
+        check_residual_sum(_OP, x, self.caches, self.gates, self.weights, self.places, self.counts)
         if x.ndim == 0:
             raise ValueError(f"{_OP}: x is a single number, expected [..., D]")
         check_width(_OP, x, "weight", self.weight)

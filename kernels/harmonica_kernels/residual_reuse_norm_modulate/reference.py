@@ -16,11 +16,11 @@ def residual_reuse_norm_modulate_reference(
     """hidden = x + sum_k gates[k] * caches[k]; out = (norm(hidden) * weight + bias) * (1 + scale) + shift.
 
     Arithmetic is fp32 for half types (fp64 for fp64), statistics are those of the unrounded hidden, and each result
-    is downcast once. It takes the `Operands`, in order or by name; shapes, dtypes and errors are those of
-    `harmonica_kernels.residual_reuse_norm_modulate`.
+    is downcast once. It takes the `Operands`, in order or by name; shapes, dtypes, errors and what weights do are those
+    of `harmonica_kernels.residual_reuse_norm_modulate`.
     """
-    x, caches, gates, weight, bias, scale, shift = Operands.checked(*given, **named)
-    hidden = residual_sum(x, caches, gates)
+    x, caches, gates, weight, bias, scale, shift, weights, places, counts = Operands.checked(*given, **named)
+    hidden = residual_sum(x, caches, gates, weights, places, counts)
     centred = hidden if rms else hidden - hidden.mean(-1, keepdim=True)
     out = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     if weight is not None:

@@ -12,7 +12,8 @@ import triton.language as tl
 
 from harmonica_kernels._launch import Launch, Launches, Memory, OptionalTensor, Prepared
 from harmonica_kernels._triton import as_rows, load, rows_at, run_rows, takes, warps_of, width_of
-from harmonica_kernels.residual_reuse.triton import load_sum, shorten
+from harmonica_kernels.residual_reuse.terms import Terms
+from harmonica_kernels.residual_reuse.triton import flat, load_sum, most_terms, shorten
 from harmonica_kernels.residual_reuse_norm_modulate.operands import Operands
 from harmonica_kernels.residual_reuse_norm_modulate.reference import residual_reuse_norm_modulate_reference
 
@@ -24,12 +25,15 @@ def _kernel(
     x,
     caches,
     gates,
+    weights,
+    codes,
     weight,
     bias,
     scale,
     shift,
     rows,
     eps,
+    JOINED: tl.constexpr,
     RMS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -38,7 +42,7 @@ def _kernel(
     batch, row = (index // rows).to(tl.int64), (index % rows).to(tl.int64)
     columns = tl.arange(0, BLOCK).to(tl.int64)
     mask = columns < WIDTH
-    hidden = load_sum(x, caches, gates, batch, row, columns, mask)
+    hidden = load_sum(x, caches, gates, weights, codes, batch, row, columns, mask, JOINED)
     at = index.to(tl.int64) * WIDTH + columns
     tl.store(hidden_out + at, hidden.to(hidden_out.dtype.element_ty), mask=mask)
 
@@ -67,6 +71,9 @@ def residual_reuse_norm_modulate_triton(
     scale: OptionalTensor = None,
     shift: OptionalTensor = None,
     *,
+    weights: OptionalTensor = None,
+    places: Sequence[int] = (),
+    counts: Sequence[int] = (),
     rms: bool = False,
     eps: float = 1e-5,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,32 +82,46 @@ def residual_reuse_norm_modulate_triton(
     hidden equals the reference bit for bit. The statistics are those of the unrounded sum, for any number of caches.
     Shapes, dtypes and errors are those of `harmonica_kernels.residual_reuse_norm_modulate`.
     """
-    tensors = [x, *caches, *gates, weight, bias, scale, shift]
-    results = run_rows(_LAUNCHES, tensors, len(caches), len(gates), bool(rms), float(eps))
+    tensors = [x, *caches, *gates, weight, bias, scale, shift, flat(weights)]
+    settings = len(caches), len(gates), tuple(places), tuple(counts), bool(rms), float(eps)
+    results = run_rows(_LAUNCHES, tensors, *settings)
     if results is None:
-        given = (x, caches, gates, weight, bias, scale, shift)
+        given = (x, caches, gates, weight, bias, scale, shift, weights, places, counts)
         return residual_reuse_norm_modulate_reference(*given, rms=rms, eps=eps)
     hidden, out = results
     return hidden, out
 
 
-def _prepare(tensors: Sequence[Any], caches: int, gates: int, rms: bool, eps: float) -> Prepared | None:
+def _prepare(
+    tensors: Sequence[Any],
+    caches: int,
+    gates: int,
+    places: tuple[int, ...],
+    counts: tuple[int, ...],
+    rms: bool,
+    eps: float,
+) -> Prepared | None:
     first_other, results = 1 + caches + gates, len(tensors)
-    x, others = tensors[0], range(first_other, results)
-    Operands(x, tensors[1 : caches + 1], tensors[caches + 1 : first_other], *tensors[first_other:]).check()
-    if not takes(x, whole=True):
+    x, weights = tensors[0], results - 1
+    others = range(first_other, weights)
+    given = (x, tensors[1 : caches + 1], tensors[caches + 1 : first_other], *tensors[first_other:], places, counts)
+    Operands(*given).check()
+    terms = Terms.after_x(caches, counts or (1,) * gates, places, weights)
+    if not takes(x, whole=True) or terms.longest > most_terms(x):
         return None
     memory = [*tensors, *(torch.empty(x.shape, dtype=x.dtype, device="meta") for _ in range(2))]
-    launches, left = shorten(memory, caches)
-    indices, count, width = (*left.all, *others), len(left.caches), width_of(x)
-    rows, strides = as_rows(x.shape, [memory[index] for index in indices])
-    places, block = list(zip(indices, strides, strict=True)), triton.next_power_of_2(width)
-    numbers = (rows, eps, rms, width, block)
+    launches, left = shorten(memory, terms)
+    indices, count, width = (*left.operands, *others), left.length, width_of(x)
+    rows, strides = as_rows(x.shape, [None if index is None else memory[index] for index in indices])
+    operands = [(index or 0, each) for index, each in zip(indices, strides, strict=True)]
+    block, codes = triton.next_power_of_2(width), left.codes
+    numbers = (rows, eps, left.joined, rms, width, block)
 
     def arguments(memory: Memory) -> tuple[Any, ...]:
-        first, *found = rows_at(memory, places)
+        first, *found = rows_at(memory, operands)
         summed, gated, modulation = tuple(found[:count]), tuple(found[count : 2 * count]), found[2 * count :]
-        return memory[results], memory[results + 1], first, summed, gated, *modulation, *numbers
+        factors = (memory[weights] if codes else None), codes
+        return memory[results], memory[results + 1], first, summed, gated, *factors, *modulation, *numbers
 
     last = Launch(_kernel, x.numel() // width, warps_of(block), arguments)
     return Prepared.of(memory[results:], 2, [*launches, last])
