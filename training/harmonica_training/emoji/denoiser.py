@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtTransfor
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
+from harmonica_training.digits.denoiser import initialise_linear
 from harmonica_training.emoji.autoencoder import LATENT_CHANNELS, LATENT_SIDE
 from harmonica_training.emoji.config import EmojiConfig
 from harmonica_training.emoji.drawing import fresh_pictures
@@ -77,14 +78,7 @@ def _initialise(model: PixArtTransformer2DModel) -> None:
 
     Cross-attention adds something from the start, so that the text encoder gets gradients.
     """
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    patch = model.pos_embed.proj
-    nn.init.xavier_uniform_(patch.weight.view(len(patch.weight), -1))
-    nn.init.zeros_(patch.bias)
+    initialise_linear(model, model.pos_embed.proj)
     embedder = model.adaln_single.emb.timestep_embedder
     for layer in (embedder.linear_1, embedder.linear_2):
         nn.init.normal_(layer.weight, std=0.02)

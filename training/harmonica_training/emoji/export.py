@@ -16,6 +16,7 @@ from harmonica_training.emoji.glyphs import Glyphs
 from harmonica_training.emoji.run import Trained
 from harmonica_training.emoji.sampling import build_pipeline
 from harmonica_training.emoji.scenes import SIDE
+from harmonica_training.emoji.training import Progress
 
 FORMAT_VERSION = 1
 PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "numpy", "pillow", "safetensors")
@@ -127,12 +128,12 @@ def save_model(directory: Path, trained: Trained) -> None:
     save_classifier(trained.classifier, directory / "classifier")
 
 
-def _summary(progress: Any) -> dict[str, Any]:
+def _summary(progress: Progress) -> dict[str, Any]:
     losses = [round(loss, 5) for loss in progress.losses]
     return {
         "steps": progress.steps,
-        "first_loss": losses[0],
-        "final_loss": losses[-1],
+        "first_loss": losses[0] if losses else None,  # of the first 100 steps
+        "final_loss": losses[-1] if losses else None,
         "loss_per_1000_steps": losses[9::10],
         "seconds": round(progress.seconds),
         "resumed_at_steps": progress.resumed,
