@@ -6,10 +6,9 @@
 import functools
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from harmonica_training.emoji.config import EmojiConfig
 from harmonica_training.emoji.drawing import fresh_pictures
@@ -21,11 +20,12 @@ from harmonica_training.emoji.training import PARTS, LossParts
 LATENT_SIDE = SIDE // 4
 # 4 as for the digits would be one number per colour and one more for each 4x4 pixels: too blurred to name an emoji
 LATENT_CHANNELS = 8
+SQUARED_WEIGHT = 2.0  # of the mean squared error, beside the mean absolute one
 
 
 def build_autoencoder() -> AutoencoderKL:
-    """An untrained autoencoder for pictures [B, 3, 64, 64] in [-1, 1]."""
-    return AutoencoderKL(
+    """An untrained autoencoder for pictures [B, 3, 64, 64] in [-1, 1], whose latents are nearly free of noise."""
+    model = AutoencoderKL(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -38,13 +38,16 @@ def build_autoencoder() -> AutoencoderKL:
         scaling_factor=1.0,
         mid_block_add_attention=False,
     )
+    # the logarithm of the variance; left near 0, the noise drowns the latents for the first thousand steps
+    nn.init.constant_(model.quant_conv.bias[LATENT_CHANNELS:], -6.0)
+    return model
 
 
 def autoencoder_losses(model: AutoencoderKL, config: EmojiConfig, glyphs: Glyphs) -> LossParts:
-    """Mean absolute error per pixel and a light KL, on pictures drawn for the step.
+    """Mean absolute and squared error and a light KL, on pictures drawn for the step.
 
-    Under bfloat16 autocast, which takes 0.6 of float32's time here (Xeon with AVX-512, 16 pictures); the denoiser, made
-    of matrix products, is slower under it.
+    The absolute error alone leaves small emoji the colour of the background for long. Not under bfloat16 autocast,
+    although that takes 0.7 of the time: the mean absolute error after 100 steps was 0.156 with it and 0.136 without.
     """
 
     def parts_of(step: int) -> Sequence[Callable[[], Tensor]]:
@@ -53,11 +56,10 @@ def autoencoder_losses(model: AutoencoderKL, config: EmojiConfig, glyphs: Glyphs
         draws = noise((len(images), LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE), rng)
 
         def loss(part: Tensor, draw: Tensor) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
-                posterior = model.encode(part).latent_dist
-                decoded = model.decode(posterior.mean + posterior.std * draw).sample
-            error = F.l1_loss(decoded.float(), part)
-            divergence = posterior.kl().float().mean() / draw[0].numel()
+            posterior = model.encode(part).latent_dist
+            decoded = model.decode(posterior.mean + posterior.std * draw).sample
+            error = F.l1_loss(decoded, part) + SQUARED_WEIGHT * F.mse_loss(decoded, part)
+            divergence = posterior.kl().mean() / draw[0].numel()
             total: Tensor = error + config.kl_weight * divergence
             return total * (len(part) / len(images))
 

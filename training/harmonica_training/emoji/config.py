@@ -29,7 +29,7 @@ class EmojiConfig:
         seed: seeds the initial parameters, the scenes and the noise.
         emoji: how many of `names.EMOJI` are drawn, from the first on.
         autoencoder, classifier: their stages.
-        kl_weight: weight of the mean KL per latent element beside the mean absolute pixel error.
+        kl_weight: weight of the mean KL per latent element beside the mean absolute error of a pixel's colour.
         normalised_with: pictures whose latents get mean 0 and deviation 1.
         layers, heads: blocks and attention heads of the denoiser; a head has 32 channels.
         text_layers, text_width: blocks and channels of the text encoder.
@@ -38,7 +38,7 @@ class EmojiConfig:
 
     seed: int = 0
     emoji: int = len(EMOJI)
-    autoencoder: Stage = Stage(3000, 8, 2e-3)
+    autoencoder: Stage = Stage(5000, 8, 2e-3)
     classifier: Stage = Stage(3000, 16, 2e-3)
     kl_weight: float = 2e-5
     normalised_with: int = 1000

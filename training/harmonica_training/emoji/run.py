@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import T5Tokenizer
 
-from harmonica_training.digits.autoencoder import normalise_latents
+from harmonica_training.digits.autoencoder import decode, encode, normalise_latents
 from harmonica_training.digits.files import read_torch
 from harmonica_training.digits.run import claim_work
 from harmonica_training.emoji.autoencoder import autoencoder_losses, build_autoencoder
@@ -96,7 +96,11 @@ def autoencoder_stage(
     course = Course("autoencoder", stage.steps, stage.rate)
     progress = _finish(Run(vae, course, work / "autoencoder.pt"), autoencoder_losses(vae, config, glyphs), workers)
     rng = stream(config.seed, Use.AUTOENCODER, stage.steps)
-    normalise_latents(vae, fresh_pictures(config.normalised_with, glyphs, rng).images)
+    images = fresh_pictures(config.normalised_with, glyphs, rng).images
+    normalise_latents(vae, images)
+    if not (sheet := work / "sheets" / "autoencoder.png").exists():
+        shown = images[: SHEET.prompts]
+        save_sheet(torch.cat([shown, decode(vae, encode(vae, shown))]), sheet, columns=min(6, len(shown)))
     return vae, progress
 
 
