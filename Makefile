@@ -15,7 +15,7 @@ LINTED := $(TYPED) tests setup.py docs/site_pages.py $(wildcard benchmarks)
 MAKEFLAGS += --jobs=2
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-all lint docs format sanitize triton-versions bench train-digits train-schedule clean
+.PHONY: help demo test test-all lint docs format sanitize triton-versions bench train-digits train-emoji train-schedule clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -76,6 +76,9 @@ bench: $(STAMP)  ## run the benchmarks
 
 train-digits: $(STAMP)  ## train the small model that the demo uses, from nothing
 	$(PY) -m harmonica_training.digits
+
+train-emoji: $(STAMP)  ## train the small text-to-image model (hours; it resumes): docs/emoji-model.md
+	OMP_NUM_THREADS=1 $(PY) -m harmonica_training.emoji train
 
 MODEL := harmonica_rt/demo/digits-dit
 train-schedule: $(STAMP)  ## learn the schedule of that model that the demo uses

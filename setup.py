@@ -247,6 +247,8 @@ setup(
             "py.typed",
             "demo/digits-dit/**/*",
             "demo/digits-dit/*",
+            "demo/emoji-pixart/**/*",
+            "demo/emoji-pixart/*",
             "schedule/known/*.json",
             "recipes/*.json",
         ],

@@ -19,7 +19,7 @@ ROOTS = {"harmonica_rt": REPO, "harmonica_kernels": REPO / "kernels", "harmonica
 ROOMS = (
     *("untrusted", "version", "errors", "options", "indices", "changes", "torch_state", "wrappers"),
     *("schedule", "call", "model", "graph", "capture", "plan", "lower", "planfile"),
-    *("engine", "reference_spans", "reference_calls", "reference_engine", "execute", "sampling", "pipelines"),
+    *("engine", "reference_engine", "execute", "sampling", "pipelines"),
     *("plan_report", "report", "parity", "fitting", "arguments", "backend", "api"),
 )
 SURFACE = ("demo", "recipes", "cli")  # they use the package as its users do, and each other

@@ -20,7 +20,7 @@ from harmonica_rt.changes import Changes
 from harmonica_rt.engine import RunKey, Stream
 from harmonica_rt.errors import CaptureError, CaptureFailure, Obstacle, PlanFileError
 from harmonica_rt.execute.cuda_graphs import Graphs, graphs_of
-from harmonica_rt.execute.new_states import NewStates
+from harmonica_rt.execute.model_looks import ModelLooks
 from harmonica_rt.execute.plan_cache import PlanKey, Plans
 from harmonica_rt.execute.plan_runtime import PlanRuntime
 from harmonica_rt.execute.request_value_stream import HeldStream, RequestValueStream
@@ -64,13 +64,14 @@ class PlannedEngine:
         self.failures: dict[PlanKey, CaptureFailure] = {}
         self._model = model
         self._schedule = schedule  # of the current run
-        self.watch = ModelWatch(model)
+        self._looks = ModelLooks(ModelWatch(model))
         self._captures = captures_of(model)
-        self._state: ModelState | None = None  # the model's state as the last call found it
-        self._new_states = NewStates(type(model).__name__)
         self._ran_eagerly = False  # in this run
-        self._looks = 0  # at the model, in this run
-        self._changed_before_run = False  # between the last run and this one; then it is likely to change again
+
+    @property
+    def watch(self) -> ModelWatch:
+        """The watch of the model."""
+        return self._looks.watch
 
     @property
     def plans(self) -> dict[PlanKey, PlanRuntime]:
@@ -80,7 +81,7 @@ class PlannedEngine:
     @property
     def failures_now(self) -> dict[PlanKey, CaptureFailure]:
         """Why calls run eagerly, for the model as the last call found it."""
-        facts = self._state.facts if self._state is not None else None
+        facts = self._looks.facts
         return {key: failure for key, failure in self.failures.items() if key.model is facts}
 
     @property
@@ -90,31 +91,15 @@ class PlannedEngine:
 
     def state(self, call: Call) -> ModelState:
         """See `Engine.state`; plans are made for a state, and kept in case it comes back."""
-        return self._look()
+        return self._looks.look()
 
     def begin_run(self, key: RunKey | None = None, schedule: Schedule | None = None) -> ModelState | None:
         """See `Engine.begin_run`; parameters are fetched anew."""
         self._schedule = schedule or self._schedule
         self._ran_eagerly = False
-        begins_anew = self._changed_before_run and self._looks == 1
-        self._looks = 1 if begins_anew else 0
-        known = self._state if self.looks_late and not self._changed_before_run else None
-        if known is None:
-            self._look()
-        self.watch.begin_run(look=False)
-        self._new_states.begin_run()
+        known = self._looks.begin_run(late=self.looks_late)
         self.cache.begin_run(key)
         return known
-
-    def _look(self) -> ModelState:
-        """Look at the model; at the first look of a run, note whether it has changed since the last run."""
-        before, self._state = self._state, self.watch.look()
-        if before is not None and self._state.facts is not before.facts:
-            self._new_states.change = self.watch.difference
-        self._looks += 1
-        if self._looks == 1:
-            self._changed_before_run = before is not None and self._state is not before
-        return self._state
 
     def new_stream(self, call: Call) -> Stream:
         """A stream over the plan for the signature of `call`, captured now if there is none."""
@@ -219,17 +204,16 @@ class PlannedEngine:
 
     def _captured(self, call: Call) -> CapturedGraph:
         """The model captured for the signature of a call, now or for another schedule."""
-        captured, kept = self._captures.get(self.watch, self._state or self._look(), call)
+        captured, kept = self._captures.get(self.watch, self._looks.state, call)
         return mark(self._model, captured, self._schedule.sites, seconds=0.0 if kept else None)
 
     def _key(self, call: Call) -> PlanKey:
         """The key of a plan for this call."""
-        state = self._state or self.state(call)
-        return PlanKey(call.signature, state.facts, self._schedule)
+        return PlanKey(call.signature, self._looks.state.facts, self._schedule)
 
     def _may_plan(self, key: PlanKey) -> bool:
         """Whether to plan for the model's current state; False if the model keeps changing in this run."""
         facts = key.model
         if facts is None or any(held.model is facts for held in self.plans):
             return True
-        return not self._new_states.is_one_too_many(facts)
+        return not self._looks.new_states.is_one_too_many(facts)

@@ -86,14 +86,7 @@ def build_denoiser(config: DigitsConfig) -> DiTTransformer2DModel:
 @torch.no_grad()
 def initialise(model: DiTTransformer2DModel) -> None:
     """Set DiT's initial parameters: blocks are the identity, the output and unused class rows are zero. In place."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    patch = model.pos_embed.proj
-    nn.init.xavier_uniform_(patch.weight.view(len(patch.weight), -1))
-    nn.init.zeros_(patch.bias)
+    initialise_linear(model, model.pos_embed.proj)
     for block in model.transformer_blocks:
         embedder = block.norm1.emb
         nn.init.normal_(embedder.timestep_embedder.linear_1.weight, std=0.02)
@@ -105,6 +98,19 @@ def initialise(model: DiTTransformer2DModel) -> None:
         nn.init.zeros_(block.norm1.linear.weight)
     for layer in (model.proj_out_1, model.proj_out_2):
         nn.init.zeros_(layer.weight)
+
+
+@torch.no_grad()
+def initialise_linear(model: nn.Module, patch: nn.Conv2d) -> None:
+    """Set the linear layers of a transformer and its patch embedding to DiT's initial values, in place."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(patch.weight.view(len(patch.weight), -1))
+    if patch.bias is not None:
+        nn.init.zeros_(patch.bias)
 
 
 def train_denoiser(config: DigitsConfig, latents: Tensor, labels: Tensor, checkpoint: Path) -> DenoiserTraining:

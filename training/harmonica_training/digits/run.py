@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -27,10 +27,13 @@ from harmonica_training.digits.evaluate import Evaluation, evaluate
 from harmonica_training.digits.export import provenance, save_model, write_card
 from harmonica_training.digits.files import read_json, read_torch
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 logger = logging.getLogger(__name__)
 
 
-def claim_work(work: Path, config: DigitsConfig) -> None:
+def claim_work(work: Path, config: "DataclassInstance") -> None:
     """Make `work` the folder of this configuration.
 
     Raises:

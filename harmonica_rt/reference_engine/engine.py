@@ -1,8 +1,4 @@
-"""The reference: the plain model, run eagerly, with the outputs of reused sites replaced. No graph, no plan.
-
-It is the truth that compiled programs are compared with, and it runs where a model cannot be captured. So it favours
-being obviously right over being fast.
-"""
+"""Streams that run the model itself, with the values of earlier steps in the place of reused sites."""
 
 from __future__ import annotations
 
@@ -23,8 +19,8 @@ from harmonica_rt.indices import SiteIndex, StepIndex
 from harmonica_rt.model.forward import own_forward
 from harmonica_rt.model.use import run_untraced
 from harmonica_rt.model.watch import ModelState, ModelWatch
-from harmonica_rt.reference_calls import cloned, replace_sites
-from harmonica_rt.reference_spans import BlockShape
+from harmonica_rt.reference_engine.site_calls import cloned, replace_sites
+from harmonica_rt.reference_engine.spans import BlockShape
 from harmonica_rt.schedule import OUTPUT, Schedule
 from harmonica_rt.schedule.sites import check_sites
 
@@ -62,7 +58,7 @@ class ReferenceStream:
     """A stream with the latest values of each site: of all its calls in one forward, as a module may run twice.
 
     Attributes:
-        cache: site -> its values (see `reference_calls`) in the latest step that computed it.
+        cache: site -> its values (see `site_calls`) in the latest step that computed it.
     """
 
     def __init__(self, model: nn.Module, schedule: Schedule, watch: ModelWatch) -> None:

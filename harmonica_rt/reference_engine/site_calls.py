@@ -17,7 +17,7 @@ from harmonica_rt.capture.sites import returns_an_input, unchanged_input
 from harmonica_rt.changes import Changes, in_this_thread
 from harmonica_rt.errors import SiteError
 from harmonica_rt.indices import SiteIndex
-from harmonica_rt.reference_spans import BlockShape, SpanForward
+from harmonica_rt.reference_engine.spans import BlockShape, SpanForward
 from harmonica_rt.schedule.site_names import OUTPUT, span_of
 
 TOO_OFTEN = "a site ran more often in this forward than in the one that stored its outputs"
