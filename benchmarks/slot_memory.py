@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import harmonica_rt as hrt
-from benchmarks import models, schedules
+from benchmarks import models, schedules, slot_models
 from benchmarks.roofline.cases import call_on_meta, on_meta
 from benchmarks.rows import Row
 from harmonica_rt import Schedule
@@ -26,15 +26,15 @@ def run(*, repeats: int, quick: bool) -> list[Row]:
     steps = 10 if quick else 20
     dit = models.dit(layers=28, heads=2, head_dim=8)
     rows = _rows("DiT, 28 blocks (sites of one size)", dit, models.dit_calls(dit, 2, 1)[0], steps, "1")
-    flux = models.flux_like()
+    flux = slot_models.flux_like()
     for image, text in ((64, 8), (64, 48)):
         name = f"Flux-like, 19 + 38 blocks, {image} image and {text} text tokens"
-        rows += _rows(name, flux, models.flux_call(image, text), steps, "at most 1.1")
+        rows += _rows(name, flux, slot_models.flux_call(image, text), steps, "at most 1.1")
     if not quick:
         flux = models.flux_on_meta()
         call = models.flux_calls(flux, 1, 1, side=64, text_tokens=512)[0]
         rows += level_rows("Flux 1024, 1 image", flux, call)
-        rows += level_rows("Wan 14B, 81 frames of 720 x 1280", models.wan_on_meta(), models.wan_call())
+        rows += level_rows("Wan 14B, 81 frames of 720 x 1280", slot_models.wan_on_meta(), slot_models.wan_call())
     return rows
 
 
