@@ -142,7 +142,7 @@ def plan_lines(plan: PlanReport) -> list[str]:
     lines = [
         f"plan for {plan.signature}, {len(plan.steps)} steps",
         f"  theoretical speed-up {plan.theoretical_speedup:.2f}x ({plan.full_flops / 1e9:.2f} GFLOP per call uncached)",
-        f"  {plan.programs} step programs ({plan.programs_with_addresses} with addresses), {memory.slots} slots in "
+        f"  {plan.programs} step programs ({plan.programs_with_addresses} by slot addresses), {memory.slots} slots in "
         f"{mebibytes(memory.arena_bytes)} (lower bound {mebibytes(memory.lower_bound_bytes)}, one address per site "
         f"{mebibytes(memory.site_addresses_bytes)})",
         f"  compiled in {times.total:.2f} s: capture {times.capture:.2f}, plan {times.plan:.2f}, lower "

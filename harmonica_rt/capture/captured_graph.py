@@ -52,7 +52,7 @@ class CapturedModel:
         Args:
             sites: names of the sites.
             index_of: maps a module path, as written in `nn_module_stack`, to the index of its site, or to None.
-            seconds: wall time that the capture took; None if it was made for this schedule.
+            seconds: wall time that this schedule waited for the capture, 0 if it was kept; None: all of it.
 
         Raises:
             CaptureError: see `find_marks`; or a site returns one of its inputs unchanged.

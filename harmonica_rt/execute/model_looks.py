@@ -50,8 +50,9 @@ class ModelLooks:
         """A run begins. Look at the model now, unless the look may be `late`, after the first step was launched.
 
         Returns:
-            The state that the run begins with, not yet looked at; None if the model was looked at.
+            The state of the last look, which the run assumes until the late look; None if the model was looked at now.
         """
+        # a run whose first look found a change is begun again, and that look counts for it
         begins_anew = self.changed_before_run and self._count == 1
         self._count = 1 if begins_anew else 0
         known = self._state if late and not self.changed_before_run else None

@@ -2,7 +2,8 @@
 
 A block adds to what enters it: `x + attention(x)`, then `+ feed_forward(...)`. The value that enters is the *origin* of
 what leaves. Additions keep the origin, and so do casts, clamps, and views of the same shape; values that were joined
-and split at the same places, or split and joined again, keep theirs. All other operators end it.
+and split at the same places, or split and joined again, keep theirs. All other operators end it. Where
+both operands of an addition have an origin, that of the first counts.
 
 The rules hold for nodes of a graph as for tensors, so that a captured graph and the eager reference agree.
 """

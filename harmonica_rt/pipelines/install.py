@@ -19,7 +19,7 @@ from harmonica_rt.errors import HarmonicaError
 from harmonica_rt.model.hooked_call import call_with_hooks
 from harmonica_rt.sampling.denoiser import Denoiser
 from harmonica_rt.sampling.following import scheduler_in_use
-from harmonica_rt.sampling.scheduler import listener_of
+from harmonica_rt.sampling.scheduler import listener_of, unwatch
 from harmonica_rt.wrappers import DENOISER_NAMES, compiled_around, named_denoiser, unwrapped
 
 _last_installed: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Denoiser]] = weakref.WeakKeyDictionary()
@@ -156,6 +156,10 @@ def uninstall(pipeline: Any) -> None:
         if installed(before.model) is before:  # first: a denoiser that is called but follows no pipeline miscounts
             del before.model._compiled_call_impl
         before.detach()
+    if left_over is not None and not left_over.pipelines and listener_of(pipeline.scheduler) is left_over:
+        unwatch(
+            pipeline.scheduler
+        )  # it was interrupted after it watched the scheduler, before it followed the pipeline
 
 
 def _left_over(pipeline: Any) -> Denoiser | None:

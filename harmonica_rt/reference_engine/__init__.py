@@ -4,7 +4,8 @@ In: a model, a schedule, the calls of a run. Out: what the schedule means. It is
 compared with, and it runs where a model cannot be captured. So it favours being obviously right over being fast.
 
 Hazard: a fault here and in the plans alike would go unnoticed, so it shares with them only the rules by which residuals
-are followed (`graph/residual_origin.py`) and the checks of sites.
+are followed (`graph/residual_origin.py`), the copying to given strides, the weights as the schedule states them, and
+the checks of sites.
 
 Reading order: `engine` (streams and their histories), `site_calls` (what stands in for the calls of sites), `spans`.
 """

@@ -68,6 +68,8 @@ class ReferenceStream:
         self.cache: dict[SiteIndex, list[Any]] = {}
         self._output = SiteIndex(0) if OUTPUT in schedule.sites else None  # then it is the only site
         self._shapes: dict[SiteIndex, list[BlockShape]] = {}
+        given = schedule.entry_weights
+        self._weighted = (given[..., 1:] != 0.0).any(axis=(0, 2)) | ~np.isin(given[..., 0], (0.0, 1.0)).all(axis=0)
         self._history: dict[SiteIndex, dict[int, list[Any]]] = {}  # site -> step -> outputs, the latest last
 
     def begin(self) -> None:
@@ -114,16 +116,19 @@ class ReferenceStream:
                     del kept[min(kept)]
 
     def _given(self, step: StepIndex, site: SiteIndex) -> list[Any]:
-        """What the calls of a reused site return in a step."""
-        weights = self._weights(step, site)
-        used = [age for age, weight in enumerate(weights) if weight != 0.0]
-        if used == [0] and weights[0] == 1.0:
+        """What the calls of a reused site return in a step.
+
+        A site that is reused as it is takes its latest value, even one that a stream computed later than the schedule
+        says, to catch up. A site with weights takes the values of the steps that the schedule says.
+        """
+        if not self._weighted[site]:
             return self.cache.get(site, [])
-        values = self._values(step, site, used[-1] + 1)
-        return [
-            _weighted_sum([outputs[age] for age in used], [float(weights[age]) for age in used])
-            for outputs in zip(*values, strict=True)
-        ]
+        weights = self._weights(step, site)
+        count = int(np.flatnonzero(weights)[-1]) + 1
+        values = self._values(step, site, count)
+        if count == 1 and weights[0] == 1.0:
+            return values[0]
+        return [_weighted_sum(outputs, weights[:count].tolist()) for outputs in zip(*values, strict=True)]
 
     def _weights(self, step: StepIndex, site: SiteIndex) -> NDArray[np.float64]:
         """The weights of an entry, newest value first."""

@@ -49,9 +49,8 @@ def replace_sites(
         if span is not None:
             known = shapes.setdefault(site, [])
             values = given[site] if site in given else fresh.setdefault(site, [])
-            forward = SpanForward(values, known, reused=site in given)
-            for path in span.blocks:
-                block = model.get_submodule(path)
+            forward = SpanForward(name, values, known, reused=site in given)
+            for block in dict.fromkeys(map(model.get_submodule, span.blocks)):  # a block may be in several places
                 _replace_call(block, _Block(forward, _plain_call(block)), changes)
             continue
         module = model.get_submodule(name)
@@ -59,7 +58,7 @@ def replace_sites(
         if site in given:
             call = _Reused(given[site])
         else:
-            call = _Recorded(module, fresh.setdefault(site, []), _plain_call(module))
+            call = _Recorded(name, fresh.setdefault(site, []), _plain_call(module))
         _replace_call(module, call, changes)
 
 
@@ -99,15 +98,15 @@ class _Reused:
 class _Recorded:
     """Runs a site and keeps a copy of what it returns."""
 
-    def __init__(self, module: nn.Module, kept: list[Any], call: Callable[..., Any]) -> None:
-        self._module = module
+    def __init__(self, name: str, kept: list[Any], call: Callable[..., Any]) -> None:
+        self._name = name
         self._call = call
         self._kept = kept
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self._call(*args, **kwargs)
         if returns_an_input(args, kwargs, output):
-            raise unchanged_input(type(self._module).__name__)
+            raise unchanged_input(self._name)
         self._kept.append(cloned(output))
         return output
 

@@ -51,12 +51,14 @@ class SpanForward:
     """The calls of a span's blocks during one forward of the model.
 
     Args:
+        span: its name, for messages.
         values: the residuals of each call; filled unless the span is reused.
         shapes: what each call returns; filled unless the span is reused.
         reused: whether the span is reused.
     """
 
-    def __init__(self, values: list[Any], shapes: list[BlockShape], *, reused: bool) -> None:
+    def __init__(self, span: str, values: list[Any], shapes: list[BlockShape], *, reused: bool) -> None:
+        self._span = span
         self._values = values
         self._shapes = shapes
         self._reused = reused
@@ -73,14 +75,14 @@ class SpanForward:
         inputs = pytree.tree_leaves((args, kwargs))
         if self._reused:
             if number >= len(self._values):
-                raise SiteError("a block of a span ran more often in this forward than in the one that computed it")
+                raise SiteError(f"{self._span}: a block ran more often than in the forward that computed it")
             return self._add(self._shapes[number], self._values[number], inputs)
         entered = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in inputs]
         known = self._shapes[number] if number < len(self._shapes) else None
         if known is None:
             with _Origins(inputs) as origins:
                 output = plain(*args, **kwargs)
-            known = _shape_of(output, inputs, entered, origins)
+            known = _shape_of(self._span, output, inputs, entered, origins)
             self._shapes.append(known)
         else:
             output = plain(*args, **kwargs)
@@ -121,12 +123,12 @@ class SpanForward:
         return entering
 
 
-def _shape_of(output: Any, inputs: Sequence[Any], entered: Sequence[Any], origins: _Origins) -> BlockShape:
+def _shape_of(span: str, output: Any, inputs: Sequence[Any], entered: Sequence[Any], origins: _Origins) -> BlockShape:
     leaves, tree = pytree.tree_flatten(output)
-    return BlockShape(tree, tuple(_how(leaf, inputs, entered, origins) for leaf in leaves))
+    return BlockShape(tree, tuple(_how(span, leaf, inputs, entered, origins) for leaf in leaves))
 
 
-def _how(leaf: Any, inputs: Sequence[Any], entered: Sequence[Any], origins: _Origins) -> Any:
+def _how(span: str, leaf: Any, inputs: Sequence[Any], entered: Sequence[Any], origins: _Origins) -> Any:
     """How a leaf of a block's output comes about."""
     if not isinstance(leaf, torch.Tensor):
         return leaf
@@ -135,7 +137,7 @@ def _how(leaf: Any, inputs: Sequence[Any], entered: Sequence[Any], origins: _Ori
             return Passed(place)
     origin = origins.of(leaf)
     if not isinstance(origin, Whole) or entered[origin.value].shape != leaf.shape:
-        raise SiteError("a block of a span gives a value that it did not add to one that enters it")
+        raise SiteError(f"{span} gives a value that it did not add to one that enters it")
     return Grown(origin.value, leaf.dtype, leaf.stride())
 
 

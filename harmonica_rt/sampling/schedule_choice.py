@@ -93,7 +93,13 @@ class ScheduleChoice:
             ScheduleMismatchError: no schedule is for its number of steps, and other numbers are errors.
         """
         asked = steps_of(scheduler)
-        under = self.of_unknown() if asked is None else self.of(self.expected(*asked))
+        if asked is None:
+            under = self.of_unknown()
+        else:
+            expected, (steps, left_out) = self.expected(*asked), asked
+            if expected not in (steps, steps - left_out) and len(self.schedules.steps) > 1:
+                expected = steps  # an error that names the numbers of all schedules
+            under = self.of(expected, f"the pipeline asked for {steps} ({type(scheduler).__name__})")
         return under, RunSteps.of(scheduler, under.schedule.steps)
 
     def of_reset(self, timesteps: object, steps: int | None) -> tuple[RunSchedule, RunKey | None]:

@@ -159,7 +159,8 @@ def _ends(schedule: ScheduleData, computed: NDArray[np.bool_]) -> tuple[int, int
     if not mixed_steps(schedule):
         raise ScheduleError(
             "cache-dit computes at least the first block at every step, and this schedule reuses whole steps; "
-            "step_mask has the list of steps"
+            "compute the first block's sites at every step, or export the steps alone: "
+            "schedule.with_weights(None).step_mask()"
         )
     raise ScheduleError(
         "a reused step of cache-dit computes the sites in its first and last blocks and no others, the same at every "

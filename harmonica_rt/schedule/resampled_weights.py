@@ -20,6 +20,8 @@ from harmonica_rt.schedule.provenance import WeightsBy
 from harmonica_rt.schedule.weight_rules import Rule, rule_of, weights_by_rule
 from harmonica_rt.schedule.weights import Weights, check_weights, same_weights
 
+_MEASURED = ("calls", "samples", "relative_error")  # what a fit measured holds for its own number of steps
+
 _NOTHING = 1e-6  # weights that add up to less are the rounding errors of gains of 0
 
 
@@ -38,7 +40,7 @@ def remake(
     if found is not None:
         return found
     method = "unknown" if by is None else by.method
-    settings = {} if by is None else dict(by.hyper_parameters)
+    settings = {} if by is None else {name: n for name, n in by.hyper_parameters.items() if name not in _MEASURED}
     settings["resampled_from"] = settings.get("resampled_from", len(compute))
     return _interpolated(weights, compute, resampled), WeightsBy(method, settings)
 

@@ -7,7 +7,7 @@ number of steps which of its schedules is taken, and a resampled one says in `ma
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -44,6 +44,9 @@ class ScheduleSet:
     schedules: tuple[Schedule, ...]
 
     def __init__(self, schedules: Iterable[Schedule]) -> None:
+        if isinstance(schedules, Schedule | Mapping) or not isinstance(schedules, Iterable):
+            kind = type(schedules).__name__
+            raise ScheduleError(f"schedules: expected a list, as in ScheduleSet([schedule]), got a {kind}")
         given = tuple(schedules)
         for number, schedule in enumerate(given):
             if not isinstance(schedule, Schedule):

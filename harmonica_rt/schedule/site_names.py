@@ -15,7 +15,7 @@ from harmonica_rt.errors import SiteError
 OUTPUT = "output"
 """The site that is the denoiser's output. A step that reuses it computes nothing but the weighted sum."""
 
-_LIKE_A_SPAN = re.compile(r".*\[[^\]]*:[^\]]*\]")
+_LIKE_A_SPAN = re.compile(r".*\[(?:[^\]]*:[^\]]*|\d+)\]")
 _SPAN = re.compile(r"([^\[\]]+)\[(\d{1,4}):(\d{1,4})\]")
 
 
@@ -45,10 +45,15 @@ def span_of(site: str) -> Span | None:
         return None
     found = _SPAN.fullmatch(site)
     if found is None:
-        raise SiteError(f"{site!r} is no span of blocks, which is written transformer_blocks[0:4] (blocks 0 to 3)")
+        raise SiteError(
+            f"{site!r} is no span of blocks: transformer_blocks[0:4] is that of blocks 0 to 3, transformer_blocks[4:5] "
+            "block 4 alone"
+        )
     span = Span(found[1], int(found[2]), int(found[3]))
-    if span.start >= span.stop or str(span) != site:
-        raise SiteError(f"{site!r} holds no block: expected path[start:stop] with start < stop, without leading zeros")
+    if str(span) != site:
+        raise SiteError(f"{site!r}: expected numbers without leading zeros, as in {str(span)!r}")
+    if span.start >= span.stop:
+        raise SiteError(f"{site!r} holds no block: expected path[start:stop] with start < stop")
     return span
 
 

@@ -39,8 +39,12 @@ def sublayers(model: nn.Module) -> list[str]:
 
 
 def blocks(model: nn.Module) -> list[Span]:
-    """Each block as a span of one block, in registration order."""
-    return [Span(span.path, i, i + 1) for span in spans(model) for i in range(span.start, span.stop)]
+    """Each block as a span of one block, in registration order; a block in several places once."""
+    found: dict[int, Span] = {}
+    for span in spans(model):
+        for index, path in enumerate(span.blocks):
+            found.setdefault(id(model.get_submodule(path)), Span(span.path, index, index + 1))
+    return list(found.values())
 
 
 def spans(model: nn.Module) -> list[Span]:

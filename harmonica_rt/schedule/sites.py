@@ -36,7 +36,7 @@ def find_sites(model: nn.Module, patterns: Sequence[str] | None = None, *, level
     Args:
         model: any module. Without `patterns`, its blocks must be in a `ModuleList`, as they are in diffusers.
         patterns: globs over module paths that replace the rule. `*` matches within one path component, `**` matches
-            any number of components: `"blocks.*.mlp"`, `"**.attn"`. A list of blocks followed by `[start:stop]` is a
+            one or more: `"blocks.*.mlp"`, `"**.attn"`. A list of blocks followed by `[start:stop]` is a
             span: `"transformer_blocks[0:4]"`.
         level: `"sublayer"` (the default), `"block"` (each block a span of its own), `"span"` (each list of blocks one
             span) or `"output"`. Not together with `patterns`.
@@ -57,8 +57,8 @@ def find_sites(model: nn.Module, patterns: Sequence[str] | None = None, *, level
         sites = _by_globs(model, patterns)
     if not sites:
         raise SiteError(
-            f"no sites were found in {type(model).__name__}: it has no ModuleList of equal blocks with attention "
-            'or feed-forward children. Choose the sub-layers yourself: find_sites(model, patterns=["blocks.*.mlp"])'
+            f"no sites were found in {type(model).__name__}: it has no ModuleList of equal blocks with attention. "
+            'Choose the sub-layers yourself: find_sites(model, patterns=["blocks.*.mlp"])'
         )
     check_disjoint(sites)
     return sites
@@ -134,7 +134,7 @@ def _by_globs(model: nn.Module, patterns: Sequence[str]) -> list[str]:
         if not matched:
             raise SiteError(
                 f"the pattern {pattern!r} matches no module of {type(model).__name__}: `*` stands for any part of one "
-                "name between dots, `**` for any number of names"
+                "name between dots, `**` for one or more names"
             )
         chosen.update(matched)
     return sorted(chosen, key=chosen.__getitem__)

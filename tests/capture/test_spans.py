@@ -211,3 +211,10 @@ def test_a_reused_output_computes_nothing() -> None:
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[2], outputs[3])
     assert compiled.report().plans[0].theoretical_speedup == 2.0
+
+
+def test_a_block_in_two_places() -> None:
+    model = model_of()
+    model.blocks[1] = model.blocks[0]
+    assert_parity(model, "blocks[0:2]")
+    assert_parity(model, "blocks[0:4]")

@@ -22,9 +22,7 @@ def test_errors_end_as_one_message(
     assert told == f"error: {missing}: no such schedule file\n"
     (tmp_path / "mine.json").write_text("{}")
     told = fails("schedule", "show", tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-    assert told == (
-        f"error: {tmp_path} is a directory without a schedule.json; give the schedule file itself (it has mine.json)\n"
-    )
+    assert told.startswith(f"error: {tmp_path / 'mine.json'}: format: expected 'harmonica-schedule', got None")
     monkeypatch.setattr(sys, "argv", ["harmonica-rt", "--debug", "schedule", "show", str(missing)])
     with pytest.raises(FileNotFoundError):
         cli.main()

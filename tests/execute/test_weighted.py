@@ -154,3 +154,18 @@ def test_a_value_that_is_no_number_cannot_be_weighted() -> None:
     compiled = hrt.compile(Masked().eval(), schedule, strict=True)
     with pytest.raises(ScheduleMismatchError, match=r"flags.*bool"):
         compiled(torch.randn(2, 4))
+
+
+def test_a_site_with_weights_takes_the_values_of_its_steps_after_a_stream_caught_up() -> None:
+    """One site catches up at step 2 for the other's sake; its entry at step 3 is plain, but it has weights later."""
+    model = stack(depth=1)
+    compute = np.array([[1, 1], [0, 1], [0, 0], [0, 0], [1, 1], [0, 1]], dtype=bool)
+    weights = np.zeros((6, 2, 2))
+    weights[..., 0] = 1
+    weights[5, 0] = 2, -1
+    schedule = Schedule.from_array(compute, sites=hrt.find_sites(model)).with_weights(weights)
+    compiled = hrt.compile(model, schedule, lowering="plain", strict=True)
+    reference = hrt.reference(model, schedule)
+    for step in range(6):
+        call = stack_call(step, batch=1 if step == 1 else 2)  # the stream of two misses step 1
+        assert torch.equal(compiled(**call), reference(**call)), step

@@ -141,7 +141,7 @@ def test_a_set_in_the_place_of_a_schedule() -> None:
         hrt.reference(pipeline, schedule)
         np.testing.assert_array_equal(sample(pipeline, schedule.steps, **DIT.guided), got)
         hrt.compile(pipeline, given, lowering="plain", strict=True)
-    with pytest.raises(ScheduleMismatchError, match="the schedule is for 9 steps, but the pipeline asked for 7"):
+    with pytest.raises(ScheduleMismatchError, match="the schedules are for 4 and 9 steps, the pipeline asked for 7"):
         sample(pipeline, 7, **DIT.guided)
 
 

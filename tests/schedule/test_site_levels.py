@@ -30,6 +30,12 @@ def test_spans_and_the_output_by_pattern() -> None:
     assert find_sites(MODEL, [hrt.OUTPUT]) == [hrt.OUTPUT]
 
 
+def test_a_block_in_two_places_is_one_site() -> None:
+    model = attending(depth=3)
+    model.blocks[2] = model.blocks[0]
+    assert find_sites(model, level="block") == ["blocks[0:1]", "blocks[1:2]"]
+
+
 def test_a_list_inside_a_block_is_a_part_of_that_block() -> None:
     class Wrapped(nn.Module):
         def __init__(self) -> None:
@@ -51,6 +57,7 @@ def test_a_list_inside_a_block_is_a_part_of_that_block() -> None:
         (["blocks[3:2]"], "holds no block"),
         (["blocks[01:2]"], "without leading zeros"),
         (["blocks[:2]"], "is no span of blocks"),
+        (["blocks[4]"], r"transformer_blocks\[4:5\] block 4 alone"),
         (["blocks[-2:2]"], "is no span of blocks"),
         (["blocks[0:2].attn[0:1]"], "is no span of blocks"),
         (["blocks[0:99999999]"], "is no span of blocks"),
