@@ -77,6 +77,7 @@ OTHERS: dict[str, Entry] = {
             "recycle_depth": 2,
         },
         size=SOUND,
+        no_span="no: a block multiplies its sum by a mask",
     ),
     "StableAudio3DiTModel": Entry(
         {"io_channels": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "cond_token_dim": 12, "global_cond_dim": 8}

@@ -451,5 +451,6 @@ VIDEOS: dict[str, Entry] = {
             "control_hidden_states_scale": torch.ones(len(c.vace_layers)),
         },
         size=VIDEO,
+        no_span="no: the blocks of the control branch return a projection",
     ),
 }
