@@ -64,8 +64,11 @@ class SlotTable:
 
     @property
     def site_addresses_bytes(self) -> int:
-        """Bytes that an arena would take if each site output had one address for the whole run."""
-        return sum({slot.value.output: slot.value.size for slot in self.slots}.values())
+        """Bytes that an arena would take if the values of each site output had addresses of their own all along."""
+        values: dict[SiteOutput, list[Value]] = {}
+        for slot in self.slots:
+            values.setdefault(slot.value.output, []).append(slot.value)
+        return sum(map(most_alive, values.values()))
 
 
 def place(values: Sequence[Value]) -> SlotTable:
