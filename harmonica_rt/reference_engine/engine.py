@@ -118,8 +118,8 @@ class ReferenceStream:
     def _given(self, step: StepIndex, site: SiteIndex) -> list[Any]:
         """What the calls of a reused site return in a step.
 
-        A site that is reused as it is takes its latest value, even one that a stream computed later than the schedule
-        says, to catch up. A site with weights takes the values of the steps that the schedule says.
+        A site without weights returns its latest value. A stream that caught up may have computed that value at a step
+        where the schedule reuses the site. A site with weights uses only values from steps that the schedule computes.
         """
         if not self._weighted[site]:
             return self.cache.get(site, [])

@@ -23,7 +23,7 @@ StepMask = str | Sequence[int]
 def site_kind(site: str) -> str:
     """The last component of a site's path that is not a number: `transformer_blocks.3.attn1` -> `attn1`.
 
-    Of a span it is that of its list: `transformer_blocks[4:8]` -> `transformer_blocks`.
+    The kind of a span is that of its list of blocks: `transformer_blocks[4:8]` -> `transformer_blocks`.
     """
     span = span_of(site)
     names = [part for part in (span.path if span else site).split(".") if not part.isdigit()]

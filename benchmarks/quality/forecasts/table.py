@@ -28,7 +28,7 @@ class Interval:
 
     @classmethod
     def of(cls, values: Sequence[NDArray[np.float64]]) -> Interval:
-        """Of the values of the images of each seed."""
+        """The interval of the mean; `values` holds one array per seed, with one value per image."""
         generator = np.random.default_rng(0)
         drawn = [own[generator.integers(len(own), size=(DRAWS, len(own)))].mean(axis=1) for own in values]
         low, high = np.percentile(np.mean(drawn, axis=0), [2.5, 97.5])
